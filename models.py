@@ -1,0 +1,516 @@
+"""The seven energy networks of the reference, from one conditional convolution and one residual block.
+
+    model = build_model(ModelConfig("ResNet32", image_shape=(3, 32, 32), num_filters=128, label_size=10))
+    energies = model(images, labels)                      # (N, C, H, W) in [0, 1], (N, 10) -> (N,)
+
+A Langevin chain evaluates one network dozens of times with unchanged weights, so a network is a pure function of
+*prepared weights*: normalised by their spectral norm, pooling and gains folded into the kernels, once per chain.
+
+    weights = spectral_norm_once(model)
+    energies = model.energy(weights, images, labels)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utils import UsageError
+
+Weights = dict[str, Tensor]  # "<layer>.<leaf>" -> tensor, what `EnergyNetwork.prepare` returns
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything needed to rebuild a network. `label_size` is the width of a label vector, 0: unconditional."""
+
+    network: str
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    num_filters: int
+    label_size: int = 0
+    spec_norm: bool = True
+    spec_iter: int = 1
+    spec_norm_val: float = 1.0
+    use_attention: bool = False
+    swish_act: bool = False
+    downsample: bool = False
+
+
+def leaky_relu(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers. Each `prepare`s its tensors once, then is a pure function of them: layer(weights, x, labels, dropout).
+
+
+class NormalizedLayer(nn.Module):
+    """A weight of shape (c_out, ...) divided by its spectral norm, estimated by power iteration on the stored `u`.
+
+    `zero_init` marks the second convolution of a residual block, which starts near zero and is only ever scaled down:
+    its norm is bounded from below by min(sigma, 1).
+    """
+
+    def __init__(self, shape: tuple[int, ...], config: ModelConfig, *, spec_norm: bool = True, zero_init: bool = False):
+        super().__init__()
+        self.name = ""  # set by the network: the prefix of this layer's tensors among the prepared weights
+        self.zero_init = zero_init
+        self.rounds, self.scale = config.spec_iter, config.spec_norm_val
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.u: Tensor | None
+        self.register_buffer("u", torch.empty(1, shape[0]) if config.spec_norm and spec_norm else None)
+
+    def prepare(self, update_u: bool, fold: bool) -> Weights:
+        """Return this layer's tensors for a chain, by the names its `forward` looks up behind `self.name`."""
+        raise NotImplementedError
+
+    def reset(self, generator: torch.Generator | None) -> None:
+        """Initial values of the reference: N(0, 1) where normalised, Glorot uniform or zero where not."""
+        if self.u is not None:
+            self.u.normal_(generator=generator)
+            self.weight.data.normal_(std=1e-10 if self.zero_init else 1.0, generator=generator)
+        elif self.zero_init:
+            self.weight.data.zero_()
+        else:
+            nn.init.xavier_uniform_(self.weight, generator=generator)
+
+    def normalized(self, update_u: bool) -> Tensor:
+        """Return weight / sigma · spec_norm_val, differentiable in the weight but not in u and v."""
+        if self.u is None:
+            return self.weight
+        matrix = self.weight.flatten(1)  # (c_out, rest)
+        with torch.no_grad():
+            u = self.u
+            for _ in range(self.rounds):
+                v = F.normalize(u @ matrix, dim=1)  # (1, rest)
+                u = F.normalize(v @ matrix.T, dim=1)  # (1, c_out)
+            if update_u:
+                self.u.copy_(u)
+        sigma = (u @ matrix @ v.T).squeeze()
+        if self.zero_init:
+            sigma = sigma + 1e-6
+            return self.weight * (sigma.clamp(max=1.0) / sigma * self.scale)
+        return self.weight * (self.scale / sigma)
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Return the padding (before, after) of TensorFlow's SAME rule: the odd pixel goes to the end."""
+    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def fold_average_pooling(kernel: Tensor) -> Tensor:
+    """Return the 4x4 kernel that, with stride 2, equals this 3x3 `kernel` followed by 2x2 average pooling.
+
+    It is the mean of the 3x3 kernel shifted by (0, 0), (0, 1), (1, 0) and (1, 1): 2.25 times fewer multiplications.
+    """
+    return sum(F.pad(kernel, (dx, 1 - dx, dy, 1 - dy)) for dx in (0, 1) for dy in (0, 1)) / 4  # type: ignore[return-value]
+
+
+def per_channel(table: Tensor, labels: Tensor | None) -> Tensor:
+    """Return the rows of a (label_size, c) table that the labels choose, or its one row, as (N or 1, c, 1, 1)."""
+    return (table if labels is None else labels @ table)[:, :, None, None]
+
+
+class Conv(NormalizedLayer):
+    """The conditional convolution: (x + input bias) * kernel · gain, then the activation; SAME padding.
+
+    Bias and gain belong to channels, chosen by the label where the network is conditional. There is no output bias.
+    `pooled` appends 2x2 average pooling before the gain; `downsample` takes stride 1 and pools after the activation.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        config: ModelConfig,
+        *,
+        kernel_size: int = 3,
+        stride: int = 1,
+        input_bias: bool = False,
+        gain: bool = False,
+        pooled: bool = False,
+        zero_init: bool = False,
+        activation: Activation | None = None,
+    ):
+        super().__init__((c_out, c_in, kernel_size, kernel_size), config, zero_init=zero_init)
+        self.pool_after = stride == 2 and config.downsample
+        self.stride = 1 if self.pool_after else stride
+        self.pooled, self.activation = pooled, activation
+        self.conditional = config.label_size > 0
+        rows = max(config.label_size, 1)
+        self.gb = nn.Parameter(torch.zeros(rows, c_in)) if input_bias else None
+        self.g = nn.Parameter(torch.ones(rows, c_out)) if gain else None
+        self.cb = nn.Parameter(torch.zeros(c_in)) if gain and self.conditional else None
+
+    def prepare(self, update_u: bool, fold: bool) -> Weights:
+        kernel = self.normalized(update_u)
+        weights: Weights = {}
+        if self.gb is not None:
+            weights["input_bias"] = self.gb
+        if self.g is not None and self.cb is not None:
+            weights["gain"], weights["gain_bias"] = self.g, self.cb
+        elif self.g is not None:
+            kernel = kernel * self.g.view(-1, 1, 1, 1)  # an unconditional gain is part of the kernel
+        if fold and self.pooled:
+            kernel = fold_average_pooling(kernel)
+        weights["kernel"] = kernel.contiguous(memory_format=torch.channels_last)
+        return weights
+
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+        kernel = weights[f"{self.name}.kernel"]
+        if self.gb is not None:
+            x = x + per_channel(weights[f"{self.name}.input_bias"], labels)
+        if self.pooled and kernel.shape[-1] == 4:  # folded
+            x = F.conv2d(x, kernel, stride=2, padding=1)
+        else:
+            rows, columns = (same_padding(size, kernel.shape[-1], self.stride) for size in x.shape[2:])
+            if rows[0] != rows[1] or columns[0] != columns[1]:
+                x, rows, columns = F.pad(x, (*columns, *rows)), (0, 0), (0, 0)
+            x = F.conv2d(x, kernel, stride=self.stride, padding=(rows[0], columns[0]))
+            if self.pooled:
+                x = F.avg_pool2d(x, 2)
+        if self.cb is not None:
+            gain = per_channel(weights[f"{self.name}.gain"], labels)
+            x = x * (gain + weights[f"{self.name}.gain_bias"][:, None, None])
+        if self.activation is not None:
+            x = self.activation(x)
+        if self.pool_after:
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        return x
+
+
+class Dense(NormalizedLayer):
+    """A fully connected layer with bias, (N, n_in) -> (N, n_out)."""
+
+    def __init__(self, n_in: int, n_out: int, config: ModelConfig, *, spec_norm: bool, activation: Activation | None):
+        super().__init__((n_out, n_in), config, spec_norm=spec_norm)
+        self.activation = activation
+        self.b = nn.Parameter(torch.zeros(n_out))
+
+    def prepare(self, update_u: bool, fold: bool) -> Weights:
+        weights: Weights = {"kernel": self.normalized(update_u), "bias": self.b}
+        return weights
+
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+        x = F.linear(x, weights[f"{self.name}.kernel"], weights[f"{self.name}.bias"])
+        return x if self.activation is None else self.activation(x)
+
+
+class Projection(NormalizedLayer):
+    """A 1x1 convolution of the self attention, (N, c_in, H, W) -> (N, c_out, H·W)."""
+
+    def __init__(self, c_in: int, c_out: int, config: ModelConfig, *, bias: bool):
+        super().__init__((c_out, c_in, 1, 1), config)
+        self.b = nn.Parameter(torch.zeros(c_out)) if bias else None
+
+    def prepare(self, update_u: bool, fold: bool) -> Weights:
+        kernel = self.normalized(update_u)
+        return {"kernel": kernel} if self.b is None else {"kernel": kernel, "bias": self.b}
+
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+        return F.conv2d(x, weights[f"{self.name}.kernel"], weights.get(f"{self.name}.bias")).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """x + gamma · softmax(q kᵀ) v over positions, not scaled by 1/sqrt(width), as in the reference."""
+
+    def __init__(self, channels: int, key_channels: int, config: ModelConfig):
+        super().__init__()
+        self.name = ""
+        self.q = Projection(channels, key_channels, config, bias=True)
+        self.k = Projection(channels, key_channels, config, bias=True)
+        self.v = Projection(channels, channels, config, bias=False)  # its bias is in checkpoints, but never used
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def prepare(self, update_u: bool, fold: bool) -> Weights:
+        return {"gamma": self.gamma}
+
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+        query, key = self.q(weights, x, labels, dropout), self.k(weights, x, labels, dropout)
+        value = leaky_relu(self.v(weights, x, labels, dropout))  # (N, channels, H·W)
+        attention = (query.transpose(1, 2) @ key).softmax(dim=2)  # (N, H·W, H·W)
+        return x + weights[f"{self.name}.gamma"] * (value @ attention.transpose(1, 2)).view_as(x)
+
+
+class ResidualBlock(nn.Module):
+    """act(pool(conv(act(dropout(conv(x)))) + skip(x))): the one residual block; a 3x3 skip where channels change."""
+
+    def __init__(
+        self, c_in: int, c_out: int, config: ModelConfig, *, down: bool, activation: Activation, dropout: bool
+    ):
+        super().__init__()
+        self.activation, self.down, self.has_dropout = activation, down, dropout
+        self.c1 = Conv(c_in, c_out, config, input_bias=True)
+        self.c2 = Conv(c_out, c_out, config, input_bias=True, gain=True, pooled=down, zero_init=True)
+        self.adaptive = Conv(c_in, c_out, config, pooled=down) if c_in != c_out else None
+
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+        h = self.c1(weights, x, labels, dropout)
+        if self.has_dropout and dropout is not None:
+            h = h * (2 * torch.empty_like(h).bernoulli_(0.5, generator=dropout))
+        h = self.c2(weights, self.activation(h), labels, dropout)
+        if self.adaptive is not None:
+            x = self.adaptive(weights, x, labels, dropout)
+        elif self.down:
+            x = F.avg_pool2d(x, 2)
+        return self.activation(h + x)
+
+
+class LabelPlanes(nn.Module):
+    """Append the label, divided by 10, as constant input planes: how MnistNet is conditioned."""
+
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+        assert labels is not None, "a conditional network checks its labels before its first stage"
+        planes = (labels / 10)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        return torch.cat([x, planes], dim=1)
+
+
+class Flatten(nn.Module):
+    """(N, C, H, W) -> (N, H·W·C): in the order of the reference's NHWC tensors, free of copies in channels-last."""
+
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
+class GlobalSum(nn.Module):
+    """(N, C, H, W) -> (N, C): the activation, then the sum over all positions."""
+
+    def __init__(self, activation: Activation):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+        return self.activation(x).sum(dim=(2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks: name -> stages
+
+
+def mnist_net(config: ModelConfig) -> dict[str, nn.Module]:
+    width = config.num_filters
+    activation = F.silu if config.swish_act else leaky_relu
+    stages: dict[str, nn.Module] = {"labels": LabelPlanes()} if config.label_size else {}
+    stages["c1_pre"] = Conv(config.image_shape[0] + config.label_size, 64, config, activation=activation)
+    for name, c_in, c_out in (("c1", 64, width), ("c2", width, 2 * width), ("c3", 2 * width, 4 * width)):
+        stages[name] = Conv(c_in, c_out, config, kernel_size=4, stride=2, activation=activation)
+    return stages | dense_head(4 * width, 2 * width, 3, config, activation)
+
+
+def dsprites_net(config: ModelConfig) -> dict[str, nn.Module]:
+    width = config.num_filters
+    activation = F.silu if config.swish_act else leaky_relu
+    stages: dict[str, nn.Module] = {"c1_pre": Conv(config.image_shape[0], 32, config, activation=activation)}
+    widths = {"c1": (32, width), "c2": (width, 2 * width), "c3": (2 * width, 2 * width), "c4": (2 * width, 2 * width)}
+    for name, (c_in, c_out) in widths.items():
+        stages[name] = Conv(
+            c_in, c_out, config, kernel_size=4, stride=2, input_bias=True, gain=name == "c3", activation=activation
+        )
+    return stages | dense_head(2 * width, 2 * width, 4, config, activation)
+
+
+def dense_head(
+    channels: int, width: int, halvings: int, config: ModelConfig, activation: Activation
+) -> dict[str, nn.Module]:
+    """Flatten what is left after `halvings` stride-2 convolutions, one hidden layer, one number."""
+    positions = math.prod(math.ceil(size / 2**halvings) for size in config.image_shape[1:])
+    return {
+        "flatten": Flatten(),
+        "fc_dense": Dense(positions * channels, width, config, spec_norm=True, activation=activation),
+        "fc5": Dense(width, 1, config, spec_norm=False, activation=None),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNet:
+    """A residual network as a table: blocks "name:width", in units of num_filters, "↓" where a block halves the image.
+
+    attention: (after this block, width of its channels and of its keys in units of num_filters); it takes the place of
+    the block named in `replaces`, if any.
+    """
+
+    blocks: str
+    attention: tuple[str, float, float]
+    replaces: str = ""
+    stem: int = 0  # channels of the first convolution, 0: num_filters
+    swish: bool = False  # honours swish_act
+    conditional_leaky_head: bool = False
+    dropout: bool = False
+
+    def stages(self, config: ModelConfig) -> dict[str, nn.Module]:
+        swish = self.swish and config.swish_act
+        activation = F.silu if swish else leaky_relu
+        width, channels = config.num_filters, self.stem or config.num_filters
+        stages: dict[str, nn.Module] = {}
+        stages["c1_pre"] = Conv(config.image_shape[0], channels, config, activation=activation)
+        for block in self.blocks.split():
+            name, multiple = block.rstrip("↓").split(":")
+            c_out = int(multiple) * width
+            if not (config.use_attention and name == self.replaces):
+                # The reference's first block is leaky even with swish_act: published weights depend on it.
+                act = leaky_relu if name == "res_optim" else activation
+                down = block.endswith("↓")
+                stages[name] = ResidualBlock(channels, c_out, config, down=down, activation=act, dropout=self.dropout)
+            if config.use_attention and name == self.attention[0]:
+                stages["atten"] = SelfAttention(int(self.attention[1] * width), int(self.attention[2] * width), config)
+            channels = c_out
+        leaky_head = self.conditional_leaky_head and config.label_size > 0
+        stages["sum"] = GlobalSum(F.silu if swish else leaky_relu if leaky_head else F.relu)
+        stages["fc5"] = Dense(channels, 1, config, spec_norm=False, activation=None)
+        return stages
+
+
+NETWORKS: dict[str, Callable[[ModelConfig], dict[str, nn.Module]]] = {
+    "MnistNet": mnist_net,
+    "DspritesNet": dsprites_net,
+    "ResNet32": ResNet(
+        "res_optim:1↓ res_1:1 res_2:2↓ res_3:2 res_4:2↓ res_5:2", attention=("res_3", 2, 0.5), replaces="res_3"
+    ).stages,
+    "ResNet32Large": ResNet(
+        "res_optim:1↓ res_1:1 res_2:1 res_3:2↓ res_4:2 res_5:2 res_6:4↓ res_7:4 res_8:4",
+        attention=("res_4", 2, 1),
+        replaces="res_4",
+        conditional_leaky_head=True,
+        dropout=True,
+    ).stages,
+    "ResNet32Larger": ResNet(
+        "res_optim:1↓ res_1:1 res_2:1 res_2a:1 res_2b:1 res_3:2↓ res_4:2 res_5:2 res_5a:2 res_5b:2 "
+        "res_6:4↓ res_7:4 res_8:4 res_8a:4 res_8b:4",
+        attention=("res_4", 2, 0.5),
+        replaces="res_4",
+        conditional_leaky_head=True,
+    ).stages,
+    "ResNet32Wider": ResNet(
+        "res_optim:1↓ res_1:1 res_2:1 res_3:2↓ res_4:2 res_5:2 res_6:4↓ res_7:4 res_8:4",
+        attention=("res_1", 1, 0.5),
+        replaces="res_1",
+        stem=128,
+        swish=True,
+    ).stages,
+    "ResNet128": ResNet(
+        "res_optim:1↓ res_3:2↓ res_5:4↓ res_7:8↓ res_9:8↓ res_10:8",
+        attention=("res_optim", 1, 0.5),
+        stem=64,
+        swish=True,
+    ).stages,
+}
+
+
+class EnergyNetwork(nn.Module):
+    """An energy over images: a list of stages, evaluated with weights that were prepared before."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.stages = nn.ModuleDict(NETWORKS[config.network](config))
+        for name, module in self.stages.named_modules():
+            if isinstance(module, NormalizedLayer | SelfAttention):
+                module.name = name
+
+    def prepare(self, *, update_u: bool = False, fold: bool = True) -> Weights:
+        """Return the weights a chain or a loss evaluates with: normalised once, differentiable in the parameters.
+
+        update_u: write the power iteration's `u` back, as the reference does once per training iteration.
+        fold: merge average pooling into the kernels before it (exact up to rounding).
+        """
+        prepared: Weights = {}
+        for module in self.modules():
+            if isinstance(module, NormalizedLayer | SelfAttention):
+                prepared |= {f"{module.name}.{leaf}": tensor for leaf, tensor in module.prepare(update_u, fold).items()}
+        return prepared
+
+    def energy(
+        self, weights: Weights, images: Tensor, labels: Tensor | None = None, dropout: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the energies (N,) of images (N, C, H, W) under labels (N, label_size), a pure function of `weights`.
+
+        dropout: where the network has dropout, its generator; None (evaluation) leaves it out.
+        Raises ValueError for labels or images of another shape than the network's.
+        """
+        label_size = self.config.label_size
+        if tuple(images.shape[1:]) != self.config.image_shape:
+            raise ValueError(f"images of shape {tuple(images.shape[1:])}, the network takes {self.config.image_shape}")
+        if label_size and (labels is None or labels.shape != (len(images), label_size)):
+            given = None if labels is None else tuple(labels.shape)
+            raise ValueError(f"labels of shape {given}, the network takes {(len(images), label_size)}")
+        x = images
+        for stage in self.stages.values():
+            if x.dim() == 4:  # a single channel leaves the layout open: fix it, or every convolution converts
+                x = x.contiguous(memory_format=torch.channels_last)
+            x = stage(weights, x, labels if label_size else None, dropout)
+        return x.squeeze(1)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.energy(self.prepare(), images, labels)
+
+
+def build_model(config: ModelConfig, generator: torch.Generator | None = None) -> EnergyNetwork:
+    """Build a network of the registry with the reference's initial values, drawn from `generator`."""
+    model = EnergyNetwork(config)
+    for module in model.modules():
+        if isinstance(module, NormalizedLayer):
+            module.reset(generator)
+    return model
+
+
+def detach(weights: Weights) -> Weights:
+    """Return prepared weights without their history: what a chain needs that takes gradients to images only."""
+    return {name: tensor.detach() for name, tensor in weights.items()}
+
+
+def spectral_norm_once(model: EnergyNetwork) -> Weights:
+    """Return the frozen prepared weights of a model for a whole chain, `model.energy(weights, images, labels)`.
+
+    One power iteration from the stored `u`, which stays as it is, as in the reference's evaluation scripts.
+    """
+    with torch.no_grad():
+        return detach(model.prepare())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The names and layouts of TF1 checkpoints
+
+
+def tf_name(name: str) -> str:
+    """Return the TF1 variable of a state name: "stages.res_1.c1.weight" -> "context_0/res_1_res_c1/cweight"."""
+    stage, *child, leaf = name.removeprefix("stages.").split(".")
+    if stage == "atten" and child:
+        leaf = f"atten_{child[0]}" + {"weight": "weight", "u": "_u", "b": "_b1"}[leaf]
+    elif leaf in ("weight", "u"):
+        kind = "w" if stage.startswith("fc") else "c"
+        leaf = f"{kind}weight" if leaf == "weight" else f"{kind}_u"
+    scope = f"{stage}_res_{child[0]}" if child and stage != "atten" else stage
+    return f"context_0/{scope}/{leaf}"
+
+
+def from_tf_layout(name: str, array: np.ndarray, shape: torch.Size) -> Tensor:
+    """Return a TF1 array (HWIO kernels, (in, out) matrices, plain vectors) in the layout and shape of state `name`."""
+    if name.endswith(".weight"):
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.transpose()
+    elif array.ndim == 1 and len(shape) == 2 and shape[0] == 1:
+        array = array[None]  # unconditional tables are vectors there, and so are those of a one-dimensional label
+    if array.shape != tuple(shape):
+        raise UsageError(f"{tf_name(name)} has shape {array.shape}, the network's {name} has {tuple(shape)}")
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def load_tf_variables(model: EnergyNetwork, variables: Mapping[str, np.ndarray]) -> list[str]:
+    """Load TF1 variables into a model; return the names of those the network has no use for.
+
+    Raises UsageError where a variable that the network needs is missing or of another shape.
+    """
+    state = model.state_dict()
+    missing = [tf_name(name) for name in state if tf_name(name) not in variables]
+    if missing:
+        raise UsageError(f"the checkpoint lacks {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}")
+    model.load_state_dict({k: from_tf_layout(k, variables[tf_name(k)], v.shape) for k, v in state.items()})
+    used = {tf_name(name) for name in state}
+    return sorted(set(variables) - used)
