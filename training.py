@@ -1,14 +1,170 @@
-"""What one training step is made of: the objectives and the reference's optimizer."""
+"""The training of an energy model: Langevin negatives from a replay buffer, one Adam step (paper, algorithm 1)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import data
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import models
+from optimizer import ClippedAdam
+from sampling import hmc, input_gradient, langevin
+from utils import ReplayBuffer
+
 OBJECTIVES = ("cd", "logsumexp", "softplus")
+REPLAY_SIZE = 10_000  # images a buffer holds
+REPLAY_RATE = 0.95  # share of the chains that start from the buffer
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to train: each field is the flag of train.py with the same name, explained in its --help."""
+
+    batch_size: int = 256
+    single: bool = False
+    augment: bool = False
+    mixup: bool = False
+    cutout: bool = False
+    cutout_inside: bool = False
+    cutout_prob: float = 1.0
+    cutout_mask_size: int = 16
+    rescale: float = 1.0
+    datasource: str = "random"
+    num_steps: int = 20
+    step_lr: float = 1.0
+    noise_scale: float = 1.0
+    proj_norm: float = 0.0
+    proj_norm_type: str = "li"
+    replay_batch: bool = False
+    pcd: bool = False
+    hmc: bool = False
+    objective: str = "cd"
+    zero_kl: bool = False
+    ml_coeff: float = 1.0
+    l2_coeff: float = 1.0
+    temperature: float = 1.0
+    model_cclass: bool = False
+    spec_eval: bool = False
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of a Langevin step's noise, in units of the images."""
+        return 0.005 * self.rescale * self.noise_scale
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The range of the images."""
+        return 0.0, self.rescale
+
+
+@dataclasses.dataclass
+class State:
+    """One worker's part of a run: all that changes from iteration to iteration."""
+
+    model: models.EnergyNetwork
+    optimizer: ClippedAdam
+    buffer: ReplayBuffer
+    batches: data.Batches
+    generator: torch.Generator
+    previous: Tensor | None = None  # the last end points, where --pcd starts from them
+    iteration: int = 0
+
+    def shared(self) -> dict[str, Any]:
+        """What is the same on every worker, as tensors and plain values."""
+        return {
+            "config": dataclasses.asdict(self.model.config),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state_dict(),
+            "iteration": self.iteration,
+        }
+
+    def own(self) -> dict[str, Any]:
+        """What this worker alone has: its chains and generators."""
+        return {
+            "buffer": self.buffer.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch_generator": torch.get_rng_state(),  # dropout draws from torch's own generators
+            "cuda_generator": torch.cuda.get_rng_state() if self.generator.device.type == "cuda" else None,
+            "previous": self.previous,
+        }
+
+    def load_shared(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.load_state_dict(state["batches"])
+        self.iteration = state["iteration"]
+
+    def load_own(self, state: dict[str, Any]) -> None:
+        self.buffer.load_state_dict(state["buffer"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_generator"])
+        if state["cuda_generator"] is not None and self.generator.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_generator"])
+        previous = state["previous"]
+        self.previous = None if previous is None else previous.to(self.buffer.images.device)
+
+
+class Step(NamedTuple):
+    """What one iteration saw, on the device: nothing here was read back."""
+
+    images: Tensor  # x⁺ (N, C, H, W)
+    start: Tensor  # x⁰
+    samples: Tensor  # xᴷ
+    labels: Tensor | None  # (N, label_size)
+    frozen: models.Weights
+    e_pos: Tensor  # (N,)
+    e_neg: Tensor  # (N,)
+    loss_ml: Tensor
+    loss_kl: Tensor
+    loss: Tensor
+    label_entropy: Tensor | None
+
+
+def train_step(state: State, options: Options, images: Tensor, labels: Tensor | None, average: Callable) -> Step:
+    """Make one training iteration on images (N, C, H, W) and labels (N, label_size) or None.
+
+    average() makes the gradients of all workers their mean.
+    """
+    # The weights are normalised once: the chain, the loss and the update all see the same ones.
+    weights = state.model.prepare(update_u=not options.spec_eval)
+    frozen = models.detach(weights)
+
+    # Negatives: chains from noise or from the replay buffer, down the energy. With the KL term the gradient flows
+    # back through the whole chain into the weights that made it.
+    def energy_with(chain_weights: models.Weights) -> Callable[[Tensor], Tensor]:
+        return lambda x: options.temperature * state.model.energy(chain_weights, x, labels)
+
+    start = chain_start(state, options, images)
+    samples = run_chain(energy_with(frozen if options.zero_kl else weights), start, options, state.generator)
+    remember(state, options, samples.detach())
+
+    # Loss: energy down on data, up on negatives; the KL term moves the chain's end points down the frozen energy.
+    positive_labels, label_entropy = labels, None
+    if options.model_cclass:
+        positive_labels, label_entropy = infer_labels(state.model, frozen, images, state.generator)
+    e_pos = options.temperature * state.model.energy(weights, images, positive_labels)
+    e_neg = energy_with(weights)(samples.detach())
+    loss_ml, regulariser = contrastive_loss(
+        e_pos, e_neg, objective=options.objective, ml_coeff=options.ml_coeff, l2_coeff=options.l2_coeff
+    )
+    loss_kl = loss_ml.new_zeros(()) if options.zero_kl else state.model.energy(frozen, samples, labels).mean()
+    loss = loss_ml + regulariser + loss_kl
+
+    # Update
+    state.optimizer.zero_grad()
+    loss.backward()
+    average()
+    state.optimizer.step()
+    state.iteration += 1
+    detached = (t.detach() for t in (samples, e_pos, e_neg, loss_ml, loss_kl, loss))
+    samples, e_pos, e_neg, loss_ml, loss_kl, loss = detached
+    return Step(images, start, samples, labels, frozen, e_pos, e_neg, loss_ml, loss_kl, loss, label_entropy)
 
 
 def contrastive_loss(
@@ -32,47 +188,124 @@ def contrastive_loss(
     return ml_coeff * likelihood, l2_coeff * (e_pos.square().mean() + e_neg.square().mean())
 
 
-class ClippedAdam(torch.optim.Optimizer):
-    """Adam as TensorFlow 1 has it, each gradient first clipped by its own history.
+def noise_images(shape: tuple[int, ...], generator: torch.Generator, *, network: str, rescale: float = 1.0) -> Tensor:
+    """Return images of noise to start chains from: uniform in [0, rescale], for sprites 0.5 + 0.5·N(0, 1)."""
+    if network == "DspritesNet":
+        return 0.5 + 0.5 * torch.randn(shape, generator=generator, device=generator.device)
+    return rescale * torch.rand(shape, generator=generator, device=generator.device)
 
-    A gradient is clipped elementwise to ±(3·sqrt(v/(1 − β2ᵗ)) + 0.1), v the second moment before this step. The step
-    is p −= lr·sqrt(1 − β2ᵗ)/(1 − β1ᵗ) · m/(sqrt(v) + eps), with eps outside the bias correction ("epsilon hat").
-    """
 
-    def __init__(
-        self,
-        parameters: Iterable[torch.nn.Parameter],
-        lr: float = 3e-4,
-        betas: tuple[float, float] = (0.0, 0.999),
-        eps: float = 1e-8,
-    ):
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = {"m": torch.zeros_like(parameter), "v": torch.zeros_like(parameter)}
-            group.setdefault("t", 0)
+def chain_start(state: State, options: Options, images: Tensor) -> Tensor:
+    """Return where this iteration's chains start, shaped like the batch of data."""
+    generator = state.generator
+    if options.pcd and state.previous is not None:
+        return state.previous
+    if options.datasource == "random":
+        network = state.model.config.network
+        start = noise_images(tuple(images.shape), generator, network=network, rescale=options.rescale)
+    else:
+        start = images + 0.3 * torch.randn(images.shape, generator=generator, device=images.device)
+    if options.replay_batch and len(state.buffer) > len(images):
+        stored = state.buffer.sample(len(images), generator, options.rescale)
+        replayed = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < REPLAY_RATE
+        start = torch.where(replayed, stored, start)
+    return start
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            group["t"] += 1
-            (beta1, beta2), t = group["betas"], group["t"]
-            rate = group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
-            parameters = [p for p in group["params"] if p.grad is not None]
-            gradients = [p.grad for p in parameters]
-            first, second = ([self.state[p][key] for p in parameters] for key in ("m", "v"))
 
-            bound = torch._foreach_sqrt(torch._foreach_div(second, 1 - beta2**t))
-            torch._foreach_mul_(bound, 3.0)
-            torch._foreach_add_(bound, 0.1)
-            clipped = torch._foreach_minimum(gradients, bound)
-            torch._foreach_neg_(bound)
-            torch._foreach_maximum_(clipped, bound)
+def run_chain(energy: Callable[[Tensor], Tensor], x: Tensor, options: Options, generator: torch.Generator) -> Tensor:
+    """Return the end points of the chains that training uses: Langevin steps, or noise and HMC moves."""
+    if options.hmc:
+        for _ in range(options.num_steps):
+            x = x + options.noise_std * torch.randn(x.shape, generator=generator, device=x.device)
+            x = hmc(energy, x, step_size=15.0, num_steps=10, generator=generator)[0].clamp(*options.bounds)
+        return x
+    return langevin(
+        energy,
+        x,
+        num_steps=options.num_steps,
+        step_lr=options.step_lr * options.rescale,
+        noise_std=options.noise_std,
+        proj_norm=options.proj_norm,
+        proj_norm_type=options.proj_norm_type,
+        bounds=options.bounds,
+        generator=generator,
+        differentiable=not options.zero_kl,
+    )
 
-            torch._foreach_lerp_(first, clipped, 1 - beta1)
-            torch._foreach_mul_(second, beta2)
-            torch._foreach_addcmul_(second, clipped, clipped, 1 - beta2)
-            denominator = torch._foreach_sqrt(second)
-            torch._foreach_add_(denominator, group["eps"])
-            torch._foreach_addcdiv_(parameters, first, denominator, -rate)
+
+def remember(state: State, options: Options, samples: Tensor) -> None:
+    """Keep the end points for the chains of later iterations."""
+    if options.replay_batch:
+        state.buffer.push(samples, options.rescale)
+    if options.pcd:
+        state.previous = samples
+
+
+def infer_labels(
+    model: models.EnergyNetwork, weights: models.Weights, images: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Sample a class per image from softmax(−E); return one-hot labels (N, classes) and the mean entropy in nats."""
+    with torch.no_grad():
+        log_p = class_logits(lambda x, y: model.energy(weights, x, y), images, model.config.label_size).log_softmax(1)
+        uniform = torch.rand(log_p.shape, generator=generator, device=log_p.device)
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        labels = F.one_hot((log_p + gumbel).argmax(1), log_p.shape[1]).to(images.dtype)
+        return labels, -(log_p.exp() * log_p).sum(1).mean()
+
+
+def class_logits(energy: Callable[[Tensor, Tensor], Tensor], images: Tensor, classes: int) -> Tensor:
+    """Return −E(x, y) of every image under every class, (N, classes)."""
+    n = len(images)
+    labels = torch.eye(classes, device=images.device, dtype=images.dtype).repeat(n, 1)
+    return -energy(images.repeat_interleave(classes, 0), labels).view(n, classes)
+
+
+def next_batch(state: State, options: Options, dataset: data.Dataset) -> tuple[Tensor, Tensor | None]:
+    """Return the next images (N, C, H, W) in [0, rescale] and labels (N, label_size) or None."""
+    index = state.batches.next()
+    if options.single:
+        index = torch.zeros_like(index)
+    images, labels = dataset.batch(index, state.generator, options.rescale)
+    if options.augment:
+        images = data.augment(images, state.generator)
+    if options.cutout:
+        images = data.cutout(
+            images,
+            state.generator,
+            probability=options.cutout_prob,
+            size=options.cutout_mask_size,
+            inside=options.cutout_inside,
+        )
+    if options.mixup:
+        images = data.mixup(images, state.generator)
+    return images, labels if state.model.config.label_size else None
+
+
+def statistics(state: State, options: Options, step: Step) -> dict[str, float]:
+    """Return the figures of an iteration under the reference's names; this reads values back from the device."""
+
+    def energy(x: Tensor) -> Tensor:
+        return options.temperature * state.model.energy(step.frozen, x, step.labels)
+
+    figures = {
+        "e_pos": step.e_pos.mean(),
+        "e_pos_std": step.e_pos.std(correction=0),
+        "e_neg": step.e_neg.mean(),
+        "e_neg_std": step.e_neg.std(correction=0),
+        "e_diff": step.e_pos.mean() - step.e_neg.mean(),
+        "loss_e": step.loss_kl,
+        "loss_ml": step.loss_ml,
+        "loss_total": step.loss,
+        "x_grad": input_gradient(energy, step.samples).abs().mean(),
+        "x_grad_first": input_gradient(energy, step.start).abs().mean(),
+        "x_off": (step.samples - step.images).abs().mean(),
+    }
+    if step.label_entropy is not None:
+        figures["label_ent"] = step.label_entropy
+    if "atten.gamma" in step.frozen:
+        figures["gamma"] = step.frozen["atten.gamma"].squeeze()
+    for name, parameter in state.model.named_parameters():
+        if parameter.grad is not None:
+            figures[f"max_grad/{models.tf_name(name).removeprefix('context_0/')}"] = parameter.grad.abs().max()
+    values = torch.stack(list(figures.values())).tolist()  # one transfer
+    return dict(zip(figures, values, strict=True)) | {"temp": float(options.temperature)}

@@ -1,0 +1,31 @@
+# make demo: train on the digits of scikit-learn and show samples.   make test: all tests.   Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint horovod clean
+
+demo: .venv/installed
+	$(BIN)/python train.py --preset=demo
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy .
+
+horovod: .venv/installed
+	PYTHON=$(BIN)/python scripts/install_horovod.sh
+
+.venv/installed: requirements.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv build .pytest_cache .ruff_cache .mypy_cache

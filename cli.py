@@ -1,0 +1,91 @@
+"""The command line of every script: flags in groups, `--help` worth reading, mistakes answered in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import flags
+
+from errors import UsageError
+
+FLAGS = flags.FLAGS
+_groups: dict[str, list[str]] = {}
+
+
+@contextlib.contextmanager
+def group(title: str) -> Iterator[None]:
+    """List the flags defined inside under this title in `--help`, in the order they were defined."""
+    before = set(FLAGS)
+    yield
+    _groups[title] = [name for name in FLAGS if name not in before]
+
+
+def help_text(usage: str) -> str:
+    """Return the script's own words followed by its flags, a paragraph per group."""
+    lines = [usage.strip()]
+    for title, names in _groups.items():
+        lines += ["", f"{title}:"]
+        for name in names:
+            flag = FLAGS[name]
+            values = "|".join(getattr(flag.parser, "enum_values", [])) or flag.flag_type().upper()
+            shown = f"--[no]{name}" if flag.boolean else f"--{name}={values}"
+            words = (flag.help or "").split(">: ")[-1]  # absl puts the values of an enumeration before
+            text = f"{shown:<26} {words} [{flag.default}]"
+            lines += textwrap.wrap(text, 118, initial_indent="  ", subsequent_indent=" " * 29)
+    return "\n".join(lines)
+
+
+def values() -> dict[str, object]:
+    """Return the values of all flags of the script, plain and in order."""
+    return {name: FLAGS[name].value for names in _groups.values() for name in names}
+
+
+def with_dashes(words: Sequence[str]) -> list[str]:
+    """Return the words with `step_lr=10.0` read as `--step_lr=10.0`, as the published commands mean it.
+
+    Raises UsageError for a word that is no flag at all.
+    """
+    result = []
+    for word in words:
+        name = word.split("=")[0]
+        if word.startswith("-"):
+            result.append(word)
+        elif "=" in word and name in FLAGS:
+            print(f"note: {word} has no dashes; it is read as --{word}")
+            result.append(f"--{word}")
+        else:
+            near = difflib.get_close_matches(name, list(FLAGS), 1)
+            raise UsageError(f"unexpected word {word!r}" + (f", did you mean --{near[0]}?" if near else "; see --help"))
+    return result
+
+
+def parse(argv: Sequence[str], usage: str) -> None:
+    """Parse the command line into FLAGS; print the help and leave where it is asked for.
+
+    Raises UsageError, in one line, for an unknown flag, a stray word or a value out of its range.
+    """
+    if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
+        print(help_text(usage))
+        sys.exit(0)
+    try:
+        FLAGS([argv[0], *with_dashes(argv[1:])])
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, list(FLAGS), 1)
+        remedy = f"did you mean --{near[0]}?" if near else "see --help"
+        raise UsageError(f"unknown flag --{error.flagname}; {remedy}") from None
+    except flags.Error as error:
+        raise UsageError(" ".join(str(error).split())) from None
+
+
+def run(main: Callable[[], None], usage: str) -> None:
+    """Run a script: parse its flags, call `main`, answer a user's mistake with one line and exit status 2."""
+    try:
+        parse(sys.argv, usage)
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

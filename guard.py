@@ -1,0 +1,71 @@
+"""The divergence guard: sees an energy model blow up, and knows the last states before it did."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+
+from training import State, Step
+
+CHECK_INTERVAL = 10  # iterations
+SNAPSHOT_INTERVAL = 200  # iterations
+SNAPSHOTS = 3  # states kept in memory; every rollback in a row goes back one further
+
+
+@dataclasses.dataclass
+class DivergenceGuard:
+    """Watches a run without changing it: it reads figures, draws nothing and writes nothing to the state.
+
+    A non-finite figure counts at once, the others only when `patience` checks in a row find them: energies beyond
+    max_energy, a gap e_pos − e_neg beyond max_gap, or chains stuck at the bounds where the data is not.
+    """
+
+    max_energy: float = 1e4
+    max_gap: float = 1e2
+    max_saturated: float = 0.99
+    patience: int = 3
+    suspicious: int = 0
+    snapshots: list[dict] = dataclasses.field(default_factory=list)
+
+    def cause(self, state: State, step: Step, bounds: tuple[float, float]) -> str | None:
+        """Return in words what has gone wrong with this iteration, None while nothing has."""
+        sample, image = step.samples, step.images
+        margin = (bounds[1] - bounds[0]) / 256
+        figures = {
+            "e_pos": step.e_pos.mean(),
+            "e_neg": step.e_neg.mean(),
+            "loss": step.loss,
+            "weights": torch.stack(torch._foreach_norm(list(state.model.parameters()))).norm(),
+            "saturated": ((sample <= bounds[0]) | (sample >= bounds[1])).float().mean(),
+            "saturated_data": ((image <= bounds[0] + margin) | (image >= bounds[1] - margin)).float().mean(),
+        }
+        values = dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))  # one transfer
+        for name in ("weights", "e_pos", "e_neg", "loss"):
+            if not abs(values[name]) < float("inf"):
+                return f"{name} not finite"
+        found = None
+        gap = values["e_pos"] - values["e_neg"]
+        if max(abs(values["e_pos"]), abs(values["e_neg"])) > self.max_energy:
+            found = f"energies of {values['e_pos']:.3g} (data) and {values['e_neg']:.3g} (samples)"
+        elif abs(gap) > self.max_gap:
+            found = f"a gap e_pos − e_neg of {gap:.3g}"
+        elif values["saturated"] > self.max_saturated > values["saturated_data"]:
+            found = f"{values['saturated']:.1%} of the samples' pixels at the bounds"
+        self.suspicious = self.suspicious + 1 if found else 0
+        return found if self.suspicious >= self.patience else None
+
+    def remember(self, state: State) -> None:
+        """Keep a copy of a healthy state; one found suspicious is not kept."""
+        if not self.suspicious:
+            self.snapshots = [*self.snapshots, copy.deepcopy({"shared": state.shared(), "own": state.own()})]
+            self.snapshots = self.snapshots[-SNAPSHOTS:]
+
+    def roll_back(self, state: State) -> None:
+        """Return to the newest snapshot and forget it, unless it is the only one."""
+        snapshot = self.snapshots[-1]
+        self.snapshots = self.snapshots[:-1] or self.snapshots
+        state.load_shared(copy.deepcopy(snapshot["shared"]))
+        state.load_own(copy.deepcopy(snapshot["own"]))
+        self.suspicious = 0

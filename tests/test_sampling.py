@@ -1,0 +1,117 @@
+"""Chains with known answers: quadratic energies in closed form, Gaussians, and the gradient through a whole chain."""
+
+import math
+
+import pytest
+import torch
+
+import sampling
+
+
+def quadratic(curvature):
+    return lambda x: 0.5 * curvature * x.square().flatten(1).sum(1)
+
+
+def test_noise_free_langevin_on_a_quadratic():
+    """Breaks when a step is not x − step_lr·gradient: (1 − step_lr·a)^K shrinks the start exactly."""
+    x = torch.full((3, 2), 0.8, dtype=torch.float64)
+    end = sampling.langevin(quadratic(2.0), x, num_steps=5, step_lr=0.1, noise_std=0.0)
+    torch.testing.assert_close(end, x * 0.8**5)
+
+
+def test_gradient_is_taken_at_the_noised_point():
+    """Breaks when the noise comes after the gradient: one step of rate 1 / a lands exactly on 0 only behind it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 3, dtype=torch.float64)
+    end = sampling.langevin(
+        quadratic(4.0), x, num_steps=1, step_lr=0.25, noise_std=0.3, bounds=(-9, 9), generator=generator
+    )
+    torch.testing.assert_close(end, torch.zeros_like(x))
+
+
+def test_bounds_and_elementwise_clip():
+    """Breaks when images leave their range or proj_norm does not bound each element's gradient."""
+    x = torch.tensor([[0.5, 0.5]])
+    steep = lambda x: (torch.tensor([[100.0, -100.0]]) * x).sum(1)  # noqa: E731
+    assert sampling.langevin(steep, x, num_steps=1, step_lr=1.0, noise_std=0.0).tolist() == [[0.0, 1.0]]
+    clipped = sampling.langevin(steep, x, num_steps=1, step_lr=1.0, noise_std=0.0, proj_norm=0.25)
+    assert clipped.tolist() == [[0.25, 0.75]]
+
+
+def test_l2_clip_is_over_the_whole_tensor():
+    """Breaks when the L2 clip works per image, or lengthens a short gradient."""
+    gradient = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    torch.testing.assert_close(sampling.clip_gradient(gradient, 1.0, "l2"), gradient / 5)
+    assert torch.equal(sampling.clip_gradient(gradient, 10.0, "l2"), gradient)
+    with pytest.raises(ValueError, match="proj_norm_type"):
+        sampling.clip_gradient(gradient, 1.0, "l1")
+
+
+def test_stationary_distribution():
+    """Breaks when noise or step size are off: the chain's variance is sigma² / (1 − (1 − step·a)²) for a quadratic."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(20000, 1)
+    end = sampling.langevin(
+        quadratic(1.0), x, num_steps=60, step_lr=0.1, noise_std=0.2, bounds=(-9, 9), generator=generator
+    )
+    # y = x + noise, then x' = (1 − 0.1)·y: the noise, too, is shrunk once.
+    expected = 0.2**2 * 0.9**2 / (1 - 0.9**2)
+    assert end.var().item() == pytest.approx(expected, rel=0.05)
+
+
+def test_same_generator_same_images_and_global_state_untouched():
+    """Breaks when a chain draws from torch's global generator."""
+    state = torch.get_rng_state()
+    runs = [
+        sampling.langevin(
+            quadratic(1.0),
+            torch.full((2, 3), 0.5),
+            num_steps=3,
+            step_lr=0.1,
+            generator=torch.Generator().manual_seed(1),
+        )
+        for _ in range(2)
+    ]
+    assert torch.equal(*runs)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_gradient_through_the_chain():
+    """Breaks when recomputation changes the gradient of x_K = x_0 (1 − step·a)^K with respect to a."""
+    a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    x = torch.full((1, 1), 0.9, dtype=torch.float64)
+    end = sampling.langevin(quadratic(a), x, num_steps=6, step_lr=0.1, noise_std=0.0, differentiable=True)
+    (gradient,) = torch.autograd.grad(end.sum(), a)
+    assert gradient.item() == pytest.approx(-0.1 * 6 * 0.9 * 0.8**5)
+
+
+def test_frozen_chain_leaves_weights_alone():
+    """Breaks when an ordinary chain keeps a graph or fills in gradients of weights."""
+    a = torch.tensor(2.0, requires_grad=True)
+    end = sampling.langevin(quadratic(a), torch.rand(2, 2), num_steps=2, step_lr=0.1)
+    assert not end.requires_grad and a.grad is None
+
+
+def test_hmc_samples_a_gaussian():
+    """Breaks when the Metropolis test uses the wrong sign: variance 1/a, acceptance near the known rate."""
+    generator = torch.Generator().manual_seed(0)
+    x, rates = torch.zeros(8000, 1), []
+    for _ in range(30):
+        x, accepted = sampling.hmc(quadratic(4.0), x, step_size=0.3, num_steps=2, generator=generator)
+        rates.append(accepted.float().mean().item())
+    assert x.var().item() == pytest.approx(0.25, rel=0.06)
+    assert 0.8 < sum(rates) / len(rates) < 1.0
+
+
+def test_leapfrog_conserves_energy_to_second_order():
+    """Breaks when a half step is missing: halving the step then no longer quarters the drift."""
+    x, v = torch.tensor([[1.0]], dtype=torch.float64), torch.tensor([[0.3]], dtype=torch.float64)
+    before = sampling.hamiltonian(quadratic(1.0), x, v)
+    drift = []
+    for halvings in (0, 1):
+        step, count = 0.2 / 2**halvings, 10 * 2**halvings
+        after = sampling.hamiltonian(
+            quadratic(1.0), *sampling.leapfrog(quadratic(1.0), x, v, step_size=step, num_steps=count - 1)
+        )
+        drift.append((after - before).abs().item())
+    assert math.log2(drift[0] / drift[1]) == pytest.approx(2, abs=0.2)

@@ -1,0 +1,168 @@
+"""Objectives in closed form, the replay buffer, where chains start, and one training step of every kind."""
+
+import math
+
+import pytest
+import torch
+
+import data
+import models
+import training
+from optimizer import ClippedAdam
+from training import Options, contrastive_loss
+from utils import ReplayBuffer
+
+SHAPE = (1, 28, 28)
+
+
+def make_state(label_size=3, **config):
+    model = models.build_model(
+        models.ModelConfig("MnistNet", SHAPE, num_filters=4, label_size=label_size, **config),
+        torch.Generator().manual_seed(0),
+    )
+    return training.State(
+        model=model.train(),
+        optimizer=ClippedAdam(model.parameters(), lr=1e-3),
+        buffer=ReplayBuffer(100, SHAPE),
+        batches=data.Batches(100, 8, seed=0),
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def test_objectives():
+    """Breaks when a coefficient, a sign or the weighting of an objective changes."""
+    e_pos, e_neg = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0])
+    assert contrastive_loss(e_pos, e_neg)[0].item() == pytest.approx(1.0)
+    assert contrastive_loss(e_pos, e_neg, ml_coeff=2.0)[0].item() == pytest.approx(2.0)
+    assert contrastive_loss(e_pos, e_neg, l2_coeff=0.5)[1].item() == pytest.approx(0.5 * (5 + 2))
+    weights = [1, math.exp(-2)]
+    expected = 2 - (2 * weights[1]) / (sum(weights) + 1e-4)
+    assert contrastive_loss(e_pos, e_neg, objective="logsumexp")[0].item() == pytest.approx(expected)
+    assert contrastive_loss(e_pos, e_neg, objective="softplus")[0].item() == pytest.approx(math.log(1 + math.e))
+    with pytest.raises(ValueError, match="objective"):
+        contrastive_loss(e_pos, e_neg, objective="other")
+
+
+def test_logsumexp_weights_carry_no_gradient():
+    """Breaks when the softmax weights are differentiated: then the weights' own gradient joins."""
+    e_neg = torch.tensor([0.0, 2.0], requires_grad=True)
+    contrastive_loss(torch.zeros(2), e_neg, objective="logsumexp")[0].backward()
+    expected = torch.tensor([1.0, math.exp(-2)])
+    torch.testing.assert_close(e_neg.grad, -expected / (expected.sum() + 1e-4))
+
+
+def test_buffer_is_a_ring_of_bytes():
+    """Breaks when the oldest images are not the ones overwritten, or a byte comes back outside its step."""
+    buffer = ReplayBuffer(5, (1, 2, 2))
+    for first in (0, 3):
+        buffer.push(torch.stack([torch.full((1, 2, 2), (first + i) / 10) for i in range(3)]))
+    assert len(buffer) == 5
+    assert sorted(buffer.images[:, 0, 0, 0].tolist()) == [25, 51, 76, 102, 127]  # 0.0 is gone
+    sample = buffer.sample(1000, torch.Generator().manual_seed(0))
+    assert set((sample * 256).floor().long().flatten().tolist()) == {25, 51, 76, 102, 127}
+    assert 0 <= sample.min() and sample.max() < 1
+
+
+def test_buffer_round_trip_and_rescale():
+    """Breaks when a saved buffer comes back with other images, another next place, or in another range."""
+    buffer = ReplayBuffer(4, (1, 1, 1))
+    buffer.push(torch.arange(6).view(6, 1, 1, 1) / 2, rescale=4.0)
+    twin = ReplayBuffer(4, (1, 1, 1))
+    twin.load_state_dict(buffer.state_dict())
+    for each in (buffer, twin):
+        each.push(torch.full((1, 1, 1, 1), 4.0), rescale=4.0)
+    assert torch.equal(buffer.images, twin.images)
+    smaller = ReplayBuffer(2, (1, 1, 1))
+    smaller.load_state_dict(buffer.state_dict())
+    assert smaller.images.flatten().tolist() == [int(2.5 / 4 * 255), 255]
+    values = buffer.sample(100, torch.Generator().manual_seed(0), rescale=4.0)
+    assert 3 < values.max() < 4
+
+
+def test_chain_starts():
+    """Breaks when replay takes over before the buffer holds more than a batch, or in another share than 95 %."""
+    state, images = make_state(), torch.full((8, *SHAPE), 0.5)
+    options = Options(replay_batch=True, batch_size=8)
+    state.buffer.push(torch.zeros(8, *SHAPE))
+    assert training.chain_start(state, options, images).flatten(1).mean(1).gt(0.3).all()
+    state.buffer.push(torch.zeros(1, *SHAPE))
+    starts = [training.chain_start(state, options, images).flatten(1).mean(1) < 0.1 for _ in range(100)]
+    assert torch.cat(starts).float().mean().item() == pytest.approx(0.95, abs=0.03)
+    near = training.chain_start(state, Options(datasource="default"), images)
+    assert (near - images).std().item() == pytest.approx(0.3, rel=0.05)
+
+
+def test_pcd_goes_on_from_the_last_end_points():
+    """Breaks when --pcd restarts its chains."""
+    state, images = make_state(), torch.rand(8, *SHAPE)
+    labels = torch.eye(3)[torch.arange(8) % 3]
+    options = Options(pcd=True, zero_kl=True, num_steps=1)
+    first = training.train_step(state, options, images, labels, lambda: None)
+    second = training.train_step(state, options, images, labels, lambda: None)
+    assert torch.equal(second.start, first.samples)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"zero_kl": True, "objective": "softplus"},
+        {"zero_kl": True, "hmc": True, "num_steps": 1},
+        {"zero_kl": True, "objective": "logsumexp", "temperature": 2.0, "rescale": 2.0},
+        {"zero_kl": True, "model_cclass": True, "proj_norm": 0.01, "proj_norm_type": "l2"},
+    ],
+    ids=str,
+)
+def test_step(settings):
+    """Breaks when an option leaves a parameter without gradient, the images' range, or the weights as they were."""
+    state = make_state()
+    options = Options(**{"num_steps": 2, "batch_size": 8, **settings})
+    images = options.rescale * torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1))
+    before = [parameter.clone() for parameter in state.model.parameters()]
+    step = training.train_step(state, options, images, torch.eye(3)[torch.arange(8) % 3], lambda: None)
+    assert step.loss.isfinite() and state.iteration == 1
+    assert step.samples.min() >= 0 and step.samples.max() <= options.rescale
+    assert all(parameter.grad is not None for parameter in state.model.parameters())
+    assert any(not torch.equal(old, new) for old, new in zip(before, state.model.parameters(), strict=True))
+    figures = training.statistics(state, options, step)
+    assert figures["e_diff"] == pytest.approx(figures["e_pos"] - figures["e_neg"], abs=1e-5)
+    assert ("label_ent" in figures) == options.model_cclass
+
+
+def test_kl_term_reaches_the_weights_through_the_chain():
+    """Breaks when the KL gradient is cut: with the other terms weighted 0, all that is left flows through the chain."""
+    state = make_state()
+    images, labels = torch.rand(4, *SHAPE), torch.eye(3)[torch.arange(4) % 3]
+    options = Options(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4)
+    step = training.train_step(state, options, images, labels, lambda: None)
+    assert step.loss.item() == pytest.approx(step.loss_kl.item())
+    assert state.model.stages["c1"].weight.grad.abs().max() > 0
+
+
+def test_inferred_labels_follow_the_energies():
+    """Breaks when model_cclass samples from softmax(+E), or its entropy is not that of the distribution."""
+
+    class Known(torch.nn.Module):
+        config = models.ModelConfig("MnistNet", SHAPE, num_filters=4, label_size=2)
+
+        def energy(self, weights, images, labels):
+            return labels @ torch.tensor([0.0, math.log(3)])
+
+    generator = torch.Generator().manual_seed(0)
+    labels, entropy = training.infer_labels(Known(), {}, torch.zeros(4000, *SHAPE), generator)
+    assert labels[:, 0].mean().item() == pytest.approx(0.75, abs=0.03)
+    assert entropy.item() == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), rel=1e-4)
+
+
+def test_batches_are_reproduced_and_single_overfits():
+    """Breaks when --single shows more than one image, or labels reach an unconditional network."""
+
+    class Numbers:
+        def batch(self, index, generator, rescale):
+            return index.view(-1, 1, 1, 1).float().expand(-1, *SHAPE), torch.eye(3)[index % 3]
+
+    state = make_state(label_size=0)
+    images, labels = training.next_batch(state, Options(single=True), Numbers())
+    assert labels is None and images.unique().numel() == 1
+    images, _ = training.next_batch(state, Options(), Numbers())
+    assert images[:, 0, 0, 0].unique().numel() == 8

@@ -1,0 +1,331 @@
+"""A training run: the loop around `training.train_step`, and what it logs, draws, saves and resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import data
+import torch
+from distributed import GradientAverager, Workers
+from torch import Tensor
+
+import checkpoint
+import guard
+import metrics
+import pictures
+from errors import UsageError
+from models import Weights, spectral_norm_once
+from training import Options, State, Step, next_batch, noise_images, run_chain, statistics, train_step
+from utils import Progress, RunLog, read_series
+
+FAILED_SAVES = 3  # saves in a row that may fail before a run stops
+DISTANCE = "classifier Fréchet distance"  # in a small classifier's features: not the FID, which needs Inception's
+PANELS = 20  # rows of start | sample | real
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+    """When a run stops, and how often it does what, in iterations."""
+
+    stop: int
+    log: int = 10
+    save: int = 1000
+    test: int = 1000
+
+
+class Trainer:
+    """A run in its folder, one per worker; only rank 0 prints and writes.
+
+    flags: what the run was started with, stored beside the weights. num_samples, sample_steps: how many fresh chains
+    from noise a test or report runs, and their Langevin steps. measure: their distance to the data and that of real
+    images for comparison, or None; the model with the smallest is kept as model_best. max_rollbacks: how often the divergence guard may step in, None: no
+    guard.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        options: Options,
+        dataset: data.Dataset,
+        workers: Workers,
+        folder: pathlib.Path,
+        cadence: Cadence,
+        *,
+        flags: dict[str, Any],
+        seed: int,
+        num_samples: int,
+        sample_steps: int,
+        measure: tuple[metrics.ClassifierDistance, float] | None = None,
+        max_rollbacks: int | None = 10,
+    ):
+        self.state, self.options, self.dataset, self.workers = state, options, dataset, workers
+        self.folder, self.cadence, self.flags, self.seed = folder, cadence, flags, seed
+        self.num_samples, self.sample_steps, self.measure = num_samples, sample_steps, measure
+        self.leads = workers.rank == 0
+        self.lr = state.optimizer.param_groups[0]["lr"]
+        self.guard = None if max_rollbacks is None else guard.DivergenceGuard()
+        self.max_rollbacks, self.rollbacks = max_rollbacks or 0, 0
+        self.best = float("inf")
+        self.failed_saves = 0
+        self.stopping: int | None = None  # the signal that asked the run to end
+
+    def run(self) -> None:
+        """Train until the last iteration or a signal; what a signal interrupts is saved first."""
+        state, cadence, workers = self.state, self.cadence, self.workers
+        self.log = RunLog(self.folder, state.iteration) if self.leads else None
+        self.progress = Progress(cadence.stop, state.iteration, what="iteration", quiet=not self.leads)
+        gradients = GradientAverager(workers, state.model.parameters())
+        if state.iteration == 0:
+            self.measure_samples()
+        if self.guard is not None:
+            self.guard.remember(state)
+        state.model.train()
+        with self.signals():
+            while state.iteration < cadence.stop:
+                images, labels = next_batch(state, self.options, self.dataset)
+                step = train_step(state, self.options, images, labels, gradients.finish)
+
+                if self.healthy(step):
+                    self.keep_records(step)
+                if workers.any(self.stopping is not None):
+                    self.leave()
+        self.progress.close()
+        if self.log is not None:
+            self.log.close()
+
+    def keep_records(self, step: Step) -> None:
+        """Log, test and save where it is time to."""
+        iteration, cadence = self.state.iteration, self.cadence
+        if iteration % cadence.log == 0:
+            self.record(step)
+        if iteration % cadence.test == 0:
+            self.test(step)
+        if iteration % cadence.save == 0 or iteration == cadence.stop:
+            self.save()
+        self.progress.update(iteration)
+
+    # ------------------------------------------------------------------------------------------ divergence
+
+    def healthy(self, step: Step) -> bool:
+        """Check the run now and then, and always before a checkpoint is written; roll it back where it diverged."""
+        if self.guard is None:
+            return True
+        state, cadence = self.state, self.cadence
+        saves = state.iteration % cadence.save == 0 or state.iteration == cadence.stop
+        if state.iteration % guard.CHECK_INTERVAL == 0 or saves:
+            cause = self.guard.cause(state, step, self.options.bounds)
+            if self.workers.any(cause is not None):
+                self.roll_back(cause or "another worker diverged")
+                return False
+        if state.iteration % guard.SNAPSHOT_INTERVAL == 0:
+            self.guard.remember(state)
+        return True
+
+    def roll_back(self, cause: str) -> None:
+        """Return to the last good state, on all workers, and go on with fresh noise and half the learning rate.
+
+        Raises UsageError after too many rollbacks.
+        """
+        assert self.guard is not None
+        state, failed = self.state, self.state.iteration
+        self.rollbacks += 1
+        if self.rollbacks > self.max_rollbacks:
+            raise UsageError(
+                f"the run diverged at iteration {failed} ({cause}) after {self.max_rollbacks} rollbacks; "
+                "lower --lr or --step_lr, or raise --num_steps, then --resume_iter=latest"
+            )
+        self.guard.roll_back(state)
+        self.adapt()
+        state.generator.manual_seed(self.seed * 1_000 + self.workers.rank + 1_000_000 * self.rollbacks)
+        rate = state.optimizer.param_groups[0]["lr"]
+        self.progress.say(
+            f"diverged at iteration {failed}: {cause}; back to iteration {state.iteration}, learning rate {rate:.3g}"
+        )
+        self.progress.update(state.iteration)
+        if self.log is not None:
+            self.log.event(state.iteration, {"rollback_from": failed, "cause": cause, "lr": rate})
+
+    def adapt(self) -> None:
+        """Set the learning rate: half of the flag's for each rollback so far."""
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = self.lr * 0.5**self.rollbacks
+
+    # ------------------------------------------------------------------------------------------ logs and pictures
+
+    def record(self, step: Step) -> None:
+        """Write this iteration's figures to the log and the console."""
+        figures = statistics(self.state, self.options, step)
+        if self.log is not None:
+            self.log.scalars(self.state.iteration, figures)
+            self.progress.text = f"e_pos {figures['e_pos']:+.4f} e_neg {figures['e_neg']:+.4f}"
+
+    def test(self, step: Step) -> None:
+        """Draw where chains start, where they end and real images; measure fresh chains, keep the best model."""
+        if self.log is not None:
+            iteration, rescale = self.state.iteration, self.options.rescale
+            shown = {"start": step.start, "sample": step.samples, "real": step.images}
+            columns = {name: images[:PANELS] / rescale for name, images in shown.items()}
+            path = pictures.save_panel(columns, self.folder / "pictures" / f"panel_{iteration}.png", scale=self.zoom)
+            self.log.picture(iteration, "start_sample_real", path)
+            self.progress.say(f"pictures: {path}")
+            with self.workers.busy():
+                self.measure_samples()
+        self.workers.barrier()
+
+    def measure_samples(self) -> None:
+        """Log the distance of fresh chains to the data; a new best is saved."""
+        if self.measure is None or self.log is None:
+            return
+        distance = self.measure[0].distance(self.sample(self.num_samples)[0])
+        self.log.scalars(self.state.iteration, {"feature_distance": distance})
+        self.progress.say(f"iteration {self.state.iteration}: {DISTANCE} {distance:.2f}")
+        if distance < self.best:
+            self.best = distance
+            self.write(self.folder / "model_best.pt", self.state.shared() | self.progress_so_far())
+
+    def report(self) -> None:
+        """Sample from noise; print where the pictures and curves lie, and how close the samples are to the data."""
+        if not self.leads:
+            return
+        images, labels = self.sample(self.num_samples)
+        columns = min(len(self.dataset.class_names), 20) if labels is not None and self.dataset.class_names else 10
+        path = self.folder / f"samples_{self.state.iteration}.png"
+        pictures.save_grid(images[: 10 * columns], path, columns=columns, scale=self.zoom)
+        print(f"samples from noise, {self.sample_steps} Langevin steps: {path}")
+        if self.measure is not None:
+            measured = dict(zip(*read_series(self.folder, "feature_distance"), strict=True))
+            measure, real = self.measure
+            print(f"{DISTANCE} to real images of {len(images)} images, smaller is closer:")
+            if 0 in measured:
+                print(f"  before training          {measured[0]:8.2f}")
+            print(f"  now                      {measure.distance(images):8.2f}")
+            print(f"  two halves of real data  {real:8.2f}")
+        curves = {
+            "energy": {name: read_series(self.folder, name) for name in ("e_pos", "e_neg")},
+            "gap": {"e_pos − e_neg": read_series(self.folder, "e_diff")},
+            "mean |∂E/∂x|": {name: read_series(self.folder, name) for name in ("x_grad_first", "x_grad")},
+        }
+        if self.measure is not None:
+            curves["distance"] = {DISTANCE: read_series(self.folder, "feature_distance")}
+        print(f"training curves: {pictures.plot_lines(curves, self.folder / 'curves.png', xlabel='iteration')}")
+
+    @property
+    def zoom(self) -> int:
+        """How much small images are enlarged in pictures."""
+        return max(1, 64 // self.state.model.config.image_shape[1])
+
+    def sample(self, number: int, batch_size: int = 250) -> tuple[Tensor, Tensor | None]:
+        """Return fresh chains from noise, (number, C, H, W) in [0, 1], and their labels; classes follow one another.
+
+        Where labels are continuous they are those of random data. Same seed, same images at each iteration.
+        """
+        model, options = self.state.model, self.options
+        generator = torch.Generator(self.workers.device).manual_seed(self.seed + 1_000_003)
+        labels = None
+        if model.config.label_size:
+            index = torch.randint(len(self.dataset), (number,), generator=generator, device=generator.device)
+            labels = self.dataset.batch(index, generator)[1]
+            if self.dataset.class_names:
+                classes = torch.arange(number, device=generator.device) % len(self.dataset.class_names)
+                labels = torch.nn.functional.one_hot(classes, labels.shape[1]).float()
+        noise = noise_images(
+            (number, *model.config.image_shape), generator, network=model.config.network, rescale=options.rescale
+        )
+        training_mode = model.training
+        model.eval()
+        weights = spectral_norm_once(model)
+        chain_options = dataclasses.replace(options, num_steps=self.sample_steps, zero_kl=True)
+        chains = []
+        for place in range(0, number, batch_size):
+            part = slice(place, place + batch_size)
+            energy = self.energy(weights, None if labels is None else labels[part])
+            chains.append(run_chain(energy, noise[part], chain_options, generator))
+        model.train(training_mode)
+        return torch.cat(chains) / options.rescale, labels
+
+    def energy(self, weights: Weights, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Return the energy of images under these labels, times the temperature, as chains see it."""
+        return lambda x: self.options.temperature * self.state.model.energy(weights, x, labels)
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint with every worker's state; a full disk costs a message, several in a row end the run."""
+        own = self.workers.gather(self.state.own())
+        if not self.leads:
+            return
+        path = self.folder / f"model_{self.state.iteration}.pt"
+        contents = self.state.shared() | self.progress_so_far() | {"workers": own}
+        with self.workers.busy():
+            if self.write(path, contents):
+                checkpoint.prune(self.folder, (self.folder / "config.json").stat().st_mtime)
+                self.progress.say(f"saved {path}")
+
+    def progress_so_far(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides the weights and the workers' own states."""
+        return {"flags": self.flags, "best": self.best, "rollbacks": self.rollbacks}
+
+    def write(self, path: pathlib.Path, contents: dict[str, Any]) -> bool:
+        """Write one file; say so and return False where it fails, raise UsageError when it keeps failing."""
+        try:
+            checkpoint.save(path, contents)
+        except OSError as error:
+            self.failed_saves += 1
+            self.progress.say(
+                f"could not save {path} ({error.strerror}): earlier checkpoints stay, the next save retries"
+            )
+            if self.failed_saves == FAILED_SAVES:
+                raise UsageError(f"{path}: {FAILED_SAVES} saves in a row failed ({error.strerror}); stopped") from None
+            return False
+        self.failed_saves = 0
+        return True
+
+    def resume(self, path: pathlib.Path) -> None:
+        """Go on from a checkpoint: bit for bit with as many workers, else with the replay buffers dealt out anew."""
+        contents = checkpoint.load(path)
+        checkpoint.check_config(checkpoint.config_of(contents, path), self.state.model.config, path)
+        checkpoint.load_state(self.state.model, contents["model"], path)
+        self.state.load_shared(contents)
+        self.best = contents.get("best", self.best)
+        self.rollbacks = contents.get("rollbacks", 0)
+        self.adapt()
+        own = contents.get("workers", [])
+        rank, size = self.workers.rank, self.workers.size
+        if len(own) == size:
+            self.state.load_own(own[rank])
+            return
+        if self.leads:
+            print(f"note: {path} is of {len(own)} workers, this run has {size}: replay buffers dealt out, fresh noise")
+        if own:
+            buffers = torch.cat([worker["buffer"]["images"] for worker in own])
+            self.state.buffer.load_state_dict({"images": buffers[rank::size], "position": 0})
+
+    # ------------------------------------------------------------------------------------------ stopping
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Let the first SIGTERM or SIGINT end the run after its iteration, a second one at once."""
+
+        def ask(number: int, frame: object) -> None:
+            self.stopping = number
+            signal.signal(number, signal.SIG_DFL)
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def leave(self) -> None:
+        """Save and end the process with the status that is usual for its signal."""
+        self.save()
+        number = self.stopping or signal.SIGTERM
+        self.progress.say(f"stopped by {signal.Signals(number).name}; go on with --resume_iter=latest")
+        self.workers.close()
+        raise SystemExit(128 + number)
