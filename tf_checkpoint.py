@@ -389,6 +389,19 @@ def restore_optimizer(optimizer: ClippedAdam, model: models.EnergyNetwork, varia
         group["t"] = steps
 
 
+def resume(prefix: Path, model: models.EnergyNetwork, optimizer: ClippedAdam) -> None:
+    """Load the weights and the optimizer of a TF1 checkpoint into a run that goes on from it.
+
+    Raises UsageError, naming what differs, where the checkpoint is of another network than `model`.
+    """
+    variables, wanted = read_tf_checkpoint(prefix), model.config
+    stored = infer_config(variables, swish_act=wanted.swish_act)
+    unseen = {name: getattr(wanted, name) for name in ("spec_iter", "spec_norm_val", "downsample")}
+    checkpoint.check_config(dataclasses.replace(stored, **unseen), wanted, prefix)
+    models.load_tf_variables(model, variables)
+    restore_optimizer(optimizer, model, variables)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversion
 

@@ -286,7 +286,16 @@ class Trainer:
         return True
 
     def resume(self, path: pathlib.Path) -> None:
-        """Go on from a checkpoint: bit for bit with as many workers, else with the replay buffers dealt out anew."""
+        """Go on from a checkpoint: bit for bit with as many workers, else with the replay buffers dealt out anew.
+
+        A published TF1 checkpoint gives weights, optimizer and iteration. Raises UsageError where it does not fit.
+        """
+        if path.suffix != ".pt":
+            import tf_checkpoint
+
+            tf_checkpoint.resume(path, self.state.model, self.state.optimizer)
+            self.state.iteration = int(path.name.removeprefix("model_"))
+            return
         contents = checkpoint.load(path)
         checkpoint.check_config(checkpoint.config_of(contents, path), self.state.model.config, path)
         checkpoint.load_state(self.state.model, contents["model"], path)
@@ -299,8 +308,10 @@ class Trainer:
         if len(own) == size:
             self.state.load_own(own[rank])
             return
-        if self.leads:
-            print(f"note: {path} is of {len(own)} workers, this run has {size}: replay buffers dealt out, fresh noise")
+        self.workers.print(
+            f"note: {path} holds the state of {len(own)} workers and this run has {size}: "
+            "replay buffers are dealt out anew, noise starts afresh"
+        )
         if own:
             buffers = torch.cat([worker["buffer"]["images"] for worker in own])
             self.state.buffer.load_state_dict({"images": buffers[rank::size], "position": 0})

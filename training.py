@@ -95,9 +95,12 @@ class State:
         }
 
     def load_shared(self, state: dict[str, Any]) -> None:
+        """Take over `shared`; a converted TF1 checkpoint has no place in an epoch, and not always an optimizer."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.batches.load_state_dict(state["batches"])
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if "batches" in state:
+            self.batches.load_state_dict(state["batches"])
         self.iteration = state["iteration"]
 
     def load_own(self, state: dict[str, Any]) -> None:

@@ -2,10 +2,10 @@
 
 import math
 
+import data
 import pytest
 import torch
 
-import data
 import models
 import training
 from optimizer import ClippedAdam
@@ -60,7 +60,7 @@ def test_buffer_is_a_ring_of_bytes():
     assert sorted(buffer.images[:, 0, 0, 0].tolist()) == [25, 51, 76, 102, 127]  # 0.0 is gone
     sample = buffer.sample(1000, torch.Generator().manual_seed(0))
     assert set((sample * 256).floor().long().flatten().tolist()) == {25, 51, 76, 102, 127}
-    assert 0 <= sample.min() and sample.max() < 1
+    assert sample.min() >= 0 and sample.max() < 1
 
 
 def test_buffer_round_trip_and_rescale():

@@ -1,0 +1,135 @@
+"""Checkpoints: written whole or not at all, found by name, refused in one line when they are not what they claim."""
+
+import dataclasses
+import os
+import pickle
+
+import pytest
+import torch
+
+import checkpoint
+import models
+from errors import UsageError
+
+CONFIG = models.ModelConfig("MnistNet", (1, 28, 28), num_filters=4)
+
+
+def write(path, config=CONFIG, seed=0, iteration=1):
+    model = models.build_model(config, torch.Generator().manual_seed(seed))
+    state = {"config": dataclasses.asdict(config), "model": model.state_dict(), "iteration": iteration}
+    checkpoint.save(path, state)
+    return model
+
+
+def test_round_trip(tmp_path):
+    """Breaks when a loaded network has other weights, another config, or stays in training mode."""
+    model = write(tmp_path / "model_7.pt")
+    loaded = checkpoint.load_energy(tmp_path / "model_7")
+    images = torch.rand(2, 1, 28, 28)
+    assert torch.equal(loaded(images), model.eval()(images))
+    assert loaded.config == CONFIG and not loaded.training
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    """Breaks when a save that fails half way destroys the checkpoint before it, or leaves its pieces behind."""
+    path = tmp_path / "model_7.pt"
+    write(path)
+    before = path.read_bytes()
+
+    def full_disk(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write(path, seed=1)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["model_7.pt"]
+
+
+def test_find(tmp_path):
+    """Breaks when `latest` sorts names as text, takes half-written files, or a missing one is not explained."""
+    for iteration in (90, 1000):
+        write(tmp_path / f"model_{iteration}.pt")
+    (tmp_path / ".model_2000.pt.tmp").write_bytes(b"half")
+    (tmp_path / "model_best.pt").write_bytes(b"")
+    assert checkpoint.find(tmp_path, "latest").name == "model_1000.pt"
+    assert checkpoint.find(tmp_path, "90").name == "model_90.pt"
+    with pytest.raises(UsageError, match=r"no checkpoint model_5 .*it has 90, 1000"):
+        checkpoint.find(tmp_path, "5")
+    with pytest.raises(UsageError, match="no experiment folder"):
+        checkpoint.find(tmp_path / "other", "latest")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no checkpoint in"):
+        checkpoint.find(tmp_path / "empty", "latest")
+
+
+def test_code_in_a_pickle_does_not_run(tmp_path):
+    """Breaks when a checkpoint may execute what it holds."""
+    witness = tmp_path / "witness"
+
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(witness),)
+
+    torch.save({"config": Attack(), "model": {}, "iteration": 1}, tmp_path / "model_1.pt")
+    (tmp_path / "model_2.pt").write_bytes(pickle.dumps(Attack()))
+    for name in ("model_1", "model_2"):
+        with pytest.raises(UsageError, match="model_"):
+            checkpoint.load_energy(tmp_path / name)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("cut", [0, 10, 1000, -1])
+def test_truncated_file(tmp_path, cut):
+    """Breaks when half a checkpoint is loaded, or gives a traceback of torch's."""
+    path = tmp_path / "model_1.pt"
+    write(path)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UsageError, match=r"model_1\.pt"):
+        checkpoint.load(path)
+
+
+def test_flipped_bytes_are_noticed(tmp_path):
+    """Breaks when a damaged tensor is loaded as if nothing had happened: torch itself does not compare checksums."""
+    path = tmp_path / "model_1.pt"
+    write(path)
+    whole = path.read_bytes()
+    middle = len(whole) // 2  # inside a tensor's bytes
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(UsageError, match="damaged"):
+        checkpoint.load(path)
+
+
+def test_foreign_files(tmp_path):
+    """Breaks when a file of other contents, or of a network that does not fit its own config, is not named."""
+    with pytest.raises(UsageError, match="missing"):
+        checkpoint.load_energy(tmp_path / "missing")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "model_1.pt")
+    with pytest.raises(UsageError, match="not a checkpoint of this project"):
+        checkpoint.load(tmp_path / "model_1.pt")
+    model = models.build_model(CONFIG)
+    wider = dataclasses.asdict(dataclasses.replace(CONFIG, num_filters=8))
+    checkpoint.save(tmp_path / "model_2.pt", {"config": wider, "model": model.state_dict(), "iteration": 2})
+    with pytest.raises(UsageError, match="does not fit its own configuration"):
+        checkpoint.load_energy(tmp_path / "model_2")
+
+
+def test_another_architecture_is_described(tmp_path):
+    """Breaks when resuming with other flags does not say which fields of the network differ, and how."""
+    other = dataclasses.replace(CONFIG, num_filters=8, swish_act=True)
+    with pytest.raises(UsageError, match="num_filters is 4 there and 8 here; swish_act is False there and True here"):
+        checkpoint.check_config(CONFIG, other, tmp_path / "model_1.pt")
+
+
+def test_retention(tmp_path):
+    """Breaks when more or fewer than the newest 30 stay, or the one of every six hours goes."""
+    hour = 3600.0
+    for i in range(40):
+        path = tmp_path / f"model_{i * 100}.pt"
+        path.write_bytes(b"")
+        os.utime(path, (i * hour, i * hour))
+    (tmp_path / "model_best.pt").write_bytes(b"")
+    checkpoint.prune(tmp_path, started=0.0)
+    assert checkpoint.iterations(tmp_path) == [600, *range(1000, 4000, 100)]
+    assert (tmp_path / "model_best.pt").exists()

@@ -1,0 +1,63 @@
+"""The command line: the published spellings take effect, mistakes are answered in one line."""
+
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+import cli
+import train  # noqa: F401  (defines the flags)
+from errors import UsageError
+
+FLAGS = flags.FLAGS
+
+
+@pytest.fixture(autouse=True)
+def fresh_flags():
+    saved = {name: (FLAGS[name].value, FLAGS[name].present) for name in FLAGS}
+    yield
+    for name, (value, present) in saved.items():
+        FLAGS[name].value, FLAGS[name].present = value, present
+
+
+def parse(*words):
+    cli.parse(["train.py", *words], "")
+
+
+def test_published_spellings(capsys):
+    """Breaks when a word without dashes is dropped as the reference did, or a boolean's short forms are refused."""
+    parse("step_lr=10.0", "-cclass", "--nospec_norm", "--zero_kl", "--cond_scale", "--use_attention=False")
+    assert FLAGS.step_lr == 10.0 and FLAGS.cclass and not FLAGS.spec_norm and FLAGS.zero_kl and FLAGS.cond_size
+    assert "step_lr=10.0 has no dashes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--num_stps=3", "unknown flag --num_stps; did you mean --num_steps?"),
+        ("stp_lr=3", "unexpected word 'stp_lr=3', did you mean --step_lr?"),
+        ("digits", "unexpected word 'digits'"),
+        ("--num_steps=-1", "--num_steps"),
+        ("--batch_size=0", "--batch_size"),
+        ("--step_lr=fast", "--step_lr"),
+        ("--proj_norm_type=l3", "--proj_norm_type"),
+        ("--dataset=cifer10", "--dataset"),
+    ],
+)
+def test_mistakes(word, message):
+    """Breaks when a mistake is swallowed, or its message does not name the flag."""
+    with pytest.raises(UsageError) as error:
+        parse(word)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help():
+    """Breaks when --help needs torch (it must be quick), fails, or leaves flags out."""
+    command = [sys.executable, "-X", "importtime", "train.py", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "torch" not in result.stderr
+    for name in cli.values():
+        assert f"--{name}" in result.stdout or f"--[no]{name}" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 120

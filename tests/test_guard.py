@@ -1,0 +1,79 @@
+"""The divergence guard: what it takes for a divergence, what it lets pass, and what it goes back to."""
+
+import copy
+
+import pytest
+import torch
+
+from guard import DivergenceGuard
+from test_training import SHAPE, make_state
+from training import Step
+
+
+def make_step(e_pos=0.1, e_neg=-0.1, samples=None, images=None):
+    some = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+    zero = torch.zeros(())
+    energies = torch.full((4,), float(e_pos)), torch.full((4,), float(e_neg))
+    samples, images = some if samples is None else samples, some if images is None else images
+    return Step(images, some, samples, None, {}, *energies, zero, zero, energies[0].mean(), None)
+
+
+BOUNDS = (0.0, 1.0)
+SATURATED = torch.ones(4, *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (make_step(e_pos=float("nan")), "e_pos not finite"),
+        (make_step(e_neg=float("inf")), "e_neg not finite"),
+        (make_step(e_pos=2e4, e_neg=2e4), "energies of"),
+        (make_step(e_pos=200), "a gap"),
+        (make_step(samples=SATURATED), "at the bounds"),
+    ],
+    ids=["nan", "inf", "energy", "gap", "saturated"],
+)
+def test_what_counts(step, words):
+    """Breaks when one of the signs of divergence is not seen, or a passing one counts at once."""
+    state, guard = make_state(), DivergenceGuard()
+    causes = [guard.cause(state, step, BOUNDS) for _ in range(guard.patience)]
+    assert words in causes[-1]
+    if "finite" not in words:
+        assert causes[:-1] == [None] * (guard.patience - 1)
+
+
+def test_what_does_not_count():
+    """Breaks when healthy figures, short excursions, or sprites (whose pixels are all at the bounds) set it off."""
+    state, guard = make_state(), DivergenceGuard()
+    for _ in range(10):
+        assert guard.cause(state, make_step(), BOUNDS) is None
+        assert guard.cause(state, make_step(samples=SATURATED, images=SATURATED), BOUNDS) is None
+        assert guard.cause(state, make_step(e_pos=200), BOUNDS) is None
+
+
+def test_weights_are_looked_at():
+    """Breaks when a weight that is not finite stays unseen while the energies still look well."""
+    state, guard = make_state(), DivergenceGuard()
+    with torch.no_grad():
+        state.model.stages["c1"].weight[0, 0, 0, 0] = float("nan")
+    assert guard.cause(state, make_step(), BOUNDS) == "weights not finite"
+
+
+def test_roll_back_restores_and_goes_further_back_each_time():
+    """Breaks when a rollback leaves something of the diverged state, or returns to the same bad snapshot for ever."""
+    state, guard = make_state(), DivergenceGuard()
+    states = []
+    for iteration in range(4):
+        with torch.no_grad():
+            state.model.stages["fc5"].b.fill_(iteration)
+        state.buffer.push(torch.full((1, *SHAPE), iteration / 4))
+        state.iteration = iteration
+        guard.remember(state)
+        states.append(copy.deepcopy(state.own()["buffer"]["images"]))
+    for expected in (3, 2, 1, 1):
+        with torch.no_grad():
+            state.model.stages["fc5"].b.fill_(float("nan"))
+        state.buffer.push(torch.rand(3, *SHAPE))
+        guard.roll_back(state)
+        assert state.iteration == expected == state.model.stages["fc5"].b.item()
+        assert torch.equal(state.own()["buffer"]["images"], states[expected])
