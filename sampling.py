@@ -45,6 +45,7 @@ def langevin(
     proj_norm: float = 0.0,
     proj_norm_type: str = "li",
     bounds: tuple[float, float] = (0.0, 1.0),
+    project: Callable[[Tensor], Tensor] | None = None,
     generator: torch.Generator | None = None,
     differentiable: bool = False,
 ) -> Tensor:
@@ -53,15 +54,17 @@ def langevin(
     Each step adds noise N(0, noise_std²), takes the gradient of the energy *at the noised point*, clips it
     (`clip_gradient`), descends by step_lr times it and clips the images to `bounds`.
 
+    project: maps images to allowed ones in place of `bounds`, into a ball, say, or back to some known pixels.
     generator: where the noise comes from; None is torch's own. `energy` may close over frozen weights only, unless
-    differentiable: then the result carries the graph of the whole chain to the weights, and each step is computed
-    again in the backward pass, so that memory holds the images of every step but the activations of one.
+    differentiable: then the result carries the graph of the whole chain to the weights and to x, and each step is
+    computed again in the backward pass, so that memory holds the images of every step but the activations of one.
     """
+    restrict = project or (lambda x: x.clamp(*bounds))
 
     def step(x: Tensor, noise: Tensor) -> Tensor:
         x = x + noise
         gradient = clip_gradient(input_gradient(energy, x, create_graph=differentiable), proj_norm, proj_norm_type)
-        return (x - step_lr * gradient).clamp(*bounds)
+        return restrict(x - step_lr * gradient)
 
     for _ in range(num_steps):
         noise = noise_std * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -38,6 +38,15 @@ def test_bounds_and_elementwise_clip():
     assert clipped.tolist() == [[0.25, 0.75]]
 
 
+def test_projection_takes_the_place_of_the_bounds():
+    """Breaks when a restriction is applied before a step instead of behind it, or the bounds clip besides."""
+    x = torch.tensor([[0.5, 0.5]])
+    steep = lambda x: (torch.tensor([[100.0, -100.0]]) * x).sum(1)  # noqa: E731
+    keep_first = lambda y: torch.stack([x[:, 0], y[:, 1]], 1)  # noqa: E731
+    end = sampling.langevin(steep, x, num_steps=2, step_lr=1.0, noise_std=0.0, project=keep_first)
+    assert end.tolist() == [[0.5, 200.5]]
+
+
 def test_l2_clip_is_over_the_whole_tensor():
     """Breaks when the L2 clip works per image, or lengthens a short gradient."""
     gradient = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
@@ -83,6 +92,14 @@ def test_gradient_through_the_chain():
     end = sampling.langevin(quadratic(a), x, num_steps=6, step_lr=0.1, noise_std=0.0, differentiable=True)
     (gradient,) = torch.autograd.grad(end.sum(), a)
     assert gradient.item() == pytest.approx(-0.1 * 6 * 0.9 * 0.8**5)
+
+
+def test_gradient_through_the_chain_to_its_start():
+    """Breaks when a differentiable chain forgets where it started: dx_K / dx_0 = (1 − step·a)^K."""
+    x = torch.full((2, 1), 0.9, dtype=torch.float64, requires_grad=True)
+    end = sampling.langevin(quadratic(2.0), x, num_steps=6, step_lr=0.1, differentiable=True)
+    (gradient,) = torch.autograd.grad(end.sum(), x)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, 0.8**6))
 
 
 def test_frozen_chain_leaves_weights_alone():
