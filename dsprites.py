@@ -1,0 +1,197 @@
+"""The sprites of the dSprites dataset: drawn from their latents, or read from the published file.
+
+    latents = dsprites.latents_of(torch.arange(1024))  # (1024, 5)
+    images = dsprites.render(*latents.unbind(1))  # (1024, 1, 64, 64), 0 or 1
+
+A sprite's latents are (shape, scale, orientation, x, y): shape 1 square, 2 ellipse, 3 heart; scale 0.5 … 1; orientation
+in radians, counterclockwise; x to the right and y down, 0 … 1. The published images hold every combination of LATENTS,
+y varying fastest and shape slowest.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import zipfile
+from collections.abc import Callable
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from errors import UsageError
+
+SIDE = 64  # pixels of an image
+SHAPES = ("square", "ellipse", "heart")
+LATENTS = {
+    "shape": (1.0, 2.0, 3.0),
+    "scale": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "orientation": tuple(2 * math.pi * k / 39 for k in range(40)),
+    "x": tuple(k / 31 for k in range(32)),
+    "y": tuple(k / 31 for k in range(32)),
+}
+SIZE = math.prod(map(len, LATENTS.values()))  # 737,280 sprites
+
+_turned, _middle = LATENTS["orientation"][15], LATENTS["x"][16]
+SUBSETS = {  # the latents that stay fixed in each of the reference's restricted sets
+    "shape": {"scale": 0.5, "orientation": _turned, "x": _middle, "y": _middle},
+    "pos": {"shape": 1.0, "scale": 0.5, "orientation": _turned},
+    "size": {"shape": 1.0, "orientation": _turned, "x": _middle, "y": _middle},
+    "rot": {"shape": 1.0, "scale": 0.5, "x": _middle, "y": _middle},
+    "restrict": {"shape": 1.0, "orientation": 0.0},
+}
+
+
+def latents_of(index: Tensor) -> Tensor:
+    """Return the latents (N, 5) of sprites (N,) of the published order, int64 in [0, SIZE)."""
+    columns = []
+    for values in reversed(LATENTS.values()):
+        columns.append(torch.tensor(values, device=index.device)[index % len(values)])
+        index = index // len(values)
+    return torch.stack(columns[::-1], 1)
+
+
+def in_subset(latents: Tensor, subset: str | None) -> Tensor:
+    """Return the mask (N,) of the latents (N, 5) that belong to one of SUBSETS; to None belong all."""
+    fixed = SUBSETS[subset] if subset else {}
+    mask = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
+    for name, value in fixed.items():
+        mask &= (latents[:, list(LATENTS).index(name)] - value).abs() < 1e-4
+    return mask
+
+
+def label_vectors(latents: Tensor, condition: str) -> Tensor:
+    """Return the labels that a network is conditioned on, for latents (N, 5).
+
+    shape: one-hot (N, 3); size: the scale (N, 1); pos: x and y (N, 2); rot: cosine and sine of the orientation (N, 2).
+    """
+    shape, scale, orientation, x, y = latents.unbind(1)
+    if condition == "shape":
+        return F.one_hot(shape.long() - 1, len(SHAPES)).float()
+    return torch.stack({"size": [scale], "pos": [x, y], "rot": [orientation.cos(), orientation.sin()]}[condition], 1)
+
+
+class Sprites:
+    """Sprites by their number, like a tensor of images uint8 (N, 1, 64, 64) of 0 and 255 that is never held in memory.
+
+    `sprites[index]` draws those of the latents (N, 5), or unpacks them where their bits (N, 512) were read from a file.
+    """
+
+    def __init__(self, latents: Tensor, bits: Tensor | None = None):
+        self.latents, self.bits = latents, bits
+        self.shape = (len(latents), 1, SIDE, SIDE)
+        self.device = latents.device
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        images = render(*self.latents[index].unbind(1)) if self.bits is None else unpack(self.bits[index])
+        return images.mul_(255).to(torch.uint8)
+
+
+# ---- drawing ----
+
+WINDOW = 28  # side of the square of pixels that holds any sprite, however it is turned
+DIRECTIONS = 1 << 16  # in which the distance from a sprite's centre to its outline is tabulated
+
+
+def render(shape: Tensor, scale: Tensor, orientation: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Draw sprites of these latents, each (N,): images (N, 1, 64, 64) of 0 and 1, float32, on the latents' device.
+
+    A pixel is lit if its centre lies inside the outline; this reproduces all published frames (tests/test_dsprites.py).
+    """
+    latents = torch.stack([shape, scale, orientation, x, y], 1).float()
+    return torch.cat([draw(part) for part in latents.split(512)])  # parts that fit into a processor's cache
+
+
+def draw(latents: Tensor) -> Tensor:
+    """Draw one sprite per row of latents (N, 5), as `render` does."""
+    shape, scale, orientation, x, y = latents[:, :, None, None].unbind(1)  # each (N, 1, 1)
+    centre_x, centre_y = SIDE / 4 + SIDE / 2 * x, SIDE / 4 + SIDE / 2 * y  # pixels; sprites keep to the middle half
+    window = torch.arange(WINDOW, device=latents.device)
+    column = centre_x.round().long() - WINDOW // 2 + window  # (N, 1, WINDOW): the pixels that can be lit
+    row = centre_y.round().long() - WINDOW // 2 + window[:, None]  # (N, WINDOW, 1)
+    right, down = column + 0.5 - centre_x, row + 0.5 - centre_y  # from the sprite's centre to the pixel's
+    cos, sin = orientation.cos(), orientation.sin()
+    angle = torch.atan2(sin * right + cos * down, cos * right - sin * down)  # (N, WINDOW, WINDOW), turned back
+    direction = ((angle / math.pi + 1) * (DIRECTIONS / 2)).round().long()
+    distances = outline_distances(latents.device)
+    distance = distances.take(direction + (shape.long() - 1) * distances.shape[1])
+    images = torch.zeros(len(latents), SIDE, SIDE, device=latents.device)
+    sprite = torch.arange(len(latents), device=latents.device)[:, None, None]
+    images[sprite, row, column] = (right**2 + down**2 <= (scale * distance) ** 2).float()
+    return images[:, None]
+
+
+@functools.cache
+def outline_distances(device: torch.device) -> Tensor:
+    """Return how far the outlines at scale 1 are from their centres: pixels (3, DIRECTIONS + 1), angles over [−π, π].
+
+    A ray from the centre crosses the outline once, in every shape. The outlines were fitted to the published frames.
+    """
+    unit = 9.599  # 0.15 of the canvas, a trifle less: half the side of the square, half the width of the heart
+    square = unit * torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=torch.float64)
+    t = torch.arange(100, dtype=torch.float64) * (2 * math.pi / 100)
+    ellipse = unit * torch.stack([1.33 * t.cos(), t.sin() / 1.33], 1)
+    t = torch.arange(150, dtype=torch.float64) * (2 * math.pi / 150)
+    height = 13 * t.cos() - 5 * (2 * t).cos() - 2 * (3 * t).cos() - (4 * t).cos()
+    heart = unit * torch.stack([t.sin() ** 3, -height / 14.494 - 0.15], 1)
+    return torch.stack([polygon_distances(corners) for corners in (square, ellipse, heart)]).float().to(device)
+
+
+def polygon_distances(corners: Tensor) -> Tensor:
+    """Return how far the edge of a polygon (n, 2) around the origin is from it, (DIRECTIONS + 1,), over [−π, π]."""
+    angle = torch.linspace(-math.pi, math.pi, DIRECTIONS + 1, dtype=corners.dtype)
+    x, y = corners[torch.atan2(corners[:, 1], corners[:, 0]).argsort()].T
+    start = torch.searchsorted(torch.atan2(y, x), angle) - 1  # corner where the edge begins that this ray crosses
+    end = (start + 1) % len(x)
+    edge_x, edge_y = x[end] - x[start], y[end] - y[start]
+    return (x[start] * edge_y - y[start] * edge_x) / (angle.cos() * edge_y - angle.sin() * edge_x)
+
+
+# ---- the published file ----
+
+
+def read_published(
+    path: str | os.PathLike[str], keep: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Read the published .npz: latents (N, 5) float32, and images as bits (N, 512) uint8 for `unpack`.
+
+    keep(latents) is the mask (N,) of the sprites to keep, default all. The 3 GB of images pass through in parts.
+    Raises UsageError where the file is missing, damaged or another one.
+    """
+    if not os.path.exists(path):
+        raise UsageError(f"--dsprites_path={path}: no such file; without the flag sprites are drawn")
+    try:
+        with np.load(path) as file, zipfile.ZipFile(path) as archive, archive.open("imgs.npy") as stream:
+            latents = torch.from_numpy(file["latents_values"][:, 1:]).float()  # the colour is always white
+            mask = torch.ones(len(latents), dtype=torch.bool) if keep is None else keep(latents)
+            return latents[mask], torch.from_numpy(read_bits(stream, mask.numpy()))
+    except Exception as error:  # whatever goes wrong here, the file is at fault
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--dsprites_path={path} is damaged, or not the dSprites file: {reason}") from error
+
+
+def read_bits(stream: IO[bytes], mask: np.ndarray) -> np.ndarray:
+    """Read an .npy stream of images uint8 (N, 64, 64) and return those of the mask (N,) as bits, uint8 (kept, 512)."""
+    np.lib.format.read_magic(stream)
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    if shape != (len(mask), SIDE, SIDE) or fortran_order or dtype != np.uint8:
+        raise ValueError(f"imgs is {dtype} {shape}, not uint8 {(len(mask), SIDE, SIDE)}")
+    bits = []
+    for part in np.array_split(mask, math.ceil(len(mask) / 4096)):
+        images = np.frombuffer(stream.read(len(part) * SIDE * SIDE), np.uint8).reshape(len(part), SIDE * SIDE)
+        bits.append(np.packbits(images[part], axis=1))
+    if stream.read(1):  # reading to the end also has the checksum compared
+        raise ValueError("imgs is longer than its header says")
+    return np.concatenate(bits)
+
+
+def unpack(bits: Tensor) -> Tensor:
+    """Return images (N, 1, 64, 64) of 0 and 1, float32, from their bits (N, 512) uint8."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, :, None] >> shifts) & 1).view(-1, 1, SIDE, SIDE).float()
