@@ -50,7 +50,12 @@ def iterations(folder: pathlib.Path) -> list[int]:
 
 
 def prune(folder: pathlib.Path, started: float) -> None:
-    """Delete all but the newest `KEEP` checkpoints of ours and one every six hours since `started` (a file time)."""
+    """Delete all but the newest `KEEP` checkpoints of ours and one every six hours since `started` (a file time).
+
+    What a killed process left half written goes too.
+    """
+    for path in folder.glob(".model_*.tmp"):
+        path.unlink()
     kept_at = started
     for path in sorted(folder.glob("model_*.pt"), key=lambda path: iteration_of(path) or 0)[:-KEEP]:
         if iteration_of(path) is None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils import UsageError
+from errors import UsageError
 
 Weights = dict[str, Tensor]  # "<layer>.<leaf>" -> tensor, what `EnergyNetwork.prepare` returns
 Activation = Callable[[Tensor], Tensor]
@@ -48,7 +48,7 @@ def leaky_relu(x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers. Each `prepare`s its tensors once, then is a pure function of them: layer(weights, x, labels, dropout).
+# Layers. Each `prepare`s its tensors once, then is a pure function of them: layer(weights, x, labels).
 
 
 class NormalizedLayer(nn.Module):
@@ -67,7 +67,7 @@ class NormalizedLayer(nn.Module):
         self.u: Tensor | None
         self.register_buffer("u", torch.empty(1, shape[0]) if config.spec_norm and spec_norm else None)
 
-    def prepare(self, update_u: bool, fold: bool) -> Weights:
+    def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
         """Return this layer's tensors for a chain, by the names its `forward` looks up behind `self.name`."""
         raise NotImplementedError
 
@@ -150,7 +150,7 @@ class Conv(NormalizedLayer):
         self.g = nn.Parameter(torch.ones(rows, c_out)) if gain else None
         self.cb = nn.Parameter(torch.zeros(c_in)) if gain and self.conditional else None
 
-    def prepare(self, update_u: bool, fold: bool) -> Weights:
+    def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
         kernel = self.normalized(update_u)
         weights: Weights = {}
         if self.gb is not None:
@@ -161,10 +161,10 @@ class Conv(NormalizedLayer):
             kernel = kernel * self.g.view(-1, 1, 1, 1)  # an unconditional gain is part of the kernel
         if fold and self.pooled:
             kernel = fold_average_pooling(kernel)
-        weights["kernel"] = kernel.contiguous(memory_format=torch.channels_last)
+        weights["kernel"] = kernel.contiguous(memory_format=memory_format)
         return weights
 
-    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
         kernel = weights[f"{self.name}.kernel"]
         if self.gb is not None:
             x = x + per_channel(weights[f"{self.name}.input_bias"], labels)
@@ -195,11 +195,11 @@ class Dense(NormalizedLayer):
         self.activation = activation
         self.b = nn.Parameter(torch.zeros(n_out))
 
-    def prepare(self, update_u: bool, fold: bool) -> Weights:
+    def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
         weights: Weights = {"kernel": self.normalized(update_u), "bias": self.b}
         return weights
 
-    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
         x = F.linear(x, weights[f"{self.name}.kernel"], weights[f"{self.name}.bias"])
         return x if self.activation is None else self.activation(x)
 
@@ -211,11 +211,11 @@ class Projection(NormalizedLayer):
         super().__init__((c_out, c_in, 1, 1), config)
         self.b = nn.Parameter(torch.zeros(c_out)) if bias else None
 
-    def prepare(self, update_u: bool, fold: bool) -> Weights:
+    def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
         kernel = self.normalized(update_u)
         return {"kernel": kernel} if self.b is None else {"kernel": kernel, "bias": self.b}
 
-    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
         return F.conv2d(x, weights[f"{self.name}.kernel"], weights.get(f"{self.name}.bias")).flatten(2)
 
 
@@ -230,12 +230,12 @@ class SelfAttention(nn.Module):
         self.v = Projection(channels, channels, config, bias=False)  # its bias is in checkpoints, but never used
         self.gamma = nn.Parameter(torch.zeros(1))
 
-    def prepare(self, update_u: bool, fold: bool) -> Weights:
+    def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
         return {"gamma": self.gamma}
 
-    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
-        query, key = self.q(weights, x, labels, dropout), self.k(weights, x, labels, dropout)
-        value = leaky_relu(self.v(weights, x, labels, dropout))  # (N, channels, H·W)
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
+        query, key = self.q(weights, x, labels), self.k(weights, x, labels)
+        value = leaky_relu(self.v(weights, x, labels))  # (N, channels, H·W)
         attention = (query.transpose(1, 2) @ key).softmax(dim=2)  # (N, H·W, H·W)
         return x + weights[f"{self.name}.gamma"] * (value @ attention.transpose(1, 2)).view_as(x)
 
@@ -252,13 +252,12 @@ class ResidualBlock(nn.Module):
         self.c2 = Conv(c_out, c_out, config, input_bias=True, gain=True, pooled=down, zero_init=True)
         self.adaptive = Conv(c_in, c_out, config, pooled=down) if c_in != c_out else None
 
-    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
-        h = self.c1(weights, x, labels, dropout)
-        if self.has_dropout and dropout is not None:
-            h = h * (2 * torch.empty_like(h).bernoulli_(0.5, generator=dropout))
-        h = self.c2(weights, self.activation(h), labels, dropout)
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
+        h = self.c1(weights, x, labels)
+        h = F.dropout(h, 0.5, training=self.has_dropout and self.training)
+        h = self.c2(weights, self.activation(h), labels)
         if self.adaptive is not None:
-            x = self.adaptive(weights, x, labels, dropout)
+            x = self.adaptive(weights, x, labels)
         elif self.down:
             x = F.avg_pool2d(x, 2)
         return self.activation(h + x)
@@ -267,7 +266,7 @@ class ResidualBlock(nn.Module):
 class LabelPlanes(nn.Module):
     """Append the label, divided by 10, as constant input planes: how MnistNet is conditioned."""
 
-    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
         assert labels is not None, "a conditional network checks its labels before its first stage"
         planes = (labels / 10)[:, :, None, None].expand(-1, -1, *x.shape[2:])
         return torch.cat([x, planes], dim=1)
@@ -276,7 +275,7 @@ class LabelPlanes(nn.Module):
 class Flatten(nn.Module):
     """(N, C, H, W) -> (N, H·W·C): in the order of the reference's NHWC tensors, free of copies in channels-last."""
 
-    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
         return x.permute(0, 2, 3, 1).flatten(1)
 
 
@@ -287,7 +286,7 @@ class GlobalSum(nn.Module):
         super().__init__()
         self.activation = activation
 
-    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None, dropout: torch.Generator | None) -> Tensor:
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
         return self.activation(x).sum(dim=(2, 3))
 
 
@@ -415,24 +414,29 @@ class EnergyNetwork(nn.Module):
             if isinstance(module, NormalizedLayer | SelfAttention):
                 module.name = name
 
-    def prepare(self, *, update_u: bool = False, fold: bool = True) -> Weights:
+    def prepare(
+        self,
+        *,
+        update_u: bool = False,
+        fold: bool = True,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> Weights:
         """Return the weights a chain or a loss evaluates with: normalised once, differentiable in the parameters.
 
         update_u: write the power iteration's `u` back, as the reference does once per training iteration.
-        fold: merge average pooling into the kernels before it (exact up to rounding).
+        fold: merge average pooling into the kernels before it (exact up to rounding). memory_format: of the kernels.
         """
         prepared: Weights = {}
         for module in self.modules():
             if isinstance(module, NormalizedLayer | SelfAttention):
-                prepared |= {f"{module.name}.{leaf}": tensor for leaf, tensor in module.prepare(update_u, fold).items()}
+                tensors = module.prepare(update_u, fold, memory_format)
+                prepared |= {f"{module.name}.{leaf}": tensor for leaf, tensor in tensors.items()}
         return prepared
 
-    def energy(
-        self, weights: Weights, images: Tensor, labels: Tensor | None = None, dropout: torch.Generator | None = None
-    ) -> Tensor:
+    def energy(self, weights: Weights, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the energies (N,) of images (N, C, H, W) under labels (N, label_size), a pure function of `weights`.
 
-        dropout: where the network has dropout, its generator; None (evaluation) leaves it out.
+        Only ResNet32Large in training mode draws anything (dropout, along chains too, as in the reference).
         Raises ValueError for labels or images of another shape than the network's.
         """
         label_size = self.config.label_size
@@ -445,7 +449,7 @@ class EnergyNetwork(nn.Module):
         for stage in self.stages.values():
             if x.dim() == 4:  # a single channel leaves the layout open: fix it, or every convolution converts
                 x = x.contiguous(memory_format=torch.channels_last)
-            x = stage(weights, x, labels if label_size else None, dropout)
+            x = stage(weights, x, labels if label_size else None)
         return x.squeeze(1)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -23,6 +23,7 @@ from errors import UsageError
 
 if TYPE_CHECKING:
     import data
+    import metrics
 
     import models
 
@@ -44,6 +45,7 @@ with cli.group("Main"):
 with cli.group("Data"):
     flags.DEFINE_enum("dataset", "mnist", DATASETS, "what to train on")
     flags.DEFINE_string("datadir", "data", "where torchvision's datasets are kept or downloaded to")
+    flags.DEFINE_bool("download", True, "download what is not there yet")
     flags.DEFINE_string("data_path", None, "the folder of images of --dataset=folder; class subfolders give labels")
     flags.DEFINE_integer("image_size", None, "height and width of --dataset=folder, in pixels", lower_bound=8)
     flags.DEFINE_integer("channels", None, "1 (grey) or 3 (colour), of --dataset=folder", lower_bound=1, upper_bound=3)
@@ -231,17 +233,20 @@ def feature_distance(dataset: data.Dataset, folder: pathlib.Path) -> tuple[metri
     import checkpoint
     from metrics import ClassifierDistance, train_feature_classifier
 
+    images = dataset.images
+    if dataset.labels is None or dataset.labels.ndim > 1 or not isinstance(images, torch.Tensor):
+        raise UsageError(f"--quality trains a classifier on the classes of the data, and {dataset.name} has none")
     path = folder / "classifier.pt"
     half = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(FLAGS.seed)).tensor_split(2)
     if path.exists():
         measure = ClassifierDistance.from_state_dict(torch.load(path, weights_only=True))
     else:
         print("training a small classifier, in whose features samples are compared with data", flush=True)
-        classifier = train_feature_classifier(dataset.images, dataset.labels, device=dataset.images.device)
+        classifier = train_feature_classifier(images, dataset.labels, device=images.device)
         print(f"its accuracy on images held out: {classifier.accuracy:.1%}")
-        measure = ClassifierDistance.from_images(classifier, dataset.images[half[0]])
+        measure = ClassifierDistance.from_images(classifier, images[half[0]])
         checkpoint.save(path, measure.state_dict())
-    return measure, measure.distance(dataset.images[half[1][: FLAGS.num_samples]])
+    return measure, measure.distance(images[half[1][: FLAGS.num_samples]])
 
 
 def main() -> None:
@@ -270,11 +275,11 @@ def main() -> None:
         condition=chosen(CONDITIONS),
         subset=chosen(SUBSETS),
         workers=FLAGS.data_workers,
+        download=FLAGS.download,
     )
     config = network_config(dataset)
-    options = training.Options(
-        **{field.name: FLAGS[field.name].value for field in dataclasses.fields(training.Options)}
-    )
+    given: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(training.Options)}
+    options = training.Options(**given)
     folder = pathlib.Path(FLAGS.logdir) / FLAGS.exp
     resume = None if FLAGS.resume_iter == "-1" else checkpoint.find(folder, FLAGS.resume_iter)
     if resume is None and not FLAGS.train:

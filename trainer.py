@@ -232,7 +232,7 @@ class Trainer:
             labels = self.dataset.batch(index, generator)[1]
             if self.dataset.class_names:
                 classes = torch.arange(number, device=generator.device) % len(self.dataset.class_names)
-                labels = torch.nn.functional.one_hot(classes, labels.shape[1]).float()
+                labels = torch.nn.functional.one_hot(classes, model.config.label_size).float()
         noise = noise_images(
             (number, *model.config.image_shape), generator, network=model.config.network, rescale=options.rescale
         )

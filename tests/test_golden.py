@@ -14,6 +14,7 @@ import models
 import sampling
 import training
 from golden import recipe
+from optimizer import ClippedAdam
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz") if "net" in path.stem or path.stem[:5] in ("mnist", "dspri"))
@@ -126,7 +127,7 @@ def test_optimizer():
     """Breaks when the clip uses another second moment, or epsilon moves inside the bias correction."""
     case = np.load(GOLDEN / "adam_clip.npz")
     parameter = torch.nn.Parameter(torch.zeros(case["grads"].shape[1]))
-    optimizer = training.ClippedAdam([parameter])
+    optimizer = ClippedAdam([parameter])
     for gradient, expected in zip(case["grads"], case["params"], strict=True):
         parameter.grad = torch.from_numpy(gradient.astype(np.float32))
         optimizer.step()

@@ -1,0 +1,222 @@
+"""Runs that are killed, and runs of two workers: nothing is lost, and all workers agree."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import distributed
+from test_train import ENVIRONMENT, ROOT, SMALL, equal, load
+
+pytestmark = pytest.mark.slow
+BIN = pathlib.Path(sys.executable).parent
+WORKERS = ENVIRONMENT | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+WORKERS |= {"PATH": f"{BIN}:{os.environ['PATH']}"}
+
+KILLS = 30
+KILLED_AT_RANDOM = """
+# One process that has loaded everything forks a training process per life, so that 30 lives take seconds.
+import os, pathlib, random, signal, sys, time
+root, logdir, *flags = sys.argv[1:]
+sys.path.insert(0, root)
+import torch
+torch.set_num_threads(1)
+import checkpoint, cli, data, distributed, metrics, pictures, train, trainer, utils
+from torch.utils.tensorboard import SummaryWriter
+
+def start(exp, *more):
+    pid = os.fork()
+    if pid == 0:
+        out = os.open(f"{logdir}/{exp}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1); os.dup2(out, 2)
+        sys.argv = ["train.py", f"--logdir={logdir}", f"--exp={exp}", *flags, *more]
+        try:
+            cli.run(train.main, "")
+        except SystemExit as leaving:
+            os._exit(leaving.code or 0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+def newest(exp):
+    found = checkpoint.iterations(pathlib.Path(logdir) / exp)
+    return found[-1] if found else 0
+
+random.seed(0)
+for life in range(int(os.environ["KILLS"])):
+    before = newest("killed")
+    pid = start("killed", "--max_iter=1000000", *(["--resume_iter=latest"] if before else []))
+    while newest("killed") == before:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        assert not ended, f"life {life} ended by itself with {status}"
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.2))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+last = f"--max_iter={newest('killed') + 2}"
+for exp, more in (("killed", ["--resume_iter=latest"]), ("whole", [])):
+    _, status = os.waitpid(start(exp, last, *more), 0)
+    assert status == 0, exp
+"""
+
+
+def test_killed_at_random_moments(tmp_path):
+    """Breaks when some moment of a kill, in the middle of a save too, leaves a run that does not resume bit for bit."""
+    program = [sys.executable, "-c", KILLED_AT_RANDOM, str(ROOT), str(tmp_path), *SMALL]
+    program += ["--save_interval=1", "--num_steps=1", "--test_interval=1000000"]
+    result = subprocess.run(
+        program, env=ENVIRONMENT | {"KILLS": str(KILLS)}, capture_output=True, text=True, check=False
+    )
+    printed = (tmp_path / "killed.out").read_text()
+    assert result.returncode == 0, result.stderr + printed[-2000:]
+    last = f"model_{max(int(path.stem[6:]) for path in (tmp_path / 'whole').glob('model_*.pt'))}.pt"
+    assert equal(load(tmp_path / "killed" / last), load(tmp_path / "whole" / last))
+    assert (tmp_path / "killed" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    assert not list((tmp_path / "killed").glob(".*tmp"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two workers
+
+SAME_NOISE = """
+# Every draw for the images of one worker is that worker's part of a draw for the images of all.
+import sys
+root, output, backend = sys.argv[1:]
+sys.path.insert(0, root)
+import torch
+import data, distributed, models, training
+from optimizer import ClippedAdam
+from utils import ReplayBuffer
+
+workers = distributed.start(backend, "cpu")
+count = 16 // workers.size
+for name in ("rand", "randn"):
+    def draw(*shape, whole=getattr(torch, name), **settings):
+        shape = tuple(shape[0]) if isinstance(shape[0], (tuple, torch.Size)) else shape
+        return whole((count * workers.size, *shape[1:]), **settings)[workers.rank * count :][:count]
+    setattr(torch, name, draw)
+dataset = data.load_dataset("digits")
+model = models.build_model(models.ModelConfig("MnistNet", (1, 28, 28), 4, 10), torch.Generator().manual_seed(0)).train()
+gradients = distributed.GradientAverager(workers, model.parameters())
+state = training.State(model, ClippedAdam(model.parameters(), lr=1e-3), ReplayBuffer(0, (1, 28, 28)),
+    data.Batches(len(dataset), count, 0, workers.rank, workers.size), torch.Generator().manual_seed(0))
+options = training.Options(batch_size=count, num_steps=3, step_lr=10.0, zero_kl=True)
+for _ in range(20):
+    images, labels = training.next_batch(state, options, dataset)
+    training.train_step(state, options, images, labels, gradients.finish)
+if workers.rank == 0:
+    torch.save(model.state_dict(), output)
+workers.close()
+"""
+
+AGREE = """
+# train.py itself, which at the end gathers the weights of all workers.
+import sys
+root, output, *flags = sys.argv[1:]
+sys.path.insert(0, root)
+import torch
+import cli, train, trainer
+run = trainer.Trainer.run
+def run_and_gather(self):
+    run(self)
+    states = self.workers.gather(self.state.model.state_dict())
+    if states is not None:
+        torch.save(states, output)
+trainer.Trainer.run = run_and_gather
+sys.argv = ["train.py", *flags]
+cli.run(train.main, "")
+"""
+
+
+def require(engine):
+    if engine == "horovod" and distributed._horovod_problem(distributed.Launch("mpiexec"), torch.device("cpu")):
+        pytest.skip("Horovod is not installed: run scripts/install_horovod.sh")
+
+
+def two_workers(*command):
+    return subprocess.run(
+        [BIN / "mpiexec", "-n", "2", "--oversubscribe", sys.executable, *map(str, command)],
+        env=WORKERS, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=["horovod", "torch"])
+def engine(request):
+    require(request.param)
+    return request.param
+
+
+def test_two_workers_do_what_one_does(tmp_path, engine):
+    """Breaks when gradients are summed instead of averaged, clipped before, or the workers see other images."""
+    alone = subprocess.run([sys.executable, "-c", SAME_NOISE, ROOT, tmp_path / "one", "none"], env=WORKERS, check=False)
+    both = two_workers("-c", SAME_NOISE, ROOT, tmp_path / "two", engine)
+    assert alone.returncode == both.returncode == 0, both.stderr
+    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_all_workers_hold_the_same_weights(tmp_path, engine):
+    """Breaks when workers drift apart, though each has chains, replays and noise of its own."""
+    flags = [*SMALL, f"--logdir={tmp_path}", f"--backend={engine}", "--exp=w", "--max_iter=50"]
+    result = two_workers("-c", AGREE, ROOT, tmp_path / "states", *flags)
+    assert result.returncode == 0, result.stderr
+    first, second = load(tmp_path / "states")
+    assert equal(first, second)
+    own = load(tmp_path / "w" / "model_50.pt")["workers"]
+    assert len(own) == 2 and not torch.equal(own[0]["buffer"]["images"], own[1]["buffer"]["images"])
+    assert result.stdout.count("iteration 50/50") == 1
+
+
+def test_workers_resume(tmp_path):
+    """Breaks when a worker's own state is lost, or another number of workers is refused or not told."""
+
+    def job(*more):
+        flags = [*SMALL, f"--logdir={tmp_path}", "--backend=torch", "--save_interval=6", *more]
+        result = two_workers(ROOT / "train.py", *flags)
+        assert result.returncode == 0, result.stderr
+
+    job("--exp=whole", "--max_iter=12")
+    job("--exp=halves", "--max_iter=6")
+    job("--exp=halves", "--max_iter=12", "--resume_iter=latest")
+    assert equal(load(tmp_path / "whole" / "model_12.pt"), load(tmp_path / "halves" / "model_12.pt"))
+    alone = [sys.executable, ROOT / "train.py", *SMALL, f"--logdir={tmp_path}", "--exp=halves", "--max_iter=14"]
+    result = subprocess.run([*alone, "--resume_iter=12"], env=WORKERS, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "holds the state of 2 workers and this run has 1" in result.stdout
+
+
+def test_a_worker_that_dies_ends_the_job(tmp_path, engine):
+    """Breaks when the others wait for ever for a dead worker, nobody says which it was, or the run does not resume."""
+    flags = [*SMALL, f"--logdir={tmp_path}", f"--backend={engine}", "--exp=d", "--save_interval=2"]
+    command = [BIN / "mpiexec", "-n", "2", "--oversubscribe", sys.executable, ROOT / "train.py", *flags]
+    with subprocess.Popen(
+        [*command, "--max_iter=100000"], env=WORKERS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "d").glob("model_*.pt")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        killed = time.monotonic()
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - killed < 60
+    assert "rank 1" in printed or "worker 1" in printed or "rank: 1" in printed, printed
+    newest = max(int(path.stem[6:]) for path in (tmp_path / "d").glob("model_*.pt"))
+    result = two_workers(ROOT / "train.py", *flags, f"--max_iter={newest + 2}", "--resume_iter=latest")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "d" / "config.json").read_text())["workers"] == 2
+
+
+def children(pid):
+    """The Python processes below this one, in the order they were started."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
+    return sorted(map(int, found.stdout.split()))

@@ -1,0 +1,247 @@
+"""train.py as a user runs it: every README spelling, resume bit for bit, bad input in one line, nothing overwritten."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny networks: threads would only wait for each other
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SMALL = ["--dataset=digits", "--cclass", "--replay_batch", "--zero_kl", "--num_steps=2", "--step_lr=100", "--lr=1e-3"]
+SMALL += ["--batch_size=16", "--num_filters=4", "--num_samples=10", "--sample_steps=2"]
+
+
+def train(logdir, *flags):
+    command = [sys.executable, str(ROOT / "train.py"), f"--logdir={logdir}", *SMALL, *flags]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=logdir, timeout=300, check=False, env=ENVIRONMENT
+    )
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def equal(one, other):
+    """Whether two nested states are the same, bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one if key != "flags")
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One uninterrupted run of 24 iterations, with everything it writes."""
+    logdir = tmp_path_factory.mktemp("run")
+    result = train(logdir, "--exp=whole", "--max_iter=24", "--save_interval=8", "--test_interval=12")
+    assert result.returncode == 0, result.stderr
+    return logdir, result.stdout
+
+
+def test_what_a_run_leaves_behind(run):
+    """Breaks when an output is missing, unnamed on the console, or lands outside the experiment's folder."""
+    logdir, printed = run
+    folder = logdir / "whole"
+    assert [path.name for path in logdir.iterdir()] == ["whole"]
+    for name in ("model_8.pt", "model_24.pt", "config.json", "log.jsonl"):
+        assert (folder / name).exists()
+    for name in ("samples_24.png", "curves.png", "pictures/panel_12.png"):
+        assert (folder / name).stat().st_size > 1000
+        assert str(folder / name) in printed
+    assert "MnistNet" in printed
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [10, 20]
+    assert {"e_pos", "e_neg", "loss_total", "x_grad", "x_off", "max_grad/c1/cweight"} <= set(lines[-1])
+    config = json.loads((folder / "config.json").read_text())
+    assert config["flags"]["lr"] == 1e-3 and config["network"]["label_size"] == 10
+
+
+def test_resume_is_bit_for_bit(run):
+    """Breaks when any random stream, the optimizer, the buffer, the place in the epoch or the log is not restored."""
+    logdir, _ = run
+    first = ["--exp=halves", "--save_interval=8", "--test_interval=12"]
+    assert train(logdir, *first, "--max_iter=13").returncode == 0
+    resumed = train(logdir, *first, "--max_iter=24", "--resume_iter=8")
+    assert resumed.returncode == 0, resumed.stderr
+    assert equal(load(logdir / "whole" / "model_24.pt"), load(logdir / "halves" / "model_24.pt"))
+    assert (logdir / "whole" / "log.jsonl").read_text() == (logdir / "halves" / "log.jsonl").read_text()
+
+
+def test_sample_only(run):
+    """Breaks when --train=False trains on, or does not sample."""
+    logdir, _ = run
+    before = sorted((logdir / "whole").glob("model_*"))
+    result = train(logdir, "--exp=whole", "--train=False", "--resume_iter=latest")
+    assert result.returncode == 0, result.stderr
+    assert "samples_24.png" in result.stdout
+    assert sorted((logdir / "whole").glob("model_*")) == before
+
+
+@pytest.mark.slow
+def test_quality(tmp_path):
+    """Breaks when samples are not measured before, during and after training, or the best model is not kept."""
+    result = train(tmp_path, "--exp=q", "--max_iter=4", "--test_interval=2", "--quality")
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "q" / "log.jsonl").read_text().splitlines()]
+    measured = {line["iteration"]: line["feature_distance"] for line in lines}
+    assert set(measured) == {0, 2, 4}
+    best = load(tmp_path / "q" / "model_best.pt")
+    assert best["iteration"] == min(measured, key=measured.get) and best["best"] == min(measured.values())
+    assert "before training" in result.stdout and "two halves of real data" in result.stdout
+
+
+def test_a_new_run_moves_the_old_one_aside(run):
+    """Breaks when a second run with the same name destroys what the first one learnt."""
+    logdir, _ = run
+    (logdir / "twice").mkdir()
+    (logdir / "twice" / "model_1.pt").write_bytes(b"precious")
+    result = train(logdir, "--exp=twice", "--max_iter=1")
+    assert result.returncode == 0, result.stderr
+    assert (logdir / "twice.1" / "model_1.pt").read_bytes() == b"precious"
+    assert "twice.1" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset=imagenot"], "--dataset"),
+        (["--cond_pos"], "--cond_pos is for --dataset=dsprites"),
+        (["--dataset=dsprites", "--cond_pos", "--cond_size"], "exclude each other"),
+        (["--dataset=dsprites", "--dpos_only", "--dsize_only"], "exclude each other"),
+        (["--large_model"], "--large_model is for colour images"),
+        (["--batch_size=5000"], "batch"),
+        (["--hmc", "--nozero_kl"], "--hmc needs --zero_kl"),
+        (["--dataset=folder"], "--data_path"),
+        (["--dataset=mnist", "--datadir=nothing", "--nodownload"], "nothing"),
+        (["--train=False"], "--resume_iter"),
+        (["--resume_iter=latest", "--exp=none"], "no experiment folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(tmp_path, flags, message):
+    """Breaks when a mistake ends in a traceback, exit status 0, or a line that does not name it."""
+    result = train(tmp_path, *flags)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert message in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_logdir_that_cannot_be_written(tmp_path):
+    """Breaks when a run finds out after an hour that it cannot save."""
+    (tmp_path / "file").write_text("")
+    result = train(tmp_path, f"--logdir={tmp_path / 'file'}", "--max_iter=1")
+    assert result.returncode == 2 and "--logdir" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_resuming_another_network(run):
+    """Breaks when the fields that differ are not named, or the checkpoint is loaded in part."""
+    logdir, _ = run
+    result = train(logdir, "--exp=whole", "--resume_iter=24", "--swish_act", "--num_filters=8")
+    assert result.returncode == 2
+    assert "num_filters is 4 there and 8 here" in result.stderr and "swish_act" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(tmp_path, number):
+    """Breaks when a signal loses the iterations since the last save, or leaves with another status than usual."""
+    command = [sys.executable, str(ROOT / "train.py"), f"--logdir={tmp_path}", *SMALL, "--exp=s", "--max_iter=100000"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    ) as process:
+        log = tmp_path / "s" / "log.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, printed
+    (saved,) = (tmp_path / "s").glob("model_*.pt")
+    assert f"stopped by {signal.Signals(number).name}" in printed
+    assert load(saved)["iteration"] >= 10
+
+
+def test_no_space_left(tmp_path):
+    """Breaks when a save that fails kills the run at once, or never; the earlier checkpoint must stay."""
+    program = f"""
+import errno, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoint, cli, train
+whole = checkpoint.save
+def full(path, state):
+    if "model_4" in path.name or state["iteration"] > 6:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    whole(path, state)
+checkpoint.save = full
+cli.run(train.main, "")
+"""
+    flags = [f"--logdir={tmp_path}", "--exp=full", "--max_iter=40", "--save_interval=2", *SMALL]
+    result = subprocess.run(
+        [sys.executable, "-c", program, *flags], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert result.returncode == 2
+    assert "could not save" in result.stdout and "3 saves in a row failed" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "full").glob("model*")) == ["model_2.pt", "model_6.pt"]
+
+
+def diverge(tmp_path, *flags):
+    result = train(tmp_path, "--exp=d", "--max_iter=300", "--lr=30", *flags)
+    lines = [json.loads(line) for line in (tmp_path / "d" / "log.jsonl").read_text().splitlines()]
+    return result, lines
+
+
+@pytest.mark.slow
+def test_guard_survives_a_learning_rate_that_diverges(tmp_path):
+    """Breaks when a run that really blows up is not brought back: with --noguard its energies are lost."""
+    result, lines = diverge(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert any("rollback_from" in line for line in lines)
+    assert abs(lines[-1]["e_pos"]) < 100
+    (tmp_path / "d").rename(tmp_path / "guarded")
+    _, lines = diverge(tmp_path, "--noguard")
+    energies = [line["e_pos"] for line in lines if "e_pos" in line]
+    assert not abs(energies[-1]) < 1e4
+
+
+def test_guard_changes_nothing_in_a_healthy_run(run):
+    """Breaks when watching draws random numbers or touches the weights."""
+    logdir, _ = run
+    result = train(
+        logdir, "--exp=free", "--max_iter=24", "--save_interval=8", "--test_interval=12", "--quality", "--noguard"
+    )
+    assert result.returncode == 0, result.stderr
+    assert equal(load(logdir / "whole" / "model_24.pt"), load(logdir / "free" / "model_24.pt"))
+
+
+def test_injected_nan_is_rolled_back(tmp_path):
+    """Breaks when one poisoned weight ends a run, or gets into a checkpoint."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import cli, torch, train, trainer
+step = trainer.train_step
+def poisoned(state, *arguments):
+    result = step(state, *arguments)
+    if state.iteration == 15 and not hasattr(poisoned, "done"):
+        poisoned.done = True
+        with torch.no_grad():
+            state.model.stages["c1"].weight[0] = float("nan")
+    return result
+trainer.train_step = poisoned
+cli.run(train.main, "")
+"""
+    flags = [f"--logdir={tmp_path}", "--exp=nan", "--max_iter=30", "--save_interval=16", *SMALL]
+    result = subprocess.run(
+        [sys.executable, "-c", program, *flags], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert result.returncode == 0, result.stderr
+    assert "diverged at iteration 16: weights not finite; back to iteration 0" in result.stdout
+    for path in (tmp_path / "nan").glob("model_*.pt"):
+        assert all(tensor.isfinite().all() for tensor in load(path)["model"].values())
