@@ -1,0 +1,491 @@
+"""Workers agree on tensors, gradients and items, and a broken worker ends the job: under every engine, two workers.
+
+The tests that need workers start this same file as a script, with a scenario.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import distributed
+from distributed import Launch
+from errors import UsageError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TIMEOUT = 3.0  # seconds until the watch ends a job here
+DEADLINE = 100.0  # seconds after which a test gives up on a job
+
+MPI = Launch("mpiexec", 1, 2, 1, 2)
+HOROVODRUN = Launch("horovodrun", 1, 2, 1, 2)
+TORCHRUN = Launch("torchrun", 1, 2, 1, 2)
+ALONE = Launch()
+BINARIES = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+def horovod_works() -> str:
+    return ""
+
+
+def horovod_is_missing() -> str:
+    return "Horovod is not installed"
+
+
+def must_not_ask() -> str:
+    raise AssertionError("Horovod was imported where it cannot be used")
+
+
+# ------------------------------------------------------------------------------------------------ what runs, and why
+
+
+@pytest.mark.parametrize(
+    ("environment", "launch"),
+    [
+        ({}, ALONE),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "3",
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+                "RANK": "0",
+            },
+            Launch("mpiexec", 3, 4, 1, 2),
+        ),
+        (
+            {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+            Launch("mpiexec", 1, 2, 1, 2),
+        ),
+        (
+            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+            Launch("torchrun", 5, 8, 1, 4),
+        ),
+        (
+            {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "1"},
+            Launch("horovodrun", 1, 2, 0, 1),
+        ),
+        ({"RANK": "5", "WORLD_SIZE": "8"}, ALONE),
+    ],
+)
+def test_launch_is_read_from_the_environment(environment: dict[str, str], launch: Launch) -> None:
+    """Breaks when a launcher's variables are misread, or when half of them pass for a launch."""
+    assert distributed.find_launch(environment) == launch
+
+
+@pytest.mark.parametrize(
+    ("backend", "launch", "problem", "engine", "why"),
+    [
+        ("auto", ALONE, must_not_ask, "none", "one worker"),
+        ("auto", MPI, horovod_works, "horovod", "started by mpiexec"),
+        ("auto", MPI, horovod_is_missing, "torch", "started by mpiexec, Horovod is not installed"),
+        ("auto", HOROVODRUN, horovod_works, "horovod", "started by horovodrun"),
+        ("auto", TORCHRUN, must_not_ask, "torch", "started by torchrun"),
+        ("auto", MPI._replace(rank=0, size=1), must_not_ask, "none", "one worker"),
+        ("horovod", MPI, horovod_works, "horovod", "--backend=horovod"),
+        ("horovod", ALONE, horovod_works, "horovod", "--backend=horovod"),
+        ("torch", MPI, must_not_ask, "torch", "--backend=torch"),
+        ("torch", TORCHRUN, must_not_ask, "torch", "--backend=torch"),
+        ("torch", ALONE, must_not_ask, "torch", "--backend=torch"),
+        ("none", ALONE, must_not_ask, "none", "--backend=none"),
+    ],
+)
+def test_engine_choice(backend: str, launch: Launch, problem: Callable[[], str], engine: str, why: str) -> None:
+    """Breaks when `auto` prefers the wrong engine, a flag is not obeyed, or Horovod is imported for nothing."""
+    assert distributed.choose_engine(backend, launch, problem) == (engine, why)
+
+
+@pytest.mark.parametrize(
+    ("backend", "launch", "words"),
+    [
+        ("none", MPI, "overwrite the files of the others"),
+        ("horovod", MPI, "Horovod is not installed; run scripts/install_horovod.sh"),
+        ("horovod", TORCHRUN, "start the workers with mpiexec"),
+        ("torch", HOROVODRUN, "start the workers with mpiexec"),
+        ("auto", HOROVODRUN, "Horovod is not installed"),
+        ("nccl", MPI, "use one of auto, horovod, torch, none"),
+    ],
+)
+def test_impossible_backend_is_refused(backend: str, launch: Launch, words: str) -> None:
+    """Breaks when a backend that cannot run is replaced in silence, or refused without a remedy."""
+    with pytest.raises(UsageError, match=words):
+        distributed.choose_engine(backend, launch, horovod_is_missing)
+
+
+def test_one_gpu_per_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a worker takes another GPU than its local rank, or when two would share one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    four = Launch("mpiexec", 5, 8, 1, 4)
+
+    assert distributed.choose_device("auto", MPI) == torch.device("cuda:1")
+    assert distributed.choose_device("cuda", ALONE) == torch.device("cuda:0")
+    assert distributed.choose_device("cuda:1", ALONE) == torch.device("cuda:1")
+    assert distributed.choose_device("cpu", four) == torch.device("cpu")
+    for name in ("auto", "cuda"):
+        with pytest.raises(UsageError, match=r"4 worker\(s\) on this machine but 2 GPU\(s\)"):
+            distributed.choose_device(name, four)
+    with pytest.raises(UsageError, match="every worker on one GPU"):
+        distributed.choose_device("cuda:1", MPI)
+    with pytest.raises(UsageError, match="--device=cuda:2"):
+        distributed.choose_device("cuda:2", ALONE)
+    with pytest.raises(UsageError, match="--device=gpu is unknown"):
+        distributed.choose_device("gpu", ALONE)
+
+
+def test_alone() -> None:
+    """Breaks when code written for workers does not run, or changes a number, in a single process."""
+    workers = distributed.start("none", "cpu")
+    tensor = torch.tensor([1.0, 2.0])
+    layer = nn.Linear(2, 1)
+    averager = distributed.GradientAverager(workers, layer.parameters())
+    layer(tensor).sum().backward()
+    averager.finish()
+    workers.broadcast([tensor])
+    workers.average([tensor])
+    workers.barrier()
+    with workers.busy():
+        pass
+
+    assert str(workers) == "1 worker on cpu, no data parallelism (--backend=none)"
+    assert tensor.tolist() == [1.0, 2.0]
+    assert layer.weight.grad is not None and layer.weight.grad.tolist() == [[1.0, 2.0]]
+    assert workers.gather({"a": 1}) == [{"a": 1}]
+    assert workers.scatter([{"a": 1}]) == {"a": 1}
+    assert workers.any(True) and not workers.any(False)
+    workers.close()
+
+
+def test_foreign_objects_are_not_unpickled() -> None:
+    """Breaks when what another process sent is unpickled without limits."""
+    with pytest.raises(Exception, match="weights_only"):
+        distributed._unpack(distributed._pack(pathlib.Path("x")))
+
+
+# ------------------------------------------------------------------------------------------------- jobs of two workers
+
+
+@dataclasses.dataclass
+class Job:
+    """A launcher and its workers, running one scenario of this file."""
+
+    process: subprocess.Popen[str]
+    output: pathlib.Path
+
+    def finish(self) -> tuple[int, str]:
+        """Return the exit status and everything printed."""
+        try:
+            status = self.process.wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the job did not end; it printed {self.output.read_text()}")
+        return status, self.output.read_text()
+
+    def workers(self) -> list[int]:
+        """Return the process ids of the workers that are still there."""
+        pids = []
+        for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if str(self.output).encode() in words and int(path.parent.name) != self.process.pid:
+                pids.append(int(path.parent.name))
+        return pids
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition holds."""
+        end = time.monotonic() + DEADLINE
+        while not condition():
+            assert time.monotonic() < end, f"the job printed {self.output.read_text()}"
+            time.sleep(0.1)
+
+
+StartJob = Callable[[str, str], Job]
+
+LAUNCHERS = {
+    "mpiexec": ["mpiexec", "-n", "2", "--oversubscribe", "python"],
+    "torchrun": ["torchrun", "--nproc_per_node=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def start_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartJob]:
+    """Start `start_job("mpiexec torch", "agree")`: a launcher, an engine and a scenario; kill what is left."""
+    jobs = []
+    names = {name for _, variables in distributed._LAUNCHERS for name in variables.split()}
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"PATH": BINARIES, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+    def start(way: str, scenario: str) -> Job:
+        launcher, engine = way.split()
+        if shutil.which(launcher, path=BINARIES) is None:
+            pytest.skip(f"no {launcher} here: {distributed.INSTALL}")
+        if engine == "horovod" and (problem := distributed._horovod_problem(MPI, torch.device("cpu"))):
+            pytest.skip(f"{problem}: run scripts/install_horovod.sh")
+        output = tmp_path_factory.mktemp("job") / "output"
+        command = [*LAUNCHERS[launcher], __file__, engine, scenario, str(output)]
+        with output.open("w") as file:
+            process = subprocess.Popen(command, env=environment, text=True, stdout=file, stderr=subprocess.STDOUT)
+        jobs.append(Job(process, output))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        for pid in [*job.workers(), *([job.process.pid] if job.process.poll() is None else [])]:
+            os.kill(pid, signal.SIGKILL)
+
+
+ENGINES = ["mpiexec horovod", "mpiexec torch"]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def results(request: pytest.FixtureRequest, start_job: StartJob) -> list[dict[str, Any]]:
+    """What rank 0 and rank 1 saw in the scenario "agree"."""
+    job = start_job(request.param, "agree")
+    status, text = job.finish()
+    assert status == 0, text
+    name = "Horovod" if "horovod" in request.param else "torch.distributed"
+    assert text.count(f"2 workers on cpu, {name} (--backend=") == 1, text  # the start-up line, printed once
+    return [torch.load(f"{job.output}.{rank}", weights_only=True) for rank in range(2)]
+
+
+def tensors_of(rank: int) -> list[Tensor]:
+    """Tensors of many types and layouts, which differ between ranks."""
+    generator = torch.Generator().manual_seed(rank)
+    weights = torch.randn(4, 3, 3, 3, generator=generator)
+    return [
+        weights.clone(memory_format=torch.channels_last),
+        torch.tensor(rank == 0),
+        torch.tensor([rank, 7]),
+        torch.randn(5, generator=generator, dtype=torch.float64),
+        torch.randn(3, generator=generator).bfloat16(),
+        torch.empty(0),
+    ]
+
+
+def floats_of(rank: int) -> list[Tensor]:
+    """Sixty small tensors, then some that fill more than one bucket."""
+    generator = torch.Generator().manual_seed(10 + rank)
+    sizes = [1 + i % 7 for i in range(60)] + [distributed.BUCKET_BYTES // 4 - 5, 3, distributed.BUCKET_BYTES // 2]
+    return [torch.randn(size, generator=generator) for size in sizes]
+
+
+class Network(nn.Module):
+    """Three layers, each of which fills a bucket of the scenario, and a parameter that no loss reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weights = nn.ParameterList([0.1 * torch.randn(50, 50, generator=generator) for _ in range(3)])
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def loss(self, rank: int, step: int, at_middle: Callable[[], None] = lambda: None) -> Tensor:
+        """Return a loss whose backward pass calls at_middle() once the last layer is behind it."""
+        images = torch.randn(rank + 2, 50, generator=torch.Generator().manual_seed(100 * step + rank))
+        first, middle, last = self.weights
+        images = (images @ first).tanh() @ middle
+        images.register_hook(lambda _: at_middle())
+        return (images.tanh() @ last).square().sum()
+
+    def gradients(self) -> list[Tensor]:
+        return [weight.grad.clone() for weight in self.weights if weight.grad is not None]
+
+
+def item_of(rank: int) -> dict[str, Any]:
+    """A worker's state in a checkpoint: of another size on each."""
+    return {"rank": rank, "images": torch.full((1000 * rank, 3), rank, dtype=torch.uint8), "rng": [1.5, {"a": None}]}
+
+
+@pytest.mark.slow
+def test_broadcast_is_bitwise(results: list[dict[str, Any]]) -> None:
+    """Breaks when a tensor of some type or layout is not that of rank 0, bit for bit."""
+    for result in results:
+        for received, expected in zip(result["broadcast"], tensors_of(0), strict=True):
+            assert received.dtype == expected.dtype and received.shape == expected.shape
+            assert torch.equal(received, expected)
+
+
+@pytest.mark.slow
+def test_average_is_the_mean_in_few_messages(results: list[dict[str, Any]]) -> None:
+    """Breaks when the mean is wrong, differs between workers, or every small tensor is a message of its own."""
+    expected = [(a + b) / 2 for a, b in zip(floats_of(0), floats_of(1), strict=True)]
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result["average"], expected, strict=True))
+        assert result["messages"] == 3
+
+
+@pytest.mark.slow
+def test_gradients_are_averaged_during_the_backward_pass(results: list[dict[str, Any]]) -> None:
+    """Breaks when gradients are not the plain mean, in a second step either, or are sent only after the pass."""
+    for step in range(2):
+        expected = []
+        for rank in range(2):
+            model = Network()
+            model.loss(rank, step).backward()
+            expected.append(model.gradients())
+        for result in results:
+            for received, a, b in zip(result["gradients"][step], *expected, strict=True):
+                torch.testing.assert_close(received, (a + b) / 2, rtol=1e-6, atol=1e-7)
+    for result in results:
+        # Messages on their way when the gradient reaches the middle layer. The first pass waits for the parameter
+        # that no loss reaches.
+        assert result["in_flight"] == [0, 1]
+        assert result["unused"] is None
+
+
+@pytest.mark.slow
+def test_items_are_gathered_and_scattered(results: list[dict[str, Any]]) -> None:
+    """Breaks when a worker's state is lost, mixed up or rounded on its way to or from the checkpoint."""
+    gathered, elsewhere = (result["gathered"] for result in results)
+    assert elsewhere is None
+    for rank, item in enumerate(gathered):
+        expected = item_of(rank)
+        assert torch.equal(item.pop("images"), expected.pop("images"))
+        assert item == expected
+    assert [result["scattered"] for result in results] == [{"for": 0}, {"for": 1}]
+
+
+@pytest.mark.slow
+def test_any(results: list[dict[str, Any]]) -> None:
+    """Breaks when one worker's flag does not reach the others, or when none sets it off."""
+    assert [result["any"] for result in results] == [[True, True, False]] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "scenario", "words"),
+    [
+        ("mpiexec horovod", "dies", "rank 1"),
+        ("mpiexec torch", "dies", "rank 1 has died"),
+        ("mpiexec horovod", "fails", "rank 1 has failed"),
+        ("mpiexec torch", "fails", "rank 1 has failed"),
+        ("mpiexec horovod", "sleeps", "rank 1 hangs"),
+        ("mpiexec torch", "loops", "rank 1 hangs"),
+        ("torchrun torch", "stops", "rank 1 has been silent"),
+        ("mpiexec torch", "sleeps while busy", "rank 1 hangs"),
+        ("torchrun torch", "leaves", "rank 1 has ended before the others"),
+    ],
+)
+def test_broken_worker_ends_the_job(start_job: StartJob, way: str, scenario: str, words: str) -> None:
+    """Breaks when a job outlives a worker that died or hangs, does not name it, or leaves a process behind."""
+    job = start_job(way, scenario)
+    status, text = job.finish()
+    assert status != 0
+    assert words in text
+    job.wait_until(lambda: not job.workers())
+
+
+@pytest.mark.slow
+def test_waiting_for_a_busy_worker_is_no_offence(start_job: StartJob) -> None:
+    """Breaks when a rank 0 that saves or tests for longer than the timeout costs the job its life."""
+    status, text = start_job("mpiexec torch", "works long").finish()
+    assert status == 0, text
+    assert "error" not in text
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_its_launcher(start_job: StartJob) -> None:
+    """Breaks when workers train on as orphans after their launcher was killed."""
+    job = start_job("mpiexec torch", "all sleep")
+    job.wait_until(lambda: "asleep" in job.output.read_text())
+    assert len(job.workers()) == 2
+    job.process.kill()
+    job.wait_until(lambda: not job.workers())
+
+
+# ------------------------------------------------------------------------------------------ what a worker does in a job
+
+
+def agree(workers: distributed.Workers, output: str) -> None:
+    rank, result = workers.rank, dict[str, Any]()
+    result["broadcast"] = tensors_of(rank)
+    workers.broadcast(result["broadcast"])
+
+    messages = 0
+    start_sum = workers._engine.start_sum
+
+    def count(flat: Tensor) -> Callable[[], object]:
+        nonlocal messages
+        messages += 1
+        return start_sum(flat)
+
+    workers._engine.start_sum = count  # type: ignore[method-assign]
+    result["average"] = floats_of(rank)
+    workers.average(result["average"])
+    result["messages"] = messages
+
+    model = Network()
+    parameters = [*model.weights, model.unused]
+    averager = distributed.GradientAverager(workers, parameters, bucket_bytes=model.weights[0].nbytes)
+    result["in_flight"] = in_flight = []
+    result["gradients"] = []
+    for step in range(2):
+        model.zero_grad()
+        model.loss(rank, step, lambda: in_flight.append(len(averager._in_flight))).backward()
+        averager.finish()
+        result["gradients"].append(model.gradients())
+    result["unused"] = model.unused.grad
+
+    result["gathered"] = workers.gather(item_of(rank))
+    result["scattered"] = workers.scatter([{"for": 0}, {"for": 1}] if rank == 0 else None)
+    result["any"] = [workers.any(rank == 0), workers.any(rank == 1), workers.any(False)]
+    torch.save(result, f"{output}.{rank}")
+
+
+def misbehave(workers: distributed.Workers, scenario: str) -> None:
+    """What rank 1 does while rank 0 waits for it."""
+    if scenario == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif scenario == "fails":
+        raise RuntimeError("broken")
+    elif scenario == "sleeps":
+        time.sleep(10 * DEADLINE)
+    elif scenario == "loops":
+        while True:
+            pass
+    elif scenario == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif scenario == "sleeps while busy":
+        with workers.busy():
+            time.sleep(10 * DEADLINE)
+    elif scenario == "leaves":
+        sys.exit(0)
+
+
+def compute(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        torch.ones(100, 100).matmul(torch.ones(100, 100))
+
+
+def main(engine: str, scenario: str, output: str) -> None:
+    workers = distributed.start(engine, "cpu", TIMEOUT)
+    workers.print(workers)
+    workers.average([torch.ones(1)])  # from here on the watch is strict
+    if scenario == "agree":
+        agree(workers, output)
+    elif scenario == "works long" and workers.rank == 0:
+        with workers.busy():
+            compute(2.5 * TIMEOUT)
+    elif scenario == "all sleep":
+        workers.print("asleep")
+        time.sleep(10 * DEADLINE)
+    elif workers.rank == 1:
+        misbehave(workers, scenario)
+    workers.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
