@@ -49,21 +49,22 @@ def iterations(folder: pathlib.Path) -> list[int]:
     return sorted({int(match[1]) for match in found if match})
 
 
-def prune(folder: pathlib.Path, started: float) -> None:
-    """Delete all but the newest `KEEP` checkpoints of ours and one every six hours since `started` (a file time).
+def prune(folder: pathlib.Path) -> None:
+    """Delete checkpoints of ours but for the newest `KEEP` and, for good, the first of every six hours of file time.
 
     What a killed process left half written goes too.
     """
     for path in folder.glob(".model_*.tmp"):
         path.unlink()
-    kept_at = started
-    for path in sorted(folder.glob("model_*.pt"), key=lambda path: iteration_of(path) or 0)[:-KEEP]:
-        if iteration_of(path) is None:
-            continue
-        if path.stat().st_mtime - kept_at >= KEEP_SECONDS:
-            kept_at = path.stat().st_mtime
-        else:
+    numbered = sorted(
+        (number, path) for path in folder.glob("model_*.pt") if (number := iteration_of(path)) is not None
+    )
+    periods = set()
+    for _, path in numbered[:-KEEP]:
+        period = path.stat().st_mtime // KEEP_SECONDS
+        if period in periods:
             path.unlink()
+        periods.add(period)
 
 
 def iteration_of(path: pathlib.Path) -> int | None:

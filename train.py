@@ -24,7 +24,6 @@ from errors import UsageError
 if TYPE_CHECKING:
     import data
     import metrics
-
     import models
 
 FLAGS = flags.FLAGS
@@ -237,25 +236,25 @@ def feature_distance(dataset: data.Dataset, folder: pathlib.Path) -> tuple[metri
     if dataset.labels is None or dataset.labels.ndim > 1 or not isinstance(images, torch.Tensor):
         raise UsageError(f"--quality trains a classifier on the classes of the data, and {dataset.name} has none")
     path = folder / "classifier.pt"
-    half = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(FLAGS.seed)).tensor_split(2)
+    reference, rest = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tensor_split(2)
     if path.exists():
-        measure = ClassifierDistance.from_state_dict(torch.load(path, weights_only=True))
+        measure = ClassifierDistance.from_state_dict(torch.load(path, weights_only=True, map_location=images.device))
     else:
         print("training a small classifier, in whose features samples are compared with data", flush=True)
         classifier = train_feature_classifier(images, dataset.labels, device=images.device)
-        print(f"its accuracy on images held out: {classifier.accuracy:.1%}")
-        measure = ClassifierDistance.from_images(classifier, images[half[0]])
+        measure = ClassifierDistance.from_images(classifier, images[reference])
         checkpoint.save(path, measure.state_dict())
-    return measure, measure.distance(images[half[1][: FLAGS.num_samples]])
+    print(f"classifier for the distance to data: {measure.classifier.accuracy:.1%} right on images held out, {path}")
+    return measure, measure.distance(images[rest[: FLAGS.num_samples]])
 
 
 def main() -> None:
     check_flags()
-    import data
-    import distributed
     import torch
 
     import checkpoint
+    import data
+    import distributed
     import models
     import training
     from optimizer import ClippedAdam
@@ -278,6 +277,9 @@ def main() -> None:
         download=FLAGS.download,
     )
     config = network_config(dataset)
+    batches = data.Batches(
+        len(dataset), FLAGS.batch_size, FLAGS.seed, workers.rank, workers.size, device=workers.device
+    )
     given: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(training.Options)}
     options = training.Options(**given)
     folder = pathlib.Path(FLAGS.logdir) / FLAGS.exp
@@ -295,9 +297,7 @@ def main() -> None:
         model=model,
         optimizer=ClippedAdam(model.parameters(), lr=FLAGS.lr),
         buffer=ReplayBuffer(training.REPLAY_SIZE if FLAGS.replay_batch else 0, config.image_shape, workers.device),
-        batches=data.Batches(
-            len(dataset), FLAGS.batch_size, FLAGS.seed, workers.rank, workers.size, device=workers.device
-        ),
+        batches=batches,
         generator=torch.Generator(workers.device).manual_seed(FLAGS.seed * 1_000 + workers.rank),
     )
     cadence = Cadence(

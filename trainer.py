@@ -9,15 +9,15 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import data
 import torch
-from distributed import GradientAverager, Workers
 from torch import Tensor
 
 import checkpoint
+import data
 import guard
 import metrics
 import pictures
+from distributed import GradientAverager, Workers
 from errors import UsageError
 from models import Weights, spectral_norm_once
 from training import Options, State, Step, next_batch, noise_images, run_chain, statistics, train_step
@@ -43,8 +43,8 @@ class Trainer:
 
     flags: what the run was started with, stored beside the weights. num_samples, sample_steps: how many fresh chains
     from noise a test or report runs, and their Langevin steps. measure: their distance to the data and that of real
-    images for comparison, or None; the model with the smallest is kept as model_best. max_rollbacks: how often the divergence guard may step in, None: no
-    guard.
+    images for comparison, or None; the model with the smallest is kept as model_best. max_rollbacks: how often the
+    divergence guard may step in, None: no guard.
     """
 
     def __init__(
@@ -102,12 +102,23 @@ class Trainer:
         """Log, test and save where it is time to."""
         iteration, cadence = self.state.iteration, self.cadence
         if iteration % cadence.log == 0:
-            self.record(step)
+            with self.forgiving("the log"):
+                self.record(step)
         if iteration % cadence.test == 0:
-            self.test(step)
+            with self.forgiving("pictures"):
+                self.test(step)
+            self.workers.barrier()
         if iteration % cadence.save == 0 or iteration == cadence.stop:
             self.save()
         self.progress.update(iteration)
+
+    @contextlib.contextmanager
+    def forgiving(self, what: str) -> Iterator[None]:
+        """Let a full disk or a folder that is gone cost a message, not the run."""
+        try:
+            yield
+        except OSError as error:
+            self.progress.say(f"could not write {what} ({error.strerror}); training goes on")
 
     # ------------------------------------------------------------------------------------------ divergence
 
@@ -175,7 +186,6 @@ class Trainer:
             self.progress.say(f"pictures: {path}")
             with self.workers.busy():
                 self.measure_samples()
-        self.workers.barrier()
 
     def measure_samples(self) -> None:
         """Log the distance of fresh chains to the data; a new best is saved."""
@@ -263,8 +273,9 @@ class Trainer:
         contents = self.state.shared() | self.progress_so_far() | {"workers": own}
         with self.workers.busy():
             if self.write(path, contents):
-                checkpoint.prune(self.folder, (self.folder / "config.json").stat().st_mtime)
                 self.progress.say(f"saved {path}")
+                with self.forgiving("the folder of old checkpoints"):
+                    checkpoint.prune(self.folder)
 
     def progress_so_far(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides the weights and the workers' own states."""
@@ -273,6 +284,7 @@ class Trainer:
     def write(self, path: pathlib.Path, contents: dict[str, Any]) -> bool:
         """Write one file; say so and return False where it fails, raise UsageError when it keeps failing."""
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.save(path, contents)
         except OSError as error:
             self.failed_saves += 1

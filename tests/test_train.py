@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 
 import pytest
 import torch
+
+import tf_checkpoint
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny networks: threads would only wait for each other
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -189,6 +192,20 @@ cli.run(train.main, "")
     assert result.returncode == 2
     assert "could not save" in result.stdout and "3 saves in a row failed" in result.stderr
     assert sorted(path.name for path in (tmp_path / "full").glob("model*")) == ["model_2.pt", "model_6.pt"]
+
+
+def test_goes_on_from_a_published_checkpoint(tmp_path):
+    """Breaks when a run does not start from a TF1 checkpoint's weights and iteration: Adam moves them a little."""
+    shutil.copytree(ROOT / "tests/golden/tf_checkpoints/dsprites_cond_pos", tmp_path / "tf")
+    flags = ["--exp=tf", "--dataset=dsprites", "--cond_pos", "--swish_act", "--num_filters=8", "--resume_iter=latest"]
+    result = train(tmp_path, *flags, "--max_iter=8002", "--log_interval=1")
+    assert result.returncode == 0, result.stderr
+    assert "iterations: 8000 to 8002" in result.stdout
+    kernel = tf_checkpoint.read_tf_checkpoint(tmp_path / "tf" / "model_8000")["context_0/c1/cweight"]
+    moved = load(tmp_path / "tf" / "model_8002.pt")["model"]["stages.c1.weight"] - kernel.transpose(3, 2, 0, 1)
+    assert 0 < moved.abs().max() < 0.1 < kernel.std()
+    result = train(tmp_path, *flags, "--max_iter=8002", "--noswish_act", "--num_filters=16", "--resume_iter=8000")
+    assert result.returncode == 2 and "num_filters is 8 there and 16 here" in result.stderr
 
 
 def diverge(tmp_path, *flags):
