@@ -66,8 +66,10 @@ def read_idx_pair(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor]:
     images = read_idx(folder / f"{prefix}-images-idx3-ubyte")
     classes = read_idx(folder / f"{prefix}-labels-idx1-ubyte")
     with reading(folder / f"{prefix}-labels-idx1-ubyte"):
-        if images.shape != (len(classes), 28, 28) or classes.max() > 9:
+        if images.shape != (len(classes), 28, 28):
             raise ValueError(f"labels {tuple(classes.shape)} do not fit images {tuple(images.shape)}")
+        if classes.max() > 9:
+            raise ValueError(f"classes up to {classes.max()}")
     return images[:, None], classes.long()
 
 

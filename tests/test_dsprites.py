@@ -72,7 +72,7 @@ def test_subsets():
     latents = dsprites.latents_of(torch.arange(dsprites.SIZE))
     turned, middle = 30 * np.pi / 39, 16 / 31
     free = {"shape": [0], "pos": [3, 4], "size": [1], "rot": [2], "restrict": [1, 3, 4]}
-    values = {
+    values: dict[str, list[float | None]] = {
         "shape": [None, 0.5, turned, middle, middle],
         "pos": [1, 0.5, turned, None, None],
         "size": [1, None, turned, middle, middle],
