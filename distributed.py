@@ -494,15 +494,15 @@ class _Peer:
 class _Watch(threading.Thread):
     """Ends the job, in one line that names the rank, when a worker dies or hangs.
 
-    Every worker holds a connection to rank 0 and says each second how often it has met the others (to average, gather,
+    Every worker holds a connection to rank 0 and says at each beat how often it has met the others (to average, gather,
     ...). A connection that breaks is a worker that died; one that is silent for `timeout` seconds is stopped; a worker
     that the others have left behind for so long hangs, unless it shows signs of life: while it is `busy`, and until the
-    first gradients are averaged (compilation, cold files), each second in which its main thread computes is one.
+    first gradients are averaged (compilation, cold files), each beat in which its main thread computes is one.
     Waiting for others is never an offence, so that rank 0 may save and test for as long as it takes. Time is counted
     in beats, so that a job which is suspended as a whole can be resumed.
     """
 
-    BEAT = 1.0  # seconds
+    BEAT = 0.25  # seconds
     GRACE = 3.0  # seconds in which a worker may end with its own message, once another one has ended
     BEATING, DONE, ENDING = range(3)
     MESSAGE = struct.Struct("!BIQQ")  # one of these three, the rank it began with, meetings, signs of life
@@ -520,7 +520,7 @@ class _Watch(threading.Thread):
         self._computed = 0.0
         self._signs = 0
         self._state, self._culprit = self.BEATING, launch.rank
-        self._leaving = threading.Event()
+        self._leaving, self._told = threading.Event(), threading.Event()
         self._news = dict.fromkeys(range(launch.size), (0, 0))  # rank -> its meetings and signs of life
         self._behind = dict.fromkeys(range(launch.size), 0.0)  # rank -> seconds without news while others are ahead
         self._peers = self._call_rank_0(broadcast) if launch.rank > 0 else self._receive_calls(broadcast)
@@ -638,6 +638,7 @@ class _Watch(threading.Thread):
         """End because a worker has ended, unless this one is about to do so by itself."""
         self._state, self._culprit = self.ENDING, rank
         self._tell()
+        self._told.set()
         if not self._leaving.wait(self.GRACE):
             _exit(self._farewell() if 0 in (rank, self._launch.rank) else "")
 
@@ -652,10 +653,14 @@ class _Watch(threading.Thread):
 
     def _leave_early(self) -> None:
         """Take the others along when this process ends without `close`."""
-        if self._state != self.DONE:
-            self._leave(self.ENDING)
-            if getattr(sys, "last_value", None) is not None:  # an error nobody caught: Python has printed it
-                print(self._farewell(), file=sys.stderr)
+        if self._state == self.DONE:
+            return
+        failed = getattr(sys, "last_value", None) is not None  # an error that nobody caught: Python has printed it
+        if failed:
+            self._told.wait(2.5 * self.BEAT)  # it may follow from the end of another worker, which is yet to be told
+        self._leave(self.ENDING)
+        if failed:
+            print(self._farewell(), file=sys.stderr)
 
     def _is_local(self) -> bool:
         return self._launch.local_size == self._launch.size
