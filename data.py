@@ -22,11 +22,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dsprites
+import imagenet
 import readers
 from errors import UsageError
+from imagenet import StreamedImages
 from utils import dequantise
 
-NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "svhn", "cifar100", "textures", "dsprites", "folder")
+NAMES = (
+    "digits",
+    "mnist",
+    "fashion_mnist",
+    "cifar10",
+    "svhn",
+    "cifar100",
+    "textures",
+    "folder",
+    "dsprites",
+    "imagenet",
+    "imagenetfull",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +74,9 @@ class Dataset:
             return 0
         return self.labels.shape[1] if self.labels.ndim == 2 else len(self.class_names)
 
+    def prefetch(self, index: Tensor) -> None:
+        """Do nothing, where StreamedImages begins to read an index's images: they are in memory."""
+
     def batch(
         self, index: Tensor, generator: torch.Generator | None, rescale: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
@@ -91,14 +108,16 @@ def load_dataset(
     subset: str | None = None,
     workers: int = 4,
     download: bool = True,
-) -> Dataset:
+) -> Dataset | StreamedImages:
     """Load one of NAMES, its "train" or "test" split, onto the device.
 
     digits: scikit-learn's 1,797 digits, a tenth of each class for the test. mnist, fashion_mnist, cifar10, cifar100,
     svhn, textures: torchvision's files below `root`, downloaded where there are none. folder: the images below `path`,
     see `readers.read_folder`. dsprites: drawn, or read from the published file `path`; `condition` (shape, size, pos,
-    rot) says what their labels are, `subset` (shape, pos, size, rot, restrict) keeps a part of them. dsprites and
-    textures have no split. Raises UsageError for what is unknown, missing, damaged or does not go together.
+    rot) says what their labels are, `subset` (shape, pos, size, rot, restrict) keeps a part of them. imagenet: 32x32,
+    from the authors' files below `path`. imagenetfull: 128x128, read from TFRecords or class folders below `path`
+    batch by batch. dsprites and textures have no split. Raises UsageError for what is unknown, missing, damaged or
+    does not go together.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, must be 'train' or 'test'")
@@ -111,19 +130,28 @@ def load_dataset(
     if name == "dsprites":
         return load_sprites(path, torch.device(device), condition, subset)
     if name == "folder":
-        if path is None:
-            raise UsageError("--dataset=folder needs --data_path, the folder of images")
         images, labels, class_names = readers.read_folder(
-            pathlib.Path(path), split=split, image_size=image_size, channels=channels, workers=workers
+            given(path, "--data_path"), split=split, image_size=image_size, channels=channels, workers=workers
         )
+    elif name == "imagenetfull":
+        return imagenet.open_imagenet(given(path, "--imagenet_datadir"), split, device=device, workers=workers)
+    elif name == "imagenet":
+        images, labels, class_names = imagenet.read_imagenet32(given(path, "--imagenet_path"), split)
     elif name == "digits":
         images, labels, class_names = readers.read_digits(split)
     else:
         images, labels, class_names = read_or_download(name, pathlib.Path(root), split, download, workers)
     if labels is not None:
         labels = labels.to(device)
-    noise = "centred" if name in ("svhn", "cifar100", "textures") else "steps"  # as in the reference
+    noise = "centred" if name in ("imagenet", "svhn", "cifar100", "textures") else "steps"  # as in the reference
     return Dataset(name, images.to(device), labels, class_names, noise)
+
+
+def given(path: str | pathlib.Path | None, flag: str) -> pathlib.Path:
+    """Return a path that a data set cannot do without."""
+    if path is None:
+        raise UsageError(f"this --dataset needs {flag}, the folder where it lies")
+    return pathlib.Path(path)
 
 
 def load_sprites(
@@ -258,8 +286,13 @@ class Batches:
         """Return the indices (batch_size,) int64 of this worker's next images."""
         if self.position + self.world * self.batch_size > self.size:
             self.load_state_dict({"seed": self.seed, "epoch": self.epoch + 1, "position": 0})
-        start = self.position + self.rank * self.batch_size
+        index = self.following()
         self.position += self.world * self.batch_size
+        return index
+
+    def following(self) -> Tensor:
+        """Return the indices that `next` will give, as far as this epoch knows them, without going on."""
+        start = self.position + self.rank * self.batch_size
         return self.permutation[start : start + self.batch_size]
 
     def state_dict(self) -> dict[str, int]:

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     import data
     import metrics
     import models
+    from imagenet import StreamedImages
 
 FLAGS = flags.FLAGS
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "dsprites", "folder")
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "imagenet", "imagenetfull", "dsprites", "folder")
 
 with cli.group("Main"):
     flags.DEFINE_string("exp", "default", "name of the experiment, its folder below --logdir")
@@ -46,6 +47,8 @@ with cli.group("Data"):
     flags.DEFINE_string("datadir", "data", "where torchvision's datasets are kept or downloaded to")
     flags.DEFINE_bool("download", True, "download what is not there yet")
     flags.DEFINE_string("data_path", None, "the folder of images of --dataset=folder; class subfolders give labels")
+    flags.DEFINE_string("imagenet_path", None, "the 32x32 files of --dataset=imagenet, pickles or .npz")
+    flags.DEFINE_string("imagenet_datadir", None, "TFRecords or class folders of --dataset=imagenetfull")
     flags.DEFINE_integer("image_size", None, "height and width of --dataset=folder, in pixels", lower_bound=8)
     flags.DEFINE_integer("channels", None, "1 (grey) or 3 (colour), of --dataset=folder", lower_bound=1, upper_bound=3)
     flags.DEFINE_integer("data_workers", 4, "processes that decode images from the disk", lower_bound=0)
@@ -126,6 +129,12 @@ SUBSETS = {
     "drot_only": "rot",
     "dsprites_restrict": "restrict",
 }
+PATHS = {
+    "folder": "data_path",
+    "dsprites": "dsprites_path",
+    "imagenet": "imagenet_path",
+    "imagenetfull": "imagenet_datadir",
+}
 CONDITIONS = {"cond_shape": "shape", "cond_size": "size", "cond_pos": "pos", "cond_rot": "rot"}
 
 
@@ -161,7 +170,7 @@ def chosen(names: dict[str, str]) -> str | None:
     return next((value for name, value in names.items() if FLAGS[name].value), None)
 
 
-def network_config(dataset: data.Dataset) -> models.ModelConfig:
+def network_config(dataset: data.Dataset | StreamedImages) -> models.ModelConfig:
     """Return the network that the flags choose for a dataset: MnistNet for grey images, a ResNet for colour."""
     import models
 
@@ -175,6 +184,8 @@ def network_config(dataset: data.Dataset) -> models.ModelConfig:
         raise UsageError(f"--{asked} is for colour images of up to 64x64 pixels, not {dataset.name}")
     if FLAGS.dataset == "dsprites":
         network, filters = "DspritesNet", 64
+    elif FLAGS.dataset == "imagenet":
+        network, filters = "ResNet32Wider", 256
     elif channels == 1:
         network, filters = "MnistNet", 64
     elif height > 64:
@@ -222,7 +233,9 @@ def last_iteration(images: int, workers: int) -> int:
     return min(epochs, 60_000) if FLAGS.dataset == "mnist" else epochs
 
 
-def feature_distance(dataset: data.Dataset, folder: pathlib.Path) -> tuple[metrics.ClassifierDistance, float]:
+def feature_distance(
+    dataset: data.Dataset | StreamedImages, folder: pathlib.Path
+) -> tuple[metrics.ClassifierDistance, float]:
     """Return the distance to one half of the data in a small classifier's features, and that of the other half to it.
 
     The classifier is trained on the data the first time, then kept in the folder.
@@ -232,16 +245,16 @@ def feature_distance(dataset: data.Dataset, folder: pathlib.Path) -> tuple[metri
     import checkpoint
     from metrics import ClassifierDistance, train_feature_classifier
 
-    images = dataset.images
-    if dataset.labels is None or dataset.labels.ndim > 1 or not isinstance(images, torch.Tensor):
-        raise UsageError(f"--quality trains a classifier on the classes of the data, and {dataset.name} has none")
+    images, labels = getattr(dataset, "images", None), getattr(dataset, "labels", None)
+    if labels is None or labels.ndim > 1 or not isinstance(images, torch.Tensor):
+        raise UsageError("--quality trains a classifier on the classes of the data, and there are none here")
     path = folder / "classifier.pt"
     reference, rest = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tensor_split(2)
     if path.exists():
         measure = ClassifierDistance.from_state_dict(torch.load(path, weights_only=True, map_location=images.device))
     else:
         print("training a small classifier, in whose features samples are compared with data", flush=True)
-        classifier = train_feature_classifier(images, dataset.labels, device=images.device)
+        classifier = train_feature_classifier(images, labels, device=images.device)
         measure = ClassifierDistance.from_images(classifier, images[reference])
         checkpoint.save(path, measure.state_dict())
     print(f"classifier for the distance to data: {measure.classifier.accuracy:.1%} right on images held out, {path}")
@@ -264,11 +277,13 @@ def main() -> None:
     keep_freed_memory()
     workers = distributed.start(FLAGS.backend, FLAGS.device)
     leads = workers.rank == 0
+    if not leads:
+        workers.barrier()  # rank 0 reads first: what is to be downloaded is downloaded once
     dataset = data.load_dataset(
         FLAGS.dataset,
         root=FLAGS.datadir,
         device=workers.device,
-        path=FLAGS.data_path or FLAGS.dsprites_path,
+        path=FLAGS[PATHS[FLAGS.dataset]].value if FLAGS.dataset in PATHS else None,
         image_size=FLAGS.image_size,
         channels=FLAGS.channels,
         condition=chosen(CONDITIONS),
@@ -276,10 +291,12 @@ def main() -> None:
         workers=FLAGS.data_workers,
         download=FLAGS.download,
     )
+    if leads:
+        workers.barrier()
     config = network_config(dataset)
-    batches = data.Batches(
-        len(dataset), FLAGS.batch_size, FLAGS.seed, workers.rank, workers.size, device=workers.device
-    )
+    # A GPU indexes what lies there; what is read from the disk is asked for by the CPU.
+    index_device = workers.device if isinstance(dataset, data.Dataset) else "cpu"
+    batches = data.Batches(len(dataset), FLAGS.batch_size, FLAGS.seed, workers.rank, workers.size, device=index_device)
     given: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(training.Options)}
     options = training.Options(**given)
     folder = pathlib.Path(FLAGS.logdir) / FLAGS.exp

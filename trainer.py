@@ -19,6 +19,7 @@ import metrics
 import pictures
 from distributed import GradientAverager, Workers
 from errors import UsageError
+from imagenet import StreamedImages
 from models import Weights, spectral_norm_once
 from training import Options, State, Step, next_batch, noise_images, run_chain, statistics, train_step
 from utils import Progress, RunLog, read_series
@@ -51,7 +52,7 @@ class Trainer:
         self,
         state: State,
         options: Options,
-        dataset: data.Dataset,
+        dataset: data.Dataset | StreamedImages,
         workers: Workers,
         folder: pathlib.Path,
         cadence: Cadence,
@@ -71,6 +72,7 @@ class Trainer:
         self.guard = None if max_rollbacks is None else guard.DivergenceGuard()
         self.max_rollbacks, self.rollbacks = max_rollbacks or 0, 0
         self.best = float("inf")
+        self.sampled: tuple[int, Tensor] | None = None  # the last fresh chains, and the iteration they are of
         self.failed_saves = 0
         self.stopping: int | None = None  # the signal that asked the run to end
 
@@ -79,6 +81,8 @@ class Trainer:
         state, cadence, workers = self.state, self.cadence, self.workers
         self.log = RunLog(self.folder, state.iteration) if self.leads else None
         self.progress = Progress(cadence.stop, state.iteration, what="iteration", quiet=not self.leads)
+        moments = [moment for pair in state.optimizer.state.values() for moment in pair.values()]
+        workers.broadcast([*state.model.state_dict().values(), *moments])
         gradients = GradientAverager(workers, state.model.parameters())
         if state.iteration == 0:
             self.measure_samples()
@@ -151,6 +155,7 @@ class Trainer:
                 "lower --lr or --step_lr, or raise --num_steps, then --resume_iter=latest"
             )
         self.guard.roll_back(state)
+        self.sampled = None
         self.adapt()
         state.generator.manual_seed(self.seed * 1_000 + self.workers.rank + 1_000_000 * self.rollbacks)
         rate = state.optimizer.param_groups[0]["lr"]
@@ -191,7 +196,7 @@ class Trainer:
         """Log the distance of fresh chains to the data; a new best is saved."""
         if self.measure is None or self.log is None:
             return
-        distance = self.measure[0].distance(self.sample(self.num_samples)[0])
+        distance = self.measure[0].distance(self.sample(self.num_samples))
         self.log.scalars(self.state.iteration, {"feature_distance": distance})
         self.progress.say(f"iteration {self.state.iteration}: {DISTANCE} {distance:.2f}")
         if distance < self.best:
@@ -202,8 +207,9 @@ class Trainer:
         """Sample from noise; print where the pictures and curves lie, and how close the samples are to the data."""
         if not self.leads:
             return
-        images, labels = self.sample(self.num_samples)
-        columns = min(len(self.dataset.class_names), 20) if labels is not None and self.dataset.class_names else 10
+        images = self.sample(self.num_samples)
+        conditional = self.state.model.config.label_size and self.dataset.class_names
+        columns = min(len(self.dataset.class_names), 20) if conditional else 10
         path = self.folder / f"samples_{self.state.iteration}.png"
         pictures.save_grid(images[: 10 * columns], path, columns=columns, scale=self.zoom)
         print(f"samples from noise, {self.sample_steps} Langevin steps: {path}")
@@ -229,11 +235,13 @@ class Trainer:
         """How much small images are enlarged in pictures."""
         return max(1, 64 // self.state.model.config.image_shape[1])
 
-    def sample(self, number: int, batch_size: int = 250) -> tuple[Tensor, Tensor | None]:
-        """Return fresh chains from noise, (number, C, H, W) in [0, 1], and their labels; classes follow one another.
+    def sample(self, number: int, batch_size: int = 250) -> Tensor:
+        """Return fresh chains from noise, (number, C, H, W) in [0, 1]; same seed, same images at each iteration.
 
-        Where labels are continuous they are those of random data. Same seed, same images at each iteration.
+        Classes follow one another; labels that are no classes are those of random data.
         """
+        if self.sampled is not None and self.sampled[0] == self.state.iteration:
+            return self.sampled[1]
         model, options = self.state.model, self.options
         generator = torch.Generator(self.workers.device).manual_seed(self.seed + 1_000_003)
         labels = None
@@ -256,7 +264,9 @@ class Trainer:
             energy = self.energy(weights, None if labels is None else labels[part])
             chains.append(run_chain(energy, noise[part], chain_options, generator))
         model.train(training_mode)
-        return torch.cat(chains) / options.rescale, labels
+        images = torch.cat(chains) / options.rescale
+        self.sampled = self.state.iteration, images
+        return images
 
     def energy(self, weights: Weights, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
         """Return the energy of images under these labels, times the temperature, as chains see it."""

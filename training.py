@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import data
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import data
 import models
+from imagenet import StreamedImages
 from optimizer import ClippedAdam
 from sampling import hmc, input_gradient, langevin
 from utils import ReplayBuffer
@@ -263,11 +264,13 @@ def class_logits(energy: Callable[[Tensor, Tensor], Tensor], images: Tensor, cla
     return -energy(images.repeat_interleave(classes, 0), labels).view(n, classes)
 
 
-def next_batch(state: State, options: Options, dataset: data.Dataset) -> tuple[Tensor, Tensor | None]:
+def next_batch(state: State, options: Options, dataset: data.Dataset | StreamedImages) -> tuple[Tensor, Tensor | None]:
     """Return the next images (N, C, H, W) in [0, rescale] and labels (N, label_size) or None."""
     index = state.batches.next()
     if options.single:
         index = torch.zeros_like(index)
+    else:
+        dataset.prefetch(state.batches.following())
     images, labels = dataset.batch(index, state.generator, options.rescale)
     if options.augment:
         images = data.augment(images, state.generator)

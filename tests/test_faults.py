@@ -28,6 +28,7 @@ sys.path.insert(0, root)
 import torch
 torch.set_num_threads(1)
 import checkpoint, cli, data, distributed, metrics, pictures, train, trainer, utils
+from sklearn.datasets import load_digits
 from torch.utils.tensorboard import SummaryWriter
 
 def start(exp, *more):
