@@ -1,0 +1,329 @@
+"""Examine a trained energy model: classify, attack, detect outliers, restore, sample; one --task at a time.
+
+    python ebm_sandbox.py --task=label --exp=cifar10_wider_model_cond --resume_iter=21600 --lnorm=-1 --pgd=20 \\
+        --num_steps=10 --lival=8 --wider_model
+    python ebm_sandbox.py --task=mixenergy --exp=cifar10_large_model_uncond --svhnmix --cifar100mix --randommix
+    python ebm_sandbox.py --task=boxcorrupt --exp=digits --limit=100
+
+label            classify test images by their energy under each class, also attacked (--pgd) and refined
+labelfinetune    the same after one epoch of supervised training
+energyeval       energies of training and test images
+mixenergy        tell test images from out-of-distribution images by their energy
+anticorrupt      remove salt-and-pepper noise
+boxcorrupt       inpaint the lower half of training and of test images: does the model memorise?
+crossclass       turn images of one class into another
+cycleclass       sample from noise, every stage of the chains
+democlass        five samples of each class
+nearestneighbor  samples beside their nearest training images
+latent           move images along the directions in which the energy varies most
+
+The network is read from the checkpoint. Pictures, arrays and <task>.json go to --logdir/<exp>/<task>/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+import cli
+from errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    import models
+    from sandbox import AnyDataset
+    from sandbox_tasks import Report, Run
+
+FLAGS = flags.FLAGS
+TASKS = (
+    "label",
+    "labelfinetune",
+    "energyeval",
+    "mixenergy",
+    "anticorrupt",
+    "boxcorrupt",
+    "crossclass",
+    "cycleclass",
+    "democlass",
+    "nearestneighbor",
+    "latent",
+)
+
+with cli.group("Main"):
+    flags.DEFINE_enum("task", "label", TASKS, "what to do, see above")
+    flags.DEFINE_string("exp", "default", "name of the experiment, the model's folder below --modeldir")
+    flags.DEFINE_string("modeldir", "cachedir", "where experiments are kept")
+    flags.DEFINE_string("resume_iter", "latest", "the checkpoint's iteration, 'best' or 'latest' (also -1)")
+    flags.DEFINE_string("logdir", "sandbox_cachedir", "where results go")
+    flags.DEFINE_integer("limit", None, "look at this many images; by default at all, or as many as a picture shows", 1)
+    flags.DEFINE_integer("batch_size", 32, "images at a time; lowered by itself where memory is short", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of everything random", lower_bound=0)
+    flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "where to compute; auto takes a GPU if there is one")
+
+with cli.group("Data"):
+    flags.DEFINE_string("dataset", None, "as in train.py; default what the model was trained on, or cifar10")
+    flags.DEFINE_string("datadir", "data", "where torchvision's datasets are kept or downloaded to")
+    flags.DEFINE_bool("download", True, "download what is not there yet")
+    flags.DEFINE_string("data_path", None, "the folder of images of --dataset=folder")
+    flags.DEFINE_string("imagenet_path", None, "the 32x32 files of --dataset=imagenet, pickles or .npz")
+    flags.DEFINE_string("imagenet_datadir", None, "TFRecords or class folders of --dataset=imagenetfull")
+    flags.DEFINE_string("dsprites_path", None, "the published .npz; without it sprites are drawn from their latents")
+    flags.DEFINE_integer("data_workers", 5, "threads that decode images from the disk", lower_bound=0)
+    flags.DEFINE_bool("svhn", False, "the same as --dataset=svhn")
+    flags.DEFINE_bool("single", False, "the same as --limit=1")
+    for condition in ("shape", "size", "pos", "rot"):
+        flags.DEFINE_bool(
+            f"cond_{condition}", None, f"the dSprites model is conditioned on its {condition}; default as trained"
+        )
+    flags.DEFINE_alias("cond_scale", "cond_size")
+
+with cli.group("Sampling"):
+    flags.DEFINE_integer("num_steps", 20, "Langevin steps of a round, or of a refinement; 0: none", lower_bound=0)
+    flags.DEFINE_float("step_lr", None, "step size of the gradient; default the model's in training, or 10", 0)
+    flags.DEFINE_float("proj_norm", 0.0, "clip the gradient elementwise to this; 0: no clip", lower_bound=0)
+
+with cli.group("Classification"):
+    flags.DEFINE_integer("pgd", 0, "steps of the attack on test images; 0: none", lower_bound=0)
+    flags.DEFINE_enum("lnorm", "-1", ["-1", "2"], "norm of the attack's ball: -1 is L∞, 2 is L2")
+    flags.DEFINE_float("lival", 8.0, "radius of the L∞ ball, in units of 1/255", lower_bound=0)
+    flags.DEFINE_float("l2val", 40.0, "radius of the L2 ball, in units of 1/255", lower_bound=0)
+    flags.DEFINE_integer("adaptive", 0, "attack through the refinement, averaging this many draws of its noise", 0)
+    flags.DEFINE_float("refine", 8.0, "radius of the L∞ ball of the refinement, in units of 1/255", lower_bound=0)
+    flags.DEFINE_bool("labelgrid", False, "task label over L∞ balls of 0 to 30/255, or L2 balls of 0 to 95/255")
+    flags.DEFINE_bool("train", True, "task labelfinetune: train; --notrain loads what was trained before")
+
+with cli.group("Out-of-distribution sets of mixenergy (several at once; none: --interpolationmix)"):
+    flags.DEFINE_bool("svhnmix", False, "SVHN")
+    flags.DEFINE_bool("cifar100mix", False, "CIFAR-100")
+    flags.DEFINE_bool("texturemix", False, "Describable Textures")
+    flags.DEFINE_bool("randommix", False, "Gaussian noise, 0.5 + 0.5·N(0, 1)")
+    flags.DEFINE_bool("interpolationmix", False, "means of two test images")
+    flags.DEFINE_list("mixset", [], "further data sets by name, such as mnist,digits")
+    flags.DEFINE_multi_string("mixfolder", [], "a folder of images; may be given several times")
+
+with cli.group("Directions of latent"):
+    flags.DEFINE_bool("hessian", True, "of the energy's curvature; --nohessian: of the last features' change")
+
+with cli.group("Network (read from the checkpoint; what is given here is checked against it)"):
+    flags.DEFINE_bool("cclass", True, "conditioned on the class")
+    flags.DEFINE_bool("large_model", False, "ResNet32Large")
+    flags.DEFINE_bool("larger_model", False, "ResNet32Larger")
+    flags.DEFINE_bool("wider_model", False, "ResNet32Wider")
+    flags.DEFINE_bool("use_attention", False, "self attention in the residual networks")
+    flags.DEFINE_bool("spec_norm", True, "spectral normalisation")
+    flags.DEFINE_bool("swish_act", False, "swish; only a TensorFlow checkpoint needs to be told")
+
+with cli.group("Accepted for old commands, without effect"):
+    flags.DEFINE_string("datasource", "random", "where chains start is a matter of the task")
+    flags.DEFINE_bool("bn", False, "no network here has batch normalisation")
+    flags.DEFINE_bool("use_bias", True, "biases are what the checkpoint holds")
+
+SIZES = {"large_model": "ResNet32Large", "larger_model": "ResNet32Larger", "wider_model": "ResNet32Wider"}
+PATHS = {
+    "folder": "data_path",
+    "imagenet": "imagenet_path",
+    "imagenetfull": "imagenet_datadir",
+    "dsprites": "dsprites_path",
+}
+CONDITIONS = {"cond_shape": "shape", "cond_size": "size", "cond_pos": "pos", "cond_rot": "rot"}
+SUBSETS = {
+    "dshape_only": "shape",
+    "dpos_only": "pos",
+    "dsize_only": "size",
+    "drot_only": "rot",
+    "dsprites_restrict": "restrict",
+}
+
+
+def check_network(config: models.ModelConfig, path: pathlib.Path) -> None:
+    """Raise UsageError, which says what is right, for a flag that contradicts the checkpoint's network."""
+    right = {name: network == config.network for name, network in SIZES.items()}
+    right |= {"cclass": config.label_size > 0, "use_attention": config.use_attention}
+    right |= {"spec_norm": config.spec_norm, "swish_act": config.swish_act}
+    for name, value in right.items():
+        if FLAGS[name].present and FLAGS[name].value != value:
+            size = next((f" (--{flag})" for flag, network in SIZES.items() if network == config.network), "")
+            kind = f"{config.network}{size}" if name in SIZES else f"--{name}={value}"
+            raise UsageError(f"--{name}={FLAGS[name].value} does not fit {path}, which is {kind}; leave the flag out")
+
+
+def trained_with(path: pathlib.Path) -> dict[str, Any]:
+    """Return the flags that a checkpoint was trained with; a TensorFlow checkpoint does not tell."""
+    import checkpoint
+
+    return checkpoint.load(path).get("flags", {}) if path.suffix == ".pt" else {}
+
+
+def sprite_condition(label_size: int, trained: dict[str, Any]) -> str | None:
+    """Return what a dSprites model is conditioned on: by the flags, else its training, else the width of its labels.
+
+    None: by what varies in the subset it was trained on.
+    """
+    given = [condition for name, condition in CONDITIONS.items() if FLAGS[name].value]
+    known = [condition for name, condition in CONDITIONS.items() if trained.get(name)]
+    guessed = None if any(trained.get(name) for name in SUBSETS) else {1: "size", 2: "pos"}.get(label_size, "shape")
+    return (given + known + [guessed])[0]
+
+
+def load_own(split: str, config: models.ModelConfig, trained: dict[str, Any], device: torch.device) -> AnyDataset:
+    """Return a split of the data set to examine the model on; raise UsageError where it does not fit the model."""
+    import data
+
+    name = "svhn" if FLAGS.svhn else FLAGS.dataset or trained.get("dataset", "cifar10")
+    sprites, folder = name == "dsprites", name == "folder"
+    dataset = data.load_dataset(
+        name,
+        split=split,
+        root=FLAGS.datadir,
+        device=device,
+        path=FLAGS[PATHS[name]].value or trained.get(PATHS[name]) if name in PATHS else None,
+        image_size=config.image_shape[1] if folder else None,
+        channels=config.image_shape[0] if folder else None,
+        condition=sprite_condition(config.label_size, trained) if sprites else None,
+        subset=next((SUBSETS[flag] for flag in SUBSETS if trained.get(flag)), None) if sprites else None,
+        workers=FLAGS.data_workers,
+        download=FLAGS.download,
+    )
+    if dataset.image_shape != config.image_shape:
+        raise UsageError(
+            f"--dataset={name} has images of shape {dataset.image_shape}, the model takes {config.image_shape}"
+        )
+    if config.label_size and dataset.label_size != config.label_size:
+        raise UsageError(
+            f"--dataset={name} has labels of width {dataset.label_size}, the model takes {config.label_size}"
+        )
+    return dataset
+
+
+def load_mix(name: str, config: models.ModelConfig, device: torch.device) -> AnyDataset:
+    """Return an out-of-distribution data set by its name, or the images of a folder, then under the folder's name."""
+    import data
+
+    common: dict[str, Any] = {"device": device, "workers": FLAGS.data_workers, "split": "test"}
+    if name not in FLAGS.mixfolder:
+        return data.load_dataset(name, root=FLAGS.datadir, download=FLAGS.download, **common)
+    channels, size, _ = config.image_shape
+    dataset = data.load_dataset("folder", path=name, image_size=size, channels=channels, **common)
+    assert isinstance(dataset, data.Dataset), "a folder is read into memory"
+    return dataclasses.replace(dataset, name=pathlib.Path(name).resolve().name)
+
+
+def mixes() -> list[str]:
+    """Return the out-of-distribution sets that the flags choose: names, and paths of folders."""
+    named = {
+        "svhn": FLAGS.svhnmix,
+        "cifar100": FLAGS.cifar100mix,
+        "textures": FLAGS.texturemix,
+        "random": FLAGS.randommix,
+        "interpolation": FLAGS.interpolationmix,
+    }
+    names = [name for name, given in named.items() if given] + FLAGS.mixset
+    for folder in map(pathlib.Path, FLAGS.mixfolder):
+        if not folder.is_dir():
+            raise UsageError(f"--mixfolder={folder}: no such folder")
+        names.append(folder.resolve().name)
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UsageError(f"two sets of mixenergy are called {twice[0]}; give each once, folders by different names")
+    return names[: len(names) - len(FLAGS.mixfolder)] + FLAGS.mixfolder or ["interpolation"]
+
+
+def as_table(report: Report) -> str:
+    """Return a report's figures as text, published ones beside them; rows of figures, with common names, as a table."""
+
+    def cell(value: object) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    width = max(map(len, report.figures)) + 2
+    lines, columns = [], None
+    for name, value in report.figures.items():
+        line = f"{name:<{width}}"
+        if isinstance(value, dict):
+            if columns is None:
+                columns = {column: max(len(column), 8) + 2 for column in value}
+                lines.append(" " * width + "".join(f"{column:>{size}}" for column, size in columns.items()))
+            line += "".join(f"{cell(value[column]):>{size}}" for column, size in columns.items())
+        else:
+            line += cell(value)
+        lines.append(line + (f"   paper: {report.paper[name]}" if name in report.paper else ""))
+    return "\n".join(lines)
+
+
+def write_report(run: Run, report: Report, checkpoint_path: pathlib.Path) -> None:
+    """Write <task>.json beside the task's other files; print the figures and the paths."""
+    contents = {
+        "task": FLAGS.task,
+        "checkpoint": str(checkpoint_path),
+        "network": dataclasses.asdict(run.sandbox.model.config),
+        "images": run.used,
+        "settings": cli.values() | {"step_lr": run.sandbox.step_lr, "batch_size": run.sandbox.batch_size},
+        "figures": report.figures,
+        "paper": report.paper,
+        "files": [str(path) for path in run.files],
+    }
+    path = run.path(f"{FLAGS.task}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
+    print(as_table(report))
+    for written in run.files:
+        print(f"wrote {written}")
+
+
+def main() -> None:
+    for name in ("datasource", "bn", "use_bias"):
+        if FLAGS[name].present:
+            print(f"note: --{name} has no effect: {FLAGS[name].help}")
+    import torch
+
+    import checkpoint
+    import distributed
+    import sandbox_tasks
+    from sandbox import Sandbox
+    from utils import keep_freed_memory
+
+    keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # figures are those of float32, also on a GPU
+    device = distributed.start("none", FLAGS.device).device
+    folder = pathlib.Path(FLAGS.modeldir) / FLAGS.exp
+    if not folder.is_dir():
+        raise UsageError(f"no experiment folder {folder}; give --modeldir and --exp of a trained model")
+    path = checkpoint.find(folder, "latest" if FLAGS.resume_iter == "-1" else FLAGS.resume_iter)
+    model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, device=device)
+    config, trained = model.config, trained_with(path)
+    check_network(config, path)
+
+    usual_step = trained.get("step_lr", 10.0)
+    sandbox = Sandbox(
+        model,
+        torch.Generator(device).manual_seed(FLAGS.seed),
+        num_steps=FLAGS.num_steps,
+        step_lr=usual_step if FLAGS.step_lr is None else FLAGS.step_lr,
+        proj_norm=FLAGS.proj_norm,
+        rescale=trained.get("rescale", 1.0),
+        batch_size=FLAGS.batch_size,
+    )
+    options: dict[str, Any] = {
+        field.name: FLAGS[field.name].value for field in dataclasses.fields(sandbox_tasks.Options)
+    }
+    run = sandbox_tasks.Run(
+        sandbox,
+        sandbox_tasks.Options(**options | ({"limit": 1} if FLAGS.single else {})),
+        load=functools.cache(functools.partial(load_own, config=config, trained=trained, device=device)),
+        load_mix=functools.partial(load_mix, config=config, device=device),
+        mixes=mixes(),
+        folder=pathlib.Path(FLAGS.logdir) / FLAGS.exp / FLAGS.task,
+    )
+    kind = f"conditioned on labels of width {config.label_size}" if config.label_size else "unconditional"
+    print(f"model: {path}, {config.network} with {config.num_filters} filters, {kind}, on {device}")
+    print(f"task: {FLAGS.task}, rounds of {sandbox.num_steps} Langevin steps of {sandbox.step_lr:g}")
+    write_report(run, sandbox_tasks.TASKS[FLAGS.task](run), path)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

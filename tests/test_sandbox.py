@@ -1,0 +1,583 @@
+"""The sandbox: attacks, chains and directions with known answers, every task end to end, the published commands."""
+
+import functools
+import json
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import checkpoint
+import data
+import models
+import sampling
+import sandbox
+import sandbox_tasks
+from errors import UsageError
+from sandbox import Attack, Sandbox, pgd, within_ball
+from utils import Progress
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Planted:
+    """A model whose energy is a given function of images and labels."""
+
+    def __init__(self, energy, image_shape, label_size=0):
+        self.config = models.ModelConfig("MnistNet", image_shape, 1, label_size)
+        self.energy = lambda weights, images, labels: energy(images, labels)
+
+    def prepare(self):
+        return {}
+
+
+def planted(energy, image_shape=(1, 4, 4), label_size=0, **settings):
+    return Sandbox(Planted(energy, image_shape, label_size), generator(), **settings)  # type: ignore[arg-type]
+
+
+def no_labels(images):
+    return images.new_zeros(len(images), 0)
+
+
+# ---- attacks ----
+
+
+@pytest.mark.parametrize("norm", ["li", "l2"])
+def test_attack_stays_in_its_ball(norm):
+    """Breaks when an attack leaves its ball or [0, 1], starts at the image, or makes no use of the ball."""
+    images = torch.rand(5, 3, 4, 4, generator=generator())
+    slope = torch.randn(3, 4, 4, generator=generator(1))
+    loss = lambda x: (slope * x).flatten(1).sum(1)  # noqa: E731
+    for steps in (0, 7):
+        attacked = pgd(loss, images, Attack(norm, 0.1, steps), generator())
+        offset = (attacked - images).flatten(1)
+        length = offset.abs().amax(1) if norm == "li" else offset.norm(dim=1)
+        assert attacked.min() >= 0 and attacked.max() <= 1
+        assert length.max() <= 0.1 + 1e-6
+        assert length.min() > 0.05
+    assert (loss(attacked) > loss(images)).all()
+
+
+@pytest.mark.parametrize(("norm", "radius"), [("li", 0.1), ("l2", 0.4)])
+def test_attack_on_a_linear_energy(norm, radius):
+    """Breaks when a step has the wrong sign, is not projected, or ends short of the best point of the ball.
+
+    With E(x, y) = w_y·x and two classes the loss of class 0 climbs along w_0 − w_1 everywhere.
+    """
+    weights = torch.randn(2, 1, 4, 4, generator=generator())
+    box = planted(lambda x, y: ((y @ weights.flatten(1)) * x.flatten(1)).sum(1), label_size=2, batch_size=4)
+    images = torch.full((6, 1, 4, 4), 0.5)
+    classes = torch.zeros(6, dtype=torch.long)
+    attacked = box.attack(images, classes, Attack(norm, radius, steps=60))
+    uphill, offset = (weights[0] - weights[1]).flatten(), (attacked - images).flatten(1)
+    if norm == "li":
+        torch.testing.assert_close(offset, (radius * uphill.sign()).expand(6, -1))
+    else:  # 2.5 radii of travel from a random start do not quite end there
+        torch.testing.assert_close(offset.norm(dim=1), torch.full((6,), radius))
+        assert F.cosine_similarity(offset, uphill[None]).min() > 0.95
+    margin = lambda x: box.logits(x).diff(dim=1)[:, 0]  # noqa: E731
+    assert (margin(attacked) > margin(images)).all()  # the true class's logit falls against the other's
+
+
+def test_attack_without_steps_or_radius():
+    """Breaks when --pgd=0 moves images, or a ball of radius 0 does not hold them."""
+    images = torch.rand(2, 1, 4, 4, generator=generator())
+    box = planted(lambda x, y: x.flatten(1).sum(1) * y[:, 0], label_size=2)
+    classes = torch.zeros(2, dtype=torch.long)
+    assert torch.equal(box.attack(images, classes, Attack("li", 0.1, steps=0)), images)
+    assert torch.equal(box.attack(images, classes, Attack("l2", 0.0, steps=2)), images)
+
+
+def test_draws_average_the_noise_of_a_gradient():
+    """Breaks when the gradients of the draws are not averaged: one draw alone points almost anywhere."""
+    slope = torch.randn(100, generator=generator())
+    noise = generator(1)
+
+    def loss(x):
+        return ((slope + 3 * torch.randn(100, generator=noise)) * x.flatten(1)).sum(1)
+
+    image = torch.full((1, 1, 10, 10), 0.5)
+    moved = pgd(loss, image, Attack("l2", 0.1, steps=3, draws=40), generator()) - image
+    assert F.cosine_similarity(moved.flatten(), slope, dim=0) > 0.75
+
+
+def test_adaptive_attack_goes_through_the_refinement():
+    """Breaks when --adaptive attacks the logits before the refinement, or takes the refinement for a constant shift.
+
+    Pixel 0 decides most, but one Langevin step takes it to the same place from anywhere: only an attacker who does not
+    know moves it. That step mirrors pixel 1, which decides less; the way up is the same before and behind the mirror.
+    """
+
+    def energy(x, y):
+        x, side = x.flatten(1) - 0.5, y[:, 0] - y[:, 1]
+        return 0.5 * x[:, 0] ** 2 + x[:, 1] ** 2 + side * (0.1 * x[:, 0] + 0.02 * x[:, 1])
+
+    box = planted(energy, (1, 1, 2), 2, num_steps=1, step_lr=1.0)
+    image, classes = torch.full((1, 1, 1, 2), 0.5), torch.zeros(1, dtype=torch.long)
+    plain = (box.attack(image, classes, Attack("l2", 0.1, steps=40), refine=1.0) - image).flatten()
+    adaptive = (box.attack(image, classes, Attack("l2", 0.1, steps=40, draws=2), refine=1.0) - image).flatten()
+    assert plain[0] > 0.09 and abs(plain[1]) < 0.04
+    assert adaptive[1] > 0.09 and abs(adaptive[0]) < 0.04
+
+
+def test_attack_describes_itself():
+    """Breaks when the output does not say which attack was run."""
+    assert str(Attack("li", 8 / 255, 0)) == "none"
+    assert "L∞ ball of 8/255" in str(Attack("li", 8 / 255, 20))
+    assert "not through" in str(Attack("li", 8 / 255, 20))
+    assert "20 steps of 5/255, gradient through the refinement, mean of 3 draws" in str(Attack("l2", 40 / 255, 20, 3))
+
+
+def test_flags_of_the_attack():
+    """Breaks when --l2val, --lival, --pgd, --lnorm or --adaptive do not reach the attack."""
+    options = sandbox_tasks.Options(lival=4, l2val=20, pgd=3, adaptive=2)
+    assert sandbox_tasks.attack_of(options) == Attack("li", 4 / 255, 3, 2)
+    options = sandbox_tasks.Options(lival=4, l2val=20, pgd=3, lnorm="2")
+    assert sandbox_tasks.attack_of(options) == Attack("l2", 20 / 255, 3)
+    assert sandbox_tasks.attack_of(options, 7) == Attack("l2", 7 / 255, 3)
+
+
+# ---- chains ----
+
+
+def test_inpainting_leaves_the_kept_half_alone():
+    """Breaks when a single bit of the upper half changes, or the lower half is kept, too."""
+    images = torch.rand(3, 2, 5, 4, generator=generator())
+    box = planted(lambda x, y: 30 * x.flatten(1).square().sum(1), (2, 5, 4), num_steps=4, step_lr=0.01, batch_size=2)
+    restored = box.chain(images, no_labels(images), rounds=2, restrict=sandbox.in_lower_half)
+    assert torch.equal(restored[:, :, :2], images[:, :, :2])
+    assert (restored[:, :, 2:] != images[:, :, 2:]).float().mean() > 0.9
+
+
+def test_refinement_stays_in_its_ball():
+    """Breaks when the ball moves along with the chain from one step to the next."""
+    box = planted(lambda x, y: 100 * x.flatten(1).sum(1), label_size=2, num_steps=5, step_lr=1.0)
+    images = torch.full((1, 1, 4, 4), 0.5)
+    torch.testing.assert_close(box.logits(images, refine=0.1), torch.full((1, 2), -100 * 16 * 0.4))
+
+
+def test_stages_continue_one_another():
+    """Breaks when a round starts anew, or the restriction forgets where the whole chain started."""
+    images = torch.full((3, 1, 4, 4), 0.5)
+    box = planted(lambda x, y: x.flatten(1).sum(1), num_steps=1, step_lr=0.05, batch_size=2)
+    ball = functools.partial(within_ball, radius=0.12)
+    means = [stage.mean().item() for stage in box.stages(images, no_labels(images), rounds=4, restrict=ball)]
+    assert means == pytest.approx([0.5, 0.45, 0.4, 0.38, 0.38], abs=3e-3)
+
+
+def test_other_ranges_of_images():
+    """Breaks when a model trained on images in [0, 4] is run at another step size, noise or clip than in training."""
+    energy = lambda x, y: 0.3 * (x - 1).square().flatten(1).sum(1)  # noqa: E731
+    images = torch.rand(2, 1, 4, 4, generator=generator())
+    settings = {"num_steps": 3, "step_lr": 0.2, "proj_norm": 0.4}
+    ours = planted(energy, rescale=4.0, **settings).chain(images, no_labels(images), rounds=1)
+    trained = sampling.langevin(
+        lambda x: energy(x, None),
+        4 * images,
+        num_steps=3,
+        step_lr=0.2 * 4,  # as training.run_chain does
+        noise_std=0.005 * 4,
+        proj_norm=0.4,
+        bounds=(0.0, 4.0),
+        generator=generator(),
+    )
+    torch.testing.assert_close(4 * ours, trained)
+
+
+def test_batches_shrink_until_memory_holds_them():
+    """Breaks when an image is lost or done twice, the noise of a failed batch is used up, or the limit is forgotten."""
+
+    def draw(box, limit, sizes):
+        def function(part):
+            noise = torch.randn(part.stop - part.start, generator=box.generator)
+            if len(noise) > limit:
+                raise torch.OutOfMemoryError("out of memory")
+            sizes.append(len(noise))
+            return noise
+
+        return function
+
+    small, large = (planted(None, batch_size=size) for size in (2, 8))
+    expected = small.in_batches(draw(small, 9, []), 7, Progress(7, what="", quiet=True))
+    sizes: list[int] = []
+    found = large.in_batches(draw(large, 3, sizes), 7, Progress(7, what="", quiet=True))
+    assert torch.equal(found, expected) and sizes == [2, 2, 2, 1] and large.batch_size == 2
+    with pytest.raises(UsageError, match="memory"):
+        large.in_batches(draw(large, 0, []), 7, Progress(7, what="", quiet=True))
+
+
+def test_other_errors_and_divergence_are_not_swallowed():
+    """Breaks when any RuntimeError counts as short memory, or figures that are not finite reach a report."""
+    images = torch.zeros(2, 1, 4, 4)
+    with pytest.raises(RuntimeError, match="must match"):
+        planted(lambda x, y: (x + torch.ones(3)).flatten(1).sum(1)).scores(images)
+    with pytest.raises(UsageError, match="diverged"):
+        planted(lambda x, y: x.flatten(1).sum(1) / 0).scores(images)
+
+
+def test_scores_take_the_class_of_lowest_energy():
+    """Breaks when a conditional model is scored under another class than its best."""
+    images = torch.rand(5, 1, 4, 4, generator=generator())
+    centres = torch.tensor([0.2, 0.5, 0.9])
+    box = planted(lambda x, y: (x.mean((1, 2, 3)) - y @ centres).abs(), label_size=3)
+    expected = -(images.mean((1, 2, 3))[:, None] - centres).abs().amin(1)
+    torch.testing.assert_close(box.scores(images), expected)
+
+
+# ---- images ----
+
+
+def test_salt_and_pepper():
+    """Breaks when the shares or values are off, or channels of a pixel are corrupted apart."""
+    images = torch.full((40, 3, 32, 32), 0.5)
+    corrupt = sandbox.salt_and_pepper(images, generator())
+    assert torch.equal(corrupt, corrupt[:, :1].expand(-1, 3, -1, -1))
+    shares = [(corrupt == value).float().mean().item() for value in (0.1, 0.9, 0.5)]
+    assert shares == pytest.approx([0.05, 0.05, 0.9], abs=0.005)
+
+
+def test_images_of_other_sets_fit_the_model():
+    """Breaks when colour is not made grey by luminance, grey not colour, or a constant changes with the size."""
+    red = torch.zeros(2, 3, 8, 6)
+    red[:, 0] = 0.5
+    grey = sandbox.fitted(red, (1, 4, 4))
+    torch.testing.assert_close(grey, torch.full((2, 1, 4, 4), 0.1495))
+    torch.testing.assert_close(sandbox.fitted(grey, (3, 7, 5)), torch.full((2, 3, 7, 5), 0.1495))
+    assert torch.equal(sandbox.fitted(red, (3, 8, 6)), red)
+
+
+def test_nearest_neighbours_of_training_images_are_themselves():
+    """Breaks when blocks are joined wrongly, indices are of a block, or distances lose precision."""
+    images = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8, generator=generator())
+    chosen = torch.tensor([0, 49, 16, 33])
+    queries = images[chosen].float() / 255
+    distances, indices = sandbox.nearest(queries, data.Dataset("train", images, None), 5, block=16)
+    assert indices[:, 0].tolist() == chosen.tolist() and (distances[:, 0] == 0).all()
+    every = (queries.double().flatten(1)[:, None] - images.double().flatten(1) / 255).norm(dim=2)
+    best, order = every.topk(5, largest=False)
+    assert torch.equal(indices, order)
+    torch.testing.assert_close(distances.double(), best, rtol=1e-5, atol=1e-5)
+
+
+# ---- directions ----
+
+
+def test_eigenvectors_of_a_quadratic_energy():
+    """Breaks when the Hessian's eigenvectors of largest curvature, of either sign, are not recovered in order."""
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator(), dtype=torch.float64))[0].float()
+    curvatures = torch.linspace(-1, 1, 16)
+    curvatures[[3, 8, 12]] = torch.tensor([5.0, -4.0, 3.0])
+    energy = lambda x: 0.5 * ((x.flatten(1) @ basis).square() * curvatures).sum(1)  # noqa: E731
+    image = torch.rand(1, 4, 4, generator=generator())
+    values, vectors = sandbox.hessian_directions(energy, image, 3, generator())
+    torch.testing.assert_close(values, torch.tensor([5.0, -4.0, 3.0]), rtol=1e-3, atol=0)
+    overlap = (vectors.flatten(1) * basis[:, [3, 8, 12]].T).sum(1).abs()
+    torch.testing.assert_close(overlap, torch.ones(3), rtol=1e-3, atol=0)
+
+
+def test_piecewise_linear_energies_have_no_hessian():
+    """Breaks when rounding noise is shown as directions of a leaky ReLU network."""
+    model = models.build_model(models.ModelConfig("MnistNet", (1, 8, 8), 2), generator())
+    box = Sandbox(model, generator())
+    with pytest.raises(UsageError, match="--nohessian"):
+        sandbox.hessian_directions(lambda x: box.energy(x, no_labels(x)), torch.rand(1, 8, 8), 3, generator())
+
+
+def test_directions_of_linear_features():
+    """Breaks when the directions are not the right singular vectors of the Jacobian, by descending values."""
+    left = torch.linalg.qr(torch.randn(6, 3, generator=generator()))[0]
+    right = torch.linalg.qr(torch.randn(16, 3, generator=generator(1)))[0]
+    matrix = left @ torch.diag(torch.tensor([1.0, 3.0, 2.0])) @ right.T
+    values, vectors = sandbox.feature_directions(lambda x: x.flatten(1) @ matrix.T, torch.rand(1, 4, 4), 3)
+    torch.testing.assert_close(values, torch.tensor([3.0, 2.0, 1.0]), rtol=1e-4, atol=0)
+    overlap = (vectors.flatten(1) * right[:, [1, 2, 0]].T).sum(1).abs()
+    torch.testing.assert_close(overlap, torch.ones(3), rtol=1e-4, atol=0)
+
+
+# ---- tasks ----
+
+
+def toy_dataset(image_shape, classes=3, seed=0):
+    images = torch.randint(256, (24, *image_shape), dtype=torch.uint8, generator=generator(seed))
+    names = tuple(f"class {k}" for k in range(classes))
+    return data.Dataset("toy", images, torch.arange(24) % classes if classes else None, names)
+
+
+def run_on(box, folder, *, classes=3, mixes=(), load_mix=None, **options):
+    splits = {
+        split: toy_dataset(box.model.config.image_shape, classes, seed) for seed, split in enumerate(["train", "test"])
+    }
+    return sandbox_tasks.Run(box, sandbox_tasks.Options(**options), splits.__getitem__, load_mix, mixes, folder)
+
+
+def small(network, image_shape, label_size=0, **settings):
+    config = models.ModelConfig(network, image_shape, 2, label_size, swish_act=network == "MnistNet")
+    model = models.build_model(config, generator())
+    return Sandbox(model, generator(), **{"num_steps": 2, "batch_size": 16} | settings)
+
+
+NEED_CLASSES = {"label", "labelfinetune", "crossclass", "democlass"}
+
+
+@pytest.mark.parametrize("task", sandbox_tasks.TASKS)
+def test_task_on_a_conditional_model_of_grey_images(task, tmp_path):
+    """Breaks when a task does not run, writes no picture, or reports what JSON cannot hold."""
+    run = run_on(small("MnistNet", (1, 12, 12), 3), tmp_path, mixes=["random", "interpolation"], limit=8, pgd=2)
+    report = sandbox_tasks.TASKS[task](run)
+    assert any(path.suffix == ".png" for path in run.files)
+    assert all(path.stat().st_size > 0 for path in run.files)
+    assert json.dumps(report.figures, allow_nan=False)
+
+
+@pytest.mark.parametrize("task", sandbox_tasks.TASKS)
+def test_task_on_an_unconditional_model_of_colour_images(task, tmp_path):
+    """Breaks when a task needs labels for nothing, or one that does need them fails without saying so."""
+    box = small("ResNet32", (3, 16, 16), num_steps=1)
+    run = run_on(box, tmp_path, classes=0, mixes=["interpolation"], limit=2, hessian=False)
+    if task in NEED_CLASSES:
+        with pytest.raises(UsageError, match=f"--task={task} needs a model conditioned on classes"):
+            sandbox_tasks.TASKS[task](run)
+    else:
+        sandbox_tasks.TASKS[task](run)
+        assert any(path.suffix == ".png" for path in run.files)
+
+
+def test_outlier_figures_against_scikit_learn(tmp_path):
+    """Breaks when the signs of scores are confused: energies are planted, low in the data and high outside."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    box = planted(lambda x, y: x.mean((1, 2, 3)), (1, 4, 4))
+    bright = data.Dataset("bright", (toy_dataset((3, 5, 5)).images // 2 + 90), None)
+    run = run_on(box, tmp_path, classes=0, mixes=["bright"], load_mix=lambda name: bright)
+    figures = sandbox_tasks.mixenergy(run).figures["bright"]
+    inside, outside = (np.load(tmp_path / f"scores_{name}.npy") for name in ("in_distribution", "bright"))
+    truth, scores = np.repeat([1, 0], 24), np.concatenate([inside, outside])
+    assert figures["images"] == 24
+    assert figures["AUROC"] == pytest.approx(roc_auc_score(truth, scores))
+    assert figures["AUPR"] == pytest.approx(average_precision_score(truth, scores))
+    assert figures["AUROC"] > 0.6 and inside.mean() > outside.mean()
+
+
+def test_memorising_shows(tmp_path):
+    """Breaks when an energy that knows the training images looks like one that generalises."""
+    train = toy_dataset((1, 4, 4), 0).images.float() / 255
+    box = planted(lambda x, y: torch.cdist(x.flatten(1), train.flatten(1)).amin(1))
+    report = sandbox_tasks.energyeval(run_on(box, tmp_path, classes=0))
+    assert report.figures["AUROC train/test"] == 1.0
+    shared = run_on(box, tmp_path, classes=0)
+    shared.load = lambda split: toy_dataset((1, 4, 4), 0)
+    assert "no split" in sandbox_tasks.energyeval(shared).figures["verdict"]
+
+
+def test_finetuning_learns_and_is_kept(tmp_path):
+    """Breaks when a training step does not lower the loss or leaves the network alone, or --notrain forgets it."""
+    box = small("MnistNet", (1, 12, 12), 3, num_steps=0, batch_size=4)
+    run = run_on(box, tmp_path)
+    images = run.examples("train", 24).images
+    before = {name: parameter.clone() for name, parameter in box.model.named_parameters()}
+    always_first = torch.eye(3)[:1].expand(24, -1)
+    losses = [box.finetune(images, always_first, lr=0.02) for _ in range(5)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(not torch.equal(before[name], parameter) for name, parameter in box.model.named_parameters())
+    trained = sandbox_tasks.labelfinetune(run).figures
+    fresh = run_on(small("MnistNet", (1, 12, 12), 3, num_steps=0), tmp_path, train=False)
+    reloaded = sandbox_tasks.labelfinetune(fresh).figures
+    assert reloaded["clean"] == trained["clean"]
+    torch.testing.assert_close(fresh.sandbox.logits(images), box.logits(images))
+    with pytest.raises(UsageError, match="run once with --train"):
+        sandbox_tasks.labelfinetune(run_on(box, tmp_path / "empty", train=False))
+
+
+def test_same_seed_same_images(tmp_path):
+    """Breaks when the images looked at depend on the task, or on another seed than --seed."""
+    box = small("MnistNet", (1, 12, 12))
+    index = [run_on(box, tmp_path, seed=seed).pick(toy_dataset((1, 8, 8)), 10, "test") for seed in (0, 0, 1)]
+    assert torch.equal(index[0], index[1]) and not torch.equal(index[0], index[2])
+    assert len(index[0].unique()) == 10
+
+
+# ---- the command line ----
+
+DRIVER = """
+import contextlib, io, json, sys
+from absl import flags
+import cli, ebm_sandbox, sandbox_tasks
+from errors import UsageError
+assert list(ebm_sandbox.TASKS) == list(sandbox_tasks.TASKS)
+results = []
+for words in json.load(sys.stdin):
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    printed, error = io.StringIO(), None
+    with contextlib.redirect_stdout(printed):
+        try:
+            cli.parse(["ebm_sandbox.py", *words], "")
+            ebm_sandbox.main()
+        except UsageError as mistake:
+            error = str(mistake)
+    results.append([printed.getvalue(), error])
+print(json.dumps(results))
+"""
+
+COMMANDS = {
+    "crossclass": "--task=crossclass --num_steps=40 --exp=cifar10_cond --resume_iter=74700",
+    "mixenergy": "--task=mixenergy --num_steps=40 --exp=cifar10_large_model_uncond --resume_iter=121200 --large_model "
+    "--svhnmix --cclass=False",
+    "label": "--task=label --exp=cifar10_wider_model_cond --resume_iter=21600 --lnorm=-1 --pgd=2 --num_steps=10 "
+    "--lival=4 --wider_model",
+    "several": "--task=mixenergy --exp=cifar10_large_model_uncond --randommix --interpolationmix --mixset=svhn,digits "
+    "--mixfolder={tmp}/others",
+    "inert": "--task=democlass --exp=cifar10_cond --nobn --use_bias=False --datasource=default --num_steps=1",
+    "wrong size": "--task=label --exp=cifar10_cond --large_model",
+    "right size": "--task=label --exp=cifar10_wider_model_cond --wider_model=False",
+    "wrong class": "--task=mixenergy --exp=cifar10_cond --nocclass",
+    "no iteration": "--exp=cifar10_cond --resume_iter=5",
+    "no experiment": "--exp=cifar11",
+    "wrong data": "--exp=cifar10_cond --dataset=digits",
+    "wrong norm": "--exp=cifar10_cond --lnorm=1",
+    "no folder": "--task=mixenergy --exp=cifar10_cond --mixfolder={tmp}/nowhere",
+    "twice": "--task=mixenergy --exp=cifar10_cond --mixfolder={tmp}/others --mixfolder={tmp}/data/../others",
+    "no grid": "--exp=cifar10_cond --labelgrid",
+    "grid": "--exp=cifar10_cond --labelgrid --lnorm=2 --pgd=1 --num_steps=0 --resume_iter=latest",
+}
+
+
+def write_cifar(root):
+    """Six images of CIFAR-10 in its own format, and four of SVHN's test set in theirs."""
+    from scipy.io import savemat
+
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    for name in ["test_batch", *(f"data_batch_{k}" for k in range(1, 6))]:
+        rows = np.random.default_rng(len(name)).integers(0, 256, (6, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": list(range(6))}))
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
+    savemat(root / "test_32x32.mat", {"X": pixels, "y": np.arange(1, 5)})
+
+
+def write_model(folder, network, iteration, label_size):
+    config = models.ModelConfig(network, (3, 32, 32), 2, label_size)
+    state = {"config": config.__dict__, "model": models.build_model(config, generator()).state_dict()}
+    folder.mkdir(parents=True)
+    checkpoint.save(folder / f"model_{iteration}.pt", state | {"iteration": iteration, "flags": {"step_lr": 7.5}})
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What each of COMMANDS printed and its error, from one process; and the folder of the results."""
+    from PIL import Image
+
+    tmp = tmp_path_factory.mktemp("sandbox")
+    write_cifar(tmp / "data")
+    write_model(tmp / "models/cifar10_cond", "ResNet32", 74700, 10)
+    write_model(tmp / "models/cifar10_large_model_uncond", "ResNet32Large", 121200, 0)
+    write_model(tmp / "models/cifar10_wider_model_cond", "ResNet32Wider", 21600, 10)
+    (tmp / "others").mkdir()
+    for k in range(3):
+        Image.fromarray(np.full((40, 50), 80 * k, np.uint8)).save(tmp / f"others/{k}.png")
+    common = [f"--modeldir={tmp}/models", f"--logdir={tmp}/results", f"--datadir={tmp}/data", "--nodownload"]
+    words = [[*common, "--limit=1", *command.format(tmp=tmp).split()] for command in COMMANDS.values()]
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVER], input=json.dumps(words), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return dict(zip(COMMANDS, json.loads(result.stdout.splitlines()[-1]), strict=True)), tmp / "results"
+
+
+@pytest.mark.parametrize("name", ["crossclass", "mixenergy", "label"])
+def test_published_commands(name, outcomes):
+    """Breaks when a command of the published README does not run as written, or hides where its results are."""
+    (printed, error), folder = outcomes[0][name], outcomes[1]
+    assert error is None
+    written = [pathlib.Path(line.removeprefix("wrote ")) for line in printed.splitlines() if line.startswith("wrote ")]
+    assert {path.suffix for path in written} >= {".png", ".json"}
+    assert all(folder in path.parents and path.exists() for path in written)
+
+
+def test_settings_take_effect(outcomes):
+    """Breaks when --lival or --pgd are ignored, as in the reference, or the training's step size is not taken over."""
+    contents = json.loads((outcomes[1] / "cifar10_wider_model_cond/label/label.json").read_text())
+    assert contents["figures"]["attack"].startswith("PGD, L∞ ball of 4/255, random start, 2 steps of 1/255")
+    assert "10 Langevin steps under each class" in contents["figures"]["refinement"]
+    assert contents["settings"]["step_lr"] == 7.5 and contents["network"]["network"] == "ResNet32Wider"
+    assert contents["images"]["test"].startswith("1 of 6, dequantised")
+    assert "paper: 0.491" in outcomes[0]["label"][0]
+
+
+def test_several_outlier_sets_in_one_run(outcomes):
+    """Breaks when only the last set counts, another shape does not fit, or a doubtful figure loses its mark."""
+    printed, error = outcomes[0]["several"]
+    assert error is None
+    contents = json.loads((outcomes[1] / "cifar10_large_model_uncond/mixenergy/mixenergy.json").read_text())
+    assert list(contents["figures"]) == ["random", "interpolation", "svhn", "digits", "others"]
+    lines = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
+    assert lines["random"].endswith("paper: 1.0 ? (uniform noise)") and lines["svhn"].endswith("paper: 0.63")
+    assert "paper" not in lines["digits"]
+
+
+def test_grid_over_radii(outcomes):
+    """Breaks when the grid does not vary the radius, or is not kept."""
+    printed, error = outcomes[0]["grid"]
+    assert error is None and "L2 ball of 95/255" in printed
+    assert np.load(outcomes[1] / "cifar10_cond/label/accuracies.npy").shape == (2, 20)
+
+
+def test_inert_flags_say_so(outcomes):
+    """Breaks when a flag without effect is refused, or taken without a word."""
+    printed, error = outcomes[0]["inert"]
+    assert error is None
+    for name in ("bn", "use_bias", "datasource"):
+        assert f"note: --{name} has no effect" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wrong size", ["--large_model=True", "model_74700.pt", "ResNet32;"]),
+        ("right size", ["--wider_model=False", "ResNet32Wider (--wider_model)"]),
+        ("wrong class", ["--cclass=False", "--cclass=True"]),
+        ("no iteration", ["model_5", "74700"]),
+        ("no experiment", ["cifar11", "--modeldir"]),
+        ("wrong data", ["--dataset=digits", "(1, 28, 28)", "(3, 32, 32)"]),
+        ("wrong norm", ["--lnorm"]),
+        ("no folder", ["--mixfolder", "nowhere"]),
+        ("twice", ["others"]),
+        ("no grid", ["--labelgrid", "--pgd"]),
+    ],
+)
+def test_mistakes(name, words, outcomes):
+    """Breaks when a mistake is not answered by one line that names the flag and what is right."""
+    error = outcomes[0][name][1]
+    assert error is not None and "\n" not in error
+    for word in words:
+        assert word in error
+
+
+def test_sprite_conditions():
+    """Breaks when a flag, then the training, then the width of the labels do not say what a dSprites model takes."""
+    words = "from ebm_sandbox import *; FLAGS(['', {}]); print(sprite_condition(2, {{{}}}))"
+    for given, trained, expected in (
+        ("", "", "pos"),
+        ("", "'cond_rot': True", "rot"),
+        ("", "'dpos_only': True", "None"),
+        ("'--cond_rot'", "'cond_pos': True", "rot"),
+    ):
+        command = [sys.executable, "-c", words.format(given, trained)]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == expected
+
+
+def test_help_is_quick_and_lists_all_tasks():
+    """Breaks when --help needs torch, or does not explain a task."""
+    command = [sys.executable, "-X", "importtime", "ebm_sandbox.py", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "torch" not in result.stderr
+    assert all(f"\n{task} " in result.stdout for task in sandbox_tasks.TASKS)
+    assert max(map(len, result.stdout.splitlines())) <= 120
