@@ -1,0 +1,239 @@
+"""imagenet_demo.py as a user runs it, on small networks: its frames are those of one chain, for any network."""
+
+import ast
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+import checkpoint
+import models
+import pictures
+import sampling
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ANIMALS = ["tench, Tinca tinca", "crane", "Maltese dog, Maltese terrier", "crane", "hen"]
+
+MODELS: dict[
+    str, tuple[models.ModelConfig, dict[str, object]]
+] = {  # experiment -> network, what its checkpoint says besides
+    "digits": (models.ModelConfig("MnistNet", (1, 28, 28), 4, label_size=5), {}),
+    "named": (models.ModelConfig("MnistNet", (1, 28, 28), 4, label_size=5), {"class_names": ANIMALS}),
+    "rescaled": (models.ModelConfig("ResNet32", (3, 32, 32), 4), {"flags": {"rescale": 8.0}}),
+    "large": (models.ModelConfig("ResNet128", (3, 128, 128), 4, label_size=10, swish_act=True), {}),
+    "position": (models.ModelConfig("DspritesNet", (1, 64, 64), 4, label_size=2), {}),
+}
+QUICK = ["--num_steps=4", "--step_lr=100", "--batch_size=3"]
+
+# Runs many commands in one process, since importing torch takes most of a command's time.
+DRIVER = """
+import contextlib, io, json, os, sys
+from absl import flags
+import cli, imagenet_demo
+results = {}
+for case, words in json.load(sys.stdin).items():
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    os.environ["PATH"] = "with_ffmpeg" if case == "film" else "broken_ffmpeg" if case == "no_film" else "nothing"
+    sys.argv = ["imagenet_demo.py", "--logdir=models", f"--savedir=results/{case}", "--device=cpu", *words]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.run(imagenet_demo.main, imagenet_demo.__doc__)
+        except SystemExit as leave:
+            status = leave.code
+    results[case] = status, out.getvalue(), err.getvalue()
+print(json.dumps(results))
+"""
+
+CASES = {
+    "whole": ["--exp=digits", *QUICK],
+    "thinned": ["--exp=digits", *QUICK, "--every=3"],
+    "other_seed": ["--exp=digits", *QUICK, "--seed=1"],
+    "chosen": ["--exp=digits", *QUICK, "--classes=4, 0"],
+    "names": ["--exp=named", *QUICK, "--classes=maltese terrier,HEN,1"],
+    "file": ["--exp=digits", *QUICK, "--classes=cock,2", "--class_names=birds.txt"],
+    "rescaled": ["--exp=rescaled", *QUICK],
+    "film": ["--exp=rescaled", *QUICK],
+    "no_film": ["--exp=digits", *QUICK],
+    "large": ["--exp=large", "--num_steps=2", "--batch_size=4", "--resume_iter=7", "--noswish_act", "--cclass"],
+    "tensorflow": ["--exp=cifar10_cond", "--resume_iter=74700", *QUICK],
+}
+MISTAKES = {
+    "no_model": (["--exp=other"], "no experiment folder models/other"),
+    "no_iteration": (["--exp=digits", "--resume_iter=8"], "no checkpoint model_8 in models/digits (it has 7)"),
+    "no_classes": (["--exp=rescaled", "--classes=1"], "model_7.pt has no classes"),
+    "no_such_class": (["--exp=digits", "--classes=5"], "there is no class 5; the network has 0 to 4"),
+    "negative": (["--exp=named", "--classes=-1"], "no class is called '-1'"),
+    "no_names": (["--exp=digits", "--classes=hen"], "'hen' cannot be looked up, no names are known here; give numbers"),
+    "misspelt": (
+        ["--exp=named", "--classes=maltese dgo"],
+        "no class is called 'maltese dgo'; did you mean",
+    ),
+    "ambiguous": (["--exp=named", "--classes=crane"], "'crane' is the name of the classes 1, 3; give a number"),
+    "empty": (["--exp=named", "--classes=1,,2"], "no class is called ''"),
+    "too_many": (["--exp=digits", "--classes=1,2,3", "--batch_size=2"], "--classes names 3 and --batch_size=2 is less"),
+    "few_names": (["--exp=digits", "--class_names=few.txt"], "few.txt has 1 lines and the network 5 classes"),
+    "no_text": (["--exp=digits", "--class_names=models"], "--class_names=models cannot be read: Is a directory"),
+    "position": (["--exp=position"], "conditioned on a size, position or rotation"),
+    "no_folder": (["--exp=digits", "--savedir=birds.txt"], "--savedir=birds.txt: cannot make birds.txt/digits"),
+    "no_steps": (["--exp=digits", "--num_steps=0"], "--num_steps"),
+}
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+    folder: pathlib.Path
+
+    def pixels(self) -> np.ndarray:
+        return np.asarray(Image.open(self.folder / "sample.png"))
+
+    def frames(self) -> list[tuple[int, int, int]]:
+        """Width, height and milliseconds of each frame of the GIF."""
+        with Image.open(self.folder / "sample.gif") as gif:
+            return [(*frame.size, frame.info["duration"]) for frame in ImageSequence.Iterator(gif)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, Result]:
+    """What all commands said and left behind."""
+    work = tmp_path_factory.mktemp("work")
+    for exp, (config, extra) in MODELS.items():
+        (work / "models" / exp).mkdir(parents=True)
+        model = models.build_model(config, torch.Generator().manual_seed(3))
+        state = {"config": dataclasses.asdict(config), "model": model.state_dict(), "iteration": 7}
+        checkpoint.save(work / "models" / exp / "model_7.pt", state | extra)
+    (work / "models" / "cifar10_cond").symlink_to(ROOT / "tests/golden/tf_checkpoints/cifar10_cond")
+    (work / "birds.txt").write_text("cock\nhen\nostrich\nbrambling\ngoldfinch\n")
+    (work / "few.txt").write_text("cock\n")
+    fakes = {
+        "with_ffmpeg": "open(sys.argv[-1], 'w').write(repr((sys.argv[1:-1], len(sys.stdin.buffer.read()))))",
+        "broken_ffmpeg": "sys.stdin.buffer.read(); sys.exit('first line\\nno such encoder')",
+    }
+    for name, body in fakes.items():
+        (work / name).mkdir()
+        (work / name / "ffmpeg").write_text(f"#!{sys.executable}\nimport sys\n{body}\n")
+        (work / name / "ffmpeg").chmod(0o755)
+    commands = CASES | {name: words for name, (words, _) in MISTAKES.items()}
+    run = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(commands),
+        cwd=work,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    answers = json.loads(run.stdout)
+    exps = {name: words[0].removeprefix("--exp=") for name, words in commands.items()}
+    return {
+        name: Result(status, out, err, work / "results" / name / exps[name])
+        for name, (status, out, err) in answers.items()
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_commands_work(results, case) -> None:
+    """Red if a command fails, or does not name the files that it wrote."""
+    result = results[case]
+    assert result.status == 0, result.err
+    for name in ("sample.gif", "sample.png"):
+        assert f"results/{case}/{result.folder.name}/{name}" in result.out
+        assert (result.folder / name).stat().st_size > 0
+
+
+def expected_pixels(exp: str, classes: list[int], rescale: float) -> np.ndarray:
+    """The end of the chain that QUICK asks for, in a grid of 2 columns."""
+    config, _ = MODELS[exp]
+    model = models.build_model(config, torch.Generator().manual_seed(3)).eval()
+    generator = torch.Generator().manual_seed(0)
+    x = rescale * torch.rand((3, *config.image_shape), generator=generator)
+    labels = torch.eye(5)[classes] if config.label_size else None
+    x = sampling.langevin(
+        lambda x: model(x, labels),
+        x,
+        num_steps=4,
+        step_lr=100 * rescale,
+        noise_std=0.005 * rescale,
+        bounds=(0, rescale),
+        generator=generator,
+    )
+    return pictures.grid(x / rescale, columns=2, padding=0).squeeze()
+
+
+def close(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether pictures are equal but for rounding."""
+    return one.shape == other.shape and abs(one.astype(int) - other.astype(int)).max() <= 1
+
+
+def test_frames_are_those_of_one_chain(results) -> None:
+    """Red if the noise, the step or the range is another than the spec's, or frames are not steps of one chain."""
+    rows, other_rows = (re.findall("classes of row .: (.*)", results[case].out) for case in ("whole", "other_seed"))
+    classes = [int(number) for row in rows for number in row.split(", ")]
+    assert close(results["whole"].pixels(), expected_pixels("digits", classes, 1.0))
+    assert close(results["rescaled"].pixels(), expected_pixels("rescaled", [], 8.0))
+    assert np.array_equal(results["whole"].pixels(), results["thinned"].pixels())
+    assert not np.array_equal(results["whole"].pixels(), results["other_seed"].pixels())
+    assert rows != other_rows
+
+
+def test_chosen_classes(results) -> None:
+    """Red if --classes conditions on others, is not repeated, or names are not found, shown and matched in any case."""
+    assert close(results["chosen"].pixels(), expected_pixels("digits", [4, 0, 4], 1.0))
+    assert "classes of row 1: 4, 0\nclasses of row 2: 4\n" in results["chosen"].out
+    assert close(results["names"].pixels(), expected_pixels("named", [2, 4, 1], 1.0))
+    assert "row 1: 2 Maltese dog, Maltese terrier, 4 hen\nclasses of row 2: 1 crane\n" in results["names"].out
+    assert "row 1: 0 cock, 2 ostrich\nclasses of row 2: 0 cock\n" in results["file"].out
+
+
+@pytest.mark.parametrize(
+    ("case", "steps", "side"), [("whole", 4, 56), ("thinned", 2, 56), ("rescaled", 4, 64), ("large", 2, 256)]
+)
+def test_gif(results, case, steps, side) -> None:
+    """Red if frames are lost, the grid is not that of the network's images, or the speed is another."""
+    assert results[case].frames() == [(side, side, 50)] * steps
+    assert results[case].pixels().shape[:2] == (side, side)
+
+
+def test_flags_of_old_commands(results) -> None:
+    """Red if a flag that contradicts the checkpoint passes without a word, or one that agrees is complained about."""
+    assert "--swish_act=False has no effect: the checkpoint's network has swish_act=True" in results["large"].out
+    assert "--cclass" not in results["large"].out
+
+
+def test_film(results) -> None:
+    """Red if ffmpeg is not given all frames as they are, or its absence or failure ends the command."""
+    assert "the film: " in results["film"].out
+    words, size = ast.literal_eval((results["film"].folder / "sample.mp4").read_text())
+    assert size == 4 * 64 * 64 * 3
+    assert words[words.index("-s") + 1] == "64x64"
+    assert words[words.index("-pix_fmt") + 1] == "rgb24"
+    assert "no sample.mp4, ffmpeg is not installed" in results["whole"].out
+    assert "no sample.mp4, ffmpeg failed (no such encoder)" in results["no_film"].out
+
+
+def test_progress_is_shown(results) -> None:
+    """Red if a long chain runs without a sign of life."""
+    assert "Langevin step 4/4" in results["whole"].out
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes(results, case) -> None:
+    """Red if a mistake ends in a traceback, in several lines, or without a word about what is wrong."""
+    result = results[case]
+    assert result.status == 2
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert MISTAKES[case][1] in result.err
+    assert not (result.folder / "sample.gif").exists()
