@@ -127,7 +127,7 @@ class Run:
         """Return the indices of `number` images, in random order: the same for the same seed."""
         number = min(number, len(dataset))
         noise = "steps" if isinstance(dataset, StreamedImages) else dataset.noise
-        self.used[what] = f"{number} of {len(dataset)}, dequantised: {noise}"
+        self.used[what] = f"{number} of {len(dataset)} images of {dataset.name}, dequantisation: {noise}"
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.options.seed))
         return order[:number].to(self.sandbox.device)
 

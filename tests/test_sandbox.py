@@ -508,7 +508,7 @@ def test_settings_take_effect(outcomes):
     assert contents["figures"]["attack"].startswith("PGD, L∞ ball of 4/255, random start, 2 steps of 1/255")
     assert "10 Langevin steps under each class" in contents["figures"]["refinement"]
     assert contents["settings"]["step_lr"] == 7.5 and contents["network"]["network"] == "ResNet32Wider"
-    assert contents["images"]["test"].startswith("1 of 6, dequantised")
+    assert contents["images"]["test"].startswith("1 of 6 images of cifar10, dequantisation: steps")
     assert "paper: 0.491" in outcomes[0]["label"][0]
 
 
