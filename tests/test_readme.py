@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+import test_data
 import test_imagenet
 from test_train import ENVIRONMENT, ROOT
 
@@ -45,6 +46,7 @@ def write_imagenetfull(folder):
 def test_command(tmp_path, command):
     """Breaks when a published command is refused, or a spelling of it does not take effect."""
     write_cifar10(tmp_path / "data")
+    test_data.write_mnist(tmp_path / "data" / "FashionMNIST" / "raw")
     write_imagenet(tmp_path / "imagenet")
     write_imagenetfull(tmp_path / "imagenetfull")
     command = command.replace("<imagenet32x32 path>", "imagenet").replace("<full imagenet path>", "imagenetfull")
