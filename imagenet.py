@@ -15,16 +15,18 @@ Files may come from strangers: nothing in them is executed, and every record's c
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import io
 import json
 import multiprocessing
 import os
 import pathlib
+import queue
 import re
 import signal
-import threading
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -321,34 +323,56 @@ def pixels(encoded: bytes) -> np.ndarray:
     return np.asarray(fitted).transpose(2, 0, 1)
 
 
-def start_worker() -> None:
-    """Prepare a decode worker: Ctrl-C ends the run, which then ends its workers; so does the run's sudden death."""
+def serve(connection: Connection) -> None:
+    """Decode what is asked for until the run is gone; it alone is to end by Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only worker processes are started here"
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            connection.send(decode(connection.recv()))
 
 
-def start_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
-    """Return a pool of decode workers that share neither threads nor devices with this process.
+class DecodeWorker:
+    """A process that decodes, started when it is first needed, and again where it was killed.
 
-    They are forked from a server that imports this module once, without what a GPU or MPI left in this process.
+    It is forked from a server that imports this module once, so it shares neither threads nor a GPU nor MPI with the
+    run. A pipe of its own tells each side when the other has died, also in the middle of a message.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+
+    def __init__(self) -> None:
+        self.process: BaseProcess | None = None
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self.connection, other_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(other_end,), daemon=True)
+        self.process.start()
+        other_end.close()
+
+    def decode(self, place: Place) -> Decoded:
+        """Do as `decode`; an image is given up when it kills the worker twice."""
+        for _ in range(2):
+            try:
+                if self.process is None:
+                    self.start()
+                self.connection.send(place)
+                return self.connection.recv()
+            except (EOFError, OSError) as error:
+                print(f"note: a decode worker was killed ({error or 'out of memory?'}); a new one starts", flush=True)
+                self.process = None
+        return "kills the process that decodes it"
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.connection.close()
+            self.process.join()
 
 
 class StreamedImages:
-    """A data set like data.Dataset whose images are read and decoded batch by batch, `workers` processes at a time.
+    """A data set like data.Dataset whose images are read and decoded batch by batch, by so many worker processes.
 
-    workers: 0 decodes in this process, when a batch is asked for. A damaged image is named in a note, and the one
-    after it takes its place; after MAX_BAD of them, or where all are damaged, UsageError is raised.
+    workers: 0 decodes in a thread of this process. A damaged image is named in a note, and the one after it takes its
+    place; after MAX_BAD of them, or where all are damaged, UsageError is raised.
     """
 
     name = "imagenetfull"
@@ -362,8 +386,12 @@ class StreamedImages:
         device: torch.device | str = "cpu",
         workers: int = 4,
     ):
-        self.places, self.class_names, self.device, self.workers = places, class_names, device, workers
-        self.pool = start_pool(workers) if workers else None
+        self.places, self.class_names, self.device = places, class_names, device
+        self.workers = [DecodeWorker() for _ in range(workers)]
+        self.idle: queue.SimpleQueue[DecodeWorker] = queue.SimpleQueue()
+        for worker in self.workers:
+            self.idle.put(worker)
+        self.threads = concurrent.futures.ThreadPoolExecutor(max(1, workers))  # each waits for a worker
         self.pending: dict[tuple[int, ...], list[concurrent.futures.Future[Decoded]]] = {}
         self.bad: set[int] = set()
 
@@ -381,49 +409,38 @@ class StreamedImages:
         An index on a GPU would wait for all work there: better keep it on the CPU.
         """
         numbers = tuple(index.tolist())
-        if self.pool is None or numbers in self.pending:
+        if numbers in self.pending:
             return
-        self.pending[numbers] = self.submit(numbers)
+        self.pending[numbers] = [self.threads.submit(self.decode, number) for number in numbers]
         while len(self.pending) > MAX_PENDING:
-            del self.pending[next(iter(self.pending))]
+            for future in self.pending.pop(next(iter(self.pending))):
+                future.cancel()
 
     def batch(self, index: Tensor, generator: torch.Generator | None, rescale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return the images (n, 3, 128, 128) in [0, rescale] and one-hot labels (n, label_size) of an index (n,)."""
+        self.prefetch(index)
         numbers = tuple(index.tolist())
-        good = [self.replace_bad(number, result) for number, result in zip(numbers, self.decode(numbers), strict=True)]
+        futures = zip(numbers, self.pending.pop(numbers), strict=True)
+        good = [self.replace_bad(number, future.result()) for number, future in futures]
         stored = torch.from_numpy(np.stack([image for image, _ in good])).to(self.device)
         labels = torch.tensor([label for _, label in good], device=self.device)
         return dequantise(stored, generator, rescale), F.one_hot(labels, self.label_size).float()
 
     def close(self) -> None:
         """End the decode workers."""
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+        self.threads.shutdown(cancel_futures=True)
+        for worker in self.workers:
+            worker.stop()
 
-    def submit(self, numbers: Sequence[int]) -> list[concurrent.futures.Future[Decoded]]:
-        """Give these images to the decode workers."""
-        assert self.pool is not None, "without workers nothing is decoded ahead"
+    def decode(self, number: int) -> Decoded:
+        """Decode an image by its number, in a worker if there are any."""
+        if not self.workers:
+            return decode(self.places[number])
+        worker = self.idle.get()
         try:
-            return [self.pool.submit(decode, self.places[number]) for number in numbers]
-        except BrokenProcessPool:
-            self.restart()
-            return self.submit(numbers)
-
-    def decode(self, numbers: tuple[int, ...]) -> list[Decoded]:
-        """Return these images decoded, by the workers unless they died meanwhile."""
-        if self.pool is not None:
-            futures = self.pending.pop(numbers, None) or self.submit(numbers)
-            try:
-                return [future.result() for future in futures]
-            except BrokenProcessPool:
-                self.restart()
-        return [decode(self.places[number]) for number in numbers]
-
-    def restart(self) -> None:
-        """Start new decode workers after one was killed, by the system or with its process group."""
-        print("note: a decode worker was killed (out of memory?); new ones start", flush=True)
-        self.pool = start_pool(self.workers)
-        self.pending.clear()
+            return worker.decode(self.places[number])
+        finally:
+            self.idle.put(worker)
 
     def replace_bad(self, number: int, result: Decoded) -> tuple[np.ndarray, int]:
         """Return an image as it was decoded, or where it is damaged, having said so, the next one that is not."""
@@ -437,7 +454,7 @@ class StreamedImages:
                     )
                 print(f"note: {self.places[number]} {result}; the next image takes its place", flush=True)
             number = (number + 1) % len(self)
-            result = decode(self.places[number])
+            result = self.decode(number)
         return result
 
 

@@ -58,8 +58,11 @@ def test_command(tmp_path, command):
     assert result.returncode == 0, result.stderr
     exp = re.search(r"--exp=(\S+)", command)[1]
     assert (tmp_path / "cachedir" / exp / "model_2.pt").exists()
-    for name, value in re.findall(r"(?<![-\w])(?:--)?(step_lr|exp|dataset)=(\S+)", command):
-        assert f" {name}={value} " in result.stdout.replace("settings:", "settings: ")
+    settings = dict(
+        word.split("=", 1) for word in re.search(r"^settings: (.*)", result.stdout, re.MULTILINE)[1].split()
+    )
+    assert float(settings["step_lr"]) == float(re.search(r"step_lr=(\S+)", command)[1])
+    assert settings["dataset"] == re.search(r"--dataset=(\S+)", command)[1]
 
 
 def test_the_commands_are_there():
