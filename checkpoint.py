@@ -79,11 +79,11 @@ def find(folder: pathlib.Path, resume_iter: str) -> pathlib.Path:
     Raises UsageError naming what was looked for and what there is.
     """
     if not folder.is_dir():
-        raise UsageError(f"no experiment folder {folder}; give --logdir and --exp of a trained model")
+        raise UsageError(f"no experiment folder {folder}; check --exp and where experiments are kept")
     there = iterations(folder)
     if resume_iter == "latest":
         if not there:
-            raise UsageError(f"no checkpoint in {folder}; train one first, or check --logdir and --exp")
+            raise UsageError(f"no checkpoint in {folder}; train one first, or check --exp")
         resume_iter = str(there[-1])
     prefix = folder / f"model_{resume_iter}"
     if prefix.with_name(f"{prefix.name}.pt").exists():

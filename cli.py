@@ -13,6 +13,24 @@ from absl import flags
 from errors import UsageError
 
 FLAGS = flags.FLAGS
+
+# What flags that several scripts have mean to the library: dataset -> flag of its path, flag -> plain value.
+PATHS = {
+    "folder": "data_path",
+    "dsprites": "dsprites_path",
+    "imagenet": "imagenet_path",
+    "imagenetfull": "imagenet_datadir",
+}
+CONDITIONS = {"cond_shape": "shape", "cond_size": "size", "cond_pos": "pos", "cond_rot": "rot"}
+SUBSETS = {
+    "dshape_only": "shape",
+    "dpos_only": "pos",
+    "dsize_only": "size",
+    "drot_only": "rot",
+    "dsprites_restrict": "restrict",
+}
+SIZES = {"large_model": "ResNet32Large", "larger_model": "ResNet32Larger", "wider_model": "ResNet32Wider"}
+
 _groups: dict[str, list[str]] = {}
 
 
@@ -31,7 +49,7 @@ def help_text(usage: str) -> str:
         lines += ["", f"{title}:"]
         for name in names:
             flag = FLAGS[name]
-            values = "|".join(getattr(flag.parser, "enum_values", [])) or flag.flag_type().upper()
+            values = " | ".join(getattr(flag.parser, "enum_values", [])) or flag.flag_type().upper()
             shown = f"--[no]{name}" if flag.boolean else f"--{name}={values}"
             words = (flag.help or "").split(">: ")[-1]  # absl puts the values of an enumeration before
             text = f"{shown:<26} {words} [{flag.default}]"

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 import cli
+from cli import CONDITIONS, PATHS, SIZES, SUBSETS
 from errors import UsageError
 
 if TYPE_CHECKING:
@@ -123,22 +124,6 @@ with cli.group("Accepted for old commands, without effect"):
     flags.DEFINE_string("datasource", "random", "where chains start is a matter of the task")
     flags.DEFINE_bool("bn", False, "no network here has batch normalisation")
     flags.DEFINE_bool("use_bias", True, "biases are what the checkpoint holds")
-
-SIZES = {"large_model": "ResNet32Large", "larger_model": "ResNet32Larger", "wider_model": "ResNet32Wider"}
-PATHS = {
-    "folder": "data_path",
-    "imagenet": "imagenet_path",
-    "imagenetfull": "imagenet_datadir",
-    "dsprites": "dsprites_path",
-}
-CONDITIONS = {"cond_shape": "shape", "cond_size": "size", "cond_pos": "pos", "cond_rot": "rot"}
-SUBSETS = {
-    "dshape_only": "shape",
-    "dpos_only": "pos",
-    "dsize_only": "size",
-    "drot_only": "rot",
-    "dsprites_restrict": "restrict",
-}
 
 
 def check_network(config: models.ModelConfig, path: pathlib.Path) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 import cli
+from cli import CONDITIONS, PATHS, SIZES, SUBSETS
 from errors import UsageError
 
 if TYPE_CHECKING:
@@ -122,22 +123,6 @@ with cli.group("Output"):
     flags.DEFINE_bool("proposal_debug", False, "accepted for old commands")
 
 
-SUBSETS = {
-    "dshape_only": "shape",
-    "dpos_only": "pos",
-    "dsize_only": "size",
-    "drot_only": "rot",
-    "dsprites_restrict": "restrict",
-}
-PATHS = {
-    "folder": "data_path",
-    "dsprites": "dsprites_path",
-    "imagenet": "imagenet_path",
-    "imagenetfull": "imagenet_datadir",
-}
-CONDITIONS = {"cond_shape": "shape", "cond_size": "size", "cond_pos": "pos", "cond_rot": "rot"}
-
-
 def check_flags() -> None:
     """Raise UsageError for flags that contradict each other; say which ones have no effect."""
     conditions = [name for name in CONDITIONS if FLAGS[name].value]
@@ -149,7 +134,7 @@ def check_flags() -> None:
             raise UsageError(f"--{given[0]} is for --dataset=dsprites, not {FLAGS.dataset}")
     if conditions and not FLAGS.cclass:
         raise UsageError(f"--{conditions[0]} conditions the network only with --cclass; add it")
-    sizes = [name for name in ("large_model", "larger_model", "wider_model") if FLAGS[name].value]
+    sizes = [name for name in SIZES if FLAGS[name].value]
     if len(sizes) > 1:
         raise UsageError(f"--{sizes[0]} and --{sizes[1]} exclude each other")
     if FLAGS.hmc and not FLAGS.zero_kl:
@@ -178,8 +163,7 @@ def network_config(dataset: data.Dataset | StreamedImages) -> models.ModelConfig
     label_size = dataset.label_size if FLAGS.cclass or FLAGS.model_cclass else 0
     if (FLAGS.cclass or FLAGS.model_cclass) and not label_size:
         raise UsageError(f"--cclass needs labels, and {dataset.name} has none; use class subfolders")
-    colour_networks = {"large_model": "ResNet32Large", "larger_model": "ResNet32Larger", "wider_model": "ResNet32Wider"}
-    asked = next((name for name in colour_networks if FLAGS[name].value), None)
+    asked = next((name for name in SIZES if FLAGS[name].value), None)
     if asked and (channels == 1 or height > 64):
         raise UsageError(f"--{asked} is for colour images of up to 64x64 pixels, not {dataset.name}")
     if FLAGS.dataset == "dsprites":
@@ -191,7 +175,7 @@ def network_config(dataset: data.Dataset | StreamedImages) -> models.ModelConfig
     elif height > 64:
         network, filters = "ResNet128", 64
     elif asked:
-        network, filters = colour_networks[asked], 192 if asked == "wider_model" else 128
+        network, filters = SIZES[asked], 192 if asked == "wider_model" else 128
     else:
         network, filters = "ResNet32", 128
     return models.ModelConfig(

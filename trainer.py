@@ -207,7 +207,8 @@ class Trainer:
         """Sample from noise; print where the pictures and curves lie, and how close the samples are to the data."""
         if not self.leads:
             return
-        images = self.sample(self.num_samples)
+        with self.workers.busy():
+            images = self.sample(self.num_samples)
         conditional = self.state.model.config.label_size and self.dataset.class_names
         columns = min(len(self.dataset.class_names), 20) if conditional else 10
         path = self.folder / f"samples_{self.state.iteration}.png"

@@ -2,10 +2,10 @@
 
 import math
 
-import data
 import pytest
 import torch
 
+import data
 import models
 import training
 from optimizer import ClippedAdam
