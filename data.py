@@ -131,12 +131,12 @@ def load_dataset(
         return load_sprites(path, torch.device(device), condition, subset)
     if name == "folder":
         images, labels, class_names = readers.read_folder(
-            given(path, "--data_path"), split=split, image_size=image_size, channels=channels, workers=workers
+            given(path, name, "--data_path"), split=split, image_size=image_size, channels=channels, workers=workers
         )
     elif name == "imagenetfull":
-        return imagenet.open_imagenet(given(path, "--imagenet_datadir"), split, device=device, workers=workers)
+        return imagenet.open_imagenet(given(path, name, "--imagenet_datadir"), split, device=device, workers=workers)
     elif name == "imagenet":
-        images, labels, class_names = imagenet.read_imagenet32(given(path, "--imagenet_path"), split)
+        images, labels, class_names = imagenet.read_imagenet32(given(path, name, "--imagenet_path"), split)
     elif name == "digits":
         images, labels, class_names = readers.read_digits(split)
     else:
@@ -147,10 +147,10 @@ def load_dataset(
     return Dataset(name, images.to(device), labels, class_names, noise)
 
 
-def given(path: str | pathlib.Path | None, flag: str) -> pathlib.Path:
+def given(path: str | pathlib.Path | None, name: str, flag: str) -> pathlib.Path:
     """Return a path that a data set cannot do without."""
     if path is None:
-        raise UsageError(f"this --dataset needs {flag}, the folder where it lies")
+        raise UsageError(f"--dataset={name} needs {flag}, the folder where it lies")
     return pathlib.Path(path)
 
 

@@ -288,7 +288,6 @@ def list_images(folder: pathlib.Path) -> list[bytes]:
 # ---------------------------------------------------------------------------------------------------------------------
 # 128x128: decoding, in processes that work ahead
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # what Pillow may read: no format that runs a program
 MAX_BAD = 100  # images of a run that may be damaged
 MAX_PENDING = 8  # batches that are decoded ahead, at most
 
@@ -317,7 +316,7 @@ def pixels(encoded: bytes) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(encoded), formats=readers.FORMATS) as image:
         image.draft("RGB", (SIDE, SIDE))
         fitted = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BILINEAR)
     return np.asarray(fitted).transpose(2, 0, 1)

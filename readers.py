@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Contents = tuple[Tensor, Tensor | None, tuple[str, ...]]
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # what Pillow may read: no format that runs a program
 DIGITS = tuple("0123456789")
 CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
@@ -115,7 +116,7 @@ def read_pickle(path: pathlib.Path, keys: list[str]) -> list[Any]:
         return [value.array if isinstance(value, PickledArray) else value for value in values]
 
 
-class PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(pickle._Unpickler):  # in Python: the C one reserves whatever memory a file claims to need
     """Reads plain values and arrays of numbers; anything else is refused, since unpickling it could run code."""
 
     def find_class(self, module: str, name: str) -> type:
@@ -186,7 +187,7 @@ def read_folder(
     if (folder / "train").is_dir() and (folder / "test").is_dir():
         folder = folder / split
     paths, classes, class_names = list_folder(folder)
-    with reading(paths[0]), Image.open(paths[0]) as first:
+    with reading(paths[0]), Image.open(paths[0], formats=FORMATS) as first:
         size, grey = first.size, first.mode in ("1", "L", "LA") if channels is None else channels == 1
 
     def fit(image: Image.Image) -> Image.Image:
@@ -228,7 +229,7 @@ def decode(paths: list[pathlib.Path], mode: str, change: Callable[[Image.Image],
     from PIL import Image
 
     def pixels(path: pathlib.Path) -> np.ndarray:
-        with reading(path), Image.open(path) as image:
+        with reading(path), Image.open(path, formats=FORMATS) as image:
             return np.asarray(change(image.convert(mode)))
 
     def read(part: list[pathlib.Path]) -> Tensor:

@@ -103,7 +103,7 @@ def verify(data: bytes | np.ndarray, masked: int, what: str) -> None:
     try:
         import google_crc32c
     except ImportError:
-        raise UsageError("reading a TensorFlow checkpoint needs google-crc32c: pip install google-crc32c") from None
+        raise UsageError("checksums of TensorFlow's files need google-crc32c: pip install google-crc32c") from None
 
     crc = google_crc32c.value(data)
     if ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF != masked:

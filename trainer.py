@@ -247,11 +247,12 @@ class Trainer:
         generator = torch.Generator(self.workers.device).manual_seed(self.seed + 1_000_003)
         labels = None
         if model.config.label_size:
-            index = torch.randint(len(self.dataset), (number,), generator=generator, device=generator.device)
-            labels = self.dataset.batch(index, generator)[1]
             if self.dataset.class_names:
                 classes = torch.arange(number, device=generator.device) % len(self.dataset.class_names)
                 labels = torch.nn.functional.one_hot(classes, model.config.label_size).float()
+            else:
+                index = torch.randint(len(self.dataset), (number,), generator=generator, device=generator.device)
+                labels = self.dataset.batch(index, generator)[1]
         noise = noise_images(
             (number, *model.config.image_shape), generator, network=model.config.network, rescale=options.rescale
         )
@@ -290,7 +291,8 @@ class Trainer:
 
     def progress_so_far(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides the weights and the workers' own states."""
-        return {"flags": self.flags, "best": self.best, "rollbacks": self.rollbacks}
+        names = list(self.dataset.class_names)
+        return {"flags": self.flags, "class_names": names, "best": self.best, "rollbacks": self.rollbacks}
 
     def write(self, path: pathlib.Path, contents: dict[str, Any]) -> bool:
         """Write one file; say so and return False where it fails, raise UsageError when it keeps failing."""

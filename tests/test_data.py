@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 import dsprites
+import readers
 from errors import UsageError
 from test_dsprites import write_published
 
@@ -598,3 +599,18 @@ def test_cutout_larger_than_the_image():
     """Breaks if the square is silently made smaller."""
     with pytest.raises(UsageError, match="--cutout_mask_size=16 is larger than the images of 8x8"):
         data.cutout(torch.ones(1, 1, 8, 8), generator())
+
+
+def test_folder_reads_no_format_that_runs_a_program(tmp_path):
+    """Breaks if Pillow may choose the format: PostScript under another name goes to Ghostscript."""
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(UsageError, match=r"x\.png"):
+        data.load_dataset("folder", path=tmp_path, image_size=8, channels=3)
+
+
+def test_a_pickle_cannot_claim_memory(tmp_path):
+    """Breaks if a few bytes can make the reader reserve gigabytes, as C's unpickler does for a huge memo index."""
+    path = tmp_path / "huge"
+    path.write_bytes(b"\x80\x02Nr\xff\xff\xff\x7f.")
+    with pytest.raises(UsageError, match="huge"):
+        readers.read_pickle(path, ["data"])
