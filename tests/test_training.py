@@ -158,6 +158,9 @@ def test_batches_are_reproduced_and_single_overfits():
     """Breaks when --single shows more than one image, or labels reach an unconditional network."""
 
     class Numbers:
+        def prefetch(self, index):
+            assert len(index) == 8
+
         def batch(self, index, generator, rescale):
             return index.view(-1, 1, 1, 1).float().expand(-1, *SHAPE), torch.eye(3)[index % 3]
 
