@@ -35,7 +35,7 @@ def load_case(name):
         label_size=label_size,
         **{key: value for key, value in flags.items() if key != "cclass"},
     )
-    model = models.build_model(config)
+    model = models.build_model(config).eval()
     models.load_tf_variables(model, variables)
 
     def ours(images):
