@@ -342,7 +342,8 @@ class DecodeWorker:
 
     def start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        # Not this module: the server would look for it in the working directory, where a folder may have its name.
+        context.set_forkserver_preload(["torch", "PIL.Image"])
         self.connection, other_end = context.Pipe()
         self.process = context.Process(target=serve, args=(other_end,), daemon=True)
         self.process.start()
