@@ -24,8 +24,12 @@ KEEP_SECONDS = 6 * 3600.0
 
 
 def save(path: pathlib.Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, flush it to the disk and rename it: `path` is never half a file."""
+    """Write a checkpoint under a temporary name, flush it to the disk and rename it: `path` is never half a file.
+
+    Its folder is made where there is none.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as file:
             torch.save(state, file)

@@ -297,7 +297,6 @@ class Trainer:
     def write(self, path: pathlib.Path, contents: dict[str, Any]) -> bool:
         """Write one file; say so and return False where it fails, raise UsageError when it keeps failing."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.save(path, contents)
         except OSError as error:
             self.failed_saves += 1

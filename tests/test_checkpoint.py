@@ -22,9 +22,9 @@ def write(path, config=CONFIG, seed=0, iteration=1):
 
 
 def test_round_trip(tmp_path):
-    """Breaks when a loaded network has other weights, another config, or stays in training mode."""
-    model = write(tmp_path / "model_7.pt")
-    loaded = checkpoint.load_energy(tmp_path / "model_7")
+    """Breaks when a loaded network has other weights or config, is in training mode, or its folder is not made."""
+    model = write(tmp_path / "new" / "model_7.pt")
+    loaded = checkpoint.load_energy(tmp_path / "new" / "model_7")
     images = torch.rand(2, 1, 28, 28)
     assert torch.equal(loaded(images), model.eval()(images))
     assert loaded.config == CONFIG and not loaded.training
