@@ -216,7 +216,7 @@ def diverge(tmp_path, *flags):
 
 @pytest.mark.slow
 def test_guard_survives_a_learning_rate_that_diverges(tmp_path):
-    """Breaks when a run that really blows up is not brought back: with --noguard its energies are lost."""
+    """Breaks when a run that really blows up is not brought back, as with --noguard."""
     result, lines = diverge(tmp_path)
     assert result.returncode == 0, result.stderr
     assert any("rollback_from" in line for line in lines)
@@ -224,15 +224,13 @@ def test_guard_survives_a_learning_rate_that_diverges(tmp_path):
     (tmp_path / "d").rename(tmp_path / "guarded")
     _, lines = diverge(tmp_path, "--noguard")
     energies = [line["e_pos"] for line in lines if "e_pos" in line]
-    assert not abs(energies[-1]) < 1e4
+    assert max(map(abs, energies)) > 1e4 and abs(energies[-1]) > 100
 
 
 def test_guard_changes_nothing_in_a_healthy_run(run):
     """Breaks when watching draws random numbers or touches the weights."""
     logdir, _ = run
-    result = train(
-        logdir, "--exp=free", "--max_iter=24", "--save_interval=8", "--test_interval=12", "--quality", "--noguard"
-    )
+    result = train(logdir, "--exp=free", "--max_iter=24", "--save_interval=8", "--test_interval=12", "--noguard")
     assert result.returncode == 0, result.stderr
     assert equal(load(logdir / "whole" / "model_24.pt"), load(logdir / "free" / "model_24.pt"))
 
