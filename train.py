@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import metrics
     import models
     from imagenet import StreamedImages
+    from trainer import Trainer
 
 FLAGS = flags.FLAGS
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "imagenet", "imagenetfull", "dsprites", "folder")
@@ -245,6 +246,22 @@ def feature_distance(
     return measure, measure.distance(images[rest[: FLAGS.num_samples]])
 
 
+def announce(trainer: Trainer) -> None:
+    """Print what a run is about to do and where everything goes; store its flags and network in config.json."""
+    import torch
+
+    state, dataset, workers, config = trainer.state, trainer.dataset, trainer.workers, trainer.state.model.config
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    described = {"flags": cli.values(), "network": dataclasses.asdict(config), "parameters": parameters}
+    described |= {"torch": torch.__version__, "workers": workers.size}
+    (trainer.folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    print(f"data: {dataset.name}, {len(dataset):,} images of {config.image_shape}, {dataset.label_size} label values")
+    print(f"network: {config.network}, {parameters:,} parameters, {config.num_filters} filters")
+    print(f"workers: {workers.size}, {workers.engine} ({workers.why}), on {workers.device}")
+    print(f"iterations: {state.iteration} to {trainer.cadence.stop}; everything goes to {trainer.folder}/")
+    print("settings: " + " ".join(f"{name}={value}" for name, value in cli.values().items() if value is not None))
+
+
 def main() -> None:
     check_flags()
     import torch
@@ -324,17 +341,7 @@ def main() -> None:
     if resume is not None:
         trainer.resume(resume)
     if leads:
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        described = {"flags": cli.values(), "network": dataclasses.asdict(config), "parameters": parameters}
-        described |= {"torch": torch.__version__, "workers": workers.size}
-        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-        print(
-            f"data: {dataset.name}, {len(dataset):,} images of {config.image_shape}, {dataset.label_size} label values"
-        )
-        print(f"network: {config.network}, {parameters:,} parameters, {config.num_filters} filters")
-        print(f"workers: {workers.size}, {workers.engine} ({workers.why}), on {workers.device}")
-        print(f"iterations: {state.iteration} to {cadence.stop}; everything goes to {folder}/")
-        print("settings: " + " ".join(f"{name}={value}" for name, value in cli.values().items() if value is not None))
+        announce(trainer)
     if FLAGS.train:
         trainer.run()
     trainer.report()

@@ -132,4 +132,4 @@ def test_plots_leave_pyplot_alone(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # makes importing it an error
     pictures.plot_lines({"y": {"a": ([1, 2], [1, 2])}}, tmp_path / "lines.png", xlabel="x")
     pictures.plot_histograms({"a": [1, 2]}, tmp_path / "histograms.png", xlabel="x")
-    pictures.plot_roc({"a": ([1.0], [2.0])}, tmp_path / "roc.png")
+    assert pictures.plot_roc({"a": ([1.0], [2.0])}, tmp_path / "roc.png").exists()
