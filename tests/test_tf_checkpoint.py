@@ -488,7 +488,7 @@ def test_convert(tmp_path, capsys):
     [
         (REAL["cifar10_cond"].with_name("model_1"), "model_1.pt", "model_1.index is missing"),
         ("model_2", "model_2.pt", "model_2: no convolution context_0/c1/cweight"),
-        (REAL["cifar10_cond"], "nowhere/model_1.pt", "model_1.pt cannot be written"),
+        (REAL["cifar10_cond"], "model_2.index/model_1.pt", "model_1.pt cannot be written"),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, capsys, source, target, expected):
