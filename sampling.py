@@ -5,6 +5,7 @@ images = langevin(lambda x: model.energy(weights, x, labels), start, num_steps=6
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -35,6 +36,30 @@ def clip_gradient(gradient: Tensor, proj_norm: float, proj_norm_type: str) -> Te
     return gradient * (proj_norm / gradient.norm().clamp(min=1e-12)).clamp(max=1.0)
 
 
+def langevin_step(
+    energy: Energy,
+    x: Tensor,
+    noise: Tensor,
+    step_lr: float,
+    clip: Callable[[Tensor], Tensor],
+    restrict: Callable[[Tensor], Tensor],
+    gradient: Callable[[Energy, Tensor], Tensor] = input_gradient,
+) -> Tensor:
+    """Add the noise, descend the energy by its clipped gradient *at the noised point*, restrict the images."""
+    x = x + noise
+    return restrict(x - step_lr * clip(gradient(energy, x)))
+
+
+@functools.cache
+def compiled_step() -> Callable[..., Tensor]:
+    """Return `langevin_step` as one compiled function, the gradient inside it; slow at its first call on a shape."""
+
+    def gradient(energy: Energy, x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: energy(x).sum())(x)
+
+    return torch.compile(functools.partial(langevin_step, gradient=gradient), fullgraph=True, dynamic=False)
+
+
 def langevin(
     energy: Energy,
     x: Tensor,
@@ -48,27 +73,28 @@ def langevin(
     project: Callable[[Tensor], Tensor] | None = None,
     generator: torch.Generator | None = None,
     differentiable: bool = False,
+    compiled: bool = False,
 ) -> Tensor:
     """Run Langevin dynamics on images (N, ...) and return the end points (paper, section 3.2).
 
-    Each step adds noise N(0, noise_std²), takes the gradient of the energy *at the noised point*, clips it
+    Each step adds noise N(0, noise_std²), takes the gradient of the energy at the noised point, clips it
     (`clip_gradient`), descends by step_lr times it and clips the images to `bounds`.
 
     project: maps images to allowed ones in place of `bounds`, into a ball, say, or back to some known pixels.
     generator: where the noise comes from; None is torch's own. `energy` may close over frozen weights only, unless
     differentiable: then the result carries the graph of the whole chain to the weights and to x, and each step is
     computed again in the backward pass, so that memory holds the images of every step but the activations of one.
+    compiled: run each step as one compiled function, equal to rounding; a chain that is differentiable cannot.
     """
-    restrict = project or (lambda x: x.clamp(*bounds))
-
-    def step(x: Tensor, noise: Tensor) -> Tensor:
-        x = x + noise
-        gradient = clip_gradient(input_gradient(energy, x, create_graph=differentiable), proj_norm, proj_norm_type)
-        return restrict(x - step_lr * gradient)
-
+    step = functools.partial(langevin_step, gradient=functools.partial(input_gradient, create_graph=differentiable))
+    if compiled and not differentiable:
+        step = compiled_step()
+    clip = functools.partial(clip_gradient, proj_norm=proj_norm, proj_norm_type=proj_norm_type)
+    restrict = project or functools.partial(torch.clamp, min=bounds[0], max=bounds[1])
     for _ in range(num_steps):
         noise = noise_std * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        x = checkpoint(step, x, noise, use_reentrant=False) if differentiable else step(x, noise)
+        arguments = energy, x, noise, step_lr, clip, restrict
+        x = checkpoint(step, *arguments, use_reentrant=False) if differentiable else step(*arguments)
     return x
 
 
