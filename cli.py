@@ -6,7 +6,8 @@ import contextlib
 import difflib
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -60,6 +61,28 @@ def help_text(usage: str) -> str:
 def values() -> dict[str, object]:
     """Return the values of all flags of the script, plain and in order."""
     return {name: FLAGS[name].value for names in _groups.values() for name in names}
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """Return figures by name as text; rows of figures, which are mappings, as tables, headed where columns change."""
+
+    def cell(value: object) -> str:
+        return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    width = max(map(len, figures)) + 2
+    lines: list[str] = []
+    columns: dict[str, int] = {}
+    for name, value in figures.items():
+        line = f"{name:<{width}}"
+        if isinstance(value, Mapping):
+            if list(value) != list(columns):
+                columns = {column: max(len(column), 8) + 2 for column in value}
+                lines.append(" " * width + "".join(f"{column:>{size}}" for column, size in columns.items()))
+            line += "".join(f"{cell(value[column]):>{size}}" for column, size in columns.items())
+        else:
+            line += cell(value)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def with_dashes(words: Sequence[str]) -> list[str]:

@@ -111,20 +111,32 @@ def render(shape: Tensor, scale: Tensor, orientation: Tensor, x: Tensor, y: Tens
 def draw(latents: Tensor) -> Tensor:
     """Draw one sprite per row of latents (N, 5), as `render` does."""
     shape, scale, orientation, x, y = latents[:, :, None, None].unbind(1)  # each (N, 1, 1)
-    centre_x, centre_y = SIDE / 4 + SIDE / 2 * x, SIDE / 4 + SIDE / 2 * y  # pixels; sprites keep to the middle half
-    window = torch.arange(WINDOW, device=latents.device)
-    column = centre_x.round().long() - WINDOW // 2 + window  # (N, 1, WINDOW): the pixels that can be lit
-    row = centre_y.round().long() - WINDOW // 2 + window[:, None]  # (N, WINDOW, 1)
-    right, down = column + 0.5 - centre_x, row + 0.5 - centre_y  # from the sprite's centre to the pixel's
-    cos, sin = orientation.cos(), orientation.sin()
-    angle = torch.atan2(sin * right + cos * down, cos * right - sin * down)  # (N, WINDOW, WINDOW), turned back
-    direction = ((angle / math.pi + 1) * (DIRECTIONS / 2)).round().long()
-    distances = outline_distances(latents.device)
-    distance = distances.take(direction + (shape.long() - 1) * distances.shape[1])
+    row, column, down, right = window(x, y)
     images = torch.zeros(len(latents), SIDE, SIDE, device=latents.device)
     sprite = torch.arange(len(latents), device=latents.device)[:, None, None]
-    images[sprite, row, column] = (right**2 + down**2 <= (scale * distance) ** 2).float()
+    images[sprite, row, column] = lit(shape, scale, orientation, down, right).float()
     return images[:, None]
+
+
+def window(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the pixels that sprites at x and y, each (..., 1, 1), can light: their rows and columns, and how far down
+    and right of the sprite's centre they are; rows are (..., WINDOW, 1), columns (..., 1, WINDOW).
+    """
+    centre_x, centre_y = SIDE / 4 + SIDE / 2 * x, SIDE / 4 + SIDE / 2 * y  # pixels; sprites keep to the middle half
+    places = torch.arange(WINDOW, device=x.device)
+    column = centre_x.round().long() - WINDOW // 2 + places
+    row = centre_y.round().long() - WINDOW // 2 + places[:, None]
+    return row, column, row + 0.5 - centre_y, column + 0.5 - centre_x
+
+
+def lit(shape: Tensor, scale: Tensor, orientation: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Return whether pixels so far down and right of a sprite's centre lie inside its outline; shapes broadcast."""
+    cos, sin = orientation.cos(), orientation.sin()
+    angle = torch.atan2(sin * right + cos * down, cos * right - sin * down)  # turned back
+    direction = ((angle / math.pi + 1) * (DIRECTIONS / 2)).round().long()
+    distances = outline_distances(right.device)
+    distance = distances.take(direction + (shape.long() - 1) * distances.shape[1])
+    return right**2 + down**2 <= (scale * distance) ** 2
 
 
 @functools.cache
@@ -151,6 +163,38 @@ def polygon_distances(corners: Tensor) -> Tensor:
     end = (start + 1) % len(x)
     edge_x, edge_y = x[end] - x[start], y[end] - y[start]
     return (x[start] * edge_y - y[start] * edge_x) / (angle.cos() * edge_y - angle.sin() * edge_x)
+
+
+# ---- recognising ----
+
+
+def nearest(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the latents (N, 5) of the sprites nearest to images (N, 1, 64, 64) in L2, and their distances (N,).
+
+    All SIZE sprites are compared. For a sprite s of zeros and ones |x − s|² = |x|² + Σ s·(1 − 2x): at each of the 1,024
+    places the 720 sprites are drawn into a common window, and one product of matrices compares them with all images.
+    """
+    parts = [nearest_of_part(part) for part in images.split(4096)]  # 100 MB of work
+    return torch.cat([latents for latents, _ in parts]), torch.cat([distances for _, distances in parts])
+
+
+def nearest_of_part(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return latents and distances as `nearest` does, of images that fit into memory."""
+    shape, scale, orientation, x, y = (torch.tensor(values, device=images.device) for values in LATENTS.values())
+    cost = (1 - 2 * images[:, 0]).permute(1, 2, 0).contiguous()  # of lighting a pixel, (64, 64, N)
+    least = torch.full((len(images),), math.inf, device=images.device)
+    best = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    for place in range(len(x) * len(y)):
+        row, column, down, right = window(x[place // len(y), None, None], y[place % len(y), None, None])
+        sprites = lit(
+            shape[:, None, None, None, None], scale[:, None, None, None], orientation[:, None, None], down, right
+        )
+        costs = sprites.view(-1, WINDOW**2).float() @ cost[row, column].flatten(0, 1)  # (720, N)
+        found, sprite = costs.min(0)
+        best = torch.where(found < least, sprite * len(x) * len(y) + place, best)
+        least = torch.minimum(found, least)
+    squares = images.square().flatten(1).sum(1) + least
+    return latents_of(best), squares.clamp(min=0).sqrt()
 
 
 # ---- the published file ----

@@ -1,0 +1,398 @@
+"""The tasks of ebm_combine.py on concept models of sprites, and how right the concepts in their images are.
+
+    run = Run(options, concepts, generator, folder)
+    figures = conceptcombine(run)
+
+A concept is a latent of dSprites that a model is conditioned on: size, shape, pos or rot. What an image shows is read
+off the nearest of all sprites, `dsprites.nearest`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import composition
+import dsprites
+import models
+import pictures
+from composition import Expression
+from errors import UsageError
+from sampling import Energy, input_gradient
+from training import noise_images
+from utils import Progress
+
+CONCEPTS = ("size", "shape", "pos", "rot")  # in the order in which the reference visits them
+COLUMNS = {"shape": [0], "size": [1], "rot": [2], "pos": [3, 4]}  # of latents (N, 5)
+UNITS = {"size": "steps", "shape": "share wrong", "pos": "pixels", "rot": "degrees"}
+TOLERANCES = {"size": 1.0, "shape": 0.0, "pos": 2.0, "rot": 10.0}  # of what counts as right, in these units
+SAME_AFTER = (90.0, 180.0, 360.0)  # degrees by which a square, ellipse or heart turns into itself
+LABEL_SIZES = {"size": 1, "shape": 3, "pos": 2, "rot": 2}
+LABEL_RANGES = {"size": (0.5, 1.0), "shape": (0.0, 1.0), "pos": (0.0, 1.0), "rot": (-1.0, 1.0)}
+LABEL_NOISE = 0.03
+ROWS = 10  # of a picture
+
+Figures = dict[str, Any]  # by name, or rows of them by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to run a task: each field is the flag of ebm_combine.py with the same name, explained in its --help."""
+
+    seed: int = 0
+    limit: int | None = None
+    batch_size: int = 256
+    combine: str = "alternate"
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    num_steps: int = 20
+    step_lr: float = 500.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How right the concepts in images are
+
+
+def errors(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Return how far latents (N, 5) of images are from their targets: for each concept (N,), in UNITS.
+
+    A rotation counts modulo the symmetry of the shape found: an image of a square cannot show more of it.
+    """
+    difference = found - targets
+    period = found.new_tensor(SAME_AFTER)[found[:, 0].long() - 1]
+    turned = difference[:, 2].rad2deg().remainder(period)
+    return {
+        "size": difference[:, 1].abs() / 0.1,
+        "shape": (difference[:, 0] != 0).float(),
+        "pos": dsprites.SIDE / 2 * difference[:, 3:].norm(dim=1),
+        "rot": torch.minimum(turned, period - turned),
+    }
+
+
+def right(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Return whether each concept of latents (N, 5) is within its tolerance of the target's, (N,)."""
+    return {name: error <= TOLERANCES[name] + 1e-3 for name, error in errors(found, targets).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Concept models, and the targets that name their labels
+
+
+class Concept(NamedTuple):
+    """A trained model with the weights of its chains; condition: the latent of sprites its labels tell, or None."""
+
+    model: models.EnergyNetwork
+    weights: models.Weights
+    condition: str | None = None
+
+    def energy(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the energies (N,) of images (N, C, H, W) under labels (N, label_size)."""
+        return self.model.energy(self.weights, images, labels)
+
+
+def split_name(name: str) -> tuple[str, int]:
+    """Return the concept and the target of a name in an expression: ("pos", 2) for pos2, ("pos", 1) for pos."""
+    match = re.fullmatch(r"(.*?)([1-9]\d*)?", name)
+    assert match is not None, "any text matches"
+    return match[1], int(match[2] or 1)
+
+
+def fixed_latents(name: str, condition: str, text: str) -> dict[int, float]:
+    """Return the latents, by column, that a label of --labels fixes: heart · 0.7 · 0.2,0.8 · 90 (degrees)."""
+    values = text.split(",")
+    if condition == "shape" and text in dsprites.SHAPES:
+        return {0: dsprites.SHAPES.index(text) + 1.0}
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        numbers = []
+    if condition == "shape" or len(numbers) != len(COLUMNS[condition]):
+        wanted = {"shape": " or ".join(dsprites.SHAPES), "size": "0.5 to 1", "pos": "x,y, 0 to 1", "rot": "degrees"}
+        raise UsageError(f"--labels={name}={text}: expected {wanted[condition]}")
+    if condition == "rot":
+        numbers = [math.radians(numbers[0] % 360)]
+    return dict(zip(COLUMNS[condition], numbers, strict=True))
+
+
+@dataclasses.dataclass
+class Run:
+    """One task: its models by name, where its images come from, where its files go.
+
+    sprites: all of dSprites in the published order, drawn or read from the file. folder: takes the files.
+    """
+
+    options: Options
+    concepts: Mapping[str, Concept]
+    sprites: dsprites.Sprites
+    generator: torch.Generator
+    folder: Path
+    files: list[Path] = dataclasses.field(default_factory=list)
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file of this task, and list it."""
+        self.files.append(self.folder / name)
+        return self.files[-1]
+
+    def images(self, index: Tensor) -> Tensor:
+        """Return the sprites (N, 1, 64, 64) of an index (N,), in [0, 1]."""
+        return self.sprites[index].float() / 255
+
+    @functools.cached_property
+    def draws(self) -> torch.Generator:
+        """What chooses sprites: the same ones on every device."""
+        return torch.Generator().manual_seed(self.options.seed)
+
+    def choose(self, candidates: Tensor, number: int) -> Tensor:
+        """Return this many of the candidates (M,), drawn evenly with repetition."""
+        return candidates[torch.randint(len(candidates), (number,), generator=self.draws).to(candidates.device)]
+
+    def targets(self, count: int, number: int) -> Tensor:
+        """Return the sprites (count, number), as indices, whose latents are the labels of names 1, 2, … of a concept.
+
+        Drawn from all sprites, but for the latents that --labels fixes, to the nearest on dSprites' grid.
+        """
+        chosen = []
+        for place in range(1, count + 1):
+            latents = self.sprites.latents
+            allowed = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
+            for name, text in self.options.labels.items():
+                condition = self.condition(name)
+                if condition and split_name(name)[1] == place:
+                    for column, value in fixed_latents(name, condition, text).items():
+                        distance = (latents[:, column] - value).abs()
+                        allowed &= distance < distance.min() + 1e-4
+            chosen.append(self.choose(allowed.nonzero()[:, 0], number))
+        return torch.stack(chosen)
+
+    def condition(self, name: str) -> str | None:
+        """Return the concept that labels of this name tell, None where they are plain numbers or classes."""
+        if name in self.concepts:
+            return self.concepts[name].condition
+        base = split_name(name)[0]
+        if base not in CONCEPTS:
+            raise UsageError(f"--labels={name}=…: no model of this name; there are {', '.join(self.concepts)}")
+        return base
+
+    def labels(self, name: str, targets: Tensor) -> Tensor | None:
+        """Return the labels (N, label_size) of a name, given latents (count, N, 5); None: it takes no labels."""
+        concept, given = self.concepts[name], self.options.labels.get(name)
+        size = concept.model.config.label_size
+        if concept.condition:
+            return dsprites.label_vectors(targets[split_name(name)[1] - 1], concept.condition)
+        if not size:
+            return None
+        try:
+            numbers = [float(value) for value in (given or "").split(",")]
+            row = torch.eye(size)[int(numbers[0])] if len(numbers) == 1 < size else torch.tensor(numbers)
+        except (ValueError, IndexError):
+            row = torch.empty(0)
+        if len(row) != size:
+            raise UsageError(f"--labels={name}={given or '…'}: give a class below {size}, or {size} numbers by commas")
+        return row.to(targets.device).expand(targets.shape[1], -1)
+
+    def energy(self, expression: Expression, targets: Tensor) -> Energy:
+        """Return the energy that an expression describes, under the labels of latents (count, N, 5)."""
+        labels = {name: self.labels(name, targets) for name in expression.names}
+        return lambda x: expression.energy({name: self.concepts[name].energy(x, y) for name, y in labels.items()})
+
+    def generate(self, expressions: Sequence[Expression], targets: Tensor, progress: Progress) -> Tensor:
+        """Return images (N, C, H, W) under latents (count, N, 5), by chains from noise that visit the expressions."""
+        config = next(iter(self.concepts.values())).model.config
+        images = []
+        for part in targets.split(self.options.batch_size, 1):
+            noise = noise_images((part.shape[1], *config.image_shape), self.generator, network=config.network)
+            chain = composition.chain(
+                [self.energy(expression, part) for expression in expressions],
+                noise,
+                num_steps=self.options.num_steps,
+                step_lr=self.options.step_lr,
+                generator=self.generator,
+                progress=progress,
+            )
+            images.append(finite(chain))
+        return torch.cat(images)
+
+    def parts(self, number: int) -> Iterator[slice]:
+        """Yield slices of --batch_size over this many images."""
+        for start in range(0, number, self.options.batch_size):
+            yield slice(start, min(start + self.options.batch_size, number))
+
+
+def finite(x: Tensor) -> Tensor:
+    """Return what a chain gave; raise UsageError where it is not finite."""
+    if not x.isfinite().all():
+        raise UsageError("the chain diverged, its values are not finite; lower --step_lr")
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Combination
+
+
+def expressions(combine: str, names: Sequence[str]) -> list[Expression]:
+    """Return the energies that a chain visits in turn: --combine's alternate, sum or an expression of its own."""
+    if combine == "alternate":
+        return [composition.Name(name) for name in names]
+    if combine == "sum":
+        return [composition.parse(" & ".join(names))]
+    return [composition.parse(combine)]
+
+
+def conceptcombine(run: Run) -> Figures:
+    """Sample from noise under several concepts at once; each concept alone and the first ones together beside them."""
+    named = run.options.combine in ("alternate", "sum")
+    whole = list(run.concepts)
+    groups = [whole] + [whole[:k] for k in range(2, len(whole))] + [[name] for name in whole if len(whole) > 1]
+    plans = {" & ".join(group): expressions(run.options.combine, group) for group in (groups if named else [whole])}
+    number = run.options.limit or run.options.batch_size
+    index = run.targets(max(split_name(name)[1] for name in whole), number)
+    targets = run.sprites.latents[index]  # (count, N, 5)
+
+    rounds = run.options.num_steps * len(list(run.parts(number))) * len(plans)
+    progress = Progress(rounds, what="rounds of the chains")
+    samples = {title: run.generate(plan, targets, progress) for title, plan in plans.items()}
+    generated = next(iter(samples.values()))
+    aims = [run.images(aim[:ROWS]) for aim in index]
+    sprites = any(concept.condition for concept in run.concepts.values())
+    columns = {"target" if k == 0 else f"target {k + 1}": aim for k, aim in enumerate(aims) if sprites}
+    pictures.save_panel({"generated": generated[:ROWS]} | columns, run.path(picture_name(run)), scale=2)
+    if not sprites:
+        return {"images": number}
+    return accuracies(run, samples, plans, targets, run.images(index[0]))
+
+
+def picture_name(run: Run) -> str:
+    """Return the name of the picture: the reference's for its concepts, else after the expression."""
+    if run.options.combine in ("alternate", "sum"):
+        return "_".join(["im", *("condscale" if name == "size" else f"cond{name}" for name in run.concepts)]) + ".png"
+    return f"im_{re.sub(r'[^A-Za-z0-9_]+', '_', run.options.combine).strip('_')}.png"
+
+
+def accuracies(
+    run: Run,
+    samples: Mapping[str, Tensor],
+    plans: Mapping[str, Sequence[Expression]],
+    targets: Tensor,
+    real: Tensor,
+) -> Figures:
+    """Return how right the concepts in samples are, by name and jointly, and plot it over the number of concepts.
+
+    samples, plans: the images (N, 1, 64, 64), and what their chains followed, by title, all concepts first. targets:
+    latents (count, N, 5). real: the sprites of the first target, measured like the samples.
+    """
+    found = dsprites.nearest(torch.cat([*samples.values(), real]))[0].split(len(real))
+    known = {name: concept.condition for name, concept in run.concepts.items() if concept.condition}
+    aims = {name: targets[split_name(name)[1] - 1] for name in known}
+
+    def truths(latents: Tensor) -> dict[str, Tensor]:
+        return {name: right(latents, aims[name])[condition] for name, condition in known.items()}
+
+    def jointly(plan: Sequence[Expression], latents: Tensor) -> float | None:
+        """Return the share of images that fulfil the expressions; None where a name says nothing about sprites."""
+        if not {name for expression in plan for name in expression.names} <= set(known):
+            return None
+        return share(torch.stack([expression.holds(truths(latents)) for expression in plan]).all(0))
+
+    plan = next(iter(plans.values()))
+    by_chance = found[0].roll(1, 0)  # what other images show: how often a target is met unseen
+    figures: Figures = {}
+    for name, condition in known.items():
+        error = errors(found[0], aims[name])[condition]
+        figures[f"{name} / {UNITS[condition]}"] = {
+            "mean error": error.mean().item(),
+            "median": error.median().item(),
+            "right": share(truths(found[0])[name]),
+            "by chance": share(truths(by_chance)[name]),
+        }
+    figures["jointly"] = {
+        "mean error": None,
+        "median": None,
+        "right": jointly(plan, found[0]),
+        "by chance": jointly(plan, by_chance),
+    }
+    for place, (title, plan) in enumerate(plans.items()):
+        taken = {name for expression in plan for name in expression.names}
+        row = {name: share(truth) if name in taken else None for name, truth in truths(found[place]).items()}
+        figures[f"right, {title}"] = row | {"jointly": jointly(plan, found[place])}
+    if len(targets) == 1:
+        row = {name: share(truth) for name, truth in truths(found[-1]).items()}
+        figures["right, real sprites"] = row | {"jointly": jointly(next(iter(plans.values())), found[-1])}
+    if len(plans) > 1:
+        plot_joint(run, figures)
+    return figures
+
+
+def share(truths: Tensor) -> float:
+    """Return the share of true values."""
+    return truths.double().mean().item()
+
+
+def plot_joint(run: Run, figures: Figures) -> None:
+    """Plot how many images are right over the number of concepts combined; 1 is each concept alone, 2 the first two."""
+    names = list(run.concepts)
+    lines = {}
+    for column, entered in ({name: k for k, name in enumerate(names, 1)} | {"jointly": 1}).items():
+        counts = sorted({1, *range(entered, len(names) + 1)})
+        titles = [" & ".join(names[:count]) if count > 1 or column == "jointly" else column for count in counts]
+        lines[column] = counts, [figures[f"right, {title}"][column] for title in titles]
+    xlabel = f"concepts combined: {', '.join(names)}"
+    pictures.plot_lines({"share right": lines}, run.path("accuracy.png"), xlabel=xlabel)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels of images
+
+
+def labeldiscover(run: Run) -> Figures:
+    """Infer labels of real images: noise and gradient steps on the label, from anywhere in its range."""
+    number = run.options.limit or 30 * run.options.batch_size
+    index = run.targets(1, number)[0]
+    latents = run.sprites.latents[index]
+    steps = run.options.num_steps
+    progress = Progress(len(run.concepts) * number, what="labels")
+    figures, panels = {}, {}
+    for name, concept in run.concepts.items():
+        condition = concept.condition
+        assert condition, "main takes concepts only"
+        true = dsprites.label_vectors(latents, condition)
+        low, high = LABEL_RANGES[condition]
+        stages = []  # per part the labels before and after every step, (steps + 1, n, label_size)
+        for part in run.parts(number):
+            energy = functools.partial(concept.energy, run.images(index[part]))
+            uniform = torch.rand(true[part].shape, generator=run.generator, device=true.device)
+            label = low + (high - low) * uniform
+            stages.append([label])
+            for _ in range(steps):
+                label = label + LABEL_NOISE * torch.randn(label.shape, generator=run.generator, device=label.device)
+                label = finite((label - input_gradient(energy, label)).clamp(low, high))
+                stages[-1].append(label)
+            progress.update(progress.done + len(label))
+        labels = [torch.cat(stage) for stage in zip(*stages, strict=True)]
+        trace = [label_errors(label, latents, condition) for label in labels]
+        figures[f"{name} / {UNITS[condition]}"] = {
+            "mean error": trace[-1].mean().item(),
+            "at the start": trace[0].mean().item(),
+            "right": share(trace[-1] <= TOLERANCES[condition] + 1e-3),
+            "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
+        }
+        panels[f"{name} / {UNITS[condition]}"] = {name: (range(steps + 1), [error.mean().item() for error in trace])}
+    pictures.plot_lines(panels, run.path("errors.png"), xlabel="steps on the label")
+    return figures
+
+
+def label_errors(labels: Tensor, latents: Tensor, condition: str) -> Tensor:
+    """Return how far labels (N, label_size) are from those of latents (N, 5), (N,), as `errors` counts."""
+    found = latents.clone()
+    if condition == "shape":
+        labels = labels.argmax(1, keepdim=True) + 1.0
+    elif condition == "rot":
+        labels = torch.atan2(labels[:, 1:], labels[:, :1])
+    found[:, COLUMNS[condition]] = labels
+    return errors(found, latents)[condition]
