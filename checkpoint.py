@@ -136,21 +136,26 @@ def check_config(stored: models.ModelConfig, wanted: models.ModelConfig, path: p
 
 
 def load_energy(
-    prefix: str | pathlib.Path, *, swish_act: bool = False, device: torch.device | str = "cpu"
+    prefix: str | pathlib.Path, *, swish_act: bool = False, ema: bool = False, device: torch.device | str = "cpu"
 ) -> models.EnergyNetwork:
     """Return the network of `cachedir/<exp>/model_<iter>` in eval mode, from our format or TensorFlow's.
 
-    swish_act: for a TF1 checkpoint, which cannot tell. Raises UsageError for a missing, damaged or foreign file.
+    swish_act: for a TF1 checkpoint, which cannot tell. ema: with the averaged weights of a run with --ema_decay. Raises
+    UsageError for a missing, damaged or foreign file, and where there are no averaged weights.
     """
     prefix = pathlib.Path(prefix)
     path = prefix if prefix.suffix == ".pt" else prefix.with_name(f"{prefix.name}.pt")
     if not path.exists() and prefix.with_name(f"{prefix.name}.index").exists():
         import tf_checkpoint
 
+        if ema:
+            raise UsageError(f"{prefix} has no averaged weights, being a TensorFlow checkpoint; leave out --ema")
         return tf_checkpoint.load_tf_energy(prefix, swish_act=swish_act).to(device)
     state = load(path)
     model = models.EnergyNetwork(config_of(state, path))
-    load_state(model, state["model"], path)
+    if ema and not state.get("ema"):
+        raise UsageError(f"{path} has no averaged weights; leave out --ema, or train with --ema_decay")
+    load_state(model, state["ema" if ema else "model"], path)
     return model.eval().to(device)
 
 

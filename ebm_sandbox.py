@@ -61,6 +61,7 @@ with cli.group("Main"):
     flags.DEFINE_string("exp", "default", "name of the experiment, the model's folder below --modeldir")
     flags.DEFINE_string("modeldir", "cachedir", "where experiments are kept")
     flags.DEFINE_string("resume_iter", "latest", "the checkpoint's iteration, 'best' or 'latest' (also -1)")
+    flags.DEFINE_bool("ema", False, "take the averaged weights of a run with --ema_decay")
     flags.DEFINE_string("logdir", "sandbox_cachedir", "where results go")
     flags.DEFINE_integer("limit", None, "look at this many images; by default at all, or as many as a picture shows", 1)
     flags.DEFINE_integer("batch_size", 32, "images at a time; lowered by itself where memory is short", lower_bound=1)
@@ -279,7 +280,7 @@ def main() -> None:
     if not folder.is_dir():
         raise UsageError(f"no experiment folder {folder}; give --modeldir and --exp of a trained model")
     path = checkpoint.find(folder, "latest" if FLAGS.resume_iter == "-1" else FLAGS.resume_iter)
-    model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, device=device)
+    model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
     config, trained = model.config, trained_with(path)
     check_network(config, path)
 

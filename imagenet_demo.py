@@ -37,6 +37,7 @@ with cli.group("Main"):
     flags.DEFINE_string("exp", "default", "name of the experiment, the model's folder below --logdir")
     flags.DEFINE_string("resume_iter", "latest", "iteration of the checkpoint, 'best' or 'latest'")
     flags.DEFINE_string("logdir", "cachedir", "where experiments are kept")
+    flags.DEFINE_bool("ema", False, "take the averaged weights of a run with --ema_decay")
     flags.DEFINE_string("savedir", "sandbox_cachedir", "where the pictures go, to a folder named as the experiment")
     flags.DEFINE_integer("seed", 0, "of classes, noise and chains", lower_bound=0)
     flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "where to compute; auto takes a GPU if there is one")
@@ -188,7 +189,7 @@ def main() -> None:
     keep_freed_memory()
     device = distributed.choose_device(FLAGS.device, distributed.Launch())
     path = checkpoint.find(pathlib.Path(FLAGS.logdir) / FLAGS.exp, FLAGS.resume_iter)
-    model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, device=device)
+    model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
     saved = checkpoint.load(path) if path.suffix == ".pt" else {}
     config = model.config
     note_flags(config)

@@ -11,6 +11,7 @@ Checkpoints, logs and pictures go to --logdir/<exp>/.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -95,6 +96,7 @@ with cli.group("Loss"):
     flags.DEFINE_float("l2_coeff", 1.0, "weight of the squared energies", lower_bound=0)
     flags.DEFINE_float("temperature", 1.0, "factor of the energy in chains and loss", lower_bound=0)
     flags.DEFINE_float("lr", 3e-4, "learning rate of Adam", lower_bound=0)
+    flags.DEFINE_float("ema_decay", 0.0, "keep a moving average of the weights, and sample with it; 0: none", 0, 1)
 
     flags.DEFINE_bool("guard", True, "roll a diverging run back to its last good state, with half the learning rate")
     flags.DEFINE_integer("max_rollbacks", 10, "stop a run that diverges more often than this", lower_bound=0)
@@ -317,6 +319,7 @@ def main() -> None:
         buffer=ReplayBuffer(training.REPLAY_SIZE if FLAGS.replay_batch else 0, config.image_shape, workers.device),
         batches=batches,
         generator=torch.Generator(workers.device).manual_seed(FLAGS.seed * 1_000 + workers.rank),
+        ema=copy.deepcopy(model).eval() if FLAGS.ema_decay else None,
     )
     cadence = Cadence(
         stop=last_iteration(len(dataset), workers.size),

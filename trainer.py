@@ -82,7 +82,8 @@ class Trainer:
         self.log = RunLog(self.folder, state.iteration) if self.leads else None
         self.progress = Progress(cadence.stop, state.iteration, what="iteration", quiet=not self.leads)
         moments = [moment for pair in state.optimizer.state.values() for moment in pair.values()]
-        workers.broadcast([*state.model.state_dict().values(), *moments])
+        averages = [] if state.ema is None else state.ema.state_dict().values()
+        workers.broadcast([*state.model.state_dict().values(), *averages, *moments])
         gradients = GradientAverager(workers, state.model.parameters())
         if state.iteration == 0:
             self.measure_samples()
@@ -239,11 +240,12 @@ class Trainer:
     def sample(self, number: int, batch_size: int = 250) -> Tensor:
         """Return fresh chains from noise, (number, C, H, W) in [0, 1]; same seed, same images at each iteration.
 
-        Classes follow one another; labels that are no classes are those of random data.
+        They are of the averaged weights, where there are any. Classes follow one another; labels that are no classes
+        are those of random data.
         """
         if self.sampled is not None and self.sampled[0] == self.state.iteration:
             return self.sampled[1]
-        model, options = self.state.model, self.options
+        model, options = self.state.sampled_model, self.options
         generator = torch.Generator(self.workers.device).manual_seed(self.seed + 1_000_003)
         labels = None
         if model.config.label_size:
@@ -272,7 +274,7 @@ class Trainer:
 
     def energy(self, weights: Weights, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
         """Return the energy of images under these labels, times the temperature, as chains see it."""
-        return lambda x: self.options.temperature * self.state.model.energy(weights, x, labels)
+        return lambda x: self.options.temperature * self.state.sampled_model.energy(weights, x, labels)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -319,11 +321,17 @@ class Trainer:
 
             tf_checkpoint.resume(path, self.state.model, self.state.optimizer)
             self.state.iteration = int(path.name.removeprefix("model_"))
+            self.state.start_ema()
             return
         contents = checkpoint.load(path)
         checkpoint.check_config(checkpoint.config_of(contents, path), self.state.model.config, path)
         checkpoint.load_state(self.state.model, contents["model"], path)
         self.state.load_shared(contents)
+        stored, kept = bool(contents.get("ema")), self.state.ema is not None
+        if stored and not kept:
+            self.workers.print(f"note: {path} has averaged weights, which end here; --ema_decay would go on with them")
+        elif kept and not stored:
+            self.workers.print(f"note: {path} has no averaged weights; the average starts with its weights")
         self.best = contents.get("best", self.best)
         self.rollbacks = contents.get("rollbacks", 0)
         self.adapt()

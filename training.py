@@ -51,6 +51,7 @@ class Options:
     temperature: float = 1.0
     model_cclass: bool = False
     spec_eval: bool = False
+    ema_decay: float = 0.0
 
     @property
     def noise_std(self) -> float:
@@ -73,13 +74,37 @@ class State:
     batches: data.Batches
     generator: torch.Generator
     previous: Tensor | None = None  # the last end points, where --pcd starts from them
+    ema: models.EnergyNetwork | None = None  # the moving average of the weights, with --ema_decay
     iteration: int = 0
+
+    @property
+    def sampled_model(self) -> models.EnergyNetwork:
+        """The network that samples are drawn from: the averaged one, where there is one."""
+        return self.model if self.ema is None else self.ema
+
+    def start_ema(self, weights: dict[str, Tensor] | None = None) -> None:
+        """Begin the average, where there is one, with these weights or the current ones."""
+        if self.ema is not None:
+            self.ema.load_state_dict(weights or self.model.state_dict())
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        """Move the averaged weights towards the current ones; at iteration t, decay is at most (1 + t)/(10 + t).
+
+        So the initial weights are soon forgotten, as in TensorFlow's ExponentialMovingAverage.
+        """
+        if self.ema is not None:
+            decay = min(decay, (1 + self.iteration) / (10 + self.iteration))
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+            for mine, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+                mine.copy_(current)  # the power iterations' vectors are estimates, which no average improves
 
     def shared(self) -> dict[str, Any]:
         """What is the same on every worker, as tensors and plain values."""
         return {
             "config": dataclasses.asdict(self.model.config),
             "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "batches": self.batches.state_dict(),
             "iteration": self.iteration,
@@ -98,6 +123,7 @@ class State:
     def load_shared(self, state: dict[str, Any]) -> None:
         """Take over `shared`; a converted TF1 checkpoint has no place in an epoch, and not always an optimizer."""
         self.model.load_state_dict(state["model"])
+        self.start_ema(state.get("ema"))
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
         if "batches" in state:
@@ -166,6 +192,7 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     average()
     state.optimizer.step()
     state.iteration += 1
+    state.update_ema(options.ema_decay)
     detached = (t.detach() for t in (samples, e_pos, e_neg, loss_ml, loss_kl, loss))
     samples, e_pos, e_neg, loss_ml, loss_kl, loss = detached
     return Step(images, start, samples, labels, frozen, e_pos, e_neg, loss_ml, loss_kl, loss, label_entropy)

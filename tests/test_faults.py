@@ -120,7 +120,7 @@ workers.close()
 """
 
 AGREE = """
-# train.py itself, which at the end gathers the weights of all workers.
+# train.py itself, which at the end gathers the weights of all workers, and their averages.
 import sys
 root, output, *flags = sys.argv[1:]
 sys.path.insert(0, root)
@@ -129,7 +129,7 @@ import cli, train, trainer
 run = trainer.Trainer.run
 def run_and_gather(self):
     run(self)
-    states = self.workers.gather(self.state.model.state_dict())
+    states = self.workers.gather([self.state.model.state_dict(), self.state.ema.state_dict()])
     if states is not None:
         torch.save(states, output)
 trainer.Trainer.run = run_and_gather

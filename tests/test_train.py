@@ -18,6 +18,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny networks: threads w
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = ["--dataset=digits", "--cclass", "--replay_batch", "--zero_kl", "--num_steps=2", "--step_lr=100", "--lr=1e-3"]
 SMALL += ["--batch_size=16", "--num_filters=4", "--num_samples=10", "--sample_steps=2"]
+SMALL += ["--ema_decay=0.9"]  # off by default; here so that everything below happens to averaged weights too
 
 
 def train(logdir, *flags):
