@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,8 +105,10 @@ def with_dashes(words: Sequence[str]) -> list[str]:
     return result
 
 
-def parse(argv: Sequence[str], usage: str) -> None:
+def parse(argv: Sequence[str], usage: str, presets: Mapping[str, str] | None = None) -> None:
     """Parse the command line into FLAGS; print the help and leave where it is asked for.
+
+    presets: --preset's value -> flags that stand before those of the command line, which win.
 
     Raises UsageError, in one line, for an unknown flag, a stray word or a value out of its range.
     """
@@ -113,7 +116,10 @@ def parse(argv: Sequence[str], usage: str) -> None:
         print(help_text(usage))
         sys.exit(0)
     try:
-        FLAGS([argv[0], *with_dashes(argv[1:])])
+        words = with_dashes(argv[1:])
+        FLAGS([argv[0], *words])
+        if presets and FLAGS.preset:
+            FLAGS([argv[0], *shlex.split(presets[FLAGS.preset]), *words])
     except flags.UnrecognizedFlagError as error:
         near = difflib.get_close_matches(error.flagname, list(FLAGS), 1)
         remedy = f"did you mean --{near[0]}?" if near else "see --help"
@@ -122,10 +128,10 @@ def parse(argv: Sequence[str], usage: str) -> None:
         raise UsageError(" ".join(str(error).split())) from None
 
 
-def run(main: Callable[[], None], usage: str) -> None:
+def run(main: Callable[[], None], usage: str, presets: Mapping[str, str] | None = None) -> None:
     """Run a script: parse its flags, call `main`, answer a user's mistake with one line and exit status 2."""
     try:
-        parse(sys.argv, usage)
+        parse(sys.argv, usage, presets)
         main()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ from absl import flags
 import cli
 from cli import CONDITIONS, PATHS, SIZES, SUBSETS
 from errors import UsageError
+from presets import PRESETS
 
 if TYPE_CHECKING:
     import data
@@ -34,6 +35,7 @@ FLAGS = flags.FLAGS
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "imagenet", "imagenetfull", "dsprites", "folder")
 
 with cli.group("Main"):
+    flags.DEFINE_enum("preset", None, list(PRESETS), "settings of a published or shipped run; flags beside it win")
     flags.DEFINE_string("exp", "default", "name of the experiment, its folder below --logdir")
     flags.DEFINE_string("logdir", "cachedir", "where experiments are kept")
     flags.DEFINE_bool("train", True, "train; --train=False only samples from the checkpoint and reports")
@@ -352,4 +354,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, PRESETS)

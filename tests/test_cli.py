@@ -7,8 +7,9 @@ import pytest
 from absl import flags
 
 import cli
-import train  # noqa: F401  (defines the flags)
+import train
 from errors import UsageError
+from presets import PRESETS
 
 FLAGS = flags.FLAGS
 
@@ -61,3 +62,18 @@ def test_help():
     for name in cli.values():
         assert f"--{name}" in result.stdout or f"--[no]{name}" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 120
+
+
+def test_preset():
+    """Breaks when a preset is not taken, or beats the flags given beside it."""
+    cli.parse(["train.py", "--lr=0.5", "--preset=cifar10_cond", "--num_steps=7"], "", PRESETS)
+    assert FLAGS.exp == "cifar10_cond" and FLAGS.step_lr == 10 and FLAGS.cclass
+    assert (FLAGS.num_steps, FLAGS.lr) == (7, 0.5)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_flags(name):
+    """Breaks when a row of the table holds a flag or a value that train.py does not take, or flags that exclude others."""
+    cli.parse(["train.py", f"--preset={name}"], "", PRESETS)
+    train.check_flags()
+    assert FLAGS.exp != "default"
