@@ -54,6 +54,15 @@ class Options:
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     num_steps: int = 20
     step_lr: float = 500.0
+    train: bool = False
+    joint_shape: bool = False
+    joint_rot: bool = False
+    break_steps: int = 300
+    frac: float = 0.0
+    plot_curve: bool = False
+    num_filters: int = 64
+    spec_norm: bool = True
+    swish_act: bool = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +259,9 @@ def conceptcombine(run: Run) -> Figures:
     named = run.options.combine in ("alternate", "sum")
     whole = list(run.concepts)
     groups = [whole] + [whole[:k] for k in range(2, len(whole))] + [[name] for name in whole if len(whole) > 1]
-    plans = {" & ".join(group): expressions(run.options.combine, group) for group in (groups if named else [whole])}
+    plans = {" & ".join(group): expressions(run.options.combine, group) for group in groups}
+    if not named:
+        plans = {run.options.combine: expressions(run.options.combine, whole)}
     number = run.options.limit or run.options.batch_size
     index = run.targets(max(split_name(name)[1] for name in whole), number)
     targets = run.sprites.latents[index]  # (count, N, 5)

@@ -14,7 +14,7 @@ import functools
 import math
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO
 
 import numpy as np
@@ -56,7 +56,11 @@ def latents_of(index: Tensor) -> Tensor:
 
 def in_subset(latents: Tensor, subset: str | None) -> Tensor:
     """Return the mask (N,) of the latents (N, 5) that belong to one of SUBSETS; to None belong all."""
-    fixed = SUBSETS[subset] if subset else {}
+    return matching(latents, SUBSETS[subset] if subset else {})
+
+
+def matching(latents: Tensor, fixed: Mapping[str, float]) -> Tensor:
+    """Return the mask (N,) of the latents (N, 5) that have these values, by the names in LATENTS."""
     mask = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
     for name, value in fixed.items():
         mask &= (latents[:, list(LATENTS).index(name)] - value).abs() < 1e-4

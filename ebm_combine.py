@@ -56,7 +56,7 @@ with cli.group("Main"):
     flags.DEFINE_string("savedir", "cachedir", "where results go, into <exp>/<task>/")
     flags.DEFINE_string("exp", "combine", "name of the results' folder")
     flags.DEFINE_integer("batch_size", 256, "images at a time", lower_bound=1)
-    flags.DEFINE_integer("limit", None, "images to make or look at; default a batch, 30 for labels, 4 unseen ones", 1)
+    flags.DEFINE_integer("limit", None, "images to make or look at; default a batch, 30 of labeldiscover", 1)
     flags.DEFINE_integer("seed", 0, "of everything random", lower_bound=0)
     flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "where to compute; auto takes a GPU if there is one")
     flags.DEFINE_string("dsprites_path", None, "the published .npz; without it sprites are drawn from their latents")
@@ -301,6 +301,7 @@ def main() -> None:
 
     import combine
     import distributed
+    import unseen
     from utils import keep_freed_memory
 
     keep_freed_memory()
@@ -308,14 +309,21 @@ def main() -> None:
     device = distributed.start("none", FLAGS.device).device
     paths = find_models(names_needed())
     fields: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(combine.Options)}
+    options = combine.Options(**fields | {"labels": pairs("labels")})
+    folder = pathlib.Path(FLAGS.savedir) / FLAGS.exp / FLAGS.task
+    tasks = {
+        "conceptcombine": combine.conceptcombine,
+        "labeldiscover": combine.labeldiscover,
+        "gentest": unseen.gentest,
+        "genbaseline": unseen.genbaseline,
+    }
     run = combine.Run(
-        combine.Options(**fields | {"labels": pairs("labels")}),
+        options,
         load_concepts(paths, device),
         load_sprites(device),
         torch.Generator(device).manual_seed(FLAGS.seed),
-        pathlib.Path(FLAGS.savedir) / FLAGS.exp / FLAGS.task,
+        folder / f"pos_{unseen.other_concept(options)}" if FLAGS.task.startswith("gen") else folder,
     )
-    tasks = {"conceptcombine": combine.conceptcombine, "labeldiscover": combine.labeldiscover}
     write_report(run, tasks[FLAGS.task](run), paths)
 
 
