@@ -458,12 +458,13 @@ class EnergyNetwork(nn.Module):
         if label_size and (labels is None or labels.shape != (len(images), label_size)):
             given = None if labels is None else tuple(labels.shape)
             raise ValueError(f"labels of shape {given}, the network takes {(len(images), label_size)}")
-        x = images
+        dtype = weights["fc5.kernel"].dtype
+        x, labels = images.to(dtype), labels.to(dtype) if label_size and labels is not None else None
         for stage in self.stages.values():
-            if x.dim() == 4:  # a single channel leaves the layout open: fix it, or every convolution converts
+            if x.dim() == 4:
                 x = x.contiguous(memory_format=torch.channels_last)
-            x = stage(weights, x, labels if label_size else None)
-        return x.squeeze(1)
+            x = stage(weights, x, labels)
+        return x.squeeze(1).to(images.dtype)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.energy(self.prepare(), images, labels)
@@ -478,18 +479,21 @@ def build_model(config: ModelConfig, generator: torch.Generator | None = None) -
     return model
 
 
-def detach(weights: Weights) -> Weights:
-    """Return prepared weights without their history: what a chain needs that takes gradients to images only."""
-    return {name: tensor.detach() for name, tensor in weights.items()}
+def detach(weights: Weights, dtype: torch.dtype | None = None) -> Weights:
+    """Return prepared weights without their history: what a chain needs that takes gradients to images only.
+
+    With half-precision weights the network computes in half precision; images and energies stay float32.
+    """
+    return {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in weights.items()}
 
 
-def spectral_norm_once(model: EnergyNetwork) -> Weights:
+def spectral_norm_once(model: EnergyNetwork, dtype: torch.dtype | None = None) -> Weights:
     """Return the frozen prepared weights of a model for a whole chain, `model.energy(weights, images, labels)`.
 
     One power iteration from the stored `u`, which stays as it is, as in the reference's evaluation scripts.
     """
     with torch.no_grad():
-        return detach(model.prepare())
+        return detach(model.prepare(), dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

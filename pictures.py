@@ -138,6 +138,20 @@ def plot_histograms(
     return _save(figure, path)
 
 
+def plot_bars(groups: Mapping[str, Mapping[str, float]], path: str | Path, *, ylabel: str, title: str = "") -> Path:
+    """Draw bars side by side: {legend: {place on the x axis: height}}; a missing place leaves a gap."""
+    figure, (axis,) = _figure(1, title)
+    places = list(dict.fromkeys(place for bars in groups.values() for place in bars))
+    width = 0.8 / len(groups)
+    for i, (colour, (name, bars)) in enumerate(zip(cycle(COLOURS), groups.items(), strict=False)):
+        x = [places.index(place) + (i - (len(groups) - 1) / 2) * width for place in bars]
+        axis.bar(x, list(bars.values()), width, color=colour, label=name)
+    axis.set_xticks(range(len(places)), places)
+    axis.set_ylabel(ylabel)
+    _legend(axis)
+    return _save(figure, path)
+
+
 def plot_roc(scores: Mapping[str, tuple[ArrayLike, ArrayLike]], path: str | Path, *, title: str = "") -> Path:
     """Draw the ROC curve of each named pair (in_scores, out_scores), its AUROC in the legend."""
     figure, (axis,) = _figure(1, title)

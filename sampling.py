@@ -6,7 +6,9 @@ images = langevin(lambda x: model.energy(weights, x, labels), start, num_steps=6
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,23 @@ from torch.utils.checkpoint import checkpoint
 Energy = Callable[[Tensor], Tensor]  # (N, ...) -> (N,)
 
 PROJ_NORM_TYPES = ("li", "l2")
+
+
+PRECISIONS = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def set_precision(name: str) -> torch.dtype:
+    """Set whether GPUs may round float32 factors to TF32 (for the whole process); return the type of a chain's weights.
+
+    Images, noise and updates are float32 in any case; "fp16" and "bf16" compute the energy in 16 bits.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    return PRECISIONS[name]
 
 
 def input_gradient(energy: Energy, x: Tensor, *, create_graph: bool = False) -> Tensor:
@@ -84,11 +103,10 @@ def langevin(
     generator: where the noise comes from; None is torch's own. `energy` may close over frozen weights only, unless
     differentiable: then the result carries the graph of the whole chain to the weights and to x, and each step is
     computed again in the backward pass, so that memory holds the images of every step but the activations of one.
-    compiled: run each step as one compiled function, equal to rounding; a chain that is differentiable cannot.
+    compiled: run each step as one compiled function, equal to rounding; not for a chain that is differentiable.
     """
-    step = functools.partial(langevin_step, gradient=functools.partial(input_gradient, create_graph=differentiable))
-    if compiled and not differentiable:
-        step = compiled_step()
+    gradient = functools.partial(input_gradient, create_graph=differentiable)
+    step = compiled_step() if compiled else functools.partial(langevin_step, gradient=gradient)
     clip = functools.partial(clip_gradient, proj_norm=proj_norm, proj_norm_type=proj_norm_type)
     restrict = project or functools.partial(torch.clamp, min=bounds[0], max=bounds[1])
     for _ in range(num_steps):
@@ -127,3 +145,109 @@ def hmc(
     uniform = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
     accepted = uniform < change.exp()
     return torch.where(accepted.view(-1, *[1] * (x.dim() - 1)), proposal, x), accepted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Annealed importance sampling (Neal 2001) between a box of images and an energy
+
+WALL = 100.0  # beyond the bounds the energy grows by (WALL · distance)²
+SPILL = math.sqrt(math.pi) / WALL  # by which that widens the box: ∫ exp(−(WALL·u)²) du
+
+
+class Annealed(NamedTuple):
+    x: Tensor  # (N, ...), where the chains ended
+    log_weights: Tensor  # (N,) float64, nats
+    acceptance: Tensor  # (num_distributions,), share of accepted moves, from the box to the energy
+
+
+class Bracket(NamedTuple):
+    """Bounds of log ∫ exp(−E) in nats, each a mean over chains with its standard error, and accepted moves."""
+
+    lower: float
+    lower_error: float
+    upper: float
+    upper_error: float
+    acceptance: Tensor  # (num_distributions,) of the forward run
+    reverse_acceptance: Tensor  # (num_distributions,), in the same order
+
+
+def beyond(x: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Return the energy of the walls (N,), Σ (WALL · distance to the bounds)²: 0 for images within them."""
+    return (WALL * (x - x.clamp(*bounds))).square().flatten(1).sum(1)
+
+
+def box_images(shape: tuple[int, ...], bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Return exact samples of the density exp(−beyond(x)): uniform within the bounds, Gaussian outside."""
+    lower, upper = bounds
+    x = lower + (upper - lower + SPILL) * torch.rand(shape, generator=generator, device=generator.device)
+    distance = torch.randn(shape, generator=generator, device=generator.device) / (WALL * math.sqrt(2))
+    return torch.where(x < upper, x, torch.where(distance > 0, upper, lower) + distance)
+
+
+def anneal(
+    energy: Energy,
+    x: Tensor,
+    *,
+    num_distributions: int,
+    step_size: float,
+    num_steps: int = 10,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    reverse: bool = False,
+    generator: torch.Generator | None = None,
+    progress: Callable[[], object] = lambda: None,
+) -> Annealed:
+    """Carry images (N, ...) from the box to the density exp(−E), or back, by one HMC move at each density between.
+
+    Density k is exp(−alpha·E − beyond), alpha = k / num_distributions; its moves have steps of
+    step_size·5^(−2.5·alpha), as in the reference. From samples of the box the expected log weight is at most
+    log ∫ exp(−E − beyond) − log ∫ exp(−beyond); in reverse, from samples of the energy, it is at least that.
+    progress: called after each move.
+    """
+    log_weights = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    acceptance = torch.zeros(num_distributions, device=x.device)
+
+    def weigh(x: Tensor) -> None:
+        with torch.no_grad():
+            log_weights.sub_(energy(x).double(), alpha=1 / num_distributions)
+
+    def density(alpha: float) -> Energy:
+        return lambda x: alpha * energy(x) + beyond(x, bounds)
+
+    for k in range(num_distributions, 0, -1) if reverse else range(1, num_distributions + 1):
+        if not reverse:
+            weigh(x)
+        alpha = k / num_distributions
+        step = step_size * 5 ** (-2.5 * alpha)
+        x, accepted = hmc(density(alpha), x, step_size=step, num_steps=num_steps, generator=generator)
+        acceptance[k - 1] = accepted.float().mean()
+        if reverse:
+            weigh(x)
+        progress()
+    return Annealed(x, log_weights, acceptance)
+
+
+def log_z(
+    energy: Energy,
+    shape: tuple[int, ...],
+    *,
+    num_distributions: int,
+    step_size: float,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    samples: Tensor | None = None,
+    generator: torch.Generator,
+    progress: Callable[[], object] = lambda: None,
+) -> Bracket:
+    """Bound log ∫ exp(−E − beyond) from both sides with chains of this shape (N, ...), see `anneal`.
+
+    samples: exact ones of the energy, from which the reverse run starts. Without them it starts where the forward
+    chains end, and the upper bound holds as far as those are samples of the energy (Grosse et al. 2015).
+    """
+    settings: dict[str, Any] = {"num_distributions": num_distributions, "step_size": step_size, "bounds": bounds}
+    settings |= {"generator": generator, "progress": progress}
+    forward = anneal(energy, box_images(shape, bounds, generator), **settings)
+    back = anneal(energy, forward.x if samples is None else samples, reverse=True, **settings)
+    box = math.prod(shape[1:]) * math.log(bounds[1] - bounds[0] + SPILL)
+    (lower, lower_error), (upper, upper_error) = (
+        (box + w.mean().item(), (w.std() / len(w) ** 0.5).item()) for w in (forward.log_weights, back.log_weights)
+    )
+    return Bracket(lower, lower_error, upper, upper_error, forward.acceptance, back.acceptance)

@@ -73,7 +73,7 @@ def test_preset():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_flags(name):
-    """Breaks when a row of the table holds a flag or a value that train.py does not take, or flags that exclude others."""
+    """Breaks when a row of the table holds a flag or a value that train.py does not take."""
     cli.parse(["train.py", f"--preset={name}"], "", PRESETS)
     train.check_flags()
     assert FLAGS.exp != "default"

@@ -149,3 +149,18 @@ def test_tf_variables_are_strict():
         models.load_tf_variables(model, {k: v for k, v in arrays.items() if k != "context_0/fc5/b"})
     with pytest.raises(UsageError, match="context_0/c1/cweight has shape"):
         models.load_tf_variables(model, {**arrays, "context_0/c1/cweight": arrays["context_0/c1/cweight"][:, :, :1]})
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.05), (torch.bfloat16, 0.2)])
+def test_half_precision(dtype, tolerance):
+    """Breaks when half-precision weights are not used, leave energies in 16 bits, or lose the gradient."""
+    model = make(ModelConfig("DspritesNet", (1, 64, 64), num_filters=8, label_size=3))
+    images, labels = torch.rand(4, 1, 64, 64), torch.eye(3)[[0, 1, 2, 0]]
+    gradients = []
+    for weights in (models.spectral_norm_once(model), models.spectral_norm_once(model, dtype)):
+        x = images.clone().requires_grad_()
+        energies = model.energy(weights, x, labels)
+        gradients.append(torch.autograd.grad(energies.sum(), x)[0])
+        assert energies.dtype == gradients[-1].dtype == torch.float32
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert 1e-5 < error < tolerance

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import models
 import sampling
 
 
@@ -132,3 +133,30 @@ def test_leapfrog_conserves_energy_to_second_order():
         )
         drift.append((after - before).abs().item())
     assert math.log2(drift[0] / drift[1]) == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.slow
+def test_compiled_chain():
+    """Breaks when the compiled step differs from the eager one, keeps the first chain's weights or labels, or is
+    compiled anew for each chain."""
+    config = models.ModelConfig("MnistNet", (1, 28, 28), num_filters=2, label_size=3)
+    x = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.utils.counters.clear()
+    ends = []
+    for seed in range(3):
+        model = models.build_model(config, torch.Generator().manual_seed(seed))
+        weights, labels = models.spectral_norm_once(model), torch.eye(3)[[seed] * 4]
+
+        def chain(compiled, model=model, weights=weights, labels=labels):
+            def energy(x):
+                return model.energy(weights, x, labels)
+
+            generator = torch.Generator().manual_seed(1)
+            return sampling.langevin(
+                energy, x, num_steps=3, step_lr=100.0, proj_norm=0.01, generator=generator, compiled=compiled
+            )
+
+        ends.append(chain(compiled=True))
+        torch.testing.assert_close(ends[-1], chain(compiled=False), rtol=0, atol=1e-5)
+    assert not torch.allclose(ends[0], ends[1], rtol=0, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
