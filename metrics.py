@@ -20,10 +20,12 @@ from errors import UsageError
 
 def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and unbiased covariance (D, D), float64, of features (N, D) with N >= 2."""
-    features = features.double()
-    mean = features.mean(0)
-    centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+    mean = features.mean(0, dtype=torch.float64)
+    scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)
+    for rows in features.split(10_000):  # many features fit into memory only once
+        centred = rows - mean
+        scatter += centred.T @ centred
+    return mean, scatter / (len(features) - 1)
 
 
 def _root(covariance: Tensor) -> Tensor:

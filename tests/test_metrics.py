@@ -44,6 +44,14 @@ def test_frechet_distance_uses_the_unbiased_covariance() -> None:
     assert distance == pytest.approx(2)
 
 
+def test_mean_and_covariance_of_many_features() -> None:
+    """Red if a block of them is lost or centred by a mean of its own; against numpy."""
+    features = (normal(10_003, 3) + torch.linspace(0, 5, 10_003)[:, None]).float()
+    mean, covariance = metrics.mean_and_covariance(features)
+    assert mean.numpy() == pytest.approx(features.double().mean(0).numpy())
+    assert covariance.numpy() == pytest.approx(np.cov(features.double().numpy(), rowvar=False))
+
+
 def test_frechet_distance_of_diverged_features_is_nan() -> None:
     """Red if a NaN stops the training loop that prints the distance, or becomes a number."""
     features = normal(8, 3)

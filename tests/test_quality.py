@@ -1,0 +1,514 @@
+"""Sample quality: the pool's bookkeeping, images that do not depend on the batch, features, caches, both scripts."""
+
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import data
+import metrics
+import models
+import quality
+from errors import UsageError
+from quality import Chains, Reference
+from test_metrics import sides
+from test_train import ENVIRONMENT, ROOT
+from utils import Progress
+
+CONFIG = models.ModelConfig("MnistNet", (1, 2, 2), 1, label_size=10)
+STILL = Chains(num_steps=1, step_lr=0.0, noise_scale=0.0, repeat_scale=20, batch_size=512)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def quiet(total=1):
+    return Progress(total, what="test", quiet=True)
+
+
+def pool(energies, chains, size=1000, config=CONFIG):
+    return quality.run_pool(energies, size, config, chains, generator=generator(), progress=quiet())
+
+
+class Watcher:
+    """A flat energy that remembers the images and classes of each round, one evaluation long."""
+
+    def __init__(self):
+        self.rounds = []
+
+    def __call__(self, images, labels):
+        self.rounds.append((images.detach().flatten(1)[:, 0].clone(), labels.argmax(1)))
+        return images.flatten(1).sum(1) * 0
+
+
+# ---- the pool ----
+
+
+def test_chains_restart_and_change_class_at_their_rates():
+    """Breaks when a share is not 1 % and 10 %, when chains do not go on where they were, or a batch holds one twice.
+
+    Chains that stand still are known by their pixel. 32 rounds of 512 restart 164 ± 13 and draw 1,638 ± 38 labels, of
+    which nine tenths differ from the label before.
+    """
+    watcher = Watcher()
+    pool([watcher], STILL)
+    restarts = changes = 0
+    classes = {}
+    for images, labels in watcher.rounds:
+        assert len(images.unique()) == 512
+        for image, label in zip(images.tolist(), labels.tolist(), strict=True):
+            restarts += image not in classes
+            changes += classes.get(image, label) != label
+            classes[image] = label
+    assert len(watcher.rounds) == 40
+    restarts -= 1000  # the first sight of those that were there from the start
+    assert 30 * 512 * 0.01 - 5 * 13 < restarts < 30 * 512 * 0.01 + 5 * 13
+    assert 30 * 512 * 0.09 - 5 * 38 < changes < 30 * 512 * 0.09 + 5 * 38
+
+
+def test_the_last_rounds_leave_chains_alone():
+    """Breaks when --nomix rounds restart chains or change labels, or are others than the last."""
+    watcher = Watcher()
+    images = pool([watcher], Chains(num_steps=1, step_lr=0.0, noise_scale=0.0, repeat_scale=6, batch_size=1000))
+    last = {image: label for x, y in watcher.rounds[-11:] for image, label in zip(x.tolist(), y.tolist(), strict=True)}
+    assert last.keys() == set(images.flatten(1)[:, 0].tolist())
+    for x, y in watcher.rounds[-10:]:
+        assert all(last[image] == label for image, label in zip(x.tolist(), y.tolist(), strict=True))
+    before = set(watcher.rounds[0][0].tolist())
+    assert 5 <= len(last.keys() - before) < 60  # and the first two rounds do
+
+
+def test_the_ensemble_takes_turns_and_batches_are_written_back():
+    """Breaks when one model does all rounds, when end points are lost, or when the step sizes do not reach the chain.
+
+    The first energy pulls every pixel up by 0.01 a step, the second down by 0.03: after 6 rounds of 2 steps on all
+    chains of a pool, a pixel that met no edge is 0.12 lower.
+    """
+    asked = []
+
+    def slope(name, pull):
+        def energy(images, labels):
+            asked.append(name)
+            return pull * images.flatten(1).sum(1)
+
+        return energy
+
+    chains = Chains(num_steps=2, step_lr=0.01, proj_norm=0.0, noise_scale=0.0, batch_size=50, repeat_scale=3, nomix=6)
+    start = pool(
+        [slope("", 0)], Chains(num_steps=1, step_lr=0, noise_scale=0, batch_size=50, repeat_scale=3, nomix=6), 50
+    )
+    asked.clear()
+    end = pool([slope("up", -1), slope("down", 3)], chains, 50)
+    assert asked == ["up", "up", "down", "down"] * 3
+    inside = (start > 0.2) & (start < 0.9)
+    torch.testing.assert_close(end[inside], start[inside] - 0.12)
+
+
+def test_one_pool_after_another():
+    """Breaks when a number that is no multiple of 1,000 is rounded, or the pools are the same images."""
+    images = quality.pool_images([Watcher()], 1250, CONFIG, STILL, generator=generator(), progress=quiet())
+    assert images.shape == (1250, 1, 2, 2) and images.dtype == torch.uint8
+    assert not torch.equal(images[:250], images[1000:])
+
+
+def test_diverged_chains_are_named():
+    """Breaks when NaN images become bytes, and figures of them."""
+    with pytest.raises(UsageError, match="diverged"):
+        quality.pool_images(
+            [lambda images, labels: images.flatten(1).sum(1) * math.nan],
+            10, CONFIG, Chains(repeat_scale=1), generator=generator(), progress=quiet(),
+        )  # fmt: skip
+
+
+def test_bytes_are_those_of_the_reference():
+    """Breaks when images are rounded to 255 steps: clip(256·x, 0, 255) gives every byte the same share."""
+    levels = torch.tensor([-0.1, 0.0, 0.0039, 0.00391, 0.5, 0.9999, 1.0, 1.1])
+    assert quality.to_bytes(levels).tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
+    assert torch.equal(quality.to_bytes((torch.arange(256) + 0.5) / 256), torch.arange(256).byte())
+
+
+# ---- images from noise ----
+
+
+def test_same_seed_same_images_whatever_the_batch_size():
+    """Breaks when noise belongs to the batch instead of the image: its start, or that of any step."""
+    model = models.build_model(models.ModelConfig("MnistNet", (1, 12, 12), 4, label_size=3), generator())
+    energy, labels = quality.energy_of(model), torch.eye(3).repeat(4, 1)
+
+    def sample(batch_size, number=12, seed=0):
+        return quality.fresh_images(
+            energy, labels[:number], model.config,
+            num_steps=5, step_lr=100.0, seed=seed, batch_size=batch_size, progress=quiet(),
+        )  # fmt: skip
+
+    whole = sample(12)
+    for batch_size in (1, 5, 100):
+        assert torch.equal(sample(batch_size), whole)
+    assert torch.equal(sample(12, number=4), whole[:4])
+    assert (sample(12, seed=1) != whole).float().mean() > 0.5
+    assert (whole[0] != whole[3]).any()  # one class, two images
+
+
+def test_fresh_images_follow_the_chain_of_the_paper():
+    """Breaks when a step forgets noise, gradient, clip or bounds: against the sum of all that on a linear energy."""
+    config = models.ModelConfig("MnistNet", (1, 2, 2), 1)
+    settings = {"num_steps": 3, "step_lr": 0.5, "noise_std": 0.1, "proj_norm": 0.02, "seed": 7, "progress": quiet()}
+    images = quality.fresh_images(
+        lambda images, labels: 9 * images.flatten(1).sum(1), torch.zeros(2, 0), config, **settings
+    )
+    own = generator(7 * 1_000_003 + 1)
+    x = torch.rand(1, 1, 2, 2, generator=own)[0]
+    for _ in range(3):
+        x = (x + 0.1 * torch.randn(1, 2, 2, generator=own) - 0.5 * 0.02).clamp(0, 1)
+    assert torch.equal(images[1], quality.to_bytes(x))
+
+
+# ---- Inception ----
+
+
+def random_inception(path):
+    """Write weights of the size of Inception's, drawn at random so that its features are of order 1."""
+    data.import_torchvision()
+    from torch_fidelity import FeatureExtractorInceptionV3
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            pass
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    state = Unloaded("inception-v3-compat", ["2048"], nothing).state_dict()
+    draw = generator()
+    for tensor in state.values():
+        if tensor.dim() > 1:
+            tensor.normal_(0, math.sqrt(2 / tensor[0].numel()), generator=draw)
+    state["fc.weight"] *= 30  # predictions that differ
+    torch.save(state, path)
+
+
+def test_inception_figures_are_those_of_torch_fidelity(tmp_path, monkeypatch):
+    """Breaks when images, layers, softmax or the roles of real and sampled differ from torch-fidelity's own path.
+
+    Its figure for the Fréchet distance is compared on some of the features, for time.
+    """
+    path = tmp_path / "weights.pth"
+    random_inception(path)
+    import torch_fidelity
+    from torch_fidelity import metric_fid
+
+    class Images(torch.utils.data.Dataset):
+        def __init__(self, images):
+            self.images = images
+
+        def __getitem__(self, i):
+            return self.images[i]
+
+        def __len__(self):
+            return len(self.images)
+
+    real, fake = (torch.randint(0, 256, (4, 3, 8, 8), generator=generator(s), dtype=torch.uint8) for s in (0, 1))
+    fake[0] = real[0]
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(fake), input2=Images(real), cuda=False, isc=True, kid=True, prc=True, verbose=False,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(path), cache=False,
+        isc_splits=2, samples_shuffle=False, kid_subsets=1, kid_subset_size=4, prc_neighborhood=3, save_cpu_ram=True,
+    )  # fmt: skip
+
+    state, sha256 = quality.read_inception(path, hashlib.sha256(path.read_bytes()).hexdigest())
+    inception = quality.Inception(state, sha256)
+    dataset = data.Dataset("toy", real, None)
+    reference = Reference.of("toy", "train", [dataset], 100)
+    statistics = quality.reference_statistics(inception, reference, tmp_path)
+    monkeypatch.setattr(metrics, "frechet_distance", lambda *statistics: float(len(statistics[0])))
+    ours = quality.figures(inception, fake, statistics, splits=2)
+    monkeypatch.undo()
+    assert ours["Inception score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    assert ours["IS deviation"] == pytest.approx(theirs["inception_score_std"], rel=1e-3)
+    assert ours["KID"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
+    assert ours["precision"] == pytest.approx(theirs["precision"])
+    assert ours["recall"] == pytest.approx(theirs["recall"])
+    assert ours["FID"] == 2048  # of all features
+
+    a, b = statistics.features[:, :20], inception(fake)[0][:, :20]
+    parts = [metric_fid.fid_features_to_statistics(part) for part in (a, b)]
+    fid = metric_fid.fid_statistics_to_metric(*parts, verbose=False)["frechet_inception_distance"]
+    assert metrics.frechet_distance_of(a, b) == pytest.approx(fid, rel=1e-4)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+def test_weights_that_are_not_the_released_ones(tmp_path, monkeypatch):
+    """Breaks when a missing, other, damaged or harmful file gives more than one line, or runs."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
+    (tmp_path / "harmful.pth").write_bytes(pickle.dumps(Bomb(), 2))
+    (tmp_path / "damaged.pth").write_bytes(b"PK\x03\x04")
+
+    def message(name, **given):
+        with pytest.raises(UsageError) as error:
+            quality.Inception(*quality.read_inception(tmp_path / name, **given))
+        assert "\n" not in str(error.value) and "--inception_weights" in str(error.value)
+        return str(error.value)
+
+    assert "cannot be read" in message("missing.pth")
+    assert "SHA-256" in message("other.pth") and "--inception_sha256" in message("other.pth")
+    assert "another network" in message("other.pth", sha256="")
+    assert "not loaded" in message("harmful.pth", sha256="")
+    assert "not loaded" in message("damaged.pth", sha256="")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_weights_are_found_or_downloaded_or_asked_for(tmp_path, monkeypatch):
+    """Breaks when the cache folder is not looked into, a download is not checked, or its failure is a traceback."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    asked = []
+
+    def download(url, path, hash_prefix):
+        asked.append(hash_prefix)
+        raise urllib.error.URLError("no network here")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(UsageError, match=r"no network here.*--inception_weights") as error:
+        quality.find_inception()
+    assert "\n" not in str(error.value) and asked == [quality.INCEPTION_SHA256]
+    with pytest.raises(UsageError, match="--nodownload"):
+        quality.find_inception(download=False)
+    path = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    path.touch()
+    assert quality.find_inception() == path and len(asked) == 1
+
+
+# ---- real images ----
+
+
+class Means:
+    """Features that are the mean colour and some pixels; it counts its calls."""
+
+    name = "means"
+    identity = "1"
+    calls = 0
+
+    def __call__(self, images):
+        self.calls += 1
+        flat = images.flatten(1).float()
+        return flat[:, :5], flat.softmax(1)
+
+
+def toy(images):
+    return Reference.of("toy", "train", [data.Dataset("toy", images, None)], 1000)
+
+
+def test_statistics_are_computed_once(tmp_path, capsys):
+    """Breaks when they are computed again, or kept for other images or other weights, or a damaged file is fatal."""
+    images, _ = sides(20, (1, 8, 8))
+    extractor = Means()
+    first = quality.reference_statistics(extractor, toy(images), tmp_path)
+    again = quality.reference_statistics(extractor, toy(images), tmp_path)
+    assert extractor.calls == 1 and torch.equal(first.covariance, again.covariance)
+    torch.testing.assert_close(first.mean, images.flatten(1)[:, :5].double().mean(0))
+
+    other = images.clone()
+    other[3] ^= 1
+    quality.reference_statistics(extractor, toy(other), tmp_path)
+    assert extractor.calls == 2
+    extractor.identity = "2"
+    quality.reference_statistics(extractor, toy(images), tmp_path)
+    assert extractor.calls == 3
+
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"damaged")
+    capsys.readouterr()
+    quality.reference_statistics(extractor, toy(images), tmp_path)
+    assert extractor.calls == 4 and "is damaged and made again" in capsys.readouterr().out
+
+
+def test_reference_lays_splits_end_to_end():
+    """Breaks when an image meets another's class, a split is lost, or a limited set is not the same every time."""
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
+    labels = torch.arange(40)
+    parts = [data.Dataset("toy", images[:30], labels[:30]), data.Dataset("toy", images[30:], labels[30:])]
+    reference = Reference.of("toy", "both", parts, 25)
+    found = torch.cat(list(reference.batches(reference.numbers))).flatten()
+    assert torch.equal(found, reference.classes()) and len(found.unique()) == 25 and found.max() >= 30
+    assert torch.equal(Reference.of("toy", "both", parts, 25).numbers, reference.numbers)
+    assert "25 of 40 images of train and test" in str(reference)
+    assert len(Reference.of("toy", "both", parts, 100)) == 40
+
+
+def test_classifier_is_kept_and_scores_perfect_images(tmp_path, capsys):
+    """Breaks when the classifier is trained twice, differs once stored, or real images are not at distance 0."""
+    images, labels = sides(100, (1, 8, 8))
+    reference = Reference.of("toy", "train", [data.Dataset("toy", images, labels, ("left", "right"))], 1000)
+    first = quality.classifier_of(reference, tmp_path)
+    assert "training" in capsys.readouterr().out
+    again = quality.classifier_of(reference, tmp_path)
+    assert "training" not in capsys.readouterr().out
+    assert again.identity == first.identity and again.network.accuracy == first.network.accuracy == 1
+    assert torch.equal(again(images)[0], first(images)[0])
+
+    real = quality.reference_statistics(again, reference, tmp_path)
+    figures = quality.figures(again, images, real)
+    assert list(figures) == ["classifier Fréchet distance", "classifier precision", "classifier recall"]
+    assert list(figures.values()) == pytest.approx([0, 1, 1], abs=1e-6)
+    worse = quality.figures(again, torch.randint(0, 256, images.shape, generator=generator()).byte(), real)
+    assert worse["classifier Fréchet distance"] > 10 * quality.distance_of_real(real, 50)[1]
+
+    with pytest.raises(UsageError, match="no classes"):
+        quality.classifier_of(toy(images), tmp_path)
+
+
+# ---- the scripts ----
+
+DRIVER = """
+import contextlib, importlib, io, json, sys
+from absl import flags
+import cli
+from errors import UsageError
+script = importlib.import_module(sys.argv[1])
+results = []
+for words in json.load(sys.stdin):
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    printed, error = io.StringIO(), None
+    with contextlib.redirect_stdout(printed):
+        try:
+            cli.parse([sys.argv[1], *words], "")
+            script.main()
+        except UsageError as mistake:
+            error = str(mistake)
+    results.append([printed.getvalue(), error])
+print(json.dumps(results))
+"""
+
+EVALUATIONS = {
+    "curve": "--exp=digits --iterations=all --ensemble=2",
+    "apart": "--exp=digits --ensemble=3 --resume_iter=900 --idx=1",
+    "colour": "--exp=colour --dataset=folder --data_path={tmp}/images --nodownload",
+    "bad weights": "--exp=colour --dataset=folder --data_path={tmp}/images --inception_weights={tmp}/bad.pth",
+    "grey": "--exp=digits --features=inception",
+    "no number": "--exp=digits --iterations=300,best",
+    "other size": "--exp=colour --dataset=digits",
+}
+SAMPLES = {
+    "all classes": "--exp=digits --num=12 --batch_size=5 --seed=3",
+    "one class": "--exp=digits --num=3 --label=Two --folder --logdir={tmp}/one",
+    "no class": "--exp=digits --label=tow",
+    "unconditional": "--exp=colour --label=3",
+}
+
+
+def run_all(script, commands, tmp):
+    common = [f"--modeldir={tmp}/models", f"--logdir={tmp}/results"]
+    words = [[*common, *command.format(tmp=tmp).split()] for command in commands.values()]
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVER, script], input=json.dumps(words), cwd=ROOT,
+        env=ENVIRONMENT | {"TORCH_HOME": str(tmp / "empty")}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return dict(zip(commands, json.loads(result.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def models_folder(tmp_path_factory):
+    """Two experiments: of digits at three iterations 300 apart and one beside, and of colour images."""
+    tmp = tmp_path_factory.mktemp("quality")
+    digits = models.ModelConfig("MnistNet", (1, 28, 28), 2, label_size=10)
+    colour = models.ModelConfig("MnistNet", (3, 8, 8), 2)
+    words = ["zero", "one", "two", *map(str, range(3, 10))]
+    for exp, config, iteration in [("digits", digits, k) for k in (300, 600, 800, 900)] + [("colour", colour, 5)]:
+        state = models.build_model(config, generator(iteration)).state_dict()
+        flags = {"step_lr": 7.5, "sample_steps": 2, "dataset": "digits"}
+        checkpoint.save(
+            tmp / "models" / exp / f"model_{iteration}.pt",
+            {"config": config.__dict__, "model": state, "iteration": iteration, "flags": flags, "class_names": words},
+        )
+    from PIL import Image
+
+    for k, image in enumerate(sides(40, (3, 8, 8))[0]):
+        path = tmp / "images" / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    (tmp / "bad.pth").write_bytes(b"none")
+    return tmp
+
+
+def test_evaluations_end_to_end(models_folder):
+    """Breaks when a figure comes without its settings, the ensemble is another than said, or a mistake is no line."""
+    quick = "--im_number=8 --num_steps=1 --batch_size=4 --repeat_scale=1 --real_number=100 "
+    done = run_all("eval_inception", {name: quick + words for name, words in EVALUATIONS.items()}, models_folder)
+
+    printed, error = done["curve"]
+    assert error is None
+    folder = models_folder / "results/digits/eval_inception_0"
+    report = json.loads((folder / "eval_inception.json").read_text())
+    assert [result["iteration"] for result in report["results"]] == ["300", "600", "800", "900"]
+    assert [len(result["ensemble"]) for result in report["results"]] == [1, 2, 2, 2]
+    assert report["results"][2]["ensemble"][1].endswith("model_600.pt")  # no model_500: the newest before
+    assert report["results"][3]["ensemble"][1].endswith("model_600.pt")  # 300 iterations apart, so not model_800
+    settings = {"im_number": 8, "num_steps": 1, "step_lr": 7.5, "repeat_scale": 1, "features": "classifier"}
+    assert report["settings"].items() >= settings.items()
+    assert "100 of 1,618 images of train" in report["settings"]["reference"]
+    for shown in (
+        "classifier Fréchet distance",
+        "im_number=8",
+        "step_lr=7.5",
+        "ensemble=1/2",
+        "right on images held out",
+    ):
+        assert shown in printed
+    assert (folder / "curve.png").exists() and (folder / "samples_800.png").exists()
+
+    printed, error = done["apart"]
+    assert error is None and "training" not in printed
+    assert "model_900.pt, " in printed and "model_600.pt, " in printed and "model_300.pt\n" in printed
+
+    printed, error = done["colour"]
+    assert error is None and "note: no Inception weights" in printed and "compare with no FID" in printed
+    assert "SHA-256" in done["bad weights"][1] and "--inception_weights" in done["bad weights"][1]
+    assert "--features=inception" in done["grey"][1]
+    assert "--dataset=digits" in done["other size"][1]
+    assert "--iterations=best" in done["no number"][1]
+
+
+def test_samples_end_to_end(models_folder):
+    """Breaks when files hold other images or classes than asked for, or a mistake is no line that helps."""
+    done = run_all("sample", {name: "--num_steps=2 " + words for name, words in SAMPLES.items()}, models_folder)
+    assert done["all classes"][1] is None
+    arrays = np.load(models_folder / "results/digits/sample/samples.npz")
+    assert arrays["images"].shape == (12, 28, 28, 1) and arrays["images"].dtype == np.uint8
+    assert arrays["labels"].tolist() == [*range(10), 0, 1]
+
+    assert done["one class"][1] is None
+    folder = models_folder / "one/digits/sample"
+    arrays = np.load(folder / "samples.npz")
+    assert arrays["labels"].tolist() == [2, 2, 2]
+    from PIL import Image
+
+    paths = sorted((folder / "images").iterdir())
+    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in paths]), arrays["images"][..., 0])
+    assert "did you mean two?" in done["no class"][1]
+    assert "no classes" in done["unconditional"][1]
+
+
+@pytest.mark.parametrize("script", ["eval_inception", "sample"])
+def test_help_is_quick(script):
+    """Breaks when --help needs torch, or leaves out how to use the script."""
+    command = [sys.executable, "-X", "importtime", f"{script}.py", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0 and "torch" not in result.stderr
+    assert f"python {script}.py --exp=" in result.stdout and "--resume_iter" in result.stdout
