@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from errors import UsageError
+
 Energy = Callable[[Tensor], Tensor]  # (N, ...) -> (N,)
 
 PROJ_NORM_TYPES = ("li", "l2")
@@ -72,11 +74,21 @@ def langevin_step(
 @functools.cache
 def compiled_step() -> Callable[..., Tensor]:
     """Return `langevin_step` as one compiled function, the gradient inside it; slow at its first call on a shape."""
+    from torch._dynamo.exc import TorchDynamoException  # slow to import, and few need it
 
     def gradient(energy: Energy, x: Tensor) -> Tensor:
         return torch.func.grad(lambda x: energy(x).sum())(x)
 
-    return torch.compile(functools.partial(langevin_step, gradient=gradient), fullgraph=True, dynamic=False)
+    compiled = torch.compile(functools.partial(langevin_step, gradient=gradient), fullgraph=True, dynamic=False)
+
+    def step(*arguments: object) -> Tensor:
+        try:
+            return compiled(*arguments)
+        except TorchDynamoException as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UsageError(f"the Langevin step cannot be compiled ({reason}); run with --nocompile") from None
+
+    return step
 
 
 def langevin(

@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import json
 import pathlib
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -88,6 +89,10 @@ with cli.group("Sampling"):
     flags.DEFINE_float("proj_norm", 0.0, "clip the gradient of a Langevin step to this norm; 0: no clip", lower_bound=0)
     flags.DEFINE_enum("proj_norm_type", "li", ["li", "l2"], "clip elementwise (li), or the whole batch's norm (l2)")
     flags.DEFINE_bool("replay_batch", False, "start 95 % of the chains from a buffer of 10,000 earlier end points")
+    flags.DEFINE_enum(
+        "precision", "float32", ["float32", "tf32", "fp16", "bf16"], "of the energy in the chains; images stay float32"
+    )
+    flags.DEFINE_bool("compile", None, "compile the Langevin step, seconds once; default on GPUs, not with the KL term")
     flags.DEFINE_bool("pcd", False, "start all chains from the previous end points")
     flags.DEFINE_bool("hmc", False, "Hamiltonian Monte Carlo moves instead of gradient steps; needs --zero_kl")
 
@@ -250,6 +255,19 @@ def feature_distance(
     return measure, measure.distance(images[rest[: FLAGS.num_samples]])
 
 
+def compiles(device: str) -> bool:
+    """Return whether the Langevin step is compiled: as --compile says, else on a GPU where there is a C compiler."""
+    there = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    if FLAGS.compile and not there:
+        raise UsageError("--compile needs a C compiler (cc, gcc or clang), and none is on the PATH; leave it out")
+    chosen = device == "cuda" and there if FLAGS.compile is None else FLAGS.compile
+    if chosen and FLAGS.zero_kl:
+        print(
+            "the Langevin step is compiled at the first iteration, which takes its time; torch keeps what it compiled"
+        )
+    return chosen
+
+
 def announce(trainer: Trainer) -> None:
     """Print what a run is about to do and where everything goes; store its flags and network in config.json."""
     import torch
@@ -274,6 +292,7 @@ def main() -> None:
     import data
     import distributed
     import models
+    import sampling
     import training
     from optimizer import ClippedAdam
     from trainer import Cadence, Trainer
@@ -302,8 +321,9 @@ def main() -> None:
     # A GPU indexes what lies there; what is read from the disk is asked for by the CPU.
     index_device = workers.device if isinstance(dataset, data.Dataset) else "cpu"
     batches = data.Batches(len(dataset), FLAGS.batch_size, FLAGS.seed, workers.rank, workers.size, device=index_device)
+    sampling.set_precision(FLAGS.precision)
     given: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(training.Options)}
-    options = training.Options(**given)
+    options = training.Options(**given | {"compile": compiles(workers.device.type)})
     folder = pathlib.Path(FLAGS.logdir) / FLAGS.exp
     resume = None if FLAGS.resume_iter == "-1" else checkpoint.find(folder, FLAGS.resume_iter)
     if resume is None and not FLAGS.train:

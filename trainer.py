@@ -261,7 +261,7 @@ class Trainer:
         training_mode = model.training
         model.eval()
         weights = spectral_norm_once(model)
-        chain_options = dataclasses.replace(options, num_steps=self.sample_steps, zero_kl=True)
+        chain_options = dataclasses.replace(options, num_steps=self.sample_steps, zero_kl=True, compile=False)
         chains = []
         for place in range(0, number, batch_size):
             part = slice(place, place + batch_size)

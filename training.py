@@ -14,7 +14,7 @@ import data
 import models
 from imagenet import StreamedImages
 from optimizer import ClippedAdam
-from sampling import hmc, input_gradient, langevin
+from sampling import PRECISIONS, hmc, input_gradient, langevin
 from utils import ReplayBuffer
 
 OBJECTIVES = ("cd", "logsumexp", "softplus")
@@ -51,6 +51,8 @@ class Options:
     temperature: float = 1.0
     model_cclass: bool = False
     spec_eval: bool = False
+    compile: bool = False
+    precision: str = "float32"
     ema_decay: float = 0.0
 
     @property
@@ -163,7 +165,7 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     """
     # The weights are normalised once: the chain, the loss and the update all see the same ones.
     weights = state.model.prepare(update_u=not options.spec_eval)
-    frozen = models.detach(weights)
+    frozen = models.detach(weights, PRECISIONS[options.precision])
 
     # Negatives: chains from noise or from the replay buffer, down the energy. With the KL term the gradient flows
     # back through the whole chain into the weights that made it.
@@ -261,6 +263,7 @@ def run_chain(energy: Callable[[Tensor], Tensor], x: Tensor, options: Options, g
         bounds=options.bounds,
         generator=generator,
         differentiable=not options.zero_kl,
+        compiled=options.compile and options.zero_kl,
     )
 
 
