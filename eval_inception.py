@@ -191,15 +191,18 @@ def draw(paths: Sequence[pathlib.Path], chains: Chains, trained: dict[str, Any],
     rescale = trained.get("rescale", 1.0)
     # Gradients to images in [0, 1] are `rescale` times those to the network's own images.
     chains = dataclasses.replace(chains, step_lr=chains.step_lr / rescale, proj_norm=chains.proj_norm * rescale)
+    progress = Progress(chains.rounds * -(-FLAGS.im_number // quality.POOL), what="round")
     with quality.within_memory(chains.batch_size):
-        return quality.pool_images(
+        images = quality.pool_images(
             [quality.energy_of(model, rescale) for model in ensemble],
             FLAGS.im_number,
             ensemble[0].config,
             chains,
             generator=torch.Generator(device).manual_seed(FLAGS.seed),
-            progress=Progress(chains.rounds * -(-FLAGS.im_number // quality.POOL), what="round"),
+            progress=progress,
         )
+    progress.close()
+    return images
 
 
 def settings_of(chains: Chains, reference: Reference, extractor: Inception | Classifier) -> dict[str, Any]:

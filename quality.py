@@ -288,7 +288,7 @@ def find_inception(download: bool = True) -> pathlib.Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
             return path
-        except (OSError, RuntimeError) as error:  # no network, another file, a full disk
+        except Exception as error:  # no network, another file, a full disk
             reason = " ".join(str(error).split())
     raise UsageError(
         f"no Inception weights: they are not in {path} and not downloaded ({reason}); "

@@ -117,6 +117,8 @@ def main() -> None:
     np.savez_compressed(folder / "samples.npz", **arrays)
     print(f"wrote {folder / 'samples.npz'}")
     if FLAGS.folder:
+        for path in (folder / "images").glob("[0-9]*.png"):  # those of a run with more of them
+            path.unlink()
         for i, image in enumerate(pixels):
             pictures.save_pixels(image, folder / "images" / f"{i:06}.png")
         print(f"wrote {folder / 'images'}/")

@@ -337,7 +337,7 @@ def test_statistics_are_computed_once(tmp_path, capsys):
     assert extractor.calls == 4 and "is damaged and made again" in capsys.readouterr().out
 
 
-def test_reference_lays_splits_end_to_end():
+def test_reference_keeps_images_with_their_classes():
     """Breaks when an image meets another's class, a split is lost, or a limited set is not the same every time."""
     images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
     labels = torch.arange(40)
@@ -406,6 +406,7 @@ EVALUATIONS = {
 }
 SAMPLES = {
     "all classes": "--exp=digits --num=12 --batch_size=5 --seed=3",
+    "more before": "--exp=digits --num=5 --folder --logdir={tmp}/one",
     "one class": "--exp=digits --num=3 --label=Two --folder --logdir={tmp}/one",
     "no class": "--exp=digits --label=tow",
     "unconditional": "--exp=colour --label=3",
