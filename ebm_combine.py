@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -103,9 +104,9 @@ with cli.group("Accepted for old commands, without effect"):
 
 
 def pairs(flag: str) -> dict[str, str]:
-    """Return the name=value pairs of a flag that may be repeated."""
+    """Return the name=value pairs of a flag that may be repeated, or hold several by commas."""
     found = {}
-    for text in getattr(FLAGS, flag):
+    for text in re.split(r",(?=[A-Za-z_]\w*=)", ",".join(getattr(FLAGS, flag))) if getattr(FLAGS, flag) else []:
         name, equals, value = text.partition("=")
         if not (name.isidentifier() and equals and value):
             raise UsageError(f"--{flag}={text}: expected name=value, name of letters and digits")

@@ -202,11 +202,11 @@ class Generator(nn.Module):
         self.last = nn.Conv2d(channels[-1], 1, 3, padding=1)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Return images (N, 1, 64, 64) in [0, 1] for labels (N, label_size)."""
+        """Return images (N, 1, 64, 64) for labels (N, label_size), unbounded: with a sigmoid they stick at black."""
         x = self.dense(labels).view(len(labels), -1, 4, 4)
         for bias, doubling in zip(self.biases, self.doublings, strict=True):
             x = nn.functional.silu(doubling(x + bias(labels)[:, :, None, None]))
-        return self.last(x).sigmoid()
+        return self.last(x)
 
 
 def parameters(model: nn.Module) -> int:
@@ -242,7 +242,7 @@ def train_generator(run: Run, generator: Generator, trained: Tensor, other: str)
         if iteration % 10 == 0:
             progress.text = f"loss {loss.item():.5f}"
         progress.update(iteration)
-    return torch.no_grad()(lambda latents: generator(labels_of(latents, other)))
+    return torch.no_grad()(lambda latents: generator(labels_of(latents, other)).clamp(0, 1))
 
 
 # ---- the tasks ----

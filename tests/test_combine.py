@@ -1,0 +1,591 @@
+"""Combination: expressions and chains in closed form, sprites recognised exactly, every task end to end, its flags."""
+
+import json
+import math
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import combine
+import composition
+import data
+import dsprites
+import models
+import training
+import unseen
+from combine import Concept, Options, Run
+from composition import parse
+from errors import UsageError
+from optimizer import ClippedAdam
+from utils import ReplayBuffer
+
+ROOT = pathlib.Path(__file__).parents[1]
+SIZES = {"size": 1, "shape": 3, "pos": 2, "rot": 2}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- expressions ----
+
+
+def values(**energies):
+    return {name: torch.tensor(value) for name, value in energies.items()}
+
+
+def test_energies_of_expressions():
+    """Breaks when an operator means something else, or binds less or more tightly than another."""
+    given = values(a=[1.0, -2.0], b=[0.5, 3.0], c=[-1.0, 0.25])
+    a, b, c = given.values()
+    mixture = lambda x, y: -torch.log(torch.exp(-x) + torch.exp(-y))  # noqa: E731
+    expected = {
+        "a": a,
+        "a & b & c": a + b + c,
+        "2*a & .5*b": 2 * a + 0.5 * b,
+        "a & ~b": a - b,
+        "a & 0.3*~b": a - 0.3 * b,
+        "~0.3*b": -0.3 * b,
+        "~~a": a,
+        "a | b": mixture(a, b),
+        "a | b | c": -torch.log(torch.exp(-a) + torch.exp(-b) + torch.exp(-c)),
+        "a & b | c": mixture(a + b, c),
+        "a & (b | c)": a + mixture(b, c),
+        " 2 *( a|b )&c ": 2 * mixture(a, b) + c,
+        "~(a & b)": -(a + b),
+    }
+    for text, energies in expected.items():
+        torch.testing.assert_close(parse(text).energy(given), energies, msg=text)
+    assert parse("b & (a | b2) & ~b").names == ["b", "a", "b2", "b"]
+
+
+def test_logic_of_expressions():
+    """Breaks when an image is called right that does not fulfil the expression, as its plain logic reads."""
+    given = values(a=[True, True, False, False], b=[True, False, True, False])
+    expected = {
+        "a & b": [True, False, False, False],
+        "a | b": [True, True, True, False],
+        "2*a & ~b": [False, True, False, False],
+        "~(a | b)": [False, False, False, True],
+    }
+    for text, truths in expected.items():
+        assert parse(text).holds(given).tolist() == truths, text
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "message"),
+    [
+        ("shape & & pos", 8, "expected a name, a weight, ~ or (, not &"),
+        ("shape pos", 6, "expected an operator, & or |, not 'pos'"),
+        ("2 shape", 2, "expected * after a weight"),
+        ("3*", 2, "not the end"),
+        ("(a & b", 6, "expected ), not the end"),
+        ("a)", 1, "not ')'"),
+        ("a $ b", 2, "unexpected '$'"),
+        ("", 0, "not the end"),
+        ("a & -b", 4, "unexpected '-'"),
+    ],
+)
+def test_mistakes_in_expressions(text, place, message):
+    """Breaks when a mistake is not found, or the caret does not stand under it."""
+    with pytest.raises(UsageError) as error:
+        parse(text)
+    first, shown, caret = str(error.value).split("\n")
+    assert first.startswith("--combine: ") and message in first
+    assert shown == f"  {text}" and caret == " " * (place + 2) + "^"
+
+
+# ---- chains ----
+
+A, B, K1, K2 = 0.2, 0.7, 1.0, 3.0
+QUADRATIC = {
+    "a": lambda x: K1 / 2 * (x - A).square().flatten(1).sum(1),
+    "b": lambda x: K2 / 2 * (x - B).square().flatten(1).sum(1),
+}
+
+
+def end_of_chain(energies, start=0.9, **settings):
+    """Return where a chain without noise ends, in every pixel."""
+    x = torch.full((2, 1, 3, 3), start)
+    settings = {"num_steps": 200, "step_lr": 0.1, "noise_std": 0.0, "generator": generator()} | settings
+    end = composition.chain(energies, x, **settings)
+    assert end.max() - end.min() < 1e-6
+    return end.mean().item()
+
+
+def composed(text):
+    expression = parse(text)
+    return lambda x: expression.energy({name: energy(x) for name, energy in QUADRATIC.items()})
+
+
+def test_modes_of_composed_quadratics():
+    """Breaks when a chain on a composed energy ends elsewhere than in its mode: known for quadratic energies."""
+    assert end_of_chain([composed("a & b")]) == pytest.approx((K1 * A + K2 * B) / (K1 + K2), abs=1e-5)
+    assert end_of_chain([composed("2*a & b")]) == pytest.approx((2 * K1 * A + K2 * B) / (2 * K1 + K2), abs=1e-5)
+    # The negated energy pushes away from its own mode: (k2·b − w·k1·a)/(k2 − w·k1).
+    expected = (K2 * B - 0.5 * K1 * A) / (K2 - 0.5 * K1)
+    assert end_of_chain([composed("b & ~0.5*a")]) == pytest.approx(expected, abs=1e-5)
+    assert end_of_chain([composed("~a")], start=0.3) == 1.0  # up to the bound
+    # A mixture has both modes: a chain ends in the nearer one. Sharp energies, so that the other's pull is nothing.
+    assert end_of_chain([composed("50*a | 50*b")], start=0.25, step_lr=0.002) == pytest.approx(A, abs=1e-3)
+    assert end_of_chain([composed("50*a | 50*b")], start=0.6, step_lr=0.002) == pytest.approx(B, abs=1e-3)
+
+
+def test_alternating_chain():
+    """Breaks when alternate does not step on one energy after the other, in order: its fixed point is known."""
+    step = 0.1
+    first, second = 1 - step * K1, 1 - step * K2
+    after_b = (second * step * K1 * A + step * K2 * B) / (1 - first * second)
+    assert end_of_chain([composed("a"), composed("b")], step_lr=step) == pytest.approx(after_b, abs=1e-5)
+    after_a = (first * step * K2 * B + step * K1 * A) / (1 - first * second)
+    assert end_of_chain([composed("b"), composed("a")], step_lr=step) == pytest.approx(after_a, abs=1e-5)
+
+
+def test_gradient_is_taken_before_the_noise():
+    """Breaks when the noise moves the point whose gradient is taken: a step of 1/k would then wipe it out."""
+    x = torch.full((100, 1, 4, 4), 0.5)
+    end = composition.chain([composed("a")], x, num_steps=1, step_lr=1 / K1, generator=generator())
+    assert (end - A).mean().item() == pytest.approx(0, abs=1e-3)
+    assert (end - A).std().item() == pytest.approx(0.005, rel=0.05)
+
+
+# ---- recognising sprites ----
+
+
+@pytest.fixture
+def small_grid(monkeypatch):
+    """Sprites at 9 places only: everything that goes through the grid is fast."""
+    places = tuple(k / 31 for k in (0, 16, 31))
+    monkeypatch.setattr(dsprites, "LATENTS", dsprites.LATENTS | {"x": places, "y": places})
+    return dsprites.Sprites(dsprites.latents_of(torch.arange(3 * 6 * 40 * 9)))
+
+
+def test_nearest_is_exact(small_grid):
+    """Breaks when another sprite is nearer than the one found, for sprites with much noise and for no sprites."""
+    every = dsprites.render(*small_grid.latents.unbind(1))
+    clean = every[torch.randint(len(every), (6,), generator=generator())]
+    noisy = clean + 0.7 * torch.randn(clean.shape, generator=generator(1))
+    blurred = torch.nn.functional.avg_pool2d(clean, 9, stride=1, padding=4)
+    queries = torch.cat([clean, noisy, blurred, torch.rand(3, 1, 64, 64, generator=generator(2))])
+    latents, distances = dsprites.nearest(queries)
+    brute = torch.cdist(queries.flatten(1).double(), every.flatten(1).double())
+    torch.testing.assert_close(distances.double(), brute.amin(1), rtol=1e-5, atol=1e-4)
+    own = (queries - dsprites.render(*latents.unbind(1))).flatten(1).norm(dim=1)
+    torch.testing.assert_close(own, distances, rtol=1e-5, atol=1e-4)
+
+
+def test_real_sprites_are_right():
+    """Breaks when a rendered sprite, on the whole grid, is taken for another one or not called right."""
+    latents = dsprites.latents_of(torch.randint(dsprites.SIZE, (24,), generator=generator(5)))
+    images = dsprites.render(*latents.unbind(1))
+    found, distances = dsprites.nearest(images)
+    assert torch.equal(dsprites.render(*found.unbind(1)), images) and distances.max() == 0
+    assert all(truth.all() for truth in combine.right(found, latents).values())
+
+
+def test_errors_and_tolerances():
+    """Breaks with another unit, tolerance or symmetry: 90° of a square, 180° of an ellipse, 360° of a heart."""
+    target = torch.tensor([[1.0, 0.7, 0.5, 0.5, 0.5]])
+
+    def error(concept, **changes):
+        found = target.clone()
+        for name, value in changes.items():
+            found[:, list(dsprites.LATENTS).index(name)] = value
+        return combine.errors(found, target)[concept].item(), combine.right(found, target)[concept].item()
+
+    def turned(shape, degrees):
+        return error("rot", shape=shape, orientation=0.5 + math.radians(degrees))
+
+    assert error("size", scale=0.8) == (pytest.approx(1.0, abs=1e-5), True)
+    assert error("size", scale=0.5) == (pytest.approx(2.0, abs=1e-5), False)
+    assert error("shape", shape=2.0) == (1.0, False)
+    assert error("pos", x=0.5 + 3 / 32, y=0.5 - 4 / 32) == (pytest.approx(5.0), False)
+    assert error("pos", x=0.5 + 1.9 / 32) == (pytest.approx(1.9, abs=1e-4), True)
+    for shape, period in ((1, 90), (2, 180), (3, 360)):
+        assert turned(shape, period) == (pytest.approx(0, abs=1e-3), True)
+        assert turned(shape, period - 9) == (pytest.approx(9, abs=1e-3), True)
+        assert turned(shape, period / 2) == (pytest.approx(period / 2, abs=1e-3), False)
+    assert not turned(3, 11)[1]
+
+
+# ---- tasks ----
+
+
+class Planted:
+    """A concept model whose energy is a given function of images and labels."""
+
+    def __init__(self, energy, label_size):
+        self.config = models.ModelConfig("DspritesNet", (1, 64, 64), 8, label_size)
+        self.energy = lambda weights, images, labels: energy(images, labels)
+
+
+def run_on(concepts, sprites, folder, **options):
+    defaults = {"batch_size": 8, "num_steps": 2, "num_filters": 4, "break_steps": 3}
+    return Run(Options(**defaults | options), concepts, sprites, generator(), folder)  # type: ignore[arg-type]
+
+
+def tiny():
+    """Return four untrained concept models."""
+    concepts = {}
+    for name, size in SIZES.items():
+        model = models.build_model(models.ModelConfig("DspritesNet", (1, 64, 64), 4, size), generator(size))
+        concepts[name] = Concept(model, models.spectral_norm_once(model), name)
+    return concepts
+
+
+def drawn_to(sprites, offset=None):
+    """Return concept models that know the sprites: each draws images to the one of its own label, or offset by (5,).
+
+    Each picture is of the sprite of the other concepts' most common latents where its label does not say.
+    """
+
+    def planted(condition):
+        def energy(images, labels):
+            latents = torch.tensor([[3.0, 0.7, 0.0, 0.0, 0.0]]).repeat(len(images), 1)
+            columns = combine.COLUMNS[condition]
+            if condition == "shape":
+                labels = labels.argmax(1, keepdim=True) + 1.0
+            elif condition == "rot":
+                labels = torch.atan2(labels[:, 1:], labels[:, :1])
+            latents[:, columns] = labels
+            if offset is not None:
+                latents += offset
+            return (images - dsprites.render(*latents.unbind(1))).square().flatten(1).sum(1) / 2
+
+        return Concept(Planted(energy, SIZES[condition]), {}, condition)  # type: ignore[arg-type]
+
+    return {condition: planted(condition) for condition in ("size", "shape", "pos", "rot")}
+
+
+def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
+    """Breaks when labels, targets and samples get mixed up, or what is measured is not what was sampled.
+
+    Each energy has one mode, a sprite that has the label's concept; alone, each concept must come out right.
+    """
+    run = run_on(drawn_to(small_grid), small_grid, tmp_path, limit=20, step_lr=1.0)
+    figures = combine.conceptcombine(run)
+    for name in SIZES:
+        assert figures[f"right, {name}"][name] == figures[f"right, {name}"]["jointly"] == 1.0
+        assert figures["right, real sprites"][name] == 1.0
+    assert figures["right, real sprites"]["jointly"] == 1.0
+    assert figures["rot / degrees"]["right"] == 1.0  # the last step is on the rotation's energy
+    assert figures["pos / pixels"]["right"] < 0.5 and figures["jointly"]["right"] < 0.5
+    assert figures["right, size & shape"]["pos"] is None
+    assert {path.name for path in run.files} == {"im_condscale_condshape_condpos_condrot.png", "accuracy.png"}
+    assert all(path.stat().st_size for path in run.files)
+    json.dumps(figures, allow_nan=False)
+
+
+def test_expression_with_two_targets(small_grid, tmp_path):
+    """Breaks when pos2 does not have a label of its own, --labels do not fix it, or the logic is not the expression's.
+
+    The chain follows pos2 alone, at the place that is given; the mixture pos | pos2 is then fulfilled, pos is not.
+    """
+    concept = drawn_to(small_grid)["pos"]
+    labels = {"pos": "0,0", "pos2": "1,1", "shape": "heart", "rot": "0", "size": "0.72"}
+    concepts = {"pos": concept, "pos2": concept}
+    run = run_on(concepts, small_grid, tmp_path, combine="1e-9*pos & pos2".replace("1e-9", ".000001"), labels=labels)
+    run.options = Options(**{**run.options.__dict__, "step_lr": 1.0, "limit": 4})
+    figures = combine.conceptcombine(run)
+    assert figures["pos2 / pixels"]["right"] == 1.0 and figures["pos / pixels"]["right"] == 0.0
+    assert figures["jointly"]["right"] == 0.0
+    latents = small_grid.latents[run.targets(2, 5)]
+    heart = torch.tensor([3.0, 0.7, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(latents[0], heart.expand(5, -1))
+    torch.testing.assert_close(latents[1, :, 3:], torch.ones(5, 2))
+    assert len(latents[1, :, 2].unique()) > 1  # only the first target's rotation is fixed
+    truths = {"pos": torch.tensor([False]), "pos2": torch.tensor([True])}
+    assert parse("pos | pos2").holds(truths).all()
+
+
+def test_models_of_other_labels(small_grid, tmp_path):
+    """Breaks when a class or a vector of numbers does not reach a model that is no concept of sprites."""
+    seen = []
+
+    def energy(images, labels):
+        seen.append(labels)
+        return images.square().flatten(1).sum(1)
+
+    other = Concept(Planted(energy, 5), {}, None)  # type: ignore[arg-type]
+    for label, row in (("3", [0.0, 0.0, 0.0, 1.0, 0.0]), ("1,2,3,4,5.5", [1.0, 2.0, 3.0, 4.0, 5.5])):
+        run = run_on({"net": other}, small_grid, tmp_path, combine="net", labels={"net": label}, limit=2)
+        assert combine.conceptcombine(run) == {"images": 2}
+        assert seen[-1].tolist() == [row, row]
+    for label in ("5", "heart", "1,2"):
+        with pytest.raises(UsageError, match="a class below 5, or 5 numbers"):
+            combine.conceptcombine(run_on({"net": other}, small_grid, tmp_path, combine="net", labels={"net": label}))
+
+
+@pytest.mark.parametrize("text", ["shape=cube", "size=big", "pos=0.5", "rot=1,0", "cube=1"])
+def test_mistakes_in_labels(text, small_grid, tmp_path):
+    """Breaks when a label that cannot be read is passed over."""
+    name, value = text.split("=")
+    with pytest.raises(UsageError, match=f"--labels={name}="):
+        run_on(tiny(), small_grid, tmp_path, labels={name: value}).targets(1, 1)
+
+
+def test_labeldiscover_finds_labels(small_grid, tmp_path):
+    """Breaks when a step does not go down the energy, by 1, within the range of each concept's labels, or after noise.
+
+    Each planted energy is quadratic around the true label, pulled by 1: one step ends there, whatever the noise.
+    """
+    latents = small_grid.latents[run_on({}, small_grid, tmp_path).targets(1, 5)[0]]  # of the same seed
+
+    def planted(name):
+        true = dsprites.label_vectors(latents, name)
+        energy = lambda images, labels: (labels - true).square().sum(1) / 2  # noqa: E731
+        return Concept(Planted(energy, SIZES[name]), {}, name)  # type: ignore[arg-type]
+
+    run = run_on({name: planted(name) for name in SIZES}, small_grid, tmp_path, limit=5, num_steps=1)
+    for name, row in combine.labeldiscover(run).items():
+        assert row["right"] == 1.0 and row["error of the label"] < 1e-5, name
+        assert row["mean error"] < 0.1 <= row["at the start"], name
+
+
+def test_untrained_models_go_through(small_grid, tmp_path):
+    """Breaks when a real network does not fit a task, or figures are not what JSON holds."""
+    for how in ("sum", "shape & ~0.5*size"):
+        used = tiny() if how == "sum" else {name: tiny()[name] for name in ("shape", "size")}
+        figures = combine.conceptcombine(run_on(used, small_grid, tmp_path, combine=how, limit=3))
+        assert json.dumps(figures, allow_nan=False) and 0 <= figures["jointly"]["right"] <= 1
+    assert (tmp_path / "im_shape_0_5_size.png").exists()
+    json.dumps(combine.labeldiscover(run_on(tiny(), small_grid, tmp_path, limit=3)), allow_nan=False)
+
+
+# ---- unseen combinations ----
+
+
+@pytest.mark.parametrize(("other", "values"), [("size", 6), ("shape", 3), ("rot", 40)])
+def test_slices(other, values):
+    """Breaks when training sees what is tested, the slices are not balanced, or a combination is missing."""
+    latents = dsprites.latents_of(torch.arange(dsprites.SIZE))
+    seen, rest = unseen.slices(latents, other)
+    assert len(seen) == 2 * 1024 and len(rest) == (values - 1) * (1024 - 1)
+    assert not set(seen.tolist()) & set(rest.tolist())
+    assert len(seen.unique()) == 1024 + values - 1
+    moved = ((latents[seen][:, 3:] - 16 / 31).abs() > 1e-3).any(1)
+    assert moved.sum() == 1023  # in the other slice the sprite stays in the middle
+    labels = unseen.labels_of(latents[rest], other)
+    assert labels.shape[1] == 2 + SIZES[other]
+    assert len(labels.unique(dim=0)) == len(rest) or other == "rot"  # where 0 and 2π are one label
+
+
+def test_product_adds_energies():
+    """Breaks when a network of a product gets another's weights or labels, or is left out of training."""
+    parts = [models.build_model(models.ModelConfig("DspritesNet", (1, 64, 64), 4, n), generator(n)) for n in (2, 1)]
+    product = unseen.Product(parts)
+    images, labels = torch.rand(3, 1, 64, 64, generator=generator()), torch.rand(3, 3, generator=generator())
+    expected = parts[0](images, labels[:, :2]) + parts[1](images, labels[:, 2:])
+    torch.testing.assert_close(product(images, labels), expected)
+    product(images, labels).sum().backward()
+    assert all(next(part.parameters()).grad is not None for part in parts)
+    assert product.config.label_size == 3
+
+
+def test_generator_has_as_many_parameters(small_grid, tmp_path):
+    """Breaks when the generator is larger or smaller than the two energy networks, or its seed draws nothing."""
+    run = run_on({}, small_grid, tmp_path, num_filters=64)
+    count = unseen.parameters(unseen.new_product(run, "size"))
+    before = torch.get_rng_state()
+    made = unseen.new_generator(run, "size")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert unseen.parameters(made) == pytest.approx(count, rel=0.02)
+    again = unseen.new_generator(run, "size")
+    assert all(torch.equal(one, other) for one, other in zip(made.parameters(), again.parameters(), strict=True))
+    assert made(torch.zeros(2, 3)).shape == (2, 1, 64, 64)
+
+
+def test_generator_learns(small_grid, tmp_path):
+    """Breaks when training the generator gets stuck at black images, or does not lead to those of its labels."""
+    run = run_on({}, small_grid, tmp_path, num_filters=8, break_steps=30)
+    index = unseen.slices(small_grid.latents, "size")[0][:1].repeat(8)
+    sample = unseen.train_generator(run, unseen.new_generator(run, "size"), index, "size")
+    true = run.images(index)
+    assert unseen.squared_error(sample(small_grid.latents[index]), true) < 0.9 * true.square().mean()
+
+
+def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch):
+    """Breaks when a task stops half-way, does not keep what it trained, or does not show the other's figures."""
+    folder = tmp_path / "gentest" / "pos_size"
+    run = run_on({}, small_grid, folder, limit=6)
+    figures = unseen.gentest(run)
+    assert {"energy, unseen", "energy, seen", "generator, unseen", "generator, seen"} < set(figures)
+    assert json.dumps(figures, allow_nan=False) and all(path.exists() for path in run.files)
+    (folder / "gentest.json").write_text(json.dumps({"figures": figures}))
+
+    kept = checkpoint.load_energy(folder / "pos" / "model_3")
+    start = unseen.new_product(run, "size").networks[0]
+    moved = [(a - b).abs().max() for a, b in zip(kept.parameters(), start.parameters(), strict=True)]
+    assert kept.config.label_size == 2 and max(moved) > 1e-4
+    monkeypatch.setattr(unseen, "train_product", None)  # trained models are loaded, not trained again
+    unseen.gentest(run_on({}, small_grid, folder, limit=2, break_steps=3))
+
+    run = run_on({}, small_grid, tmp_path / "genbaseline" / "pos_size", limit=4, plot_curve=True, break_steps=1)
+    curve = unseen.genbaseline(run)
+    assert curve["energy, unseen"] == figures["energy, unseen"] and "100%, seen" in curve
+    stored = np.load(run.folder / "curve.npy")
+    np.testing.assert_allclose(stored[0], np.arange(11) / 10)
+    assert stored[1, 3] == curve["30%, unseen"]["MSE"]
+
+
+def test_chains_of_joint_training_start_from_noise_and_5_percent_replay(small_grid, tmp_path):
+    """Breaks when more or fewer of the chains go on from earlier end points, or those are not earlier ones."""
+    product = unseen.new_product(run_on({}, small_grid, tmp_path), "size")
+    buffer = ReplayBuffer(10, (1, 64, 64))
+    batches = data.Batches(2000, 2000, 0)
+    state = training.State(product, ClippedAdam(product.parameters()), buffer, batches, generator())
+    noise = unseen.chain_start(state)
+    assert noise.mean().item() == pytest.approx(0.5, abs=0.01) and noise.std().item() == pytest.approx(0.5, abs=0.01)
+    buffer.push(torch.full((10, 1, 64, 64), 0.25))
+    replayed = unseen.chain_start(state).flatten(1).std(1) < 0.01
+    assert 60 < replayed.sum() < 140
+
+
+# ---- the command line ----
+
+DRIVER = """
+import contextlib, io, json, sys
+from absl import flags
+import cli, dsprites, ebm_combine
+from errors import UsageError
+places = (0.0, 16 / 31, 1.0)
+dsprites.LATENTS |= {"x": places, "y": places}
+dsprites.SIZE = 3 * 6 * 40 * 9
+results = []
+for words in json.load(sys.stdin):
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    commands = []
+    ebm_combine.run_to_end = lambda command: commands.append(command[1:]) or (7 if "--max_iter=7" in command else 0)
+    printed, error = io.StringIO(), None
+    with contextlib.redirect_stdout(printed):
+        try:
+            cli.parse(["ebm_combine.py", *words], "")
+            ebm_combine.main()
+        except UsageError as mistake:
+            error = str(mistake)
+    results.append([printed.getvalue(), error, commands])
+print(json.dumps(results))
+"""
+
+COMMANDS = {
+    "published": "--task=conceptcombine --exp_size=dsprites_cond_size --exp_shape=my_shape --exp_pos=dsprites_cond_pos "
+    "--exp_rot=dsprites_cond_rot --resume_size=5 --resume_shape=5 --resume_rot=latest --resume_pos=-1",
+    "two": "--cond_scale=False --nocond_rot --combine=sum --exp=two --exp_shape=my_shape --proj_cclass",
+    "expression": "--combine=shape&(pos|where) --exp=two --exp_shape=my_shape "
+    "--models=where=dsprites_cond_pos:5,far=elsewhere --labels=pos=0,1,shape=heart",
+    "gentest": "--task=gentest --joint_rot --break_steps=1 --num_filters=4 --batch_size=2",
+    "missing": "--exp_rot=gone --exp_size=dsprites_cond_size --resume_size=6",
+    "unknown": "--combine=shape&colour --exp_shape=my_shape",
+    "mistake": "--combine=shape&&pos",
+    "swapped": "--exp_pos=dsprites_cond_rot --exp_shape=my_shape",
+    "misfit": "--exp_shape=my_shape --num_filters=64",
+    "none": "--nocond_size --nocond_rot --nocond_pos --nocond_shape",
+    "both": "--task=gentest --joint_rot --joint_shape",
+    "not a pair": "--models=pos",
+    "train": "--task=train --train_flags=--max_iter=9 --exp_shape=new_shape --dsprites_path=some.npz",
+    "train fails": "--task=train --train_flags=--max_iter=7",
+}
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """Run all of COMMANDS in one process; return the folder, and what each printed, its error and what it started."""
+    root = tmp_path_factory.mktemp("combine")
+    for name, size in SIZES.items():
+        config = models.ModelConfig("DspritesNet", (1, 64, 64), 4, size, swish_act=True)
+        state = {"config": config.__dict__, "model": models.build_model(config, generator()).state_dict()}
+        exp = "my_shape" if name == "shape" else f"dsprites_cond_{name}"
+        flags = {"flags": {f"cond_{name}": True}, "iteration": 5}
+        checkpoint.save(root / exp / "model_5.pt", state | flags)
+    given = ["--limit=2", "--num_steps=1", f"--logdir={root}", f"--savedir={root}/out", "--device=cpu"]
+    # A shell's words; what is given last counts.
+    words = [[*given, *text.split()] for text in COMMANDS.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], input=json.dumps(words), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return root, dict(zip(COMMANDS, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+def test_published_command(commands):
+    """Breaks when the published command does not run, or its picture, figures and settings are not to be found."""
+    root, results = commands
+    printed, error, _ = results["published"]
+    assert error is None
+    folder = root / "out" / "combine" / "conceptcombine"
+    report = json.loads((folder / "conceptcombine.json").read_text())
+    assert report["checkpoints"]["shape"] == f"{root}/my_shape/model_5.pt"
+    assert report["settings"]["num_steps"] == 1 and report["networks"]["pos"]["num_filters"] == 4
+    assert "right, size & shape & pos & rot" in report["figures"]
+    for name in ("im_condscale_condshape_condpos_condrot.png", "accuracy.png", "conceptcombine.json"):
+        assert f"wrote {folder / name}" in printed and (folder / name).exists()
+    for name in ("im_condshape_condpos.png", "im_shape_pos_where.png"):
+        assert (root / "out" / "two" / "conceptcombine" / name).exists()
+    assert "note: --proj_cclass has no effect" in results["two"][0]
+    assert results["two"][1] is results["expression"][1] is results["gentest"][1] is None
+    assert (root / "out/combine/gentest/pos_rot/gentest.json").exists()
+
+
+def test_missing_models(commands):
+    """Breaks when a missing model has no line with the command that trains it, or another one has."""
+    _, results = commands
+    first, *lines = results["missing"][1].split("\n")
+    assert "--task=train" in first and len(lines) == 3
+    for line, name, exp in zip(lines, ("size", "shape", "rot"), (None, "dsprites_cond_shape", "gone"), strict=True):
+        assert line.startswith(f"  {name}: no ")
+        assert f"--cond_{name} --replay_batch -cclass" in line and f"--exp={exp or 'dsprites_cond_size'}" in line
+    assert "there is 5" in lines[0] and "model_6" in lines[0]
+
+
+def test_mistakes_on_the_command_line(commands):
+    """Breaks when a mistake is not caught, or its message does not name what is wrong."""
+    _, results = commands
+    expected = {
+        "unknown": "there is no model colour",
+        "mistake": "not &\n  shape&&pos\n        ^",
+        "swapped": "was trained with --cond_rot, it cannot be pos",
+        "misfit": "--num_filters=64 does not fit",
+        "none": "no concept is left",
+        "both": "exclude each other",
+        "not a pair": "--models=pos: expected name=value",
+    }
+    for name, message in expected.items():
+        assert message in (results[name][1] or ""), name
+
+
+def test_training_all_four(commands):
+    """Breaks when a command is not the published one, a run that has checkpoints starts anew, or failure goes on."""
+    root, results = commands
+    _, error, ran = results["train"]
+    assert error is None and len(ran) == 4
+    for (script, *words), name in zip(ran, ("size", "shape", "pos", "rot"), strict=True):
+        exp = "new_shape" if name == "shape" else f"dsprites_cond_{name}"
+        published = "--dataset=dsprites --exp={} --zero_kl --num_steps=20 --step_lr=500.0 --swish_act --cond_{} "
+        assert " ".join(words).startswith(published.format(exp, name) + "--replay_batch -cclass ")
+        assert script.endswith("train.py") and words[-1] == "--max_iter=9"
+        assert f"--logdir={root}" in words and "--dsprites_path=some.npz" in words
+        assert ("--resume_iter=latest" in words) == (name != "shape")
+    _, error, ran = results["train fails"]
+    assert "training of size ended with status 7" in error and len(ran) == 1
+
+
+def test_a_signal_lets_training_save():
+    """Breaks when SIGTERM ends the command that trains without reaching train.py, or without waiting for it."""
+    child = (
+        "import signal, sys, time; "
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), print('saved', flush=True), sys.exit(143))); "
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    parent = f"import sys, ebm_combine; sys.exit(ebm_combine.run_to_end([sys.executable, '-c', {child!r}]))"
+    with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == "saved\n"
+        assert process.wait(timeout=30) == 143
