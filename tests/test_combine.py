@@ -403,7 +403,7 @@ def test_generator_has_as_many_parameters(small_grid, tmp_path):
 
 def test_generator_learns(small_grid, tmp_path):
     """Breaks when training the generator gets stuck at black images, or does not lead to those of its labels."""
-    run = run_on({}, small_grid, tmp_path, num_filters=8, break_steps=30)
+    run = run_on({}, small_grid, tmp_path, num_filters=8, break_steps=40)
     index = unseen.slices(small_grid.latents, "size")[0][:1].repeat(8)
     sample = unseen.train_generator(run, unseen.new_generator(run, "size"), index, "size")
     true = run.images(index)
