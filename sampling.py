@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,17 +172,6 @@ class Annealed(NamedTuple):
     acceptance: Tensor  # (num_distributions,), share of accepted moves, from the box to the energy
 
 
-class Bracket(NamedTuple):
-    """Bounds of log ∫ exp(−E) in nats, each a mean over chains with its standard error, and accepted moves."""
-
-    lower: float
-    lower_error: float
-    upper: float
-    upper_error: float
-    acceptance: Tensor  # (num_distributions,) of the forward run
-    reverse_acceptance: Tensor  # (num_distributions,), in the same order
-
-
 def beyond(x: Tensor, bounds: tuple[float, float]) -> Tensor:
     """Return the energy of the walls (N,), Σ (WALL · distance to the bounds)²: 0 for images within them."""
     return (WALL * (x - x.clamp(*bounds))).square().flatten(1).sum(1)
@@ -236,30 +225,3 @@ def anneal(
             weigh(x)
         progress()
     return Annealed(x, log_weights, acceptance)
-
-
-def log_z(
-    energy: Energy,
-    shape: tuple[int, ...],
-    *,
-    num_distributions: int,
-    step_size: float,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    samples: Tensor | None = None,
-    generator: torch.Generator,
-    progress: Callable[[], object] = lambda: None,
-) -> Bracket:
-    """Bound log ∫ exp(−E − beyond) from both sides with chains of this shape (N, ...), see `anneal`.
-
-    samples: exact ones of the energy, from which the reverse run starts. Without them it starts where the forward
-    chains end, and the upper bound holds as far as those are samples of the energy (Grosse et al. 2015).
-    """
-    settings: dict[str, Any] = {"num_distributions": num_distributions, "step_size": step_size, "bounds": bounds}
-    settings |= {"generator": generator, "progress": progress}
-    forward = anneal(energy, box_images(shape, bounds, generator), **settings)
-    back = anneal(energy, forward.x if samples is None else samples, reverse=True, **settings)
-    box = math.prod(shape[1:]) * math.log(bounds[1] - bounds[0] + SPILL)
-    (lower, lower_error), (upper, upper_error) = (
-        (box + w.mean().item(), (w.std() / len(w) ** 0.5).item()) for w in (forward.log_weights, back.log_weights)
-    )
-    return Bracket(lower, lower_error, upper, upper_error, forward.acceptance, back.acceptance)

@@ -1,0 +1,250 @@
+"""Bound the log-likelihood of a trained model on test images by annealed importance sampling.
+
+    python ais.py --exp=mnist --resume_iter=latest --pdist=1000
+    python ais.py --exp=cifar10_uncond --temperature=1000 --pdist=100,1000,10000
+    python ais.py --dataset=gauss --pdist=10,100,1000
+
+The model is the density exp(−temperature·E(x) − Σ (100·distance to the box)²) / Z over images in [0, rescale], one
+under each class where it is conditional. Chains from the box to the model bound log Z from below; those from where
+they end back to the box bound it from above, as far as they do end in samples of the model. The more distributions
+lie between (--pdist), the closer the bounds. --dataset=gauss checks this on a Gaussian whose log Z and samples are
+known exactly. Langevin dynamics with noise of 0.005 draws from about temperature = 2·step_lr / 0.005², not 1.
+
+Test images are bytes plus noise U(0, 1), over 256: with p their density on [0, 1]ᵈ, the 256 values of a byte take
+8 − log₂ p(x)/d bits per dimension, on average an upper bound (Theis et al. 2016).
+Figures and, for several --pdist, a plot go to --logdir/<exp>/ais/.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+import cli
+from cli import PATHS
+from errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    import models
+    from likelihood import Target
+    from sampling import Energy
+
+FLAGS = flags.FLAGS
+
+with cli.group("Main"):
+    flags.DEFINE_string("exp", "default", "name of the experiment, the model's folder below --modeldir")
+    flags.DEFINE_string("modeldir", "cachedir", "where experiments are kept")
+    flags.DEFINE_string("resume_iter", "latest", "the checkpoint's iteration, 'best' or 'latest' (also -1)")
+    flags.DEFINE_bool("ema", False, "take the averaged weights of a run with --ema_decay")
+    flags.DEFINE_string("logdir", "sandbox_cachedir", "where results go")
+    flags.DEFINE_integer("limit", 1000, "test images to look at, drawn at random", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of everything random", lower_bound=0)
+    flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "where to compute; auto takes a GPU if there is one")
+
+with cli.group("Annealing"):
+    flags.DEFINE_list("pdist", ["10"], "distributions from box to model; several, such as 10,100,1000, are compared")
+    flags.DEFINE_float("alr", None, "step size of HMC; default 0.0045 colour (0.0085 at rescale 8), 0.0065 grey", 0)
+    flags.DEFINE_integer("batch_size", 16, "chains, under each class if the model is conditioned on classes", 2)
+    flags.DEFINE_float("temperature", None, "factor of the energy; default as in training", lower_bound=0)
+    flags.DEFINE_float("rescale", None, "images are in [0, rescale]; default as in training", lower_bound=1e-6)
+    flags.DEFINE_integer("gauss_dim", 500, "dimensions of --dataset=gauss, whose precision is --temperature", 1)
+
+with cli.group("Data"):
+    flags.DEFINE_string("dataset", None, "as in train.py; default what the model was trained on; or gauss")
+    flags.DEFINE_string("datadir", "data", "where torchvision's datasets are kept or downloaded to")
+    flags.DEFINE_bool("download", True, "download what is not there yet")
+    flags.DEFINE_string("data_path", None, "the folder of images of --dataset=folder")
+    flags.DEFINE_string("imagenet_path", None, "the 32x32 files of --dataset=imagenet, pickles or .npz")
+    flags.DEFINE_string("imagenet_datadir", None, "TFRecords or class folders of --dataset=imagenetfull")
+    flags.DEFINE_integer("data_workers", 5, "threads that decode images from the disk", lower_bound=0)
+
+with cli.group("Network (the checkpoint knows all but --swish_act of a TF1 file)"):
+    flags.DEFINE_bool("swish_act", False, "the network of a TF1 checkpoint was trained with swish")
+    for inert in ("cclass", "large_model", "larger_model", "wider_model", "use_attention", "bn"):
+        flags.DEFINE_bool(inert, False, "accepted for old commands")
+    for inert in ("spec_norm", "use_bias"):
+        flags.DEFINE_bool(inert, True, "accepted for old commands")
+
+
+def distributions() -> list[int]:
+    """Return the numbers of --pdist, ascending. Raises UsageError for what is no such list."""
+    if not FLAGS.pdist or not all(word.strip().isdecimal() and int(word) for word in FLAGS.pdist):
+        raise UsageError(f"--pdist={','.join(FLAGS.pdist)} must be positive numbers, such as 10,100,1000")
+    return sorted({int(word) for word in FLAGS.pdist})
+
+
+def gauss(device: torch.device) -> Target:
+    """Return the Gaussian around the middle of the box, of --gauss_dim dimensions and precision --temperature."""
+    import torch
+
+    from likelihood import Target, gauss_log_z, gauss_samples
+
+    precision, rescale = FLAGS.temperature or 1.0, FLAGS.rescale or 1.0
+
+    def energy(x: Tensor) -> Tensor:
+        return 0.5 * precision * (x - rescale / 2).square().sum(1)
+
+    shape = FLAGS.batch_size, FLAGS.gauss_dim
+    samples = gauss_samples(shape, precision, rescale, torch.Generator(device).manual_seed(FLAGS.seed + 1))
+    known = {"log Z": gauss_log_z(FLAGS.gauss_dim, precision, rescale)}
+    alr = 0.0085 if FLAGS.alr is None else FLAGS.alr
+    return Target({"gauss": energy}, shape[1:], {"gauss": 1.0}, None, samples, rescale, alr, known)
+
+
+def trained_model(device: torch.device) -> Target:
+    """Return the density of the model that the flags name, and its energies of test images.
+
+    Raises UsageError for what is missing, does not fit, or has no density.
+    """
+    import torch
+
+    import checkpoint
+    from likelihood import Target
+    from sampling import beyond
+    from sandbox import Sandbox
+
+    path = checkpoint.find(
+        pathlib.Path(FLAGS.modeldir) / FLAGS.exp, "latest" if FLAGS.resume_iter == "-1" else FLAGS.resume_iter
+    )
+    model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
+    trained = checkpoint.load(path).get("flags", {}) if path.suffix == ".pt" else {}
+    temperature = trained.get("temperature", 1.0) if FLAGS.temperature is None else FLAGS.temperature
+    rescale = trained.get("rescale", 1.0) if FLAGS.rescale is None else FLAGS.rescale
+    usual = 0.0065 if model.config.image_shape[0] == 1 else 0.0085 if rescale == 8 else 0.0045
+    images, labels, said = load_test(model.config, trained, device)
+    print(f"model: {path}, {model.config.network}, temperature {temperature:g}; {said}")
+
+    sandbox = Sandbox(model, torch.Generator(device).manual_seed(FLAGS.seed), rescale=rescale, batch_size=100)
+    values = temperature * sandbox.energies(images, labels) + beyond(rescale * images, (0.0, rescale))
+    classes = labels.argmax(1).tolist() if model.config.label_size else [None] * len(images)
+
+    def energy_under(c: int | None) -> Energy:
+        def energy(x: Tensor) -> Tensor:
+            label = None if c is None else torch.eye(model.config.label_size, device=device)[c].expand(len(x), -1)
+            return temperature * model.energy(sandbox.weights, x, label)
+
+        return energy
+
+    share = {c: classes.count(c) / len(classes) for c in sorted(set(classes), key=str)}
+    name = {c: "images" if c is None else f"class {c}" for c in share}
+    return Target(
+        {name[c]: energy_under(c) for c in share},
+        model.config.image_shape,
+        {name[c]: part for c, part in share.items()},
+        values,
+        None,
+        rescale,
+        usual if FLAGS.alr is None else FLAGS.alr,
+        {"checkpoint": str(path), "images": said, "temperature": temperature},
+    )
+
+
+def load_test(config: models.ModelConfig, trained: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, str]:
+    """Return test images in [0, 1], label vectors (of width 0 where there are none), and in words what they are.
+
+    Raises UsageError where they do not fit the model, or are not dequantised.
+    """
+    import torch
+
+    import data
+
+    name = FLAGS.dataset or trained.get("dataset", "cifar10")
+    if name == "dsprites":
+        raise UsageError("--dataset=dsprites has black and white pixels without noise: a density says nothing of them")
+    folder = name == "folder"
+    dataset = data.load_dataset(
+        name,
+        split="test",
+        root=FLAGS.datadir,
+        device=device,
+        path=FLAGS[PATHS[name]].value or trained.get(PATHS[name]) if name in PATHS else None,
+        image_size=config.image_shape[1] if folder else None,
+        channels=config.image_shape[0] if folder else None,
+        workers=FLAGS.data_workers,
+        download=FLAGS.download,
+    )
+    if dataset.image_shape != config.image_shape or config.label_size not in (0, dataset.label_size):
+        raise UsageError(
+            f"--dataset={name} has {dataset.label_size} classes and images of shape {dataset.image_shape}, "
+            f"the model takes {config.label_size} and {config.image_shape}"
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(FLAGS.seed))[: FLAGS.limit]
+    images, labels = dataset.batch(order.to(device), torch.Generator(device).manual_seed(FLAGS.seed))
+    if labels is None or not config.label_size:
+        labels = images.new_zeros(len(images), 0)
+    return images, labels, f"{len(images)} of {len(dataset)} test images of {dataset.name}"
+
+
+def main() -> None:
+    numbers = distributions()
+    import torch
+
+    import distributed
+    import pictures
+    from likelihood import figures_of, log_z
+    from utils import Progress, keep_freed_memory
+
+    keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # figures are those of float32, also on a GPU
+    device = distributed.start("none", FLAGS.device).device
+    target = gauss(device) if FLAGS.dataset == "gauss" else trained_model(device)
+    folder = pathlib.Path(FLAGS.logdir) / ("gauss" if FLAGS.dataset == "gauss" else FLAGS.exp) / "ais"
+    contents: dict[str, Any] = {"flags": cli.values(), "alr": target.alr, "rescale": target.rescale} | target.about
+    if target.values is not None:
+        mean, std = target.values.mean().item(), target.values.std(correction=0).item()
+        contents |= {"−T·E of test images": -mean, "its std": std}
+    contents |= {"bounds": {}, "by class": {}}
+    progress = Progress(2 * sum(numbers) * len(target.energies), what="HMC move")
+    for number in numbers:
+        generator = torch.Generator(device).manual_seed(FLAGS.seed)
+        brackets = {
+            name: log_z(
+                energy,
+                (FLAGS.batch_size, *target.shape),
+                num_distributions=number,
+                step_size=target.alr,
+                bounds=(0.0, target.rescale),
+                samples=target.samples,
+                generator=generator,
+                progress=lambda: progress.update(progress.done + 1),
+            )
+            for name, energy in target.energies.items()
+        }
+        contents["bounds"][f"pdist {number}"] = figures = figures_of(target, brackets)
+        if not all(map(math.isfinite, figures.values())):
+            raise UsageError("energies are not finite: this model has diverged; use an earlier checkpoint")
+        contents["by class"][f"pdist {number}"] = {
+            name: {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in bracket._asdict().items()}
+            for name, bracket in brackets.items()
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ais.json").write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
+    progress.close()
+    shown = {name: contents[name] for name in ("log Z", "−T·E of test images", "its std") if name in contents}
+    print(cli.table(shown | contents["bounds"]))
+    least = min(figures["accepted"], figures["back"])
+    if least < 0.5:
+        print(f"note: only {least:.0%} of the moves were accepted; a smaller --alr than {target.alr:g} may bring more")
+    print(f"wrote {folder / 'ais.json'}")
+    if len(numbers) > 1:
+        rows = list(contents["bounds"].values())
+        at = [math.log10(number) for number in numbers]
+        lines = {name: (at, [row[name] for row in rows]) for name in ("log Z ≤", "log Z ≥")}
+        if "log Z" in contents:
+            lines["exact"] = (at, [contents["log Z"]] * len(at))
+        accepted = {name: (at, [row[name] for row in rows]) for name in ("accepted", "back")}
+        plot = pictures.plot_lines(
+            {"nats": lines, "moves": accepted}, folder / "ais.png", xlabel="log₁₀ of the distributions between"
+        )
+        print(f"wrote {plot}")
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

@@ -1,0 +1,144 @@
+"""Bounds of log Z and of the log-likelihood: densities whose integral is known, and the script on both kinds."""
+
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+import models
+from likelihood import Bracket, Target, figures_of, gauss_log_z, gauss_samples, log_z
+from sampling import SPILL, anneal, beyond, box_images
+from test_train import ENVIRONMENT, ROOT
+
+
+def gaussian(precision, rescale):
+    return lambda x: 0.5 * precision * (x - rescale / 2).square().sum(1)
+
+
+def integrate(energy, rescale):
+    """∫ exp(−E − beyond) over one dimension, by summation over a fine grid."""
+    x = torch.linspace(-0.1, rescale + 0.1, 400_001, dtype=torch.float64)[:, None]
+    return (-energy(x) - beyond(x, (0.0, rescale))).exp().sum().item() * (x[1] - x[0]).item()
+
+
+@pytest.mark.parametrize(("precision", "rescale"), [(1.0, 1.0), (400.0, 1.0), (1e5, 1.0), (0.5, 8.0)])
+def test_the_gaussian_is_known(precision, rescale):
+    """Breaks when its closed form forgets a wall, or its exact samples are of another density."""
+    energy = gaussian(precision, rescale)
+    whole = integrate(energy, rescale)
+    assert gauss_log_z(3, precision, rescale) == pytest.approx(3 * math.log(whole), abs=1e-4)
+    samples = gauss_samples((100_000, 1), precision, rescale, torch.Generator().manual_seed(0))
+    mean_energy = integrate(lambda x: energy(x) - energy(x).log(), rescale) / whole
+    assert energy(samples).mean().item() == pytest.approx(mean_energy, rel=0.02)
+
+
+def test_samples_of_the_box():
+    """Breaks when chains do not start in the density whose volume the bounds count from."""
+    assert integrate(lambda x: 0 * x[:, 0], 2.0) == pytest.approx(2 + SPILL, rel=1e-6)
+    x = box_images((400_000,), (0.0, 2.0), torch.Generator().manual_seed(0))
+    for outside in (x[x < 0], 2 - x[x > 2]):
+        assert len(outside) / len(x) == pytest.approx(SPILL / 2 / (2 + SPILL), rel=0.05)
+        assert outside.square().mean().item() == pytest.approx(1 / (2 * 100**2), rel=0.05)
+    assert x[(x > 0) & (x < 2)].var().item() == pytest.approx(4 / 12, rel=0.01)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_constant_energy_is_weighed_exactly(reverse):
+    """Breaks when the weights do not telescope: exp(−c) integrates to exp(−c) times the volume, whatever the path."""
+    x, counted = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)), []
+    annealed = anneal(
+        lambda x: 0 * x.sum(1) + 7.0, x, num_distributions=4, step_size=0.005, reverse=reverse,
+        generator=torch.Generator().manual_seed(0), progress=lambda: counted.append(1),
+    )  # fmt: skip
+    torch.testing.assert_close(annealed.log_weights, torch.full((3,), -7.0, dtype=torch.float64))
+    assert len(counted) == 4 and annealed.acceptance.shape == (4,) and not torch.equal(annealed.x, x)
+
+
+@pytest.mark.parametrize(
+    ("precision", "numbers", "exact"),
+    [(300.0, (10, 30, 90), True), (1e4, (50, 150), False)],
+    ids=["from exact samples", "from where the chains end"],
+)
+def test_the_bounds_bracket_a_gaussian_and_close(precision, numbers, exact):
+    """Breaks when a bound is on the wrong side of the known answer, or more distributions do not tighten it.
+
+    A narrow Gaussian is reached by the chains in so many moves: then the reverse run may start where they end.
+    """
+    shape = (32, 12)
+    known, gaps = gauss_log_z(12, precision, 1.0), []
+    samples = gauss_samples(shape, precision, 1.0, torch.Generator().manual_seed(1)) if exact else None
+    for number in numbers:
+        bracket = log_z(
+            gaussian(precision, 1.0), shape, num_distributions=number, step_size=0.012, samples=samples,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        assert bracket.lower + bracket.lower_error < known < bracket.upper - bracket.upper_error
+        assert bracket.acceptance.mean() > 0.8 and bracket.reverse_acceptance.mean() > 0.8
+        gaps.append(bracket.upper - bracket.lower)
+    assert all(wide > 1.5 * narrow for wide, narrow in itertools.pairwise(gaps))
+
+
+def test_bits_per_dimension_in_closed_form():
+    """Breaks when rescale or the 256 values of a byte enter wrongly: a uniform density has 8 bits, and the walls' few.
+
+    A class with an energy lower by log 2 has twice the integral; the figures are means over the images.
+    """
+    uniform = 5 * math.log(2 + SPILL)
+    brackets = {
+        f"class {c}": Bracket(uniform + c * math.log(2), 3.0, uniform + c * math.log(2) + 5, 1.0, *2 * (torch.ones(2),))
+        for c in (0, 1)
+    }
+    values = torch.tensor([0.0, -math.log(2), -math.log(2), -math.log(2)])
+    share = {"class 0": 0.25, "class 1": 0.75}
+    figures = figures_of(Target({}, (5,), share, values, None, 2.0, 0.01, {}), brackets)
+    expected = 8 + math.log2(1 + SPILL / 2)
+    assert figures["bits/dim ≥"] == pytest.approx(expected)
+    assert figures["bits/dim ≤"] == pytest.approx(expected + 1 / math.log(2))
+    assert figures["log Z ≥"] == pytest.approx(uniform + 0.75 * math.log(2))
+    assert figures["error"] == pytest.approx(3 * math.hypot(0.25, 0.75)) and figures["accepted"] == 1
+
+
+def ais(folder, *flags):
+    command = [sys.executable, str(ROOT / "ais.py"), f"--logdir={folder}/out", f"--modeldir={folder}", *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, cwd=folder)
+
+
+def test_script_on_the_gaussian(tmp_path):
+    """Breaks when --dataset=gauss wants a model, or its figures and plot are not where they are said to be."""
+    result = ais(tmp_path, "--dataset=gauss", "--gauss_dim=7", "--temperature=300", "--pdist=3,9")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out/gauss/ais/ais.json").read_text())
+    assert found["log Z"] == pytest.approx(gauss_log_z(7, 300.0, 1.0)) and set(found["bounds"]) == {
+        "pdist 3",
+        "pdist 9",
+    }
+    assert all(row["log Z ≥"] < found["log Z"] < row["log Z ≤"] for row in found["bounds"].values())
+    assert str((tmp_path / "out/gauss/ais/ais.png").relative_to(tmp_path)) in result.stdout
+
+
+def test_script_on_a_model(tmp_path):
+    """Breaks when the range or temperature of training is forgotten, or classes share one log Z.
+
+    The network's last layer is 0 but for a bias: at temperature 3 the energy is 3·0.5 for every image and class.
+    """
+    config = models.ModelConfig("MnistNet", (1, 28, 28), num_filters=4, label_size=10)
+    model = models.build_model(config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.stages["fc5"].weight.zero_()
+        model.stages["fc5"].b.fill_(0.5)
+    state = {"config": dataclasses.asdict(config), "model": model.state_dict(), "iteration": 1}
+    flags = {"dataset": "digits", "temperature": 3.0, "rescale": 2.0}
+    checkpoint.save(tmp_path / "digits" / "model_1.pt", state | {"flags": flags})
+    result = ais(tmp_path, "--exp=digits", "--pdist=2", "--limit=3", "--batch_size=2")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out/digits/ais/ais.json").read_text())
+    assert found["−T·E of test images"] == pytest.approx(-1.5) and found["rescale"] == 2 and found["alr"] == 0.0065
+    bounds, exact = found["bounds"]["pdist 2"], 8 + math.log2(1 + SPILL / 2)
+    assert bounds["bits/dim ≥"] == pytest.approx(exact, abs=1e-6) == bounds["bits/dim ≤"]
+    assert 1 < len(found["by class"]["pdist 2"]) <= 3
