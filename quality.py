@@ -176,7 +176,7 @@ def fresh_images(
 
     Image i draws its start and its steps from a generator of its own, that of (seed, i) on the CPU: its chain has the
     same noise whatever the batch size, the number of images and the device, and differs by rounding at most. progress:
-    counts images.
+    counts steps of batches.
     """
     clip = functools.partial(clip_gradient, proj_norm=proj_norm, proj_norm_type="li")
     restrict = functools.partial(torch.clamp, min=0, max=1)
@@ -189,8 +189,8 @@ def fresh_images(
             noise = torch.stack([torch.randn(config.image_shape, generator=own) for own in generators])
             noise = noise_std * noise.to(x.device)
             x = langevin_step(functools.partial(energy, labels=y), x, noise, step_lr, clip, restrict)
+            progress.update(progress.done + 1)
         batches.append(to_bytes(finite(x)).cpu())
-        progress.update(int(numbers[-1]) + 1)
     return torch.cat(batches)
 
 
@@ -251,11 +251,11 @@ class Inception:
     name = "inception"
 
     def __init__(self, state: Mapping[str, Tensor], identity: str, device: torch.device | str = "cpu"):
-        import_torchvision()
         try:
+            import_torchvision()  # torch-fidelity imports it
             from torch_fidelity import FeatureExtractorInceptionV3
-        except ImportError:
-            raise UsageError("Inception features need torch-fidelity; pip install -r requirements.txt") from None
+        except ImportError as error:
+            raise UsageError(f"Inception features need {error.name}; pip install -r requirements.txt") from None
         # torch-fidelity unpickles its file unguarded, so it gets one that was written here.
         file = io.BytesIO()
         torch.save(state, file)

@@ -92,7 +92,7 @@ def main() -> None:
         f"model: {path}; {FLAGS.num} images, {num_steps} Langevin steps of {step_lr:g}, seed {FLAGS.seed}, on {device}"
     )
 
-    progress = Progress(FLAGS.num, what="image")
+    progress = Progress(num_steps * -(-FLAGS.num // FLAGS.batch_size), what="Langevin step")
     with quality.within_memory(FLAGS.batch_size):
         images = quality.fresh_images(
             quality.energy_of(model, rescale),
