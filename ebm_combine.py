@@ -68,6 +68,7 @@ with cli.group("Concepts"):
         flags.DEFINE_string(f"exp_{_concept}", f"dsprites_cond_{_concept}", f"experiment of the {_concept}'s model")
         flags.DEFINE_string(f"resume_{_concept}", "latest", "its iteration, 'best' or 'latest' (also -1)")
     flags.DEFINE_alias("cond_scale", "cond_size")
+    flags.DEFINE_bool("ema", False, "take the averaged weights of runs with --ema_decay")
     flags.DEFINE_string("combine", "alternate", "alternate, sum, or an expression, see above")
     flags.DEFINE_multi_string("models", [], "name=exp[:iteration], a further model for expressions; may be repeated")
     flags.DEFINE_multi_string(
@@ -177,7 +178,7 @@ def load_concept(name: str, path: pathlib.Path, device: torch.device) -> combine
     import combine
     import models
 
-    model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, device=device)
+    model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
     check_network(model.config, path)
     trained = checkpoint.load(path).get("flags", {}) if path.suffix == ".pt" else {}
     known = next((concept for concept, flag in CONCEPTS.items() if trained.get(flag)), None)
