@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,13 +22,15 @@ import pictures
 from distributed import GradientAverager, Workers
 from errors import UsageError
 from imagenet import StreamedImages
-from models import Weights, spectral_norm_once
+from models import spectral_norm_once
 from training import Options, State, Step, next_batch, noise_images, run_chain, statistics, train_step
 from utils import Progress, RunLog, read_series
 
 FAILED_SAVES = 3  # saves in a row that may fail before a run stops
 DISTANCE = "classifier Fréchet distance"  # in a small classifier's features: not the FID, which needs Inception's
 PANELS = 20  # rows of start | sample | real
+BINS = 40  # of the histograms of energies in the log
+DIVERGED = 1e9  # energies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,15 @@ class Cadence:
     log: int = 10
     save: int = 1000
     test: int = 1000
+
+
+class Chains(NamedTuple):
+    """Fresh chains from noise, `sample_steps` long."""
+
+    iteration: int
+    images: Tensor  # (N, C, H, W) in [0, 1], where they end
+    energies: Tensor  # (N,), there
+    moved: float  # mean distance of a pixel from its start, in [0, 1]
 
 
 class Trainer:
@@ -72,7 +85,7 @@ class Trainer:
         self.guard = None if max_rollbacks is None else guard.DivergenceGuard()
         self.max_rollbacks, self.rollbacks = max_rollbacks or 0, 0
         self.best = float("inf")
-        self.sampled: tuple[int, Tensor] | None = None  # the last fresh chains, and the iteration they are of
+        self.chains: Chains | None = None  # the last fresh ones
         self.failed_saves = 0
         self.stopping: int | None = None  # the signal that asked the run to end
 
@@ -156,7 +169,7 @@ class Trainer:
                 "lower --lr or --step_lr, or raise --num_steps, then --resume_iter=latest"
             )
         self.guard.roll_back(state)
-        self.sampled = None
+        self.chains = None
         self.adapt()
         state.generator.manual_seed(self.seed * 1_000 + self.workers.rank + 1_000_000 * self.rollbacks)
         rate = state.optimizer.param_groups[0]["lr"]
@@ -192,12 +205,31 @@ class Trainer:
             self.progress.say(f"pictures: {path}")
             with self.workers.busy():
                 self.measure_samples()
+                self.record_energies(step)
+
+    def record_energies(self, step: Step) -> None:
+        """Log histograms of the energies of data, negatives and fresh long chains, and how far these moved."""
+        assert self.log is not None
+        iteration = self.state.iteration
+        chains = self.fresh_chains(PANELS if self.measure is None else self.num_samples)
+        with self.evaluation() as energy, torch.no_grad():
+            found = {"data": energy(step.images, step.labels), "negatives": energy(step.samples, step.labels)}
+        found["long_chains"] = chains.energies
+        energies = {name: values.double().cpu().numpy() for name, values in found.items()}
+        if not all((abs(values) < DIVERGED).all() for values in energies.values()):
+            return  # without the guard, a run may go on with energies that have no histogram
+        edges = np.histogram_bin_edges(np.concatenate(list(energies.values())), BINS)
+        counts = {name: np.histogram(values, edges)[0].tolist() for name, values in energies.items()}
+        for name, values in energies.items():
+            self.log.board.add_histogram(f"energy/{name}", values, iteration)
+        self.log.event(iteration, {"energy_histogram": {"edges": edges.tolist(), **counts}})
+        self.log.scalars(iteration, {"long_chain_e": chains.energies.mean().item(), "long_chain_moved": chains.moved})
 
     def measure_samples(self) -> None:
         """Log the distance of fresh chains to the data; a new best is saved."""
         if self.measure is None or self.log is None:
             return
-        distance = self.measure[0].distance(self.sample(self.num_samples))
+        distance = self.measure[0].distance(self.fresh_chains(self.num_samples).images)
         self.log.scalars(self.state.iteration, {"feature_distance": distance})
         self.progress.say(f"iteration {self.state.iteration}: {DISTANCE} {distance:.2f}")
         if distance < self.best:
@@ -209,7 +241,7 @@ class Trainer:
         if not self.leads:
             return
         with self.workers.busy():
-            images = self.sample(self.num_samples)
+            images = self.fresh_chains(self.num_samples).images
         conditional = self.state.model.config.label_size and self.dataset.class_names
         columns = min(len(self.dataset.class_names), 20) if conditional else 10
         path = self.folder / f"samples_{self.state.iteration}.png"
@@ -226,6 +258,7 @@ class Trainer:
         curves = {
             "energy": {name: read_series(self.folder, name) for name in ("e_pos", "e_neg")},
             "gap": {"e_pos − e_neg": read_series(self.folder, "e_diff")},
+            "mean |Δx|": {name: read_series(self.folder, name) for name in ("x_moved", "x_off")},
             "mean |∂E/∂x|": {name: read_series(self.folder, name) for name in ("x_grad_first", "x_grad")},
         }
         if self.measure is not None:
@@ -237,44 +270,48 @@ class Trainer:
         """How much small images are enlarged in pictures."""
         return max(1, 64 // self.state.model.config.image_shape[1])
 
-    def sample(self, number: int, batch_size: int = 250) -> Tensor:
-        """Return fresh chains from noise, (number, C, H, W) in [0, 1]; same seed, same images at each iteration.
+    def fresh_chains(self, number: int, batch_size: int = 250) -> Chains:
+        """Return fresh chains from noise under the averaged weights, where there are any, else the current ones.
 
-        They are of the averaged weights, where there are any. Classes follow one another; labels that are no classes
-        are those of random data.
+        Same seed, same images at each iteration. Classes follow one another; labels that are no classes are those of
+        random data.
         """
-        if self.sampled is not None and self.sampled[0] == self.state.iteration:
-            return self.sampled[1]
-        model, options = self.state.sampled_model, self.options
+        chains, config, options = self.chains, self.state.model.config, self.options
+        if chains is not None and (chains.iteration, len(chains.images)) == (self.state.iteration, number):
+            return chains
         generator = torch.Generator(self.workers.device).manual_seed(self.seed + 1_000_003)
         labels = None
-        if model.config.label_size:
+        if config.label_size:
             if self.dataset.class_names:
                 classes = torch.arange(number, device=generator.device) % len(self.dataset.class_names)
-                labels = torch.nn.functional.one_hot(classes, model.config.label_size).float()
+                labels = torch.nn.functional.one_hot(classes, config.label_size).float()
             else:
                 index = torch.randint(len(self.dataset), (number,), generator=generator, device=generator.device)
                 labels = self.dataset.batch(index, generator)[1]
-        noise = noise_images(
-            (number, *model.config.image_shape), generator, network=model.config.network, rescale=options.rescale
-        )
-        training_mode = model.training
-        model.eval()
-        weights = spectral_norm_once(model)
-        chain_options = dataclasses.replace(options, num_steps=self.sample_steps, zero_kl=True, compile=False)
-        chains = []
-        for place in range(0, number, batch_size):
-            part = slice(place, place + batch_size)
-            energy = self.energy(weights, None if labels is None else labels[part])
-            chains.append(run_chain(energy, noise[part], chain_options, generator))
-        model.train(training_mode)
-        images = torch.cat(chains) / options.rescale
-        self.sampled = self.state.iteration, images
-        return images
+        noise = noise_images((number, *config.image_shape), generator, network=config.network, rescale=options.rescale)
+        options = dataclasses.replace(options, num_steps=self.sample_steps, zero_kl=True, compile=False)
+        ends, energies = [], []
+        with self.evaluation() as energy:
+            for place in range(0, number, batch_size):
+                part = slice(place, place + batch_size)
+                under = functools.partial(energy, labels=None if labels is None else labels[part])
+                ends.append(run_chain(under, noise[part], options, generator)[0])
+                energies.append(under(ends[-1]))
+        images = torch.cat(ends) / options.rescale
+        moved = (images - noise / options.rescale).abs().mean().item()
+        self.chains = Chains(self.state.iteration, images, torch.cat(energies), moved)
+        return self.chains
 
-    def energy(self, weights: Weights, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """Return the energy of images under these labels, times the temperature, as chains see it."""
-        return lambda x: self.options.temperature * self.state.sampled_model.energy(weights, x, labels)
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[Callable[..., Tensor]]:
+        """Give the energy(images, labels) that samples are drawn from, times the temperature, without dropout."""
+        model = self.state.sampled_model
+        training_mode = model.training
+        weights = spectral_norm_once(model.eval())
+        try:
+            yield lambda x, labels: self.options.temperature * model.energy(weights, x, labels)
+        finally:
+            model.train(training_mode)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 

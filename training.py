@@ -156,6 +156,7 @@ class Step(NamedTuple):
     loss_kl: Tensor
     loss: Tensor
     label_entropy: Tensor | None
+    acceptance: Tensor | None = None  # share of the HMC moves that were accepted
 
 
 def train_step(state: State, options: Options, images: Tensor, labels: Tensor | None, average: Callable) -> Step:
@@ -173,7 +174,8 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
         return lambda x: options.temperature * state.model.energy(chain_weights, x, labels)
 
     start = chain_start(state, options, images)
-    samples = run_chain(energy_with(frozen if options.zero_kl else weights), start, options, state.generator)
+    chain_energy = energy_with(frozen if options.zero_kl else weights)
+    samples, acceptance = run_chain(chain_energy, start, options, state.generator)
     remember(state, options, samples.detach())
 
     # Loss: energy down on data, up on negatives; the KL term moves the chain's end points down the frozen energy.
@@ -197,7 +199,7 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     state.update_ema(options.ema_decay)
     detached = (t.detach() for t in (samples, e_pos, e_neg, loss_ml, loss_kl, loss))
     samples, e_pos, e_neg, loss_ml, loss_kl, loss = detached
-    return Step(images, start, samples, labels, frozen, e_pos, e_neg, loss_ml, loss_kl, loss, label_entropy)
+    return Step(images, start, samples, labels, frozen, e_pos, e_neg, loss_ml, loss_kl, loss, label_entropy, acceptance)
 
 
 def contrastive_loss(
@@ -245,14 +247,22 @@ def chain_start(state: State, options: Options, images: Tensor) -> Tensor:
     return start
 
 
-def run_chain(energy: Callable[[Tensor], Tensor], x: Tensor, options: Options, generator: torch.Generator) -> Tensor:
-    """Return the end points of the chains that training uses: Langevin steps, or noise and HMC moves."""
+def run_chain(
+    energy: Callable[[Tensor], Tensor], x: Tensor, options: Options, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Return the end points of the chains that training uses, by Langevin steps, or noise and HMC moves.
+
+    With them comes the share of HMC moves that were accepted, or None.
+    """
     if options.hmc:
+        accepted = []
         for _ in range(options.num_steps):
             x = x + options.noise_std * torch.randn(x.shape, generator=generator, device=x.device)
-            x = hmc(energy, x, step_size=15.0, num_steps=10, generator=generator)[0].clamp(*options.bounds)
-        return x
-    return langevin(
+            x, moved = hmc(energy, x, step_size=15.0, num_steps=10, generator=generator)
+            x = x.clamp(*options.bounds)
+            accepted.append(moved.float().mean())
+        return x, torch.stack(accepted).mean() if accepted else None
+    end = langevin(
         energy,
         x,
         num_steps=options.num_steps,
@@ -265,6 +275,7 @@ def run_chain(energy: Callable[[Tensor], Tensor], x: Tensor, options: Options, g
         differentiable=not options.zero_kl,
         compiled=options.compile and options.zero_kl,
     )
+    return end, None
 
 
 def remember(state: State, options: Options, samples: Tensor) -> None:
@@ -335,9 +346,12 @@ def statistics(state: State, options: Options, step: Step) -> dict[str, float]:
         "x_grad": input_gradient(energy, step.samples).abs().mean(),
         "x_grad_first": input_gradient(energy, step.start).abs().mean(),
         "x_off": (step.samples - step.images).abs().mean(),
+        "x_moved": (step.samples - step.start).abs().mean(),
     }
     if step.label_entropy is not None:
         figures["label_ent"] = step.label_entropy
+    if step.acceptance is not None:
+        figures["hmc_acceptance"] = step.acceptance
     if "atten.gamma" in step.frozen:
         figures["gamma"] = step.frozen["atten.gamma"].squeeze()
     for name, parameter in state.model.named_parameters():

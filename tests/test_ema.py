@@ -103,10 +103,10 @@ def test_samples_are_of_the_averaged_weights(tmp_path):
     state, other = with_average(), make_state()
     steps(state, 1.0, 2)
     other.model.load_state_dict(state.ema.state_dict())
-    samples = [make_trainer(each, tmp_path, []).sample(3) for each in (state, other)]
+    samples = [make_trainer(each, tmp_path, []).fresh_chains(3).images for each in (state, other)]
     assert torch.equal(*samples)
     state.ema = None
-    assert not torch.equal(samples[0], make_trainer(state, tmp_path, []).sample(3))
+    assert not torch.equal(samples[0], make_trainer(state, tmp_path, []).fresh_chains(3).images)
 
 
 def test_a_run_says_where_an_average_starts_or_ends(tmp_path):

@@ -62,8 +62,14 @@ def test_what_a_run_leaves_behind(run):
         assert str(folder / name) in printed
     assert "MnistNet" in printed
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [10, 20]
-    assert {"e_pos", "e_neg", "loss_total", "x_grad", "x_off", "max_grad/c1/cweight"} <= set(lines[-1])
+    steps = [line for line in lines if "e_pos" in line]
+    assert [line["iteration"] for line in steps] == [10, 20]
+    assert {"e_pos", "e_neg", "loss_total", "x_grad", "x_off", "x_moved", "max_grad/c1/cweight"} <= set(steps[-1])
+    histograms = {line["iteration"]: line["energy_histogram"] for line in lines if "energy_histogram" in line}
+    assert set(histograms) == {12, 24}
+    counts = {name: sum(values) for name, values in histograms[24].items() if name != "edges"}
+    assert counts == {"data": 16, "negatives": 16, "long_chains": 20} and len(histograms[24]["edges"]) == 41
+    assert sum("long_chain_e" in line and "long_chain_moved" in line for line in lines) == 2
     config = json.loads((folder / "config.json").read_text())
     assert config["flags"]["lr"] == 1e-3 and config["network"]["label_size"] == 10
 
@@ -95,7 +101,7 @@ def test_quality(tmp_path):
     result = train(tmp_path, "--exp=q", "--max_iter=4", "--test_interval=2", "--quality")
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (tmp_path / "q" / "log.jsonl").read_text().splitlines()]
-    measured = {line["iteration"]: line["feature_distance"] for line in lines}
+    measured = {line["iteration"]: line["feature_distance"] for line in lines if "feature_distance" in line}
     assert set(measured) == {0, 2, 4}
     best = load(tmp_path / "q" / "model_best.pt")
     assert best["iteration"] == min(measured, key=measured.get) and best["best"] == min(measured.values())

@@ -169,3 +169,16 @@ def test_batches_are_reproduced_and_single_overfits():
     assert labels is None and images.unique().numel() == 1
     images, _ = training.next_batch(state, Options(), Numbers())
     assert images[:, 0, 0, 0].unique().numel() == 8
+
+
+def test_hmc_tells_its_acceptance_and_chains_how_far_they_moved():
+    """Breaks when the acceptance is not the mean over moves and images, or the way is not measured from the start."""
+    state, images = make_state(label_size=0), torch.rand(8, *SHAPE)
+    options = Options(zero_kl=True, hmc=True, num_steps=3, batch_size=8)
+    step = training.train_step(state, options, images, None, lambda: None)
+    figures = training.statistics(state, options, step)
+    assert figures["hmc_acceptance"] * 24 == pytest.approx(round(figures["hmc_acceptance"] * 24), abs=1e-4)
+    assert figures["x_moved"] == pytest.approx((step.samples - step.start).abs().mean().item())
+    flat = lambda x: 0 * x.flatten(1).sum(1)  # noqa: E731
+    assert training.run_chain(flat, images, options, state.generator)[1] == 1.0  # nothing to lose: all are accepted
+    assert training.run_chain(flat, images, Options(zero_kl=True), state.generator)[1] is None
