@@ -139,13 +139,6 @@ def check_network(config: models.ModelConfig, path: pathlib.Path) -> None:
             raise UsageError(f"--{name}={FLAGS[name].value} does not fit {path}, which is {kind}; leave the flag out")
 
 
-def trained_with(path: pathlib.Path) -> dict[str, Any]:
-    """Return the flags that a checkpoint was trained with; a TensorFlow checkpoint does not tell."""
-    import checkpoint
-
-    return checkpoint.load(path).get("flags", {}) if path.suffix == ".pt" else {}
-
-
 def sprite_condition(label_size: int, trained: dict[str, Any]) -> str | None:
     """Return what a dSprites model is conditioned on: by the flags, else its training, else the width of its labels.
 
@@ -281,7 +274,8 @@ def main() -> None:
         raise UsageError(f"no experiment folder {folder}; give --modeldir and --exp of a trained model")
     path = checkpoint.find(folder, "latest" if FLAGS.resume_iter == "-1" else FLAGS.resume_iter)
     model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
-    config, trained = model.config, trained_with(path)
+    saved = checkpoint.load(path) if path.suffix == ".pt" else {}  # a TensorFlow checkpoint does not tell
+    config, trained = model.config, saved.get("flags", {})
     check_network(config, path)
 
     usual_step = trained.get("step_lr", 10.0)
@@ -304,6 +298,7 @@ def main() -> None:
         load_mix=functools.partial(load_mix, config=config, device=device),
         mixes=mixes(),
         folder=pathlib.Path(FLAGS.logdir) / FLAGS.exp / FLAGS.task,
+        names=tuple(saved.get("class_names", ())),
     )
     kind = f"conditioned on labels of width {config.label_size}" if config.label_size else "unconditional"
     print(f"model: {path}, {config.network} with {config.num_filters} filters, {kind}, on {device}")

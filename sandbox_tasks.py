@@ -98,7 +98,8 @@ class Run:
     """One task on one model: where its images come from, where its files go.
 
     load: the model's data set by its split, "train" or "test". mixes: names of out-of-distribution sets, "random",
-    "interpolation" or what load_mix takes. folder: takes the files, which `files` lists. used: what was looked at.
+    "interpolation" or what load_mix takes. folder: takes the files, which `files` lists. names: of the classes, as the
+    checkpoint has them; without them those of the data set. used: what was looked at.
     """
 
     sandbox: Sandbox
@@ -107,6 +108,7 @@ class Run:
     load_mix: Callable[[str], AnyDataset]
     mixes: Sequence[str]
     folder: Path
+    names: tuple[str, ...] = ()
     files: list[Path] = dataclasses.field(default_factory=list)
     used: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -139,7 +141,7 @@ class Run:
 
     def class_names(self, needed_by: str) -> tuple[str, ...]:
         """Return the names of the classes; raise UsageError where the model is not conditioned on classes."""
-        names = self.load("test").class_names if self.sandbox.classes else ()
+        names = (self.names or self.load("test").class_names) if self.sandbox.classes else ()
         if not names:
             given = "on labels that are no classes" if self.sandbox.classes else "on nothing"
             raise UsageError(
@@ -152,7 +154,7 @@ class Run:
         place = torch.arange(number, device=self.sandbox.device)
         if not self.sandbox.classes:
             return torch.zeros(number, 0, device=self.sandbox.device)
-        if self.load("test").class_names:
+        if self.names or self.load("test").class_names:
             return torch.eye(self.sandbox.classes, device=self.sandbox.device)[place * self.sandbox.classes // number]
         labels = self.examples("test", number).labels
         return labels[place % len(labels)]

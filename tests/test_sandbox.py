@@ -336,6 +336,14 @@ def test_task_on_a_conditional_model_of_grey_images(task, tmp_path):
     assert json.dumps(report.figures, allow_nan=False)
 
 
+def test_samples_of_classes_need_no_data(tmp_path):
+    """Breaks when democlass asks for a data set though the checkpoint names its classes."""
+    run = run_on(small("MnistNet", (1, 12, 12), 3), tmp_path)
+    run.load, run.names = None, ("a", "b", "c")
+    sandbox_tasks.democlass(run)
+    assert run.sample_labels(3).tolist() == torch.eye(3).tolist()
+
+
 @pytest.mark.parametrize("task", sandbox_tasks.TASKS)
 def test_task_on_an_unconditional_model_of_colour_images(task, tmp_path):
     """Breaks when a task needs labels for nothing, or one that does need them fails without saying so."""

@@ -1,0 +1,40 @@
+"""Write a checkpoint that holds the network alone, in half precision: what the models in cachedir/ are.
+
+    python scripts/slim_checkpoint.py cachedir/demo/model_500.pt model_500.pt [--ema]
+
+Without optimizer, replay buffer and generators a run can start from it, but not go on bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import checkpoint
+from errors import UsageError
+
+KEPT = ("config", "iteration", "flags", "class_names")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=pathlib.Path)
+    parser.add_argument("target", type=pathlib.Path)
+    parser.add_argument("--ema", action="store_true", help="the averaged weights of a run with --ema_decay")
+    options = parser.parse_args()
+    try:
+        weights = checkpoint.load_energy(options.source, ema=options.ema).state_dict()
+        state = {name: value for name, value in checkpoint.load(options.source).items() if name in KEPT}
+    except UsageError as error:
+        parser.exit(2, f"error: {error}\n")
+    state["model"] = {name: tensor.half() for name, tensor in weights.items()}
+    checkpoint.save(options.target, state)
+    print(
+        f"{options.target}: {options.target.stat().st_size / 1e3:.0f} kB of {options.source.stat().st_size / 1e3:.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
