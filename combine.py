@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +122,9 @@ def fixed_latents(name: str, condition: str, text: str) -> dict[int, float]:
         numbers = [float(value) for value in values]
     except ValueError:
         numbers = []
-    if condition == "shape" or len(numbers) != len(COLUMNS[condition]):
+    low, high = LABEL_RANGES[condition] if condition != "rot" else (-math.inf, math.inf)
+    inside = all(low <= number <= high for number in numbers)
+    if condition == "shape" or len(numbers) != len(COLUMNS[condition]) or not inside:
         wanted = {"shape": " or ".join(dsprites.SHAPES), "size": "0.5 to 1", "pos": "x,y, 0 to 1", "rot": "degrees"}
         raise UsageError(f"--labels={name}={text}: expected {wanted[condition]}")
     if condition == "rot":
@@ -228,11 +230,6 @@ class Run:
             images.append(finite(chain))
         return torch.cat(images)
 
-    def parts(self, number: int) -> Iterator[slice]:
-        """Yield slices of --batch_size over this many images."""
-        for start in range(0, number, self.options.batch_size):
-            yield slice(start, min(start + self.options.batch_size, number))
-
 
 def finite(x: Tensor) -> Tensor:
     """Return what a chain gave; raise UsageError where it is not finite."""
@@ -245,29 +242,27 @@ def finite(x: Tensor) -> Tensor:
 # Combination
 
 
-def expressions(combine: str, names: Sequence[str]) -> list[Expression]:
-    """Return the energies that a chain visits in turn: --combine's alternate, sum or an expression of its own."""
-    if combine == "alternate":
-        return [composition.Name(name) for name in names]
-    if combine == "sum":
-        return [composition.parse(" & ".join(names))]
-    return [composition.parse(combine)]
+def plans_of(combine: str, names: list[str]) -> dict[str, list[Expression]]:
+    """Return by title what chains follow: energies that they visit in turn. What --combine asks for comes first.
+
+    For alternate and sum the first two concepts follow, the first three and so on, and each concept alone.
+    """
+    if combine not in ("alternate", "sum"):
+        return {combine: [composition.parse(combine)]}
+    groups = [names] + [names[:k] for k in range(2, len(names))] + [[name] for name in names]
+    alternating = {" & ".join(group): [composition.parse(name) for name in group] for group in groups}
+    return alternating if combine == "alternate" else {title: [composition.parse(title)] for title in alternating}
 
 
 def conceptcombine(run: Run) -> Figures:
     """Sample from noise under several concepts at once; each concept alone and the first ones together beside them."""
-    named = run.options.combine in ("alternate", "sum")
-    whole = list(run.concepts)
-    groups = [whole] + [whole[:k] for k in range(2, len(whole))] + [[name] for name in whole if len(whole) > 1]
-    plans = {" & ".join(group): expressions(run.options.combine, group) for group in groups}
-    if not named:
-        plans = {run.options.combine: expressions(run.options.combine, whole)}
+    plans = plans_of(run.options.combine, list(run.concepts))
     number = run.options.limit or run.options.batch_size
-    index = run.targets(max(split_name(name)[1] for name in whole), number)
+    index = run.targets(max(split_name(name)[1] for name in run.concepts), number)
     targets = run.sprites.latents[index]  # (count, N, 5)
 
-    rounds = run.options.num_steps * len(list(run.parts(number))) * len(plans)
-    progress = Progress(rounds, what="rounds of the chains")
+    parts = -(-number // run.options.batch_size)
+    progress = Progress(run.options.num_steps * parts * len(plans), what="rounds of the chains")
     samples = {title: run.generate(plan, targets, progress) for title, plan in plans.items()}
     generated = next(iter(samples.values()))
     aims = [run.images(aim[:ROWS]) for aim in index]
@@ -375,9 +370,9 @@ def labeldiscover(run: Run) -> Figures:
         true = dsprites.label_vectors(latents, condition)
         low, high = LABEL_RANGES[condition]
         stages = []  # per part the labels before and after every step, (steps + 1, n, label_size)
-        for part in run.parts(number):
-            energy = functools.partial(concept.energy, run.images(index[part]))
-            uniform = torch.rand(true[part].shape, generator=run.generator, device=true.device)
+        for part in index.split(run.options.batch_size):
+            energy = functools.partial(concept.energy, run.images(part))
+            uniform = torch.rand((len(part), true.shape[1]), generator=run.generator, device=true.device)
             label = low + (high - low) * uniform
             stages.append([label])
             for _ in range(steps):

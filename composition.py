@@ -10,9 +10,9 @@ before `*` weights it. `~` and `*` bind tightest, then `&`, then `|`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -87,12 +87,14 @@ Expression = Name | Weighted | Joined
 
 # ---- parsing ----
 
-TOKEN = re.compile(r"\s*(?:(?P<number>\d+\.?\d*|\.\d+)|(?P<name>[A-Za-z_]\w*)|(?P<sign>[&|~*()]))")
+TOKEN = re.compile(
+    r"\s*(?:(?P<number>\d+\.?\d*|\.\d+)|(?P<name>[A-Za-z_]\w*)|(?P<sign>[&|~*()])|(?P<end>$)|(?P<other>\S))"
+)
 
 
 def parse(text: str) -> Expression:
     """Return the expression that a text describes; raise UsageError, with a caret under the place, where it is none."""
-    return Parser(text).all()
+    return Parser(text).whole()
 
 
 class Parser:
@@ -100,57 +102,65 @@ class Parser:
 
     def __init__(self, text: str):
         self.text, self.place = text, 0
-        self.advance()
+        self.matches = list(TOKEN.finditer(text))  # the last one is the end
 
-    def advance(self) -> str:
-        """Read the next token into `kind`, `token` and `start`; return the one before."""
-        before = getattr(self, "token", "")
-        match = TOKEN.match(self.text, self.place)
-        rest = self.text[self.place :]
-        self.start = len(self.text) - len(rest.lstrip())
-        self.kind = match.lastgroup if match else None
-        self.token = match[match.lastgroup] if match and match.lastgroup else ""
-        if not match and rest.strip():
-            self.fail(f"unexpected {self.text[self.start]!r}")
-        self.place = match.end() if match else len(self.text)
-        return before
+    @property
+    def kind(self) -> str | None:
+        """What the next token is: a group of TOKEN."""
+        return self.matches[self.place].lastgroup
 
-    def fail(self, message: str) -> None:
-        raise UsageError(f"--combine: {message}\n  {self.text}\n  {' ' * self.start}^")
+    @property
+    def token(self) -> str:
+        """The next token itself, empty at the end."""
+        return self.matches[self.place].group().strip()
 
-    def all(self) -> Expression:
-        expression = self.joined("|")
-        if self.token:
-            self.fail(f"expected an operator, & or |, not {self.token!r}")
+    def take(self, expected: str = "") -> str:
+        """Return the next token and go on; raise UsageError where it is not the expected one."""
+        if expected and self.token != expected:
+            self.fail(expected)
+        self.place += 1
+        return self.matches[self.place - 1].group().strip()
+
+    def fail(self, expected: str) -> NoReturn:
+        match = self.matches[self.place]
+        caret = " " * match.start(match.lastgroup or 0) + "^"
+        raise UsageError(f"--combine: expected {expected}, not {self.token or 'the end'}\n  {self.text}\n  {caret}")
+
+    def whole(self) -> Expression:
+        expression = self.mixture()
+        if self.kind != "end":
+            self.fail("& or |")
         return expression
 
-    def joined(self, operator: str) -> Expression:
-        part = functools.partial(self.joined, "&") if operator == "|" else self.factor
-        parts = [part()]
-        while self.token == operator:
-            self.advance()
-            parts.append(part())
-        return parts[0] if len(parts) == 1 else Joined(operator, tuple(parts))
+    def mixture(self) -> Expression:
+        parts = [self.product()]
+        while self.token == "|":
+            self.take()
+            parts.append(self.product())
+        return parts[0] if len(parts) == 1 else Joined("|", tuple(parts))
+
+    def product(self) -> Expression:
+        parts = [self.factor()]
+        while self.token == "&":
+            self.take()
+            parts.append(self.factor())
+        return parts[0] if len(parts) == 1 else Joined("&", tuple(parts))
 
     def factor(self) -> Expression:
-        if self.kind == "number":
-            weight = float(self.advance())
-            if self.token != "*":
-                self.fail("expected * after a weight")
-            self.advance()
-            return Weighted(weight, self.factor())
         if self.kind == "name":
-            return Name(self.advance())
+            return Name(self.take())
+        if self.kind == "number":
+            weight = float(self.take())
+            self.take("*")
+            return Weighted(weight, self.factor())
         if self.token == "~":
-            self.advance()
+            self.take()
             return Weighted(-1.0, self.factor())
         if self.token != "(":
-            self.fail(f"expected a name, a weight, ~ or (, not {self.token or 'the end'}")
-        self.advance()
-        expression = self.joined("|")
-        if self.token != ")":
-            self.fail(f"expected ), not {self.token or 'the end'}")
-        self.advance()
+            self.fail("a name, a weight, ~ or (")
+        self.take()
+        expression = self.mixture()
+        self.take(")")
         return expression
 
 

@@ -210,14 +210,13 @@ def enabled() -> list[str]:
 
 def names_needed() -> list[str]:
     """Return the names of the models that a task needs."""
-    import combine
+    import composition
 
     if FLAGS.task not in ("conceptcombine", "labeldiscover"):
         return []
     if FLAGS.task == "labeldiscover" or FLAGS.combine in ("alternate", "sum"):
         return enabled()
-    (expression,) = combine.expressions(FLAGS.combine, [])
-    return list(dict.fromkeys(expression.names))
+    return list(dict.fromkeys(composition.parse(FLAGS.combine).names))
 
 
 def load_sprites(device: torch.device) -> dsprites.Sprites:
