@@ -38,6 +38,7 @@ from utils import Progress
 MOST = 50_000  # images a task looks at, unless --limit says otherwise,
 MOST_PIXELS = 500_000_000  # and their pixels: 2 GB as floats
 ROWS = 20  # of a picture
+LONG = 50  # rounds of a long chain, 1,000 steps by default
 SHADES = 255  # --lival, --l2val and --refine are in units of 1/255
 DIRECTIONS = 3  # along which task latent moves an image
 LATENT_STEP = 4.0  # length of a move, in units of images, L2
@@ -139,9 +140,13 @@ class Run:
         images, labels = dataset.batch(self.pick(dataset, number, split), self.sandbox.generator)
         return Examples(images, images.new_zeros(len(images), 0) if labels is None else labels)
 
+    def known_names(self) -> tuple[str, ...]:
+        """Return the names of the classes that the model is conditioned on, none where its labels are no classes."""
+        return (self.names or self.load("test").class_names) if self.sandbox.classes else ()
+
     def class_names(self, needed_by: str) -> tuple[str, ...]:
         """Return the names of the classes; raise UsageError where the model is not conditioned on classes."""
-        names = (self.names or self.load("test").class_names) if self.sandbox.classes else ()
+        names = self.known_names()
         if not names:
             given = "on labels that are no classes" if self.sandbox.classes else "on nothing"
             raise UsageError(
@@ -154,7 +159,7 @@ class Run:
         place = torch.arange(number, device=self.sandbox.device)
         if not self.sandbox.classes:
             return torch.zeros(number, 0, device=self.sandbox.device)
-        if self.names or self.load("test").class_names:
+        if self.known_names():
             return torch.eye(self.sandbox.classes, device=self.sandbox.device)[place * self.sandbox.classes // number]
         labels = self.examples("test", number).labels
         return labels[place % len(labels)]
@@ -309,6 +314,54 @@ def memorised(run: Run, train_scores: np.ndarray, test_scores: np.ndarray) -> tu
     return auroc, f"AUROC of train against test {auroc:.3f} (0.5: alike, 1: memorised)"
 
 
+def diagnose(run: Run) -> Report:
+    """Energies along chains of 50 rounds from noise and from test images, beside those of the data, and their way."""
+    sandbox, examples = run.sandbox, run.examples("test", run.rows(100))
+    starts = {"noise": run.noise(len(examples.images)), "images": examples.images}
+    rounds = [0, 1, LONG // 10, LONG // 2, LONG]
+    steps = [k * sandbox.num_steps for k in range(LONG + 1)]
+    energies: dict[str, Tensor] = {}  # (LONG + 1, N)
+    moved: dict[str, list[float]] = {}
+    shown: dict[str, Tensor] = {}
+    quiet = Progress(0, what="energies", quiet=True)
+    for name, start in starts.items():
+        found, moved[name] = [], []
+        stages = sandbox.stages(start, examples.labels, rounds=LONG, progress=f"chains from {name}")
+        for k, x in enumerate(stages):
+            found.append(sandbox.energies(x, examples.labels, progress=quiet))
+            moved[name].append((x - start).abs().mean().item())
+            if k in rounds:
+                shown[f"{name}, {steps[k]}"] = x[:ROWS]
+        energies[name] = torch.stack(found)
+        run.array(f"energies_from_{name}", energies[name])
+    data_energies = energies["images"][0]
+    low, high = data_energies.quantile(torch.tensor([0.05, 0.95], device=sandbox.device)).tolist()
+    within = ((low <= energies["noise"]) & (energies["noise"] <= high)).double().mean(1).tolist()
+
+    lines = {f"from {name}": (steps, found.mean(1).cpu()) for name, found in energies.items()}
+    band = {"data, 5 %": (steps, [low] * len(steps)), "data, 95 %": (steps, [high] * len(steps))}
+    ways = {f"from {name}": (steps, way) for name, way in moved.items()}
+    panels: dict[str, Any] = {
+        "mean energy": lines | band,
+        "mean |x − start|": ways,
+        "share within": {"from noise": (steps, within)},
+    }
+    pictures.plot_lines(panels, run.path("chains.png"), xlabel="Langevin steps")
+    ends = {f"noise, {steps[k]} steps": energies["noise"][k].cpu() for k in (1, LONG)}
+    pictures.plot_histograms({"data": data_energies.cpu(), **ends}, run.path("energies.png"), xlabel="energy")
+    run.panel("images", shown)
+    rows = {
+        f"step {steps[k]}": {
+            **{f"E from {name}": found[k].mean().item() for name, found in energies.items()},
+            "within data": within[k],
+            **{f"moved from {name}": way[k] for name, way in moved.items()},
+        }
+        for k in rounds
+    }
+    verdict = f"{within[-1]:.0%} of the chains from noise end within the middle 90 % of the data's energies"
+    return Report({"data mean": data_energies.mean().item(), "verdict": verdict, **rows})
+
+
 def mixenergy(run: Run) -> Report:
     """Tell test images from out-of-distribution ones by −E, under the class of lowest energy if there are classes."""
     if run.sandbox.classes:
@@ -389,7 +442,7 @@ def boxcorrupt(run: Run) -> Report:
 
 def recognised(run: Run, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the share of images whose class of lowest energy is the one of their label, where labels are classes."""
-    if not run.sandbox.classes or not run.load("test").class_names:
+    if not run.known_names():
         return {}
     found = run.sandbox.logits(images, progress="recognise").argmax(1)
     return {"recognised as the class": (found == labels.argmax(1)).double().mean().item()}
@@ -476,6 +529,7 @@ TASKS: dict[str, Callable[[Run], Report]] = {
     "label": label,
     "labelfinetune": labelfinetune,
     "energyeval": energyeval,
+    "diagnose": diagnose,
     "mixenergy": mixenergy,
     "anticorrupt": anticorrupt,
     "boxcorrupt": boxcorrupt,
