@@ -8,6 +8,7 @@
 label            classify test images by their energy under each class, also attacked (--pgd) and refined
 labelfinetune    the same after one epoch of supervised training
 energyeval       energies of training and test images
+diagnose         chains of 50 rounds from noise and from test images: do they keep to the energy of the data?
 mixenergy        tell test images from out-of-distribution images by their energy
 anticorrupt      remove salt-and-pepper noise
 boxcorrupt       inpaint the lower half of training and of test images: does the model memorise?
@@ -46,6 +47,7 @@ TASKS = (
     "label",
     "labelfinetune",
     "energyeval",
+    "diagnose",
     "mixenergy",
     "anticorrupt",
     "boxcorrupt",

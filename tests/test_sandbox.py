@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 import pickle
 import subprocess
@@ -355,6 +356,23 @@ def test_task_on_an_unconditional_model_of_colour_images(task, tmp_path):
     else:
         sandbox_tasks.TASKS[task](run)
         assert any(path.suffix == ".png" for path in run.files)
+
+
+def test_diagnosis_of_chains_that_are_known(tmp_path):
+    """Breaks when energies, ways or the share within the data's are those of other steps, chains or images.
+
+    Down a steep slope every pixel is 0 after a round; on a plane chains walk at random at the energy of the data.
+    """
+    steep = planted(lambda x, y: x.flatten(1).sum(1), (1, 8, 8), num_steps=1, step_lr=9.0)
+    figures = sandbox_tasks.diagnose(run_on(steep, tmp_path / "steep", classes=0)).figures
+    start = np.load(tmp_path / "steep" / "energies_from_images.npy")[0]
+    row = figures["step 50"]
+    assert figures["data mean"] == pytest.approx(start.mean()) and row["E from noise"] == row["within data"] == 0
+    assert row["moved from images"] == pytest.approx(start.mean() / 64) and figures["verdict"].startswith("0%")
+    plane = planted(lambda x, y: 0 * x.flatten(1).sum(1) + 3.0, (1, 8, 8), num_steps=2)
+    row = sandbox_tasks.diagnose(run_on(plane, tmp_path / "plane", classes=0)).figures["step 100"]
+    assert row["E from noise"] == row["E from images"] == 3.0 and row["within data"] == 1.0
+    assert row["moved from noise"] == pytest.approx(0.005 * 10 * math.sqrt(2 / math.pi), rel=0.1)
 
 
 def test_outlier_figures_against_scikit_learn(tmp_path):
