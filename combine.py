@@ -30,7 +30,6 @@ from sampling import Energy, input_gradient
 from training import noise_images
 from utils import Progress
 
-CONCEPTS = ("size", "shape", "pos", "rot")  # in the order in which the reference visits them
 COLUMNS = {"shape": [0], "size": [1], "rot": [2], "pos": [3, 4]}  # of latents (N, 5)
 UNITS = {"size": "steps", "shape": "share wrong", "pos": "pixels", "rot": "degrees"}
 TOLERANCES = {"size": 1.0, "shape": 0.0, "pos": 2.0, "rot": 10.0}  # of what counts as right, in these units
@@ -187,7 +186,7 @@ class Run:
         if name in self.concepts:
             return self.concepts[name].condition
         base = split_name(name)[0]
-        if base not in CONCEPTS:
+        if base not in LABEL_SIZES:
             raise UsageError(f"--labels={name}=…: no model of this name; there are {', '.join(self.concepts)}")
         return base
 

@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FLAGS
 TASKS = ("train", "conceptcombine", "labeldiscover", "gentest", "genbaseline")
-CONCEPTS = {"size": "cond_size", "shape": "cond_shape", "pos": "cond_pos", "rot": "cond_rot"}
+CONCEPTS = ("size", "shape", "pos", "rot")  # in the order in which the reference visits them
 
 # The published training command of each concept.
 PUBLISHED = (
-    "--dataset=dsprites --exp={exp} --zero_kl --num_steps=20 --step_lr=500.0 --swish_act --{condition} "
+    "--dataset=dsprites --exp={exp} --zero_kl --num_steps=20 --step_lr=500.0 --swish_act --cond_{concept} "
     "--replay_batch -cclass"
 )
 
@@ -63,8 +63,8 @@ with cli.group("Main"):
     flags.DEFINE_string("dsprites_path", None, "the published .npz; without it sprites are drawn from their latents")
 
 with cli.group("Concepts"):
-    for _concept, _flag in CONCEPTS.items():
-        flags.DEFINE_bool(_flag, True, f"take the {_concept} of a sprite into account")
+    for _concept in CONCEPTS:
+        flags.DEFINE_bool(f"cond_{_concept}", True, f"take the {_concept} of a sprite into account")
         flags.DEFINE_string(f"exp_{_concept}", f"dsprites_cond_{_concept}", f"experiment of the {_concept}'s model")
         flags.DEFINE_string(f"resume_{_concept}", "latest", "its iteration, 'best' or 'latest' (also -1)")
     flags.DEFINE_alias("cond_scale", "cond_size")
@@ -117,7 +117,7 @@ def pairs(flag: str) -> dict[str, str]:
 
 def published(concept: str) -> str:
     """Return the flags of train.py with which a concept's model is trained."""
-    return PUBLISHED.format(exp=FLAGS[f"exp_{concept}"].value, condition=CONCEPTS[concept])
+    return PUBLISHED.format(exp=FLAGS[f"exp_{concept}"].value, concept=concept)
 
 
 def sources(names: list[str]) -> dict[str, tuple[str, str, str]]:
@@ -181,11 +181,11 @@ def load_concept(name: str, path: pathlib.Path, device: torch.device) -> combine
     model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
     check_network(model.config, path)
     trained = checkpoint.load(path).get("flags", {}) if path.suffix == ".pt" else {}
-    known = next((concept for concept, flag in CONCEPTS.items() if trained.get(flag)), None)
+    known = next((concept for concept in CONCEPTS if trained.get(f"cond_{concept}")), None)
     meant = combine.split_name(name)[0]
     if meant in CONCEPTS:
         if known not in (None, meant) or model.config.label_size != combine.LABEL_SIZES[meant]:
-            kind = f"with --{CONCEPTS[known]}" if known else f"on labels of width {model.config.label_size}"
+            kind = f"with --cond_{known}" if known else f"on labels of width {model.config.label_size}"
             raise UsageError(f"{path} was trained {kind}, it cannot be {name}; change --exp_{meant} or --models")
         known = meant
     return combine.Concept(model, models.spectral_norm_once(model), known)
@@ -202,7 +202,7 @@ def check_network(config: models.ModelConfig, path: pathlib.Path) -> None:
 
 def enabled() -> list[str]:
     """Return the concepts that the flags leave on."""
-    names = [concept for concept, flag in CONCEPTS.items() if FLAGS[flag].value]
+    names = [concept for concept in CONCEPTS if FLAGS[f"cond_{concept}"].value]
     if not names:
         raise UsageError("no concept is left: --cond_size, --cond_shape, --cond_pos and --cond_rot are all off")
     return names
