@@ -229,6 +229,9 @@ def main() -> None:
     progress.close()
     shown = {name: contents[name] for name in ("log Z", "−T·E of test images", "its std") if name in contents}
     print(cli.table(shown | contents["bounds"]))
+    if target.samples is None:
+        print("note: log Z ≤, log p ≥ and bits/dim ≤ suppose that chains reached the model: trust them only where")
+        print("they stay as they are with ten times the --pdist; the other bounds hold in any case")
     least = min(figures["accepted"], figures["back"])
     if least < 0.5:
         print(f"note: only {least:.0%} of the moves were accepted; a smaller --alr than {target.alr:g} may bring more")

@@ -27,7 +27,7 @@ def integrate(energy, rescale):
     return (-energy(x) - beyond(x, (0.0, rescale))).exp().sum().item() * (x[1] - x[0]).item()
 
 
-@pytest.mark.parametrize(("precision", "rescale"), [(1.0, 1.0), (400.0, 1.0), (1e5, 1.0), (0.5, 8.0)])
+@pytest.mark.parametrize(("precision", "rescale"), [(1.0, 1.0), (400.0, 0.1), (1e5, 1.0), (0.5, 8.0)])
 def test_the_gaussian_is_known(precision, rescale):
     """Breaks when its closed form forgets a wall, or its exact samples are of another density."""
     energy = gaussian(precision, rescale)
