@@ -107,7 +107,7 @@ with cli.group("Accepted for old commands, without effect"):
 def pairs(flag: str) -> dict[str, str]:
     """Return the name=value pairs of a flag that may be repeated, or hold several by commas."""
     found = {}
-    for text in re.split(r",(?=[A-Za-z_]\w*=)", ",".join(getattr(FLAGS, flag))) if getattr(FLAGS, flag) else []:
+    for text in filter(None, re.split(r",(?=[A-Za-z_]\w*=)", ",".join(getattr(FLAGS, flag)))):
         name, equals, value = text.partition("=")
         if not (name.isidentifier() and equals and value):
             raise UsageError(f"--{flag}={text}: expected name=value, name of letters and digits")
