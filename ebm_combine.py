@@ -282,7 +282,6 @@ def write_report(run: combine.Run, figures: combine.Figures, paths: dict[str, pa
         "files": [str(path) for path in run.files],
     }
     path = run.path(f"{FLAGS.task}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
     print(cli.table(figures))
     for written in run.files:
@@ -318,13 +317,14 @@ def main() -> None:
         "gentest": unseen.gentest,
         "genbaseline": unseen.genbaseline,
     }
-    run = combine.Run(
-        options,
-        load_concepts(paths, device),
-        load_sprites(device),
-        torch.Generator(device).manual_seed(FLAGS.seed),
-        folder / f"pos_{unseen.other_concept(options)}" if FLAGS.task.startswith("gen") else folder,
-    )
+    if FLAGS.task in ("gentest", "genbaseline"):
+        folder /= f"pos_{unseen.other_concept(options)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--savedir={FLAGS.savedir}: cannot make {folder} ({error.strerror})") from None
+    generator = torch.Generator(device).manual_seed(FLAGS.seed)
+    run = combine.Run(options, load_concepts(paths, device), load_sprites(device), generator, folder)
     write_report(run, tasks[FLAGS.task](run), paths)
 
 

@@ -354,5 +354,4 @@ def plot_curve(run: Run, fractions: Sequence[float], figures: Figures, energy: F
         if energy:
             panels[name]["energy, 0"] = (fractions, [energy["energy, unseen"][name]] * len(fractions))
     pictures.plot_lines(panels, run.path("curve.png"), xlabel="share of the other combinations that is trained on")
-    run.folder.mkdir(parents=True, exist_ok=True)
     np.save(run.path("curve.npy"), np.array([fractions, *(panels[name]["generator"][1] for name in panels)]))

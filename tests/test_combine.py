@@ -491,6 +491,7 @@ COMMANDS = {
     "none": "--nocond_size --nocond_rot --nocond_pos --nocond_shape",
     "both": "--task=gentest --joint_rot --joint_shape",
     "not a pair": "--models=pos",
+    "unwritable": "--task=genbaseline --savedir=/dev/null",
     "train": "--task=train --train_flags=--max_iter=9 --exp_shape=new_shape --dsprites_path=some.npz",
     "train fails": "--task=train --train_flags=--max_iter=7",
 }
@@ -557,6 +558,7 @@ def test_mistakes_on_the_command_line(commands):
         "none": "no concept is left",
         "both": "exclude each other",
         "not a pair": "--models=pos: expected name=value",
+        "unwritable": "--savedir=/dev/null: cannot make",
     }
     for name, message in expected.items():
         assert message in (results[name][1] or ""), name
