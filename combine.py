@@ -290,9 +290,12 @@ def accuracies(
     """Return how right the concepts in samples are, by name and jointly, and plot it over the number of concepts.
 
     samples, plans: the images (N, 1, 64, 64), and what their chains followed, by title, all concepts first. targets:
-    latents (count, N, 5). real: the sprites of the first target, measured like the samples.
+    latents (count, N, 5). real: the sprites of the first target, measured like the samples. "off sprites" is the mean
+    squared error to the nearest sprite: noise can be right, too, but it is off.
     """
-    found = dsprites.nearest(torch.cat([*samples.values(), real]))[0].split(len(real))
+    latents, distances = dsprites.nearest(torch.cat([*samples.values(), real]))
+    found = latents.split(len(real))
+    off = [part.square().mean().item() / dsprites.SIDE**2 for part in distances.split(len(real))]
     known = {name: concept.condition for name, concept in run.concepts.items() if concept.condition}
     aims = {name: targets[split_name(name)[1] - 1] for name in known}
 
@@ -325,10 +328,11 @@ def accuracies(
     for place, (title, plan) in enumerate(plans.items()):
         taken = {name for expression in plan for name in expression.names}
         row = {name: share(truth) if name in taken else None for name, truth in truths(found[place]).items()}
-        figures[f"right, {title}"] = row | {"jointly": jointly(plan, found[place])}
+        figures[f"right, {title}"] = row | {"jointly": jointly(plan, found[place]), "off sprites": off[place]}
     if len(targets) == 1:
         row = {name: share(truth) for name, truth in truths(found[-1]).items()}
-        figures["right, real sprites"] = row | {"jointly": jointly(next(iter(plans.values())), found[-1])}
+        plan = next(iter(plans.values()))
+        figures["right, real sprites"] = row | {"jointly": jointly(plan, found[-1]), "off sprites": off[-1]}
     if len(plans) > 1:
         plot_joint(run, figures)
     return figures

@@ -88,7 +88,7 @@ Expression = Name | Weighted | Joined
 # ---- parsing ----
 
 TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d+\.?\d*|\.\d+)|(?P<name>[A-Za-z_]\w*)|(?P<sign>[&|~*()])|(?P<end>$)|(?P<other>\S))"
+    r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>[&|~*()])|(?P<end>$)|(?P<other>\S))"
 )
 
 

@@ -3,7 +3,7 @@
     python ebm_combine.py --task=train
     python ebm_combine.py --task=conceptcombine
     python ebm_combine.py --task=conceptcombine --combine="2*shape & pos & ~size" --labels=shape=heart
-    python ebm_combine.py --task=conceptcombine --combine="shape & (pos | pos2)" --labels=pos=0,0 --labels=pos2=1,1
+    python ebm_combine.py --task=conceptcombine --combine="shape & 1e-3*(1e3*pos | 1e3*pos2)" --labels=pos=0,0,pos2=1,1
 
 train            train the four concept models one after the other; those begun go on
 conceptcombine   images that fit several concepts at once, and how many do
@@ -13,8 +13,9 @@ genbaseline      a feed-forward generator trained on the same slices
 
 --combine: alternate steps on one concept's energy after the other, sum on all of them; or an expression of energies:
 `&` adds, `|` mixes (−logsumexp(−E)), `~` negates, `2*` weights. Its names are size, shape, pos, rot and those of
---models; pos2 is pos with the label of a second target. Networks are read from the checkpoints. Pictures, plots and
-<task>.json go to --savedir/<exp>/<task>/.
+--models; pos2 is pos with the label of a second target. Trained energies differ little: weights, as above, sharpen a
+mixture, which else is a mean. Networks are read from the checkpoints. Pictures, plots and <task>.json go to
+--savedir/<exp>/<task>/.
 """
 
 from __future__ import annotations

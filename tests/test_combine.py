@@ -52,6 +52,7 @@ def test_energies_of_expressions():
         "a & ~b": a - b,
         "a & 0.3*~b": a - 0.3 * b,
         "~0.3*b": -0.3 * b,
+        "1e-2*(2e1*a)": 0.2 * a,
         "~~a": a,
         "a | b": mixture(a, b),
         "a | b | c": -torch.log(torch.exp(-a) + torch.exp(-b) + torch.exp(-c)),
@@ -276,6 +277,8 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
         assert figures[f"right, {name}"][name] == figures[f"right, {name}"]["jointly"] == 1.0
         assert figures["right, real sprites"][name] == 1.0
     assert figures["right, real sprites"]["jointly"] == 1.0
+    assert figures["right, real sprites"]["off sprites"] == 0.0
+    assert figures["right, pos"]["off sprites"] == pytest.approx(0.005**2 / 2, rel=0.2)  # noise, half of it clipped
     assert figures["rot / degrees"]["right"] == 1.0  # the last step is on the rotation's energy
     assert figures["pos / pixels"]["right"] < 0.5 and figures["jointly"]["right"] < 0.5
     assert figures["right, size & shape"]["pos"] is None
@@ -292,8 +295,8 @@ def test_expression_with_two_targets(small_grid, tmp_path):
     concept = drawn_to(small_grid)["pos"]
     labels = {"pos": "0,0", "pos2": "1,1", "shape": "heart", "rot": "0", "size": "0.72"}
     concepts = {"pos": concept, "pos2": concept}
-    run = run_on(concepts, small_grid, tmp_path, combine="1e-9*pos & pos2".replace("1e-9", ".000001"), labels=labels)
-    run.options = Options(**{**run.options.__dict__, "step_lr": 1.0, "limit": 4})
+    options = {"combine": "1e-6*pos & pos2", "labels": labels, "step_lr": 1.0, "limit": 4}
+    run = run_on(concepts, small_grid, tmp_path, **options)
     figures = combine.conceptcombine(run)
     assert figures["pos2 / pixels"]["right"] == 1.0 and figures["pos / pixels"]["right"] == 0.0
     assert figures["jointly"]["right"] == 0.0
