@@ -249,9 +249,11 @@ def train() -> None:
         words += shlex.split(FLAGS.train_flags)
         print(f"model {number} of {len(names)}: python train.py {shlex.join(words)}", flush=True)
         status = run_to_end([sys.executable, str(script), *words])
+        if status in (130, 143):  # a signal: train.py has saved
+            print("stopped; the same command goes on")
+            sys.exit(status)
         if status:
-            remedy = "the same command goes on from its last checkpoint"
-            raise UsageError(f"training of {concept} ended with status {status}; {remedy}")
+            raise UsageError(f"training of {concept} ended with status {status}; the same command goes on, once mended")
 
 
 def run_to_end(command: list[str]) -> int:

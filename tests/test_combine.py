@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import checkpoint
+import cli
 import combine
 import composition
 import data
@@ -581,6 +582,20 @@ def test_training_all_four(commands):
         assert ("--resume_iter=latest" in words) == (name != "shape")
     _, error, ran = results["train fails"]
     assert "training of size ended with status 7" in error and len(ran) == 1
+
+
+def test_table():
+    """Breaks when figures are not to be found below the name of their column, or columns that change get no heads."""
+    rows = {"a": {"x": 0.25, "y": None}, "b": {"x": 1.0, "y": 2}, "all": 3, "c": {"long name": 0.5}}
+    lines = [
+        "              x         y",
+        "a        0.2500         –",
+        "b        1.0000         2",
+        "all  3",
+        "       long name",
+        "c         0.5000",
+    ]
+    assert cli.table(rows) == "\n".join(lines)
 
 
 def test_a_signal_lets_training_save():
