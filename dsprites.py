@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from errors import UsageError
+from utils import Progress
 
 SIDE = 64  # pixels of an image
 SHAPES = ("square", "ellipse", "heart")
@@ -178,11 +179,13 @@ def nearest(images: Tensor) -> tuple[Tensor, Tensor]:
     All SIZE sprites are compared. For a sprite s of zeros and ones |x − s|² = |x|² + Σ s·(1 − 2x): at each of the 1,024
     places the 720 sprites are drawn into a common window, and one product of matrices compares them with all images.
     """
-    parts = [nearest_of_part(part) for part in images.split(4096)]  # 100 MB of work
+    blocks = images.split(4096)  # 100 MB of work each
+    progress = Progress(len(blocks) * len(LATENTS["x"]) * len(LATENTS["y"]), what="search for sprites")
+    parts = [nearest_of_part(block, progress) for block in blocks]
     return torch.cat([latents for latents, _ in parts]), torch.cat([distances for _, distances in parts])
 
 
-def nearest_of_part(images: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_of_part(images: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
     """Return latents and distances as `nearest` does, of images that fit into memory."""
     shape, scale, orientation, x, y = (torch.tensor(values, device=images.device) for values in LATENTS.values())
     cost = (1 - 2 * images[:, 0]).permute(1, 2, 0).contiguous()  # of lighting a pixel, (64, 64, N)
@@ -197,6 +200,7 @@ def nearest_of_part(images: Tensor) -> tuple[Tensor, Tensor]:
         found, sprite = costs.min(0)
         best = torch.where(found < least, sprite * len(x) * len(y) + place, best)
         least = torch.minimum(found, least)
+        progress.update(progress.done + 1)
     squares = images.square().flatten(1).sum(1) + least
     return latents_of(best), squares.clamp(min=0).sqrt()
 
