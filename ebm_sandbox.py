@@ -32,13 +32,15 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 import cli
-from cli import CONDITIONS, PATHS, SIZES, SUBSETS
+import evaluation
+from cli import CONDITIONS, SIZES, SUBSETS
 from errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
     import models
+    from evaluation import Trained
     from sandbox import AnyDataset
     from sandbox_tasks import Report, Run
 
@@ -60,25 +62,12 @@ TASKS = (
 
 with cli.group("Main"):
     flags.DEFINE_enum("task", "label", TASKS, "what to do, see above")
-    flags.DEFINE_string("exp", "default", "name of the experiment, the model's folder below --modeldir")
-    flags.DEFINE_string("modeldir", "cachedir", "where experiments are kept")
-    flags.DEFINE_string("resume_iter", "latest", "the checkpoint's iteration, 'best' or 'latest' (also -1)")
-    flags.DEFINE_bool("ema", False, "take the averaged weights of a run with --ema_decay")
-    flags.DEFINE_string("logdir", "sandbox_cachedir", "where results go")
+    evaluation.define_model_flags()
     flags.DEFINE_integer("limit", None, "look at this many images; by default at all, or as many as a picture shows", 1)
     flags.DEFINE_integer("batch_size", 32, "images at a time; lowered by itself where memory is short", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "of everything random", lower_bound=0)
-    flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "where to compute; auto takes a GPU if there is one")
 
 with cli.group("Data"):
-    flags.DEFINE_string("dataset", None, "as in train.py; default what the model was trained on, or cifar10")
-    flags.DEFINE_string("datadir", "data", "where torchvision's datasets are kept or downloaded to")
-    flags.DEFINE_bool("download", True, "download what is not there yet")
-    flags.DEFINE_string("data_path", None, "the folder of images of --dataset=folder")
-    flags.DEFINE_string("imagenet_path", None, "the 32x32 files of --dataset=imagenet, pickles or .npz")
-    flags.DEFINE_string("imagenet_datadir", None, "TFRecords or class folders of --dataset=imagenetfull")
-    flags.DEFINE_string("dsprites_path", None, "the published .npz; without it sprites are drawn from their latents")
-    flags.DEFINE_integer("data_workers", 5, "threads that decode images from the disk", lower_bound=0)
+    evaluation.define_data_flags()
     flags.DEFINE_bool("svhn", False, "the same as --dataset=svhn")
     flags.DEFINE_bool("single", False, "the same as --limit=1")
     for condition in ("shape", "size", "pos", "rot"):
@@ -152,32 +141,15 @@ def sprite_condition(label_size: int, trained: dict[str, Any]) -> str | None:
     return (given + known + [guessed])[0]
 
 
-def load_own(split: str, config: models.ModelConfig, trained: dict[str, Any], device: torch.device) -> AnyDataset:
+def load_own(split: str, trained: Trained, device: torch.device) -> AnyDataset:
     """Return a split of the data set to examine the model on; raise UsageError where it does not fit the model."""
-    import data
-
-    name = "svhn" if FLAGS.svhn else FLAGS.dataset or trained.get("dataset", "cifar10")
-    sprites, folder = name == "dsprites", name == "folder"
-    dataset = data.load_dataset(
-        name,
-        split=split,
-        root=FLAGS.datadir,
-        device=device,
-        path=FLAGS[PATHS[name]].value or trained.get(PATHS[name]) if name in PATHS else None,
-        image_size=config.image_shape[1] if folder else None,
-        channels=config.image_shape[0] if folder else None,
-        condition=sprite_condition(config.label_size, trained) if sprites else None,
-        subset=next((SUBSETS[flag] for flag in SUBSETS if trained.get(flag)), None) if sprites else None,
-        workers=FLAGS.data_workers,
-        download=FLAGS.download,
-    )
-    if dataset.image_shape != config.image_shape:
+    label_size = trained.model.config.label_size
+    condition = sprite_condition(label_size, trained.flags)
+    name = "svhn" if FLAGS.svhn else None
+    dataset = evaluation.load_split(split, trained, device, name=name, condition=condition)
+    if label_size and dataset.label_size != label_size:
         raise UsageError(
-            f"--dataset={name} has images of shape {dataset.image_shape}, the model takes {config.image_shape}"
-        )
-    if config.label_size and dataset.label_size != config.label_size:
-        raise UsageError(
-            f"--dataset={name} has labels of width {dataset.label_size}, the model takes {config.label_size}"
+            f"--dataset={dataset.name} has labels of width {dataset.label_size}, the model takes {label_size}"
         )
     return dataset
 
@@ -262,32 +234,22 @@ def main() -> None:
             print(f"note: --{name} has no effect: {FLAGS[name].help}")
     import torch
 
-    import checkpoint
-    import distributed
     import sandbox_tasks
     from sandbox import Sandbox
-    from utils import keep_freed_memory
 
-    keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False  # figures are those of float32, also on a GPU
-    device = distributed.start("none", FLAGS.device).device
-    folder = pathlib.Path(FLAGS.modeldir) / FLAGS.exp
-    if not folder.is_dir():
-        raise UsageError(f"no experiment folder {folder}; give --modeldir and --exp of a trained model")
-    path = checkpoint.find(folder, "latest" if FLAGS.resume_iter == "-1" else FLAGS.resume_iter)
-    model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
-    saved = checkpoint.load(path) if path.suffix == ".pt" else {}  # a TensorFlow checkpoint does not tell
-    config, trained = model.config, saved.get("flags", {})
+    device = evaluation.start()
+    trained = evaluation.open_model(evaluation.find_checkpoint(), device)
+    model, path, config = trained.model, trained.path, trained.model.config
     check_network(config, path)
 
-    usual_step = trained.get("step_lr", 10.0)
+    usual_step = trained.flags.get("step_lr", 10.0)
     sandbox = Sandbox(
         model,
         torch.Generator(device).manual_seed(FLAGS.seed),
         num_steps=FLAGS.num_steps,
         step_lr=usual_step if FLAGS.step_lr is None else FLAGS.step_lr,
         proj_norm=FLAGS.proj_norm,
-        rescale=trained.get("rescale", 1.0),
+        rescale=trained.flags.get("rescale", 1.0),
         batch_size=FLAGS.batch_size,
     )
     options: dict[str, Any] = {
@@ -296,11 +258,11 @@ def main() -> None:
     run = sandbox_tasks.Run(
         sandbox,
         sandbox_tasks.Options(**options | ({"limit": 1} if FLAGS.single else {})),
-        load=functools.cache(functools.partial(load_own, config=config, trained=trained, device=device)),
+        load=functools.cache(functools.partial(load_own, trained=trained, device=device)),
         load_mix=functools.partial(load_mix, config=config, device=device),
         mixes=mixes(),
         folder=pathlib.Path(FLAGS.logdir) / FLAGS.exp / FLAGS.task,
-        names=tuple(saved.get("class_names", ())),
+        names=trained.class_names,
     )
     kind = f"conditioned on labels of width {config.label_size}" if config.label_size else "unconditional"
     print(f"model: {path}, {config.network} with {config.num_filters} filters, {kind}, on {device}")

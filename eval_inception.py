@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 import cli
-from cli import PATHS
+import evaluation
 from errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    import models
+    from evaluation import Trained
     from quality import Chains, Classifier, Inception, Reference
 
 FLAGS = flags.FLAGS
@@ -50,14 +50,9 @@ PAPER = {
 }
 
 with cli.group("Main"):
-    flags.DEFINE_string("exp", "default", "name of the experiment, the model's folder below --modeldir")
-    flags.DEFINE_string("modeldir", "cachedir", "where experiments are kept")
-    flags.DEFINE_string("resume_iter", "latest", "the newest checkpoint's iteration, 'best' or 'latest' (also -1)")
+    evaluation.define_model_flags()
     flags.DEFINE_list("iterations", [], "measure at each of these, such as 200,400,800 or all, and draw the curve")
-    flags.DEFINE_string("logdir", "sandbox_cachedir", "where results go")
     flags.DEFINE_integer("idx", 0, "number of this evaluation, in the name of its folder", lower_bound=0)
-    flags.DEFINE_integer("seed", 0, "of everything random", lower_bound=0)
-    flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "where to compute; auto takes a GPU if there is one")
 
 with cli.group("Sampling"):
     flags.DEFINE_integer("im_number", 50_000, "images to draw", lower_bound=4)
@@ -69,7 +64,6 @@ with cli.group("Sampling"):
     flags.DEFINE_integer("repeat_scale", 100, "half the number of rounds of a pool", lower_bound=1)
     flags.DEFINE_integer("nomix", 10, "last rounds, in which no chain starts again or gets a new label", lower_bound=0)
     flags.DEFINE_integer("ensemble", 10, "checkpoints that take turns: 300 iterations apart, else the newest", 1)
-    flags.DEFINE_bool("ema", False, "with the averaged weights of a run with --ema_decay")
 
 with cli.group("Measures"):
     flags.DEFINE_enum("features", "auto", ["auto", "inception", "classifier"], "what compares images; auto: see above")
@@ -81,21 +75,10 @@ with cli.group("Measures"):
     flags.DEFINE_string("cache", None, "where what is known of real images is kept; default --logdir/statistics")
 
 with cli.group("Data"):
-    flags.DEFINE_string("dataset", None, "as in train.py; default what the model was trained on, or cifar10")
-    flags.DEFINE_string("datadir", "data", "where torchvision's datasets are kept or downloaded to")
-    flags.DEFINE_bool("download", True, "download what is not there yet, data and Inception weights")
-    flags.DEFINE_string("data_path", None, "the folder of images of --dataset=folder")
-    flags.DEFINE_string("imagenet_path", None, "the 32x32 files of --dataset=imagenet, pickles or .npz")
-    flags.DEFINE_string("imagenet_datadir", None, "TFRecords or class folders of --dataset=imagenetfull")
-    flags.DEFINE_string("dsprites_path", None, "the published .npz; without it sprites are drawn from their latents")
-    flags.DEFINE_integer("data_workers", 5, "threads that decode images from the disk", lower_bound=0)
+    evaluation.define_data_flags()
 
 with cli.group("Network (the checkpoint knows all but --swish_act of a TF1 file)"):
-    flags.DEFINE_bool("swish_act", False, "the network of a TF1 checkpoint was trained with swish")
-    for inert in ("cclass", "large_model", "larger_model", "wider_model", "use_attention", "bn"):
-        flags.DEFINE_bool(inert, False, "accepted for old commands")
-    for inert in ("spec_norm", "use_bias"):
-        flags.DEFINE_bool(inert, True, "accepted for old commands")
+    evaluation.define_network_flags()
 
 
 def chosen_iterations(folder: pathlib.Path) -> list[str]:
@@ -127,31 +110,14 @@ def ensemble(folder: pathlib.Path, resume_iter: str, number: int) -> list[pathli
     return [checkpoint.find(folder, str(iteration)) for iteration in used]
 
 
-def load_reference(config: models.ModelConfig, trained: dict[str, Any], device: torch.device) -> Reference:
+def load_reference(trained: Trained, device: torch.device) -> Reference:
     """Return the real images to compare with. Raises UsageError where they do not fit the model."""
-    import data
     from quality import Reference
 
-    name = FLAGS.dataset or trained.get("dataset", "cifar10")
+    name = FLAGS.dataset or trained.flags.get("dataset", "cifar10")
     choice = FLAGS.reference or ("both" if name == "cifar10" else "train")
-    folder = name == "folder"
-    datasets = [
-        data.load_dataset(
-            name,
-            split=split,
-            root=FLAGS.datadir,
-            device=device,
-            path=FLAGS[PATHS[name]].value or trained.get(PATHS[name]) if name in PATHS else None,
-            image_size=config.image_shape[1] if folder else None,
-            channels=config.image_shape[0] if folder else None,
-            workers=FLAGS.data_workers,
-            download=FLAGS.download,
-        )
-        for split in (("train", "test") if choice == "both" else (choice,))
-    ]
-    shape = datasets[0].image_shape
-    if shape != config.image_shape:
-        raise UsageError(f"--dataset={name} has images of shape {shape}, the model samples {config.image_shape}")
+    splits = ("train", "test") if choice == "both" else (choice,)
+    datasets = [evaluation.load_split(split, trained, device) for split in splits]
     return Reference.of(name, choice, datasets, FLAGS.real_number)
 
 
@@ -228,30 +194,24 @@ def as_text(contents: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    import torch
 
-    import checkpoint
-    import distributed
     import pictures
     import quality
-    from utils import keep_freed_memory
 
-    keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False  # figures are those of float32, also on a GPU
-    device = distributed.start("none", FLAGS.device).device
+    device = evaluation.start()
     models_of = pathlib.Path(FLAGS.modeldir) / FLAGS.exp
     ensembles = [ensemble(models_of, iteration, FLAGS.ensemble) for iteration in chosen_iterations(models_of)]
     newest = ensembles[-1][0]
-    config = checkpoint.load_energy(newest, swish_act=FLAGS.swish_act).config
-    trained = checkpoint.load(newest).get("flags", {}) if newest.suffix == ".pt" else {}
+    trained = evaluation.open_model(newest, device)
+    config = trained.model.config
     if config.network == "DspritesNet" and 0 < config.label_size < 3:
         raise UsageError(f"{newest} is conditioned on a size, position or rotation; chains here draw classes")
     cache = pathlib.Path(FLAGS.cache or pathlib.Path(FLAGS.logdir) / "statistics")
-    reference = load_reference(config, trained, device)
+    reference = load_reference(trained, device)
     extractor = load_extractor(reference, cache, device)
     real = quality.reference_statistics(extractor, reference, cache)
 
-    usual_step = trained.get("step_lr", 10.0)
+    usual_step = trained.flags.get("step_lr", 10.0)
     given: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(quality.Chains)}
     chains = quality.Chains(**given | {"step_lr": usual_step if FLAGS.step_lr is None else FLAGS.step_lr})
     of_real = dict(zip(("images", "distance"), quality.distance_of_real(real, FLAGS.im_number), strict=True))
@@ -268,7 +228,7 @@ def main() -> None:
     path = folder / "eval_inception.json"
     for paths in ensembles:
         print(f"ensemble of {len(paths)}: {', '.join(map(str, paths))}")
-        images = draw(paths, chains, trained, device)
+        images = draw(paths, chains, trained.flags, device)
         iteration = paths[0].stem.removeprefix("model_")
         shown, scale = images[:100] / 255, max(1, 64 // images.shape[3])
         print(f"wrote {pictures.save_grid(shown, folder / f'samples_{iteration}.png', columns=10, scale=scale)}")

@@ -20,21 +20,17 @@ from typing import Any
 from absl import flags
 
 import cli
+import evaluation
 from errors import UsageError
 
 FLAGS = flags.FLAGS
 GRID = 400  # images of the grid at most
 
 with cli.group("Main"):
-    flags.DEFINE_string("exp", "default", "name of the experiment, the model's folder below --modeldir")
-    flags.DEFINE_string("modeldir", "cachedir", "where experiments are kept")
-    flags.DEFINE_string("resume_iter", "latest", "the checkpoint's iteration, 'best' or 'latest' (also -1)")
-    flags.DEFINE_string("logdir", "sandbox_cachedir", "where results go")
+    evaluation.define_model_flags()
     flags.DEFINE_integer("num", 100, "images", lower_bound=1)
     flags.DEFINE_string("label", None, "class of all images, by number or name; default one class after the other")
     flags.DEFINE_bool("folder", False, "write every image as a PNG, too")
-    flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0)
-    flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "where to compute; auto takes a GPU if there is one")
 
 with cli.group("Sampling"):
     flags.DEFINE_integer("num_steps", None, "Langevin steps; default as the run's own samples, or 200", lower_bound=0)
@@ -42,8 +38,9 @@ with cli.group("Sampling"):
     flags.DEFINE_float("proj_norm", 0.0, "clip the gradient elementwise to this; 0: no clip", lower_bound=0)
     flags.DEFINE_float("noise_scale", 0.005, "standard deviation of a step's noise", lower_bound=0)
     flags.DEFINE_integer("batch_size", 100, "images at a time", lower_bound=1)
-    flags.DEFINE_bool("ema", False, "with the averaged weights of a run with --ema_decay")
-    flags.DEFINE_bool("swish_act", False, "the network of a TF1 checkpoint was trained with swish")
+
+with cli.group("Network (the checkpoint knows all but --swish_act of a TF1 file)"):
+    evaluation.define_network_flags()
 
 
 def class_of(word: str, names: Sequence[str], classes: int) -> int:
@@ -64,27 +61,19 @@ def main() -> None:
     import numpy as np
     import torch
 
-    import checkpoint
-    import distributed
     import pictures
     import quality
-    from utils import Progress, keep_freed_memory
+    from utils import Progress
 
-    keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False
-    device = distributed.start("none", FLAGS.device).device
-    path = checkpoint.find(
-        pathlib.Path(FLAGS.modeldir) / FLAGS.exp, "latest" if FLAGS.resume_iter == "-1" else FLAGS.resume_iter
-    )
-    model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
-    saved = checkpoint.load(path) if path.suffix == ".pt" else {}
-    config, trained = model.config, saved.get("flags", {})
+    device = evaluation.start()
+    saved = evaluation.open_model(evaluation.find_checkpoint(), device)
+    model, path, trained, config = saved.model, saved.path, saved.flags, saved.model.config
     if config.network == "DspritesNet" and 0 < config.label_size < 3:
         raise UsageError(f"{path} is conditioned on a size, position or rotation; ebm_combine.py shows such models")
     classes, rescale = config.label_size, trained.get("rescale", 1.0)
     chosen = torch.arange(FLAGS.num) % max(classes, 1)
     if FLAGS.label is not None:
-        chosen.fill_(class_of(FLAGS.label, saved.get("class_names", ()), classes))
+        chosen.fill_(class_of(FLAGS.label, saved.class_names, classes))
     num_steps = trained.get("sample_steps") or 10 * trained.get("num_steps", 20)
     num_steps = num_steps if FLAGS.num_steps is None else FLAGS.num_steps
     step_lr = trained.get("step_lr", 10.0) if FLAGS.step_lr is None else FLAGS.step_lr
