@@ -25,28 +25,22 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 import cli
-from cli import PATHS
+import evaluation
 from errors import UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    import models
+    from evaluation import Trained
     from likelihood import Target
     from sampling import Energy
 
 FLAGS = flags.FLAGS
 
 with cli.group("Main"):
-    flags.DEFINE_string("exp", "default", "name of the experiment, the model's folder below --modeldir")
-    flags.DEFINE_string("modeldir", "cachedir", "where experiments are kept")
-    flags.DEFINE_string("resume_iter", "latest", "the checkpoint's iteration, 'best' or 'latest' (also -1)")
-    flags.DEFINE_bool("ema", False, "take the averaged weights of a run with --ema_decay")
-    flags.DEFINE_string("logdir", "sandbox_cachedir", "where results go")
+    evaluation.define_model_flags()
     flags.DEFINE_integer("limit", 1000, "test images to look at, drawn at random", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "of everything random", lower_bound=0)
-    flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "where to compute; auto takes a GPU if there is one")
 
 with cli.group("Annealing"):
     flags.DEFINE_list("pdist", ["10"], "distributions from box to model; several, such as 10,100,1000, are compared")
@@ -57,20 +51,10 @@ with cli.group("Annealing"):
     flags.DEFINE_integer("gauss_dim", 500, "dimensions of --dataset=gauss, whose precision is --temperature", 1)
 
 with cli.group("Data"):
-    flags.DEFINE_string("dataset", None, "as in train.py; default what the model was trained on; or gauss")
-    flags.DEFINE_string("datadir", "data", "where torchvision's datasets are kept or downloaded to")
-    flags.DEFINE_bool("download", True, "download what is not there yet")
-    flags.DEFINE_string("data_path", None, "the folder of images of --dataset=folder")
-    flags.DEFINE_string("imagenet_path", None, "the 32x32 files of --dataset=imagenet, pickles or .npz")
-    flags.DEFINE_string("imagenet_datadir", None, "TFRecords or class folders of --dataset=imagenetfull")
-    flags.DEFINE_integer("data_workers", 5, "threads that decode images from the disk", lower_bound=0)
+    evaluation.define_data_flags()
 
 with cli.group("Network (the checkpoint knows all but --swish_act of a TF1 file)"):
-    flags.DEFINE_bool("swish_act", False, "the network of a TF1 checkpoint was trained with swish")
-    for inert in ("cclass", "large_model", "larger_model", "wider_model", "use_attention", "bn"):
-        flags.DEFINE_bool(inert, False, "accepted for old commands")
-    for inert in ("spec_norm", "use_bias"):
-        flags.DEFINE_bool(inert, True, "accepted for old commands")
+    evaluation.define_network_flags()
 
 
 def distributions() -> list[int]:
@@ -105,20 +89,16 @@ def trained_model(device: torch.device) -> Target:
     """
     import torch
 
-    import checkpoint
     from likelihood import Target
     from sampling import beyond
     from sandbox import Sandbox
 
-    path = checkpoint.find(
-        pathlib.Path(FLAGS.modeldir) / FLAGS.exp, "latest" if FLAGS.resume_iter == "-1" else FLAGS.resume_iter
-    )
-    model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
-    trained = checkpoint.load(path).get("flags", {}) if path.suffix == ".pt" else {}
-    temperature = trained.get("temperature", 1.0) if FLAGS.temperature is None else FLAGS.temperature
-    rescale = trained.get("rescale", 1.0) if FLAGS.rescale is None else FLAGS.rescale
+    trained = evaluation.open_model(evaluation.find_checkpoint(), device)
+    model, path = trained.model, trained.path
+    temperature = trained.flags.get("temperature", 1.0) if FLAGS.temperature is None else FLAGS.temperature
+    rescale = trained.flags.get("rescale", 1.0) if FLAGS.rescale is None else FLAGS.rescale
     usual = 0.0065 if model.config.image_shape[0] == 1 else 0.0085 if rescale == 8 else 0.0045
-    images, labels, said = load_test(model.config, trained, device)
+    images, labels, said = load_test(trained, device)
     print(f"model: {path}, {model.config.network}, temperature {temperature:g}; {said}")
 
     sandbox = Sandbox(model, torch.Generator(device).manual_seed(FLAGS.seed), rescale=rescale, batch_size=100)
@@ -146,38 +126,21 @@ def trained_model(device: torch.device) -> Target:
     )
 
 
-def load_test(config: models.ModelConfig, trained: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, str]:
+def load_test(trained: Trained, device: torch.device) -> tuple[Tensor, Tensor, str]:
     """Return test images in [0, 1], label vectors (of width 0 where there are none), and in words what they are.
 
     Raises UsageError where they do not fit the model, or are not dequantised.
     """
     import torch
 
-    import data
-
-    name = FLAGS.dataset or trained.get("dataset", "cifar10")
-    if name == "dsprites":
+    dataset, label_size = evaluation.load_split("test", trained, device), trained.model.config.label_size
+    if dataset.name == "dsprites":
         raise UsageError("--dataset=dsprites has black and white pixels without noise: a density says nothing of them")
-    folder = name == "folder"
-    dataset = data.load_dataset(
-        name,
-        split="test",
-        root=FLAGS.datadir,
-        device=device,
-        path=FLAGS[PATHS[name]].value or trained.get(PATHS[name]) if name in PATHS else None,
-        image_size=config.image_shape[1] if folder else None,
-        channels=config.image_shape[0] if folder else None,
-        workers=FLAGS.data_workers,
-        download=FLAGS.download,
-    )
-    if dataset.image_shape != config.image_shape or config.label_size not in (0, dataset.label_size):
-        raise UsageError(
-            f"--dataset={name} has {dataset.label_size} classes and images of shape {dataset.image_shape}, "
-            f"the model takes {config.label_size} and {config.image_shape}"
-        )
+    if label_size not in (0, dataset.label_size):
+        raise UsageError(f"--dataset={dataset.name} has {dataset.label_size} classes, the model takes {label_size}")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(FLAGS.seed))[: FLAGS.limit]
     images, labels = dataset.batch(order.to(device), torch.Generator(device).manual_seed(FLAGS.seed))
-    if labels is None or not config.label_size:
+    if labels is None or not label_size:
         labels = images.new_zeros(len(images), 0)
     return images, labels, f"{len(images)} of {len(dataset)} test images of {dataset.name}"
 
@@ -186,14 +149,11 @@ def main() -> None:
     numbers = distributions()
     import torch
 
-    import distributed
     import pictures
     from likelihood import figures_of, log_z
-    from utils import Progress, keep_freed_memory
+    from utils import Progress
 
-    keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False  # figures are those of float32, also on a GPU
-    device = distributed.start("none", FLAGS.device).device
+    device = evaluation.start()
     target = gauss(device) if FLAGS.dataset == "gauss" else trained_model(device)
     folder = pathlib.Path(FLAGS.logdir) / ("gauss" if FLAGS.dataset == "gauss" else FLAGS.exp) / "ais"
     contents: dict[str, Any] = {"flags": cli.values(), "alr": target.alr, "rescale": target.rescale} | target.about

@@ -33,6 +33,8 @@ SUBSETS = {
 }
 SIZES = {"large_model": "ResNet32Large", "larger_model": "ResNet32Larger", "wider_model": "ResNet32Wider"}
 
+KINDS = {"int": "INT", "float": "FLOAT", "comma separated list of strings": "LIST"}  # as --help names them
+
 _groups: dict[str, list[str]] = {}
 
 
@@ -51,10 +53,11 @@ def help_text(usage: str) -> str:
         lines += ["", f"{title}:"]
         for name in names:
             flag = FLAGS[name]
-            values = " | ".join(getattr(flag.parser, "enum_values", [])) or flag.flag_type().upper()
+            values = " | ".join(getattr(flag.parser, "enum_values", [])) or KINDS.get(flag.flag_type(), "STRING")
             shown = f"--[no]{name}" if flag.boolean else f"--{name}={values}"
             words = (flag.help or "").split(">: ")[-1]  # absl puts the values of an enumeration before
-            text = f"{shown:<26} {words} [{flag.default}]"
+            default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+            text = f"{shown:<26} {words} [{default}]"
             lines += textwrap.wrap(text, 118, initial_indent="  ", subsequent_indent=" " * 29)
     return "\n".join(lines)
 
