@@ -5,12 +5,11 @@ BIN := .venv/bin
 .PHONY: demo test lint horovod clean
 
 demo: .venv/installed
-	$(BIN)/python train.py --exp=demo --dataset=digits --cclass --replay_batch --zero_kl --num_steps=20 --step_lr=100 \
-		--lr=1e-2 --batch_size=32 --num_filters=16 --max_iter=500 --save_interval=250 --test_interval=250 \
-		--quality --num_samples=200 --sample_steps=100
+	$(BIN)/python train.py --preset=digits_cpu --save_interval=250 --test_interval=250 --quality --num_samples=200 \
+		--sample_steps=100
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist=loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
