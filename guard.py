@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import statistics
 
 import torch
 
@@ -12,6 +13,7 @@ from training import State, Step
 CHECK_INTERVAL = 10  # iterations
 SNAPSHOT_INTERVAL = 200  # iterations
 SNAPSHOTS = 3  # states kept in memory; every rollback in a row goes back one further
+USUAL = 10  # checks that tell how much energies usually differ
 
 
 @dataclasses.dataclass
@@ -19,14 +21,17 @@ class DivergenceGuard:
     """Watches a run without changing it: it reads figures, draws nothing and writes nothing to the state.
 
     A non-finite figure counts at once, the others only when `patience` checks in a row find them: energies beyond
-    max_energy, a gap e_pos − e_neg beyond max_gap, or chains stuck at the bounds where the data is not.
+    max_energy, a gap e_pos − e_neg beyond max_gap, chains stuck at the bounds where the data is not, or an energy gone
+    flat, whose values on an image and on a sample differ by less than min_spread times what was usual before.
     """
 
     max_energy: float = 1e4
     max_gap: float = 1e2
     max_saturated: float = 0.99
+    min_spread: float = 0.02
     patience: int = 3
     suspicious: int = 0
+    spreads: list[float] = dataclasses.field(default_factory=list)  # mean |E⁺ − E⁻| at the last healthy checks
     snapshots: list[dict] = dataclasses.field(default_factory=list)
 
     def cause(self, state: State, step: Step, bounds: tuple[float, float]) -> str | None:
@@ -37,6 +42,7 @@ class DivergenceGuard:
             "e_pos": step.e_pos.mean(),
             "e_neg": step.e_neg.mean(),
             "loss": step.loss,
+            "spread": (step.e_pos - step.e_neg).abs().mean(),
             "weights": torch.stack(torch._foreach_norm(list(state.model.parameters()))).norm(),
             "saturated": ((sample <= bounds[0]) | (sample >= bounds[1])).float().mean(),
             "saturated_data": ((image <= bounds[0] + margin) | (image >= bounds[1] - margin)).float().mean(),
@@ -46,14 +52,19 @@ class DivergenceGuard:
             if not abs(values[name]) < float("inf"):
                 return f"{name} not finite"
         found = None
-        gap = values["e_pos"] - values["e_neg"]
+        gap, spread = values["e_pos"] - values["e_neg"], values["spread"]
+        usual = statistics.median(self.spreads) if len(self.spreads) == USUAL else 0.0
         if max(abs(values["e_pos"]), abs(values["e_neg"])) > self.max_energy:
             found = f"energies of {values['e_pos']:.3g} (data) and {values['e_neg']:.3g} (samples)"
         elif abs(gap) > self.max_gap:
             found = f"a gap e_pos − e_neg of {gap:.3g}"
         elif values["saturated"] > self.max_saturated > values["saturated_data"]:
             found = f"{values['saturated']:.1%} of the samples' pixels at the bounds"
+        elif spread < self.min_spread * usual:
+            found = f"a flat energy: on data and samples it differs by {spread:.2g}, by {usual:.2g} before"
         self.suspicious = self.suspicious + 1 if found else 0
+        if not found:
+            self.spreads = [*self.spreads, spread][-USUAL:]
         return found if self.suspicious >= self.patience else None
 
     def remember(self, state: State) -> None:

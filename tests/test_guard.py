@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from guard import DivergenceGuard
+from guard import USUAL, DivergenceGuard
 from test_training import SHAPE, make_state
 from training import Step
 
@@ -49,6 +49,18 @@ def test_what_does_not_count():
         assert guard.cause(state, make_step(), BOUNDS) is None
         assert guard.cause(state, make_step(samples=SATURATED, images=SATURATED), BOUNDS) is None
         assert guard.cause(state, make_step(e_pos=200), BOUNDS) is None
+
+
+def test_flat_energy():
+    """Breaks when an energy that no longer tells any image from another passes for a healthy one, or one that always
+    differed little for a flat one."""
+    for usual, counts in ((0.2, True), (1e-3, False)):
+        state, guard = make_state(), DivergenceGuard()
+        flat = make_step(e_pos=1.0001, e_neg=1.0)
+        for _ in range(USUAL):
+            assert guard.cause(state, make_step(e_pos=usual, e_neg=0.0), BOUNDS) is None
+        causes = [guard.cause(state, flat, BOUNDS) for _ in range(guard.patience)]
+        assert bool(causes[-1] and "flat" in causes[-1]) == counts
 
 
 def test_weights_are_looked_at():
