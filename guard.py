@@ -13,7 +13,7 @@ from training import State, Step
 CHECK_INTERVAL = 10  # iterations
 SNAPSHOT_INTERVAL = 200  # iterations
 SNAPSHOTS = 3  # states kept in memory; every rollback in a row goes back one further
-USUAL = 10  # checks that tell how much energies usually differ
+USUAL = 10  # healthy checks that tell what is usual
 
 
 @dataclasses.dataclass
@@ -21,17 +21,19 @@ class DivergenceGuard:
     """Watches a run without changing it: it reads figures, draws nothing and writes nothing to the state.
 
     A non-finite figure counts at once, the others only when `patience` checks in a row find them: energies beyond
-    max_energy, a gap e_pos − e_neg beyond max_gap, chains stuck at the bounds where the data is not, or an energy gone
-    flat, whose values on an image and on a sample differ by less than min_spread times what was usual before.
+    max_energy, or beyond 1 and max_jump times what was usual; a gap e_pos − e_neg beyond max_gap; chains stuck at the
+    bounds where the data is not; or an energy gone flat, whose values on an image and on a sample differ by less than
+    min_spread times what was usual.
     """
 
     max_energy: float = 1e4
+    max_jump: float = 20.0
     max_gap: float = 1e2
     max_saturated: float = 0.99
     min_spread: float = 0.02
     patience: int = 3
     suspicious: int = 0
-    spreads: list[float] = dataclasses.field(default_factory=list)  # mean |E⁺ − E⁻| at the last healthy checks
+    usual: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # size and spread of the energies
     snapshots: list[dict] = dataclasses.field(default_factory=list)
 
     def cause(self, state: State, step: Step, bounds: tuple[float, float]) -> str | None:
@@ -52,19 +54,21 @@ class DivergenceGuard:
             if not abs(values[name]) < float("inf"):
                 return f"{name} not finite"
         found = None
-        gap, spread = values["e_pos"] - values["e_neg"], values["spread"]
-        usual = statistics.median(self.spreads) if len(self.spreads) == USUAL else 0.0
-        if max(abs(values["e_pos"]), abs(values["e_neg"])) > self.max_energy:
+        size, gap = max(abs(values["e_pos"]), abs(values["e_neg"])), values["e_pos"] - values["e_neg"]
+        usual_size, usual_spread = float("inf"), 0.0
+        if len(self.usual) == USUAL:
+            usual_size, usual_spread = map(statistics.median, zip(*self.usual, strict=True))
+        if size > min(self.max_energy, max(1.0, self.max_jump * usual_size)):
             found = f"energies of {values['e_pos']:.3g} (data) and {values['e_neg']:.3g} (samples)"
         elif abs(gap) > self.max_gap:
             found = f"a gap e_pos − e_neg of {gap:.3g}"
         elif values["saturated"] > self.max_saturated > values["saturated_data"]:
             found = f"{values['saturated']:.1%} of the samples' pixels at the bounds"
-        elif spread < self.min_spread * usual:
-            found = f"a flat energy: on data and samples it differs by {spread:.2g}, by {usual:.2g} before"
+        elif values["spread"] < self.min_spread * usual_spread:
+            found = f"a flat energy: from data to samples it changes by {values['spread']:.2g}, not {usual_spread:.2g}"
         self.suspicious = self.suspicious + 1 if found else 0
         if not found:
-            self.spreads = [*self.spreads, spread][-USUAL:]
+            self.usual = [*self.usual, (size, values["spread"])][-USUAL:]
         return found if self.suspicious >= self.patience else None
 
     def remember(self, state: State) -> None:
