@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
+from typing import Any
 
 import torch
 
@@ -70,6 +71,13 @@ class DivergenceGuard:
         if not found:
             self.usual = [*self.usual, (size, values["spread"])][-USUAL:]
         return found if self.suspicious >= self.patience else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run has to know in order to judge as this one would; snapshots are not part of it."""
+        return {"usual": self.usual, "suspicious": self.suspicious}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.usual, self.suspicious = list(map(tuple, state["usual"])), state["suspicious"]
 
     def remember(self, state: State) -> None:
         """Keep a copy of a healthy state; one found suspicious is not kept."""

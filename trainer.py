@@ -317,7 +317,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint with every worker's state; a full disk costs a message, several in a row end the run."""
-        own = self.workers.gather(self.state.own())
+        watch = {} if self.guard is None else {"guard": self.guard.state_dict()}
+        own = self.workers.gather(self.state.own() | watch)
         if not self.leads:
             return
         path = self.folder / f"model_{self.state.iteration}.pt"
@@ -376,6 +377,8 @@ class Trainer:
         rank, size = self.workers.rank, self.workers.size
         if len(own) == size:
             self.state.load_own(own[rank])
+            if self.guard is not None and "guard" in own[rank]:
+                self.guard.load_state_dict(own[rank]["guard"])
             return
         self.workers.print(
             f"note: {path} holds the state of {len(own)} workers and this run has {size}: "
