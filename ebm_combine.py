@@ -235,16 +235,24 @@ def load_sprites(device: torch.device) -> dsprites.Sprites:
 # ---- training the four models ----
 
 
-def train() -> None:
-    """Train the concepts' models one after the other with the published commands; those begun go on."""
+def begun(folder: pathlib.Path) -> bool:
+    """Return whether a run in this folder can go on; the models that come with the project are weights alone."""
     import checkpoint
 
+    if not checkpoint.iterations(folder):
+        return False
+    path = checkpoint.find(folder, "latest")
+    return path.suffix != ".pt" or "optimizer" in checkpoint.load(path)
+
+
+def train() -> None:
+    """Train the concepts' models one after the other with the published commands; those begun go on."""
     script = pathlib.Path(__file__).with_name("train.py")
     names = enabled()
     for number, concept in enumerate(names, 1):
         words = [*shlex.split(published(concept)), f"--logdir={FLAGS.logdir}", f"--device={FLAGS.device}"]
         words += [f"--dsprites_path={FLAGS.dsprites_path}"] if FLAGS.dsprites_path else []
-        if checkpoint.iterations(pathlib.Path(FLAGS.logdir) / getattr(FLAGS, f"exp_{concept}")):
+        if begun(pathlib.Path(FLAGS.logdir) / getattr(FLAGS, f"exp_{concept}")):
             words.append("--resume_iter=latest")
         words += shlex.split(FLAGS.train_flags)
         print(f"model {number} of {len(names)}: python train.py {shlex.join(words)}", flush=True)
