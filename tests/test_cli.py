@@ -1,5 +1,8 @@
 """The command line: the published spellings take effect, mistakes are answered in one line."""
 
+import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -8,6 +11,7 @@ from absl import flags
 
 import cli
 import train
+from cli import PATHS
 from errors import UsageError
 from presets import PRESETS
 
@@ -64,6 +68,14 @@ def test_help():
     assert max(map(len, result.stdout.splitlines())) <= 120
 
 
+def test_reader_that_leaves():
+    """Breaks when `train.py --help | head -1` ends in a traceback."""
+    command = f"{sys.executable} train.py --help | head -1; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout.endswith("\n141\n") or result.stdout.endswith("\n0\n")  # head may read it all first
+    assert not result.stderr
+
+
 def test_preset():
     """Breaks when a preset is not taken, or beats the flags given beside it."""
     cli.parse(["train.py", "--lr=0.5", "--preset=cifar10_cond", "--num_steps=7"], "", PRESETS)
@@ -77,3 +89,20 @@ def test_presets_are_flags(name):
     cli.parse(["train.py", f"--preset={name}"], "", PRESETS)
     train.check_flags()
     assert FLAGS.exp != "default"
+
+
+def values_of(*words):
+    for name in FLAGS:
+        FLAGS[name].unparse()
+    cli.parse(["train.py", *words], "", PRESETS)
+    return {name: value for name, value in cli.values().items() if name not in ("preset", *PATHS.values())}
+
+
+def test_presets_hold_the_published_commands():
+    """Breaks when a published command of the README has no row in the table, or one with other settings."""
+    readme = (pathlib.Path(train.__file__).parent / "README.md").read_text()
+    commands = re.findall(r"^python train\.py (?!--preset)(.*)", readme, re.MULTILINE)
+    rows = [values_of(f"--preset={name}") for name in PRESETS]
+    assert len(commands) >= 5
+    for command in commands:
+        assert values_of(*shlex.split(re.sub("<.*?>", "PATH", command))) in rows, command
