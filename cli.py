@@ -69,8 +69,11 @@ def values() -> dict[str, object]:
     return {name: FLAGS[name].value for names in _groups.values() for name in names}
 
 
-def table(figures: Mapping[str, Any]) -> str:
-    """Return figures by name as text; rows of figures, which are mappings, as tables, headed where columns change."""
+def table(figures: Mapping[str, Any], published: Mapping[str, str] | None = None) -> str:
+    """Return figures by name as text; rows of figures, which are mappings, as tables, headed where columns change.
+
+    published: the paper's figures under the same names, which stand beside.
+    """
 
     def cell(value: object) -> str:
         return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -87,7 +90,7 @@ def table(figures: Mapping[str, Any]) -> str:
             line += "".join(f"{cell(value[column]):>{size}}" for column, size in columns.items())
         else:
             line += cell(value)
-        lines.append(line)
+        lines.append(line + (f"   paper: {published[name]}" if published and name in published else ""))
     return "\n".join(lines)
 
 

@@ -187,27 +187,6 @@ def mixes() -> list[str]:
     return names[: len(names) - len(FLAGS.mixfolder)] + FLAGS.mixfolder or ["interpolation"]
 
 
-def as_table(report: Report) -> str:
-    """Return a report's figures as text, published ones beside them; rows of figures, with common names, as a table."""
-
-    def cell(value: object) -> str:
-        return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-    width = max(map(len, report.figures)) + 2
-    lines, columns = [], None
-    for name, value in report.figures.items():
-        line = f"{name:<{width}}"
-        if isinstance(value, dict):
-            if columns is None:
-                columns = {column: max(len(column), 8) + 2 for column in value}
-                lines.append(" " * width + "".join(f"{column:>{size}}" for column, size in columns.items()))
-            line += "".join(f"{cell(value[column]):>{size}}" for column, size in columns.items())
-        else:
-            line += cell(value)
-        lines.append(line + (f"   paper: {report.paper[name]}" if name in report.paper else ""))
-    return "\n".join(lines)
-
-
 def write_report(run: Run, report: Report, checkpoint_path: pathlib.Path) -> None:
     """Write <task>.json beside the task's other files; print the figures and the paths."""
     contents = {
@@ -223,7 +202,7 @@ def write_report(run: Run, report: Report, checkpoint_path: pathlib.Path) -> Non
     path = run.path(f"{FLAGS.task}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
-    print(as_table(report))
+    print(cli.table(report.figures, report.paper))
     for written in run.files:
         print(f"wrote {written}")
 

@@ -403,12 +403,10 @@ def cached(folder: pathlib.Path, name: str, settings: Mapping[str, Any], make: C
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     path = folder / f"{name}_{key[:16]}.pt"
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-        if contents["settings"] == settings:
+        contents = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        if contents.get("settings") == settings:
             return contents
-    except FileNotFoundError:
-        pass
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
+    except (OSError, RuntimeError, EOFError, ValueError, AttributeError, pickle.UnpicklingError):
         print(f"note: {path} is damaged and made again")
     contents = make() | {"settings": dict(settings)}
     try:

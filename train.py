@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import data
     import metrics
     import models
+    from distributed import Workers
     from imagenet import StreamedImages
     from trainer import Trainer
 
@@ -163,6 +164,29 @@ def check_flags() -> None:
 def chosen(names: dict[str, str]) -> str | None:
     """Return the value of the first of these boolean flags that is set."""
     return next((value for name, value in names.items() if FLAGS[name].value), None)
+
+
+def open_dataset(workers: Workers) -> data.Dataset | StreamedImages:
+    """Return the data set that the flags name; rank 0 reads it first, so that it is downloaded once."""
+    import data
+
+    if workers.rank > 0:
+        workers.barrier()
+    dataset = data.load_dataset(
+        FLAGS.dataset,
+        root=FLAGS.datadir,
+        device=workers.device,
+        path=FLAGS[PATHS[FLAGS.dataset]].value if FLAGS.dataset in PATHS else None,
+        image_size=FLAGS.image_size,
+        channels=FLAGS.channels,
+        condition=chosen(CONDITIONS),
+        subset=chosen(SUBSETS),
+        workers=FLAGS.data_workers,
+        download=FLAGS.download,
+    )
+    if workers.rank == 0:
+        workers.barrier()
+    return dataset
 
 
 def network_config(dataset: data.Dataset | StreamedImages) -> models.ModelConfig:
@@ -301,22 +325,7 @@ def main() -> None:
     keep_freed_memory()
     workers = distributed.start(FLAGS.backend, FLAGS.device)
     leads = workers.rank == 0
-    if not leads:
-        workers.barrier()  # rank 0 reads first: what is to be downloaded is downloaded once
-    dataset = data.load_dataset(
-        FLAGS.dataset,
-        root=FLAGS.datadir,
-        device=workers.device,
-        path=FLAGS[PATHS[FLAGS.dataset]].value if FLAGS.dataset in PATHS else None,
-        image_size=FLAGS.image_size,
-        channels=FLAGS.channels,
-        condition=chosen(CONDITIONS),
-        subset=chosen(SUBSETS),
-        workers=FLAGS.data_workers,
-        download=FLAGS.download,
-    )
-    if leads:
-        workers.barrier()
+    dataset = open_dataset(workers)
     config = network_config(dataset)
     # A GPU indexes what lies there; what is read from the disk is asked for by the CPU.
     index_device = workers.device if isinstance(dataset, data.Dataset) else "cpu"

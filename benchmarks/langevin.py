@@ -18,12 +18,22 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
+import torch
 from absl import flags
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import cli
+import models
+import pictures
+import sampling
+from errors import UsageError
+from utils import keep_freed_memory
 
 FLAGS = flags.FLAGS
 # network -> shape of its images, filters
@@ -37,6 +47,7 @@ NETWORKS = {
     "ResNet128": ((3, 128, 128), 64),
 }
 MATRIX = 2048  # rows and columns of the product that sets the limit
+STEP_LR = 10.0
 
 with cli.group("Benchmark"):
     flags.DEFINE_list("networks", "MnistNet,DspritesNet,ResNet32", f"all, or of {', '.join(NETWORKS)}")
@@ -49,118 +60,129 @@ with cli.group("Benchmark"):
     flags.DEFINE_string("output", "", "also write the figures to this JSON file, and a plot beside it")
 
 
-def main() -> None:
-    import torch
-    from torch import Tensor, nn
-    from torch.nn import functional as F
-    from torch.utils.flop_counter import FlopCounterMode
+# ---- the variants: chains of so many steps from images x (N, C, H, W) ----
 
-    import models
-    import pictures
-    import sampling
-    from utils import keep_freed_memory
 
-    device, dtype = torch.device(FLAGS.device), sampling.set_precision(FLAGS.precision)
-    on_gpu = device.type == "cuda"
+def plain_energy(model: models.EnergyNetwork, weights: models.Weights, x: Tensor) -> Tensor:
+    """Evaluate stage by stage in NCHW, by the library's convolution."""
+    with mock.patch.object(models, "convolve", lambda x, k, s, p: F.conv2d(x, k, stride=s, padding=p)):
+        for stage in model.stages.values():
+            x = stage(weights, x, None)
+    return x.squeeze(1)
 
-    def seconds(run: Callable[[], object]) -> float:
-        """Return how long `run` takes, to the end of what it queued on the device."""
-        start = time.perf_counter()
-        run()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    def plain_energy(model: models.EnergyNetwork, weights: models.Weights, x: Tensor) -> Tensor:
-        """Evaluate stage by stage in NCHW, by the library's convolution."""
-        with mock.patch.object(models, "convolve", lambda x, k, s, p: F.conv2d(x, k, stride=s, padding=p)):
-            for stage in model.stages.values():
-                x = stage(weights, x, None)
-        return x.squeeze(1)
+def plain_chain(model: models.EnergyNetwork, x: Tensor, steps: int) -> None:
+    """Normalise at every step, let the weights require gradients, and call backward()."""
+    for _ in range(steps):
+        x = (x + 0.005 * torch.randn_like(x)).detach().requires_grad_()
+        weights = model.prepare(fold=False, memory_format=torch.contiguous_format)
+        plain_energy(model, weights, x).sum().backward()
+        assert x.grad is not None, "backward() reached the images"
+        x = (x - STEP_LR * x.grad).clamp(0, 1)
 
-    def plain_chain(model: models.EnergyNetwork, x: Tensor) -> None:
-        """Normalise at every step, let the weights require gradients, and call backward()."""
-        for _ in range(FLAGS.steps):
-            x = (x + 0.005 * torch.randn_like(x)).detach().requires_grad_()
-            weights = model.prepare(fold=False, memory_format=torch.contiguous_format)
-            plain_energy(model, weights, x).sum().backward()
-            assert x.grad is not None, "backward() reached the images"
-            x = (x - 10.0 * x.grad).clamp(0, 1)
 
-    def torchebm_chain(model: models.EnergyNetwork, x: Tensor) -> None:
-        from torchebm.core import BaseModel
-        from torchebm.samplers import LangevinDynamics
+def torchebm_chain(model: models.EnergyNetwork, x: Tensor, steps: int) -> None:
+    """Let torchebm's LangevinDynamics sample from the network, its weights normalised once."""
+    from torchebm.core import BaseModel
+    from torchebm.samplers import LangevinDynamics
 
-        class Energy(BaseModel, nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return plain_energy(model, weights, x)
+    class Energy(BaseModel, nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return plain_energy(model, weights, x)
 
-        with torch.no_grad():
-            weights = models.detach(model.prepare(fold=False, memory_format=torch.contiguous_format))
-        sampler = LangevinDynamics(Energy(device=device), step_size=10.0, noise_scale=1e-3, clamp=(0, 1), device=device)
-        sampler.sample(x=x, n_steps=FLAGS.steps)
+    with torch.no_grad():
+        weights = models.detach(model.prepare(fold=False, memory_format=torch.contiguous_format))
+    energy = Energy(device=x.device)
+    sampler = LangevinDynamics(energy, step_size=STEP_LR, noise_scale=1e-3, clamp=(0, 1), device=x.device)
+    sampler.sample(x=x, n_steps=steps)
 
-    def our_chain(model: models.EnergyNetwork, x: Tensor, compiled: bool) -> None:
-        weights = models.spectral_norm_once(model, dtype)
-        energy = functools.partial(model.energy, weights)
-        sampling.langevin(energy, x, num_steps=FLAGS.steps, step_lr=10.0, compiled=compiled)
+
+def our_chain(model: models.EnergyNetwork, x: Tensor, steps: int, *, dtype: torch.dtype, compiled: bool) -> None:
+    energy = functools.partial(model.energy, models.spectral_norm_once(model, dtype))
+    sampling.langevin(energy, x, num_steps=steps, step_lr=STEP_LR, compiled=compiled)
+
+
+# ---- timing ----
+
+
+def in_turns(runs: dict[str, Callable[[], object]], rounds: int, on_gpu: bool) -> tuple[dict, dict]:
+    """Return by name the least seconds of all rounds, to the end of what a run queues, and a GPU's peak memory in MB.
+
+    The first round warms up and does not count.
+    """
+    best, memory = dict.fromkeys(runs, float("inf")), dict.fromkeys(runs, 0.0)
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            run()
+            if on_gpu:
+                torch.cuda.synchronize()
+                memory[name] = torch.cuda.max_memory_allocated() / 1e6
+            best[name] = min(best[name], time.perf_counter() - start) if turn else best[name]
+    return best, memory
+
+
+def measure(name: str, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Return a row of figures for each variant on one network."""
+    shape, filters = NETWORKS[name]
+    steps, batch_size, on_gpu = FLAGS.steps, FLAGS.batch_size, device.type == "cuda"
+    model = models.build_model(models.ModelConfig(name, shape, filters)).to(device)
+    x = torch.rand(batch_size, *shape, device=device)
+    with FlopCounterMode(display=False) as counter:
+        model.energy(models.detach(model.prepare(fold=False)), x.clone().requires_grad_()).sum().backward()
+    work = counter.get_total_flops() / 1e9  # a step's multiplications and additions
 
     matrix = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
-    rows = []
-    for name in NETWORKS if FLAGS.networks == ["all"] else FLAGS.networks:
-        shape, filters = NETWORKS[name]
-        model = models.build_model(models.ModelConfig(name, shape, filters)).to(device)
-        x = torch.rand(FLAGS.batch_size, *shape, device=device)
-        weights = models.detach(model.prepare(fold=False))
-        with FlopCounterMode(display=False) as counter:
-            model.energy(weights, x.clone().requires_grad_()).sum().backward()
-        work = counter.get_total_flops() / 1e9  # a step's multiplications and additions
+    chains: dict[str, Callable[..., None]] = {"plain loop": plain_chain}
+    if importlib.util.find_spec("torchebm"):
+        chains["torchebm"] = torchebm_chain
+    chains["this project"] = functools.partial(our_chain, dtype=dtype, compiled=False)
+    if FLAGS.compile:
+        chains["compiled"] = functools.partial(our_chain, dtype=dtype, compiled=True)
+    runs: dict[str, Callable[[], object]] = {v: functools.partial(run, model, x, steps) for v, run in chains.items()}
+    best, memory = in_turns(runs | {"matrix": functools.partial(torch.mm, matrix, matrix)}, FLAGS.rounds, on_gpu)
+    limit = 2 * MATRIX**3 / 1e9 / best["matrix"]
+    return [
+        {
+            "network": name,
+            "variant": variant,
+            "ms per step": 1e3 * best[variant] / steps,
+            "times plain": best["plain loop"] / best[variant],
+            "images per s": batch_size * steps / best[variant],
+            "GFLOP/s": work * steps / best[variant],
+            "of limit": work * steps / best[variant] / limit,
+            "limit GFLOP/s": limit,
+            "peak MB": memory[variant] if on_gpu else None,
+        }
+        for variant in chains
+    ]
 
-        variants: dict[str, Callable[[], object]] = {"plain loop": functools.partial(plain_chain, model, x)}
-        if importlib.util.find_spec("torchebm"):
-            variants["torchebm"] = functools.partial(torchebm_chain, model, x)
-        variants["this project"] = functools.partial(our_chain, model, x, compiled=False)
-        if FLAGS.compile:
-            variants["compiled"] = functools.partial(our_chain, model, x, compiled=True)
-        product: Callable[[], object] = functools.partial(torch.mm, matrix, matrix)
-        best, memory = dict.fromkeys([*variants, "matrix"], float("inf")), dict.fromkeys(variants, 0)
-        for turn in range(FLAGS.rounds + 1):
-            if turn == 1:
-                keep_freed_memory()  # as train.py does; it helps all variants alike
-            for variant, run in {**variants, "matrix": product}.items():
-                if on_gpu:
-                    torch.cuda.reset_peak_memory_stats()
-                elapsed = seconds(run)
-                best[variant] = min(best[variant], elapsed) if turn else best[variant]
-                if on_gpu and variant in memory:
-                    memory[variant] = torch.cuda.max_memory_allocated()
-        limit = 2 * MATRIX**3 / 1e9 / best["matrix"]
-        for variant in variants:
-            step = best[variant] / FLAGS.steps
-            row = {
-                "network": name,
-                "variant": variant,
-                "ms per step": 1e3 * step,
-                "times plain": best["plain loop"] / best[variant],
-                "images per s": FLAGS.batch_size / step,
-                "GFLOP/s": work / step,
-                "of limit": work / step / limit,
-                "limit GFLOP/s": limit,
-                "peak MB": memory[variant] / 1e6 if on_gpu else None,
-            }
+
+def main() -> None:
+    device, dtype = torch.device(FLAGS.device), sampling.set_precision(FLAGS.precision)
+    keep_freed_memory()  # as train.py does; it helps all variants alike
+    names, rows = list(NETWORKS) if FLAGS.networks == ["all"] else FLAGS.networks, []
+    for name in names:
+        if name not in NETWORKS:
+            raise UsageError(f"--networks={name} is unknown; use all, or of {', '.join(NETWORKS)}")
+        for row in measure(name, device, dtype):
             rows.append(row)
             print(
-                f"{name:14} {variant:13} {row['ms per step']:8.1f} ms  {row['times plain']:5.2f}x  "
-                f"{row['images per s']:8.1f} images/s  {row['GFLOP/s']:8.0f} GFLOP/s  "
-                f"{row['of limit']:6.1%} of {limit:.0f}" + (f"  {row['peak MB']:.0f} MB" if on_gpu else ""),
+                "{network:14} {variant:13} {ms per step:8.1f} ms  {times plain:5.2f}x  {images per s:8.1f} images/s  "
+                "{GFLOP/s:8.0f} GFLOP/s  {of limit:6.1%} of {limit GFLOP/s:.0f}".format(**row)
+                + (f"  {row['peak MB']:.0f} MB" if row["peak MB"] else ""),
                 flush=True,
             )
     if FLAGS.output:
         path = pathlib.Path(FLAGS.output)
-        hardware = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
+        hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         settings = {"torch": torch.__version__, "hardware": hardware, **cli.values()}
         path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
-        bars = {v: {r["network"]: r["of limit"] for r in rows if r["variant"] == v} for v in variants}
+        bars: dict[str, dict[str, float]] = {}
+        for row in rows:
+            bars.setdefault(row["variant"], {})[row["network"]] = row["of limit"]
         title = f"a Langevin step, batch {FLAGS.batch_size}, {hardware}"
         plot = pictures.plot_bars(
             bars, path.with_suffix(".png"), ylabel="share of the matrix-product rate", title=title

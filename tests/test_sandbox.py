@@ -475,16 +475,16 @@ COMMANDS = {
 }
 
 
-def write_cifar(root):
-    """Six images of CIFAR-10 in its own format, and four of SVHN's test set in theirs."""
+def write_cifar(root, count=6):
+    """A few images in each file of CIFAR-10, in its own format, and four of SVHN's test set in theirs."""
     from scipy.io import savemat
 
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     for name in ["test_batch", *(f"data_batch_{k}" for k in range(1, 6))]:
-        rows = np.random.default_rng(len(name)).integers(0, 256, (6, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": list(range(6))}))
+        rows = np.random.default_rng(len(name)).integers(0, 256, (count, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [k % 10 for k in range(count)]}))
     pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
     savemat(root / "test_32x32.mat", {"X": pixels, "y": np.arange(1, 5)})
 
