@@ -21,10 +21,10 @@ USUAL = 10  # healthy checks that tell what is usual
 class DivergenceGuard:
     """Watches a run without changing it: it reads figures, draws nothing and writes nothing to the state.
 
-    A non-finite figure counts at once, the others only when `patience` checks in a row find them: energies beyond
-    max_energy, or beyond 1 and max_jump times what was usual; a gap e_pos − e_neg beyond max_gap; chains stuck at the
-    bounds where the data is not; or an energy gone flat, whose values on an image and on a sample differ by less than
-    min_spread times what was usual.
+    A figure that is not finite counts at once, and so do energies beyond 1 that are max_jump times what was usual. The
+    others count when `patience` checks in a row find them: energies beyond max_energy; a gap e_pos − e_neg beyond
+    max_gap; chains stuck at the bounds where the data is not; or an energy gone flat, whose values on an image and on a
+    sample differ by less than min_spread times what was usual.
     """
 
     max_energy: float = 1e4
@@ -59,8 +59,11 @@ class DivergenceGuard:
         usual_size, usual_spread = float("inf"), 0.0
         if len(self.usual) == USUAL:
             usual_size, usual_spread = map(statistics.median, zip(*self.usual, strict=True))
-        if size > min(self.max_energy, max(1.0, self.max_jump * usual_size)):
-            found = f"energies of {values['e_pos']:.3g} (data) and {values['e_neg']:.3g} (samples)"
+        energies = f"energies of {values['e_pos']:.3g} (data) and {values['e_neg']:.3g} (samples)"
+        if size > max(1.0, self.max_jump * usual_size):
+            return f"{energies}, of {usual_size:.2g} before"
+        if size > self.max_energy:
+            found = energies
         elif abs(gap) > self.max_gap:
             found = f"a gap e_pos − e_neg of {gap:.3g}"
         elif values["saturated"] > self.max_saturated > values["saturated_data"]:

@@ -1,32 +1,54 @@
-"""Every training command in the README runs as it is written, on tiny data and with a tiny network."""
+"""Every command in the README runs as it is written: on tiny data, with tiny networks or those in cachedir/."""
 
-import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
+import checkpoint
+import models
 import test_data
 import test_imagenet
-from test_train import ENVIRONMENT, ROOT
+import test_sandbox
+from test_faults import WORKERS
+from test_train import ROOT
 
 pytestmark = pytest.mark.slow
-COMMANDS = re.findall(r"^python train\.py .*", (ROOT / "README.md").read_text(), re.MULTILINE)
-# Behind the command's own flags, so that these win; everything that makes the command what it is stays.
-SMALL = ["--max_iter=2", "--num_steps=2", "--batch_size=4", "--num_filters=8", "--num_samples=2", "--sample_steps=2"]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^(?:mpiexec -n \d+ )?python \S+\.py .*", README, re.MULTILINE)
 
-
-def write_cifar10(root):
-    """The batches of CIFAR-10, a few images each, as the archive unpacks."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for name in [f"data_batch_{k}" for k in range(1, 6)]:
-        rows = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [0, 1, 2, 9]}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+# Behind a command's own flags, so that these win; everything that makes the command what it is stays.
+TRAIN = ["--max_iter=2", "--num_steps=2", "--batch_size=4", "--num_filters=8", "--num_samples=2", "--sample_steps=2"]
+SMALL = {
+    "train.py": [*TRAIN, "--data_workers=1"],
+    "ebm_sandbox.py": ["--num_steps=1", "--limit=4", "--batch_size=4"],
+    "ebm_combine.py": ["--num_steps=1", "--limit=2", "--batch_size=2", "--break_steps=1", "--num_filters=8"],
+    "imagenet_demo.py": ["--num_steps=2", "--batch_size=2"],
+    "sample.py": ["--num_steps=1", "--num=2"],
+    "eval_inception.py": ["--num_steps=1", "--im_number=20", "--repeat_scale=1", "--real_number=100", "--nodownload"],
+    "ais.py": ["--pdist=1,2", "--limit=4", "--batch_size=2"],
+    "tf_checkpoint.py": [],
+    "scripts/slim_checkpoint.py": [],
+    "benchmarks/langevin.py": ["--networks=MnistNet", "--batch_size=1", "--steps=1", "--rounds=1", "--nocompile"],
+    "benchmarks/iteration.py": ["--num_filters=4", "--steps=1", "--batch_sizes=1", "--rounds=1"],
+    "benchmarks/loader.py": ["--workers=1", "--files=4", "--batch_size=2", "--batches=1", "--rounds=1"],
+    "benchmarks/recipes.py": ["--max_iter=1", "--test_interval=1", "--recipes=1"],
+}
+TRAINED = {  # the published checkpoints: experiment -> network, iteration, shape of the images, label size
+    "cifar10_cond": ("ResNet32", 74700, (3, 32, 32), 10),
+    "cifar10_large_model_uncond": ("ResNet32Large", 121200, (3, 32, 32), 0),
+    "cifar10_wider_model_cond": ("ResNet32Wider", 21600, (3, 32, 32), 10),
+    "imagenet128_cond": ("ResNet128", 2238000, (3, 128, 128), 1000),
+}
+PLACES = {
+    "<imagenet32x32 path>": "imagenet",
+    "<full imagenet path>": "imagenetfull",
+    "<number of pgd steps>": "1",
+    "<li bound value>": "4",
+}
 
 
 def write_imagenet(folder):
@@ -42,29 +64,65 @@ def write_imagenetfull(folder):
     (folder / "index.json").write_text('{"record_counts": {"train-00000-of-00001": 8}}')
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(tmp_path, command):
-    """Breaks when a published command is refused, or a spelling of it does not take effect."""
-    write_cifar10(tmp_path / "data")
-    test_data.write_mnist(tmp_path / "data" / "FashionMNIST" / "raw")
-    write_imagenet(tmp_path / "imagenet")
-    write_imagenetfull(tmp_path / "imagenetfull")
-    command = command.replace("<imagenet32x32 path>", "imagenet").replace("<full imagenet path>", "imagenetfull")
-    words = shlex.split(command)[2:]
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with small data in the real formats, the models of cachedir/, and tiny ones for the published."""
+    root = tmp_path_factory.mktemp("readme")
+    test_sandbox.write_cifar(root / "data", count=40)
+    for name in ("MNIST", "FashionMNIST"):
+        test_data.write_mnist(root / "data" / name / "raw", count=200)
+    write_imagenet(root / "imagenet")
+    write_imagenetfull(root / "imagenetfull")
+    shutil.copytree(ROOT / "cachedir", root / "cachedir")
+    shutil.copytree(ROOT / "tests/golden/tf_checkpoints/cifar10_cond", root / "published")
+    for exp, (network, iteration, shape, label_size) in TRAINED.items():
+        config = models.ModelConfig(network, shape, 2, label_size, swish_act=network == "ResNet128")
+        state = {"config": config.__dict__, "model": models.build_model(config).state_dict(), "iteration": iteration}
+        checkpoint.save(root / "cachedir" / exp / f"model_{iteration}.pt", state)
+    return root
+
+
+def run(place, command):
+    """Run a command of the README, made small, and return what it printed."""
+    for words, value in PLACES.items():
+        command = command.replace(words, value)
+    launcher, script, words = re.fullmatch(r"(mpiexec -n \d+ )?python (\S+)(.*)", command).groups()
+    words = shlex.split(words, comments=True) + SMALL[script]
+    if script == "ebm_combine.py":
+        words += [f"--train_flags={shlex.join(TRAIN)}"]
+    program = [*shlex.split(launcher or ""), *(["--oversubscribe"] if launcher else [])]
     result = subprocess.run(
-        [sys.executable, ROOT / "train.py", *words, *SMALL, "--data_workers=1"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300,
+        [*program, sys.executable, ROOT / script, *words],
+        cwd=place, env=WORKERS, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    exp = re.search(r"--exp=(\S+)", command)[1]
-    assert (tmp_path / "cachedir" / exp / "model_2.pt").exists()
-    settings = dict(
-        word.split("=", 1) for word in re.search(r"^settings: (.*)", result.stdout, re.MULTILINE)[1].split()
-    )
-    assert float(settings["step_lr"]) == float(re.search(r"step_lr=(\S+)", command)[1])
-    assert settings["dataset"] == re.search(r"--dataset=(\S+)", command)[1]
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "train.py" in command])
+def test_training_command(place, command):
+    """Breaks when a training command is refused, or a spelling of it does not take effect."""
+    printed = run(place, command)
+    settings = dict(word.split("=", 1) for word in re.search(r"^settings: (.*)", printed, re.MULTILINE)[1].split())
+    assert (place / "cachedir" / settings["exp"] / "model_2.pt").exists()
+    for name, value in re.findall(r"(step_lr|dataset|exp|preset)=(\S+)", command):
+        assert settings[name] == value or float(settings[name]) == float(value)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "train.py" not in command])
+def test_command(place, command):
+    """Breaks when a command is refused, hides where its files are, or lets them lie in the working directory."""
+    before = set(place.iterdir())
+    printed = run(place, command)
+    written = re.findall(r"(?:wrote|saved|samples from noise.*:) (\S+)", printed)
+    if "benchmarks/" not in command:
+        assert written and all((place / path).exists() for path in written)
+    assert set(place.iterdir()) - before <= {place / "sandbox_cachedir", place / "benchmarks"}
 
 
 def test_the_commands_are_there():
-    """Breaks when the README loses its commands, and the tests above with them."""
-    assert len(COMMANDS) >= 5
+    """Breaks when the README loses its commands, and the tests above with them, or has one of a script unknown here."""
+    scripts = {re.search(r"python (\S+)", command)[1] for command in COMMANDS}
+    assert set(SMALL) >= scripts >= {path.name for path in ROOT.glob("*.py") if "cli.run(" in path.read_text()}
+    published = (ROOT / "tests/golden/README.md").exists()
+    assert published and len(COMMANDS) >= 25
