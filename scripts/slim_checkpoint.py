@@ -2,7 +2,8 @@
 
     python scripts/slim_checkpoint.py cachedir/demo/model_500.pt model_500.pt [--ema]
 
-Without optimizer, replay buffer and generators a run can start from it, but not go on bit for bit.
+Without optimizer, replay buffer and generators a run can start from it, but not go on bit for bit. Of the flags those
+that name places on this machine are left out.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import checkpoint
+from cli import PATHS
 from errors import UsageError
 
 KEPT = ("config", "iteration", "flags", "class_names")
+PLACES = {"exp", "logdir", "datadir", *PATHS.values()}
 
 
 def main() -> None:
@@ -29,6 +32,7 @@ def main() -> None:
         state = {name: value for name, value in checkpoint.load(options.source).items() if name in KEPT}
     except UsageError as error:
         parser.exit(2, f"error: {error}\n")
+    state["flags"] = {name: value for name, value in state.get("flags", {}).items() if name not in PLACES}
     state["model"] = {name: tensor.half() for name, tensor in weights.items()}
     checkpoint.save(options.target, state)
     print(

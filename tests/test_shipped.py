@@ -1,0 +1,72 @@
+"""The models in cachedir/: small, whole, and as good as the README says; the script that writes such files."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+import combine
+import data
+import dsprites
+import models
+from sandbox import Sandbox
+from test_train import ROOT, load
+
+SHIPPED = sorted(ROOT.glob("cachedir/*_cond*/model_*.pt"))
+CONCEPTS = ("pos", "rot", "shape", "size")
+
+
+def test_they_are_small_and_hold_weights_alone():
+    """Breaks when a model is lost or too large, or carries optimizer, buffer or places of a machine."""
+    assert {path.parent.name for path in SHIPPED} >= {"digits_cond", "fashion_cond"} | {
+        f"dsprites_cond_{concept}" for concept in CONCEPTS
+    }
+    assert sum(path.stat().st_size for path in SHIPPED) < 40e6
+    for path in SHIPPED:
+        state = load(path)
+        assert state.keys() == {"config", "model", "iteration", "flags", "class_names"}
+        assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in state["model"].values())
+        assert not {"logdir", "datadir", "exp", "data_path"} & set(state["flags"])
+        assert path.name == f"model_{state['iteration']}.pt"
+
+
+def test_digits_are_told_apart():
+    """Breaks when the digits' model no longer knows its classes: 10 % of its answers would be right by chance."""
+    (path,) = ROOT.glob("cachedir/digits_cond/model_*.pt")
+    images, labels = data.load_dataset("digits", split="test").batch(
+        torch.arange(150), torch.Generator().manual_seed(0)
+    )
+    logits = Sandbox(checkpoint.load_energy(path), torch.Generator().manual_seed(0)).logits(images)
+    assert (logits.argmax(1) == labels.argmax(1)).double().mean() > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("concept", "least"), [("pos", 0.8), ("size", 0.8), ("shape", 0.5)])
+def test_sprites_show_what_was_asked_for(concept, least, tmp_path):
+    """Breaks when the model of a concept no longer samples it: 1, 42 or 33 % would be right by chance."""
+    (path,) = ROOT.glob(f"cachedir/dsprites_cond_{concept}/model_*.pt")
+    model = checkpoint.load_energy(path)
+    known = {concept: combine.Concept(model, models.spectral_norm_once(model), concept)}
+    sprites = dsprites.Sprites(dsprites.latents_of(torch.arange(dsprites.SIZE)))
+    run = combine.Run(combine.Options(limit=64), known, sprites, torch.Generator().manual_seed(0), tmp_path)
+    assert combine.conceptcombine(run)["jointly"]["right"] > least
+
+
+def test_slim_checkpoint(tmp_path):
+    """Breaks when the averaged weights are not the ones kept, more than rounding is lost, or a path gets out."""
+    config = models.ModelConfig("MnistNet", (1, 12, 12), 4, 3)
+    current, averaged = (models.build_model(config, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    state = {"config": dataclasses.asdict(config), "model": current.state_dict(), "ema": averaged.state_dict()}
+    state |= {"iteration": 7, "optimizer": {}, "class_names": ["a", "b", "c"]}
+    checkpoint.save(tmp_path / "run" / "model_7.pt", state | {"flags": {"lr": 0.01, "datadir": "somewhere"}})
+    command = [sys.executable, ROOT / "scripts/slim_checkpoint.py", "run/model_7.pt", "slim/model_7.pt"]
+    subprocess.run([*command, "--ema"], cwd=tmp_path, check=True)
+    assert load(tmp_path / "slim/model_7.pt")["flags"] == {"lr": 0.01}
+    images, labels = torch.rand(5, 1, 12, 12), torch.eye(3)[torch.arange(5) % 3]
+    energies = checkpoint.load_energy(tmp_path / "slim/model_7")(images, labels)
+    torch.testing.assert_close(energies, averaged.eval()(images, labels), rtol=1e-2, atol=1e-3)
+    missing = subprocess.run([*command[:2], "nothing.pt", "x.pt"], cwd=tmp_path, capture_output=True, text=True)
+    assert missing.returncode == 2 and missing.stderr.startswith("error: nothing.pt")
