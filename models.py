@@ -479,12 +479,17 @@ def build_model(config: ModelConfig, generator: torch.Generator | None = None) -
     return model
 
 
-def detach(weights: Weights, dtype: torch.dtype | None = None) -> Weights:
-    """Return prepared weights without their history: what a chain needs that takes gradients to images only.
+def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
+    """Return prepared weights of another type (None: as they are), which the network then computes in.
 
-    With half-precision weights the network computes in half precision; images and energies stay float32.
+    Images and energies stay float32, and so do the parameters that the weights are differentiable in.
     """
-    return {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in weights.items()}
+    return {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items()}
+
+
+def detach(weights: Weights, dtype: torch.dtype | None = None) -> Weights:
+    """Return prepared weights without their history: what a chain needs that takes gradients to images only."""
+    return cast({name: tensor.detach() for name, tensor in weights.items()}, dtype)
 
 
 def spectral_norm_once(model: EnergyNetwork, dtype: torch.dtype | None = None) -> Weights:

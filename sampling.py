@@ -27,12 +27,14 @@ PRECISIONS = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+# Of the energies whose gradients go to the weights: those would underflow in fp16, whose smallest number is 6e-8.
+LOSS_PRECISIONS = PRECISIONS | {"fp16": torch.float32}
 
 
 def set_precision(name: str) -> torch.dtype:
     """Set whether GPUs may round float32 factors to TF32 (for the whole process); return the type of a chain's weights.
 
-    Images, noise and updates are float32 in any case; "fp16" and "bf16" compute the energy in 16 bits.
+    Images, noise and updates are float32 in any case; "fp16" and "bf16" compute energies in 16 bits.
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
     return PRECISIONS[name]

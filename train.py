@@ -91,7 +91,11 @@ with cli.group("Sampling"):
     flags.DEFINE_enum("proj_norm_type", "li", ["li", "l2"], "clip elementwise (li), or the whole batch's norm (l2)")
     flags.DEFINE_bool("replay_batch", False, "start 95 % of the chains from a buffer of 10,000 earlier end points")
     flags.DEFINE_enum(
-        "precision", "float32", ["float32", "tf32", "fp16", "bf16"], "of the energy in the chains; images stay float32"
+        "precision",
+        "float32",
+        ["float32", "tf32", "fp16", "bf16"],
+        "of the energies and their gradients (fp16: in chains only); images and parameters stay float32. bf16 pays on "
+        "GPUs, and on CPUs with AMX",
     )
     flags.DEFINE_bool("compile", None, "compile the Langevin step, seconds once; default on GPUs, not with the KL term")
     flags.DEFINE_bool("pcd", False, "start all chains from the previous end points")

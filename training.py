@@ -14,7 +14,7 @@ import data
 import models
 from imagenet import StreamedImages
 from optimizer import ClippedAdam
-from sampling import PRECISIONS, hmc, input_gradient, langevin
+from sampling import LOSS_PRECISIONS, PRECISIONS, hmc, input_gradient, langevin
 from utils import ReplayBuffer
 
 OBJECTIVES = ("cd", "logsumexp", "softplus")
@@ -167,6 +167,7 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     # The weights are normalised once: the chain, the loss and the update all see the same ones.
     weights = state.model.prepare(update_u=not options.spec_eval)
     frozen = models.detach(weights, PRECISIONS[options.precision])
+    learned = models.cast(weights, LOSS_PRECISIONS[options.precision])
 
     # Negatives: chains from noise or from the replay buffer, down the energy. With the KL term the gradient flows
     # back through the whole chain into the weights that made it.
@@ -182,8 +183,8 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     positive_labels, label_entropy = labels, None
     if options.model_cclass:
         positive_labels, label_entropy = infer_labels(state.model, frozen, images, state.generator)
-    e_pos = options.temperature * state.model.energy(weights, images, positive_labels)
-    e_neg = energy_with(weights)(samples.detach())
+    e_pos = options.temperature * state.model.energy(learned, images, positive_labels)
+    e_neg = energy_with(learned)(samples.detach())
     loss_ml, regulariser = contrastive_loss(
         e_pos, e_neg, objective=options.objective, ml_coeff=options.ml_coeff, l2_coeff=options.l2_coeff
     )

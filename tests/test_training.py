@@ -129,6 +129,21 @@ def test_step(settings):
     assert ("label_ent" in figures) == options.model_cclass
 
 
+def test_precision_of_the_loss():
+    """Breaks when bf16 stays out of the loss, or loses its gradients; when fp16, where they underflow, gets in."""
+    images = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1))
+    gradients = {}
+    for precision in ("float32", "bf16", "fp16"):
+        state = make_state()
+        options = Options(num_steps=0, batch_size=8, zero_kl=True, precision=precision)
+        step = training.train_step(state, options, images, torch.eye(3)[torch.arange(8) % 3], lambda: None)
+        assert step.e_pos.dtype == torch.float32
+        gradients[precision] = torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()])
+    assert torch.equal(gradients["fp16"], gradients["float32"])
+    error = (gradients["bf16"] - gradients["float32"]).norm() / gradients["float32"].norm()
+    assert 1e-4 < error < 0.1
+
+
 def test_kl_term_reaches_the_weights_through_the_chain():
     """Breaks when the KL gradient is cut: with the other terms weighted 0, all that is left flows through the chain."""
     state = make_state()
