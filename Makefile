@@ -1,8 +1,12 @@
-# make demo: train on the digits of scikit-learn and show samples.   make test: all tests.   Both set up .venv first.
+# make concepts: combine the shipped concept models.   make demo: train on the digits of scikit-learn, show samples.
+# make test: all tests.   All of them set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint horovod clean
+.PHONY: concepts demo test lint horovod clean
+
+concepts: .venv/installed
+	$(BIN)/python ebm_combine.py --task=conceptcombine --limit=64
 
 demo: .venv/installed
 	$(BIN)/python train.py --preset=digits_cpu --save_interval=250 --test_interval=250 --quality --num_samples=200 \

@@ -57,6 +57,7 @@ class Options:
     joint_shape: bool = False
     joint_rot: bool = False
     break_steps: int = 300
+    lr: float = 1e-3
     frac: float = 0.0
     plot_curve: bool = False
     num_filters: int = 64

@@ -86,6 +86,7 @@ with cli.group("Training"):
     flags.DEFINE_bool("joint_shape", False, "gentest, genbaseline: position with shape, not with size")
     flags.DEFINE_bool("joint_rot", False, "gentest, genbaseline: position with rotation, not with size")
     flags.DEFINE_integer("break_steps", 300, "gentest, genbaseline: training iterations", lower_bound=1)
+    flags.DEFINE_float("lr", 1e-3, "gentest: learning rate of the energy models", lower_bound=0)
     flags.DEFINE_float("frac", 0.0, "genbaseline: share of the unseen combinations that is trained on", 0, 1)
     flags.DEFINE_bool("plot_curve", False, "genbaseline over --frac from 0 to 1")
 

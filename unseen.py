@@ -32,7 +32,7 @@ from optimizer import ClippedAdam
 from sampling import langevin
 from utils import Progress, ReplayBuffer
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1e-3  # of the generator
 REPLAY_RATE = 0.05  # of the chains start from earlier end points
 FRACTIONS = tuple(k / 10 for k in range(11))  # of the unseen combinations that --plot_curve trains on
 
@@ -114,7 +114,7 @@ def train_product(run: Run, product: Product, seen: Tensor, other: str) -> None:
     options = training.Options(num_steps=run.options.num_steps, step_lr=run.options.step_lr, pcd=True)
     state = training.State(
         model=product,
-        optimizer=ClippedAdam(product.parameters(), lr=LEARNING_RATE),
+        optimizer=ClippedAdam(product.parameters(), lr=run.options.lr),
         buffer=ReplayBuffer(training.REPLAY_SIZE, product.config.image_shape, run.generator.device),
         batches=data.Batches(len(seen), run.options.batch_size, run.options.seed, device=run.generator.device),
         generator=run.generator,

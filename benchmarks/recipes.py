@@ -31,6 +31,7 @@ RECIPES = {
     "lr 1e-2, EMA 0.99": "--lr=1e-2 --ema_decay=0.99",
     "lr 1e-2, swish": "--lr=1e-2 --swish_act",
     "lr 1e-2, 40 steps": "--lr=1e-2 --num_steps=40",
+    "lr 1e-2, bf16": "--lr=1e-2 --precision=bf16",
 }
 
 with cli.group("Benchmark"):
