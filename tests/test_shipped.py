@@ -44,9 +44,9 @@ def test_digits_are_told_apart():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("concept", "least"), [("pos", 0.8), ("size", 0.8), ("shape", 0.5)])
+@pytest.mark.parametrize(("concept", "least"), [("pos", 0.9), ("size", 0.7), ("shape", 0.75), ("rot", 0.3)])
 def test_sprites_show_what_was_asked_for(concept, least, tmp_path):
-    """Breaks when the model of a concept no longer samples it: 1, 42 or 33 % would be right by chance."""
+    """Breaks when the model of a concept no longer samples it: 1, 42, 33 or 15 % would be right by chance."""
     (path,) = ROOT.glob(f"cachedir/dsprites_cond_{concept}/model_*.pt")
     model = checkpoint.load_energy(path)
     known = {concept: combine.Concept(model, models.spectral_norm_once(model), concept)}
