@@ -179,6 +179,7 @@ def main() -> None:
         path = pathlib.Path(FLAGS.output)
         hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         settings = {"torch": torch.__version__, "hardware": hardware, **cli.values()}
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
         bars: dict[str, dict[str, float]] = {}
         for row in rows:

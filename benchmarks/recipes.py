@@ -70,6 +70,7 @@ def main() -> None:
         print(f"{name}: {distances[-1]:.2f} after {iterations[-1]} iterations, {rows[-1]['minutes']:.1f} minutes")
     if FLAGS.output:
         path = pathlib.Path(FLAGS.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"settings": cli.values(), "rows": rows}, indent=2) + "\n")
         panels = {"classifier Fréchet distance": curves}
         plot = pictures.plot_lines(panels, path.with_suffix(".png"), xlabel="iteration", title=FLAGS.preset, log=True)

@@ -25,10 +25,11 @@ COMMANDS = re.findall(r"^(?:mpiexec -n \d+ )?python \S+\.py .*", README, re.MULT
 
 # Behind a command's own flags, so that these win; everything that makes the command what it is stays.
 TRAIN = ["--max_iter=2", "--num_steps=2", "--batch_size=4", "--num_filters=8", "--num_samples=2", "--sample_steps=2"]
+TRAIN += ["--logdir=trained"]  # beside the models that other commands find in cachedir
 SMALL = {
     "train.py": [*TRAIN, "--data_workers=1"],
     "ebm_sandbox.py": ["--num_steps=1", "--limit=4", "--batch_size=4"],
-    "ebm_combine.py": ["--num_steps=1", "--limit=2", "--batch_size=2", "--break_steps=1", "--num_filters=8"],
+    "ebm_combine.py": ["--num_steps=1", "--limit=2", "--batch_size=2", "--break_steps=1"],
     "imagenet_demo.py": ["--num_steps=2", "--batch_size=2"],
     "sample.py": ["--num_steps=1", "--num=2"],
     "eval_inception.py": ["--num_steps=1", "--im_number=20", "--repeat_scale=1", "--real_number=100", "--nodownload"],
@@ -41,7 +42,6 @@ SMALL = {
     "benchmarks/recipes.py": ["--max_iter=1", "--test_interval=1", "--recipes=1"],
 }
 TRAINED = {  # the published checkpoints: experiment -> network, iteration, shape of the images, label size
-    "cifar10_cond": ("ResNet32", 74700, (3, 32, 32), 10),
     "cifar10_large_model_uncond": ("ResNet32Large", 121200, (3, 32, 32), 0),
     "cifar10_wider_model_cond": ("ResNet32Wider", 21600, (3, 32, 32), 10),
     "imagenet128_cond": ("ResNet128", 2238000, (3, 128, 128), 1000),
@@ -77,7 +77,7 @@ def place(tmp_path_factory):
     write_imagenet(root / "imagenet")
     write_imagenetfull(root / "imagenetfull")
     shutil.copytree(ROOT / "cachedir", root / "cachedir")
-    shutil.copytree(ROOT / "tests/golden/tf_checkpoints/cifar10_cond", root / "published")
+    shutil.copytree(ROOT / "tests/golden/tf_checkpoints/cifar10_cond", root / "cachedir" / "cifar10_cond")
     for exp, (network, iteration, shape, label_size) in TRAINED.items():
         config = models.ModelConfig(network, shape, 2, label_size, swish_act=network == "ResNet128")
         state = {"config": config.__dict__, "model": models.build_model(config).state_dict(), "iteration": iteration}
@@ -107,7 +107,7 @@ def test_training_command(place, command):
     """Breaks when a training command is refused, or a spelling of it does not take effect."""
     printed = run(place, command)
     settings = dict(word.split("=", 1) for word in re.search(r"^settings: (.*)", printed, re.MULTILINE)[1].split())
-    assert (place / "cachedir" / settings["exp"] / "model_2.pt").exists()
+    assert (place / "trained" / settings["exp"] / "model_2.pt").exists()
     for name, value in re.findall(r"(step_lr|dataset|exp|preset)=(\S+)", command):
         assert settings[name] == value or float(settings[name]) == float(value)
 
@@ -117,10 +117,10 @@ def test_command(place, command):
     """Breaks when a command is refused, hides where its files are, or lets them lie in the working directory."""
     before = set(place.iterdir())
     printed = run(place, command)
-    written = re.findall(r"(?:wrote|saved|samples from noise.*:) (\S+)", printed)
+    written = re.findall(r"(?:wrote|saved|frames:|samples from noise.*:) (\S+)", printed)
     if "benchmarks/" not in command:
         assert written and all((place / path).exists() for path in written)
-    assert set(place.iterdir()) - before <= {place / "sandbox_cachedir", place / "benchmarks"}
+    assert set(place.iterdir()) - before <= {place / name for name in ("sandbox_cachedir", "benchmarks", "trained")}
 
 
 def test_snippets(tmp_path):
