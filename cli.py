@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import os
+import pathlib
 import shlex
 import signal
 import sys
@@ -67,6 +69,17 @@ def help_text(usage: str) -> str:
 def values() -> dict[str, object]:
     """Return the values of all flags of the script, plain and in order."""
     return {name: FLAGS[name].value for names in _groups.values() for name in names}
+
+
+def write_rows(output: str, rows: list[dict[str, Any]], **settings: object) -> pathlib.Path:
+    """Write a benchmark's rows to a JSON file, with these settings and all flags; return its path."""
+    path = pathlib.Path(output)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"settings": settings | values(), "rows": rows}, indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(f"--output={output}: cannot be written ({error.strerror}); choose another file") from None
+    return path
 
 
 def table(figures: Mapping[str, Any], published: Mapping[str, str] | None = None) -> str:

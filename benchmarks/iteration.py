@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import multiprocessing
 import os
 import pathlib
@@ -106,9 +105,7 @@ def main() -> None:
             "{steps:4} steps  batch {batch:3}  {what:10} {ms:9.1f} ms  peak {peak MB:7.1f} MB".format(**row), flush=True
         )
     if FLAGS.output:
-        settings = {"cores": len(os.sched_getaffinity(0)), **cli.values()}
-        pathlib.Path(FLAGS.output).write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
-        print(f"wrote {FLAGS.output}")
+        print(f"wrote {cli.write_rows(FLAGS.output, rows, cores=len(os.sched_getaffinity(0)))}")
 
 
 if __name__ == "__main__":

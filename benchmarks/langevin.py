@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import pathlib
 import sys
 import time
@@ -176,11 +175,8 @@ def main() -> None:
                 flush=True,
             )
     if FLAGS.output:
-        path = pathlib.Path(FLAGS.output)
         hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        settings = {"torch": torch.__version__, "hardware": hardware, **cli.values()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+        path = cli.write_rows(FLAGS.output, rows, torch=torch.__version__, hardware=hardware)
         bars: dict[str, dict[str, float]] = {}
         for row in rows:
             bars.setdefault(row["variant"], {})[row["network"]] = row["of limit"]

@@ -9,7 +9,6 @@ run; the best of --rounds counts. A training run needs batch size times iteratio
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 import tempfile
@@ -113,9 +112,8 @@ def main() -> None:
                 rows.append(row)
                 print(f"{variant:13} {workers:3} workers {rate:7.0f} images/s {rate / workers:7.0f} each", flush=True)
     if FLAGS.output:
-        settings = {"torch": torch.__version__, "kilobytes": kilobytes, "processor ms": processor, **cli.values()}
-        pathlib.Path(FLAGS.output).write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
-        print(f"wrote {FLAGS.output}")
+        measured = {"torch": torch.__version__, "kilobytes": kilobytes, "processor ms": processor}
+        print(f"wrote {cli.write_rows(FLAGS.output, rows, **measured)}")
 
 
 if __name__ == "__main__":

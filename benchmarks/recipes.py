@@ -8,7 +8,6 @@ settings, but for the first, which is the preset with the published learning rat
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shlex
 import subprocess
@@ -69,9 +68,7 @@ def main() -> None:
         rows[-1] |= {"iterations": iterations, "distances": distances}
         print(f"{name}: {distances[-1]:.2f} after {iterations[-1]} iterations, {rows[-1]['minutes']:.1f} minutes")
     if FLAGS.output:
-        path = pathlib.Path(FLAGS.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"settings": cli.values(), "rows": rows}, indent=2) + "\n")
+        path = cli.write_rows(FLAGS.output, rows)
         panels = {"classifier Fréchet distance": curves}
         plot = pictures.plot_lines(panels, path.with_suffix(".png"), xlabel="iteration", title=FLAGS.preset, log=True)
         print(f"wrote {path} and {plot}")
