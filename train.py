@@ -84,6 +84,7 @@ with cli.group("dSprites"):
 
 with cli.group("Sampling"):
     flags.DEFINE_enum("datasource", "random", ["random", "default"], "chains start from noise, or from noised data")
+    flags.DEFINE_integer("num_chains", None, "chains per iteration; default one per image of the batch", lower_bound=1)
     flags.DEFINE_integer("num_steps", 20, "Langevin steps per iteration", lower_bound=0)
     flags.DEFINE_float("step_lr", 1.0, "step size of the gradient in a Langevin step", lower_bound=0)
     flags.DEFINE_float("noise_scale", 1.0, "noise of a Langevin step, in units of 0.005", lower_bound=0)
@@ -106,6 +107,12 @@ with cli.group("Loss"):
     flags.DEFINE_bool("zero_kl", False, "leave out the KL term, whose gradient flows through the whole chain")
     flags.DEFINE_float("ml_coeff", 1.0, "weight of the likelihood term")
     flags.DEFINE_float("l2_coeff", 1.0, "weight of the squared energies", lower_bound=0)
+    flags.DEFINE_float(
+        "mismatch",
+        0.0,
+        "weight of a second contrast, of images with their own labels to the whole batch with others'",
+        0,
+    )
     flags.DEFINE_float("temperature", 1.0, "factor of the energy in chains and loss", lower_bound=0)
     flags.DEFINE_float("lr", 3e-4, "learning rate of Adam", lower_bound=0)
     flags.DEFINE_float("ema_decay", 0.0, "keep a moving average of the weights, and sample with it; 0: none", 0, 1)
@@ -149,6 +156,12 @@ def check_flags() -> None:
             raise UsageError(f"--{given[0]} is for --dataset=dsprites, not {FLAGS.dataset}")
     if conditions and not FLAGS.cclass:
         raise UsageError(f"--{conditions[0]} conditions the network only with --cclass; add it")
+    if (FLAGS.num_chains or 0) > FLAGS.batch_size:
+        raise UsageError(
+            f"--num_chains={FLAGS.num_chains} is more than the images of a --batch_size={FLAGS.batch_size}"
+        )
+    if FLAGS.mismatch and not FLAGS.cclass:
+        raise UsageError("--mismatch contrasts labels, and without --cclass there are none; add it")
     sizes = [name for name in SIZES if FLAGS[name].value]
     if len(sizes) > 1:
         raise UsageError(f"--{sizes[0]} and --{sizes[1]} exclude each other")

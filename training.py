@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class Options:
     cutout_mask_size: int = 16
     rescale: float = 1.0
     datasource: str = "random"
+    num_chains: int | None = None
     num_steps: int = 20
     step_lr: float = 1.0
     noise_scale: float = 1.0
@@ -48,6 +50,7 @@ class Options:
     zero_kl: bool = False
     ml_coeff: float = 1.0
     l2_coeff: float = 1.0
+    mismatch: float = 0.0
     temperature: float = 1.0
     model_cclass: bool = False
     spec_eval: bool = False
@@ -143,7 +146,7 @@ class State:
 
 
 class Step(NamedTuple):
-    """What one iteration saw, on the device: nothing here was read back."""
+    """What one iteration saw of the images with a chain, N of the batch, on the device: nothing here was read back."""
 
     images: Tensor  # x⁺ (N, C, H, W)
     start: Tensor  # x⁰
@@ -152,15 +155,16 @@ class Step(NamedTuple):
     frozen: models.Weights
     e_pos: Tensor  # (N,)
     e_neg: Tensor  # (N,)
+    e_wrong: Tensor | None  # (batch_size,), of images under the labels of others
     loss_ml: Tensor
     loss_kl: Tensor
     loss: Tensor
     label_entropy: Tensor | None
-    acceptance: Tensor | None = None  # share of the HMC moves that were accepted
+    acceptance: Tensor | None  # share of the HMC moves that were accepted
 
 
 def train_step(state: State, options: Options, images: Tensor, labels: Tensor | None, average: Callable) -> Step:
-    """Make one training iteration on images (N, C, H, W) and labels (N, label_size) or None.
+    """Make one training iteration on images (batch_size, C, H, W) and labels (batch_size, label_size) or None.
 
     average() makes the gradients of all workers their mean.
     """
@@ -171,10 +175,13 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
 
     # Negatives: chains from noise or from the replay buffer, down the energy. With the KL term the gradient flows
     # back through the whole chain into the weights that made it.
-    def energy_with(chain_weights: models.Weights) -> Callable[[Tensor], Tensor]:
-        return lambda x: options.temperature * state.model.energy(chain_weights, x, labels)
+    chains = slice(options.num_chains)
+    chain_labels = None if labels is None else labels[chains]
 
-    start = chain_start(state, options, images)
+    def energy_with(chain_weights: models.Weights) -> Callable[[Tensor], Tensor]:
+        return lambda x: options.temperature * state.model.energy(chain_weights, x, chain_labels)
+
+    start = chain_start(state, options, images[chains])
     chain_energy = energy_with(frozen if options.zero_kl else weights)
     samples, acceptance = run_chain(chain_energy, start, options, state.generator)
     remember(state, options, samples.detach())
@@ -183,13 +190,18 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     positive_labels, label_entropy = labels, None
     if options.model_cclass:
         positive_labels, label_entropy = infer_labels(state.model, frozen, images, state.generator)
-    e_pos = options.temperature * state.model.energy(learned, images, positive_labels)
-    e_neg = energy_with(learned)(samples.detach())
-    loss_ml, regulariser = contrastive_loss(
-        e_pos, e_neg, objective=options.objective, ml_coeff=options.ml_coeff, l2_coeff=options.l2_coeff
+    e_data = options.temperature * state.model.energy(learned, images, positive_labels)
+    e_pos, e_neg = e_data[chains], energy_with(learned)(samples.detach())
+    contrast = functools.partial(
+        contrastive_loss, objective=options.objective, ml_coeff=options.ml_coeff, l2_coeff=options.l2_coeff
     )
-    loss_kl = loss_ml.new_zeros(()) if options.zero_kl else state.model.energy(frozen, samples, labels).mean()
+    loss_ml, regulariser = contrast(e_pos, e_neg)
+    loss_kl = loss_ml.new_zeros(()) if options.zero_kl else state.model.energy(frozen, samples, chain_labels).mean()
     loss = loss_ml + regulariser + loss_kl
+    e_wrong = None
+    if options.mismatch:  # images under the labels of others are negatives, too (Reed et al. 2016, section 4.1)
+        e_wrong = options.temperature * state.model.energy(learned, images.roll(1, 0), labels)
+        loss = loss + options.mismatch * sum(contrast(e_data, e_wrong))
 
     # Update
     state.optimizer.zero_grad()
@@ -198,9 +210,21 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     state.optimizer.step()
     state.iteration += 1
     state.update_ema(options.ema_decay)
-    detached = (t.detach() for t in (samples, e_pos, e_neg, loss_ml, loss_kl, loss))
-    samples, e_pos, e_neg, loss_ml, loss_kl, loss = detached
-    return Step(images, start, samples, labels, frozen, e_pos, e_neg, loss_ml, loss_kl, loss, label_entropy, acceptance)
+    return Step(
+        images=images[chains],
+        start=start,
+        samples=samples.detach(),
+        labels=chain_labels,
+        frozen=frozen,
+        e_pos=e_pos.detach(),
+        e_neg=e_neg.detach(),
+        e_wrong=None if e_wrong is None else e_wrong.detach(),
+        loss_ml=loss_ml.detach(),
+        loss_kl=loss_kl.detach(),
+        loss=loss.detach(),
+        label_entropy=label_entropy,
+        acceptance=acceptance,
+    )
 
 
 def contrastive_loss(
@@ -349,6 +373,8 @@ def statistics(state: State, options: Options, step: Step) -> dict[str, float]:
         "x_off": (step.samples - step.images).abs().mean(),
         "x_moved": (step.samples - step.start).abs().mean(),
     }
+    if step.e_wrong is not None:
+        figures["e_wrong"] = step.e_wrong.mean()
     if step.label_entropy is not None:
         figures["label_ent"] = step.label_entropy
     if step.acceptance is not None:

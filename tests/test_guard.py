@@ -13,9 +13,9 @@ from training import Step
 def make_step(e_pos=0.1, e_neg=-0.1, samples=None, images=None):
     some = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(0))
     zero = torch.zeros(())
-    energies = torch.full((4,), float(e_pos)), torch.full((4,), float(e_neg))
+    e_pos, e_neg = torch.full((4,), float(e_pos)), torch.full((4,), float(e_neg))
     samples, images = some if samples is None else samples, some if images is None else images
-    return Step(images, some, samples, None, {}, *energies, zero, zero, energies[0].mean(), None)
+    return Step(images, some, samples, None, {}, e_pos, e_neg, None, zero, zero, e_pos.mean(), None, None)
 
 
 BOUNDS = (0.0, 1.0)

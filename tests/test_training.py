@@ -1,5 +1,6 @@
 """Objectives in closed form, the replay buffer, where chains start, and one training step of every kind."""
 
+import dataclasses
 import math
 
 import pytest
@@ -127,6 +128,30 @@ def test_step(settings):
     figures = training.statistics(state, options, step)
     assert figures["e_diff"] == pytest.approx(figures["e_pos"] - figures["e_neg"], abs=1e-5)
     assert ("label_ent" in figures) == options.model_cclass
+
+
+def test_mismatched_labels():
+    """Breaks when --mismatch weighs, pairs or regularises otherwise, when its energies stay out of the gradient, or
+    when --num_chains runs, stores or reports another number of chains.
+    """
+    images = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1))
+    labels = torch.eye(3)[torch.arange(8) % 3]
+    chains_only, state = make_state(), make_state()
+    options = Options(num_steps=0, batch_size=8, zero_kl=True, num_chains=4, l2_coeff=0.5, replay_batch=True)
+    weights = models.detach(state.model.prepare())
+    e_data = state.model.energy(weights, images, labels)
+    e_wrong = state.model.energy(weights, images[[7, 0, 1, 2, 3, 4, 5, 6]], labels)
+    second = (e_data - e_wrong).mean() + 0.5 * (e_data.square() + e_wrong.square()).mean()
+
+    first = training.train_step(chains_only, options, images, labels, lambda: None)
+    step = training.train_step(state, dataclasses.replace(options, mismatch=3.0), images, labels, lambda: None)
+    assert step.loss.item() == pytest.approx(first.loss.item() + 3 * second.item(), rel=1e-5)
+    assert step.loss_ml.item() == pytest.approx(first.loss_ml.item(), rel=1e-5)  # the figure stays the reference's
+    assert torch.allclose(step.e_wrong, e_wrong, atol=1e-6) and torch.allclose(step.e_pos, e_data[:4], atol=1e-6)
+    assert len(step.samples) == len(step.images) == len(step.labels) == len(state.buffer) == 4
+    assert training.statistics(state, options, step)["e_wrong"] == pytest.approx(e_wrong.mean().item(), rel=1e-4)
+    gradients = [model.stages["fc5"].weight.grad for model in (chains_only.model, state.model)]
+    assert not torch.allclose(*gradients)
 
 
 def test_precision_of_the_loss():
