@@ -53,6 +53,8 @@ class Options:
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     num_steps: int = 20
     step_lr: float = 500.0
+    first_noise: float = 0.0
+    restarts: int = 1
     train: bool = False
     joint_shape: bool = False
     joint_rot: bool = False
@@ -214,21 +216,33 @@ class Run:
         return lambda x: expression.energy({name: self.concepts[name].energy(x, y) for name, y in labels.items()})
 
     def generate(self, expressions: Sequence[Expression], targets: Tensor, progress: Progress) -> Tensor:
-        """Return images (N, C, H, W) under latents (count, N, 5), by chains from noise that visit the expressions."""
-        config = next(iter(self.concepts.values())).model.config
+        """Return images (N, C, H, W) under latents (count, N, 5), by chains from noise that visit the expressions.
+
+        Of each image's chains, `restarts` of them, that with the lowest energy is taken, the sum over the expressions.
+        """
         images = []
         for part in targets.split(self.options.batch_size, 1):
-            noise = noise_images((part.shape[1], *config.image_shape), self.generator, network=config.network)
-            chain = composition.chain(
-                [self.energy(expression, part) for expression in expressions],
-                noise,
-                num_steps=self.options.num_steps,
-                step_lr=self.options.step_lr,
-                generator=self.generator,
-                progress=progress,
-            )
-            images.append(finite(chain))
+            energies = [self.energy(expression, part) for expression in expressions]
+            chains = torch.stack([self.chain(energies, part.shape[1], progress) for _ in range(self.options.restarts)])
+            with torch.no_grad():
+                totals = torch.stack([torch.stack([energy(chain) for energy in energies]).sum(0) for chain in chains])
+            images.append(chains[totals.argmin(0), torch.arange(part.shape[1], device=chains.device)])
         return torch.cat(images)
+
+    def chain(self, energies: Sequence[Energy], number: int, progress: Progress) -> Tensor:
+        """Return where chains from noise end that visit the energies in turn: this many images (N, C, H, W)."""
+        config = next(iter(self.concepts.values())).model.config
+        noise = noise_images((number, *config.image_shape), self.generator, network=config.network)
+        end = composition.chain(
+            energies,
+            noise,
+            num_steps=self.options.num_steps,
+            step_lr=self.options.step_lr,
+            first_noise_std=self.options.first_noise,
+            generator=self.generator,
+            progress=progress,
+        )
+        return finite(end)
 
 
 def finite(x: Tensor) -> Tensor:
@@ -262,7 +276,8 @@ def conceptcombine(run: Run) -> Figures:
     targets = run.sprites.latents[index]  # (count, N, 5)
 
     parts = -(-number // run.options.batch_size)
-    progress = Progress(run.options.num_steps * parts * len(plans), what="rounds of the chains")
+    rounds = run.options.num_steps * run.options.restarts * parts * len(plans)
+    progress = Progress(rounds, what="rounds of the chains")
     samples = {title: run.generate(plan, targets, progress) for title, plan in plans.items()}
     generated = next(iter(samples.values()))
     aims = [run.images(aim[:ROWS]) for aim in index]

@@ -79,6 +79,13 @@ with cli.group("Concepts"):
 with cli.group("Sampling"):
     flags.DEFINE_integer("num_steps", 20, "rounds of Langevin dynamics, or steps on a label", lower_bound=0)
     flags.DEFINE_float("step_lr", 500.0, "step size of the gradient", lower_bound=0)
+    flags.DEFINE_float(
+        "first_noise",
+        0.0,
+        "conceptcombine: noise of the first rounds, from where it falls to 0.005; 0: that throughout",
+        0,
+    )
+    flags.DEFINE_integer("restarts", 1, "conceptcombine: chains per image, of which the lowest energy is kept", 1)
 
 with cli.group("Training"):
     flags.DEFINE_string("train_flags", "--max_iter=10000", "for train.py, behind the published flags of task train")

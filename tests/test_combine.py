@@ -24,7 +24,7 @@ from combine import Concept, Options, Run
 from composition import parse
 from errors import UsageError
 from optimizer import ClippedAdam
-from utils import ReplayBuffer
+from utils import Progress, ReplayBuffer
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = {"size": 1, "shape": 3, "pos": 2, "rot": 2}
@@ -286,6 +286,38 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
     assert {path.name for path in run.files} == {"im_condscale_condshape_condpos_condrot.png", "accuracy.png"}
     assert all(path.stat().st_size for path in run.files)
     json.dumps(figures, allow_nan=False)
+
+
+def test_noise_falls_from_the_first_rounds_to_the_last():
+    """Breaks when annealed noise starts at another size, does not fall in a line, or ends below the usual one."""
+    seen = []
+
+    def flat(x):
+        seen.append(x)
+        return 0 * x.flatten(1).sum(1)
+
+    x = torch.full((4, 1, 64, 64), 0.5)
+    noise = {"noise_std": 0.005, "first_noise_std": 0.04}
+    end = composition.chain([flat], x, num_steps=10, step_lr=1.0, generator=generator(), **noise)
+    stds = [(new - old).std().item() for old, new in zip(seen, [*seen[1:], end], strict=True)]
+    assert stds == pytest.approx([0.04, 0.035, 0.03, 0.025, 0.02, 0.015, 0.01, 0.005, 0.005, 0.005], rel=0.03)
+
+
+def test_restarts_keep_the_lowest_energy(small_grid, tmp_path):
+    """Breaks when the chain that is kept is not that with the lowest sum of energies, or is another image's.
+
+    Without steps the chains are the noise they start from: drawn once more by hand, the choice is known.
+    """
+    run = run_on(drawn_to(small_grid), small_grid, tmp_path, limit=5, num_steps=0, restarts=4)
+    plan = [composition.parse("size"), composition.parse("pos")]
+    targets = small_grid.latents[run.targets(1, 5)]
+    images = run.generate(plan, targets, Progress(1, what="rounds", quiet=True))
+    again = generator()
+    starts = [training.noise_images((5, 1, 64, 64), again, network="DspritesNet") for _ in range(4)]
+    totals = torch.stack([run.energy(composition.parse("size & pos"), targets)(start) for start in starts])
+    assert len(totals.argmin(0).unique()) > 1
+    for place, best in enumerate(totals.argmin(0)):
+        assert torch.equal(images[place], starts[best][place])
 
 
 def test_expression_with_two_targets(small_grid, tmp_path):
