@@ -199,7 +199,7 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     loss_kl = loss_ml.new_zeros(()) if options.zero_kl else state.model.energy(frozen, samples, chain_labels).mean()
     loss = loss_ml + regulariser + loss_kl
     e_wrong = None
-    if options.mismatch:  # images under the labels of others are negatives, too (Reed et al. 2016, section 4.1)
+    if options.mismatch:  # images under the labels of others are negatives, too (Reed et al. 2016, section 4.2)
         e_wrong = options.temperature * state.model.energy(learned, images.roll(1, 0), labels)
         loss = loss + options.mismatch * sum(contrast(e_data, e_wrong))
 

@@ -44,14 +44,15 @@ def test_digits_are_told_apart():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("concept", "least"), [("pos", 0.9), ("size", 0.7), ("shape", 0.75), ("rot", 0.3)])
+@pytest.mark.parametrize(("concept", "least"), [("pos", 0.9), ("size", 0.8), ("shape", 0.8), ("rot", 0.55)])
 def test_sprites_show_what_was_asked_for(concept, least, tmp_path):
     """Breaks when the model of a concept no longer samples it: 1, 42, 33 or 15 % would be right by chance."""
     (path,) = ROOT.glob(f"cachedir/dsprites_cond_{concept}/model_*.pt")
     model = checkpoint.load_energy(path)
     known = {concept: combine.Concept(model, models.spectral_norm_once(model), concept)}
     sprites = dsprites.Sprites(dsprites.latents_of(torch.arange(dsprites.SIZE)))
-    run = combine.Run(combine.Options(limit=64), known, sprites, torch.Generator().manual_seed(0), tmp_path)
+    options = combine.Options(limit=64, num_steps=60, step_lr=150.0)
+    run = combine.Run(options, known, sprites, torch.Generator().manual_seed(0), tmp_path)
     assert combine.conceptcombine(run)["jointly"]["right"] > least
 
 
