@@ -53,6 +53,7 @@ class Options:
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     num_steps: int = 20
     step_lr: float = 500.0
+    label_lr: float = 1.0
     first_noise: float = 0.0
     restarts: int = 1
     train: bool = False
@@ -396,7 +397,8 @@ def labeldiscover(run: Run) -> Figures:
             stages.append([label])
             for _ in range(steps):
                 label = label + LABEL_NOISE * torch.randn(label.shape, generator=run.generator, device=label.device)
-                label = finite((label - input_gradient(energy, label)).clamp(low, high))
+                gradient = input_gradient(energy, label)
+                label = finite((label - run.options.label_lr * gradient).clamp(low, high))
                 stages[-1].append(label)
             progress.update(progress.done + len(label))
         labels = [torch.cat(stage) for stage in zip(*stages, strict=True)]

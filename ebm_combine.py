@@ -79,6 +79,7 @@ with cli.group("Concepts"):
 with cli.group("Sampling"):
     flags.DEFINE_integer("num_steps", 20, "rounds of Langevin dynamics, or steps on a label", lower_bound=0)
     flags.DEFINE_float("step_lr", 500.0, "step size of the gradient", lower_bound=0)
+    flags.DEFINE_float("label_lr", 1.0, "labeldiscover: step size of the gradient on a label", lower_bound=0)
     flags.DEFINE_float(
         "first_noise",
         0.0,

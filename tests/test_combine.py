@@ -369,18 +369,18 @@ def test_mistakes_in_labels(text, small_grid, tmp_path):
 
 
 def test_labeldiscover_finds_labels(small_grid, tmp_path):
-    """Breaks when a step does not go down the energy, by 1, within the range of each concept's labels, or after noise.
+    """Breaks when a step does not go down the energy, by label_lr, within the range of the labels, after noise.
 
-    Each planted energy is quadratic around the true label, pulled by 1: one step ends there, whatever the noise.
+    Each planted energy is quadratic around the true label, pulled by 4: a step of 1/4 ends there, whatever the noise.
     """
     latents = small_grid.latents[run_on({}, small_grid, tmp_path).targets(1, 5)[0]]  # of the same seed
 
     def planted(name):
         true = dsprites.label_vectors(latents, name)
-        energy = lambda images, labels: (labels - true).square().sum(1) / 2  # noqa: E731
+        energy = lambda images, labels: 2 * (labels - true).square().sum(1)  # noqa: E731
         return Concept(Planted(energy, SIZES[name]), {}, name)  # type: ignore[arg-type]
 
-    run = run_on({name: planted(name) for name in SIZES}, small_grid, tmp_path, limit=5, num_steps=1)
+    run = run_on({name: planted(name) for name in SIZES}, small_grid, tmp_path, limit=5, num_steps=1, label_lr=0.25)
     for name, row in combine.labeldiscover(run).items():
         assert row["right"] == 1.0 and row["error of the label"] < 1e-5, name
         assert row["mean error"] < 0.1 <= row["at the start"], name
