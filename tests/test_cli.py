@@ -1,5 +1,6 @@
 """The command line: the published spellings take effect, mistakes are answered in one line."""
 
+import json
 import pathlib
 import re
 import shlex
@@ -106,3 +107,12 @@ def test_presets_hold_the_published_commands():
     assert len(commands) >= 5
     for command in commands:
         assert values_of(*shlex.split(re.sub("<.*?>", "PATH", command))) in rows, command
+
+
+def test_rows_of_a_benchmark(tmp_path):
+    """Breaks when rows or settings do not reach the file, or a place that cannot be written is a traceback."""
+    path = cli.write_rows(str(tmp_path / "new" / "rows.json"), [{"ms": 1.5}], cores=2)
+    written = json.loads(path.read_text())
+    assert written["rows"] == [{"ms": 1.5}] and written["settings"]["cores"] == 2
+    with pytest.raises(UsageError, match=r"--output=.*cannot be written"):
+        cli.write_rows(str(path / "below_a_file.json"), [])
