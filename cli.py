@@ -35,6 +35,7 @@ SUBSETS = {
     "drot_only": "rot",
     "dsprites_restrict": "restrict",
 }
+PRECISIONS = ["float32", "tf32", "fp16", "bf16"]
 SIZES = {"large_model": "ResNet32Large", "larger_model": "ResNet32Larger", "wider_model": "ResNet32Wider"}
 
 KINDS = {"int": "INT", "float": "FLOAT", "comma separated list of strings": "LIST"}  # as --help names them

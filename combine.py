@@ -56,6 +56,7 @@ class Options:
     label_lr: float = 1.0
     first_noise: float = 0.0
     restarts: int = 1
+    precision: str = "float32"
     train: bool = False
     joint_shape: bool = False
     joint_rot: bool = False

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 import cli
+import evaluation
 from errors import UsageError
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ with cli.group("Sampling"):
         0,
     )
     flags.DEFINE_integer("restarts", 1, "conceptcombine: chains per image, of which the lowest energy is kept", 1)
+    evaluation.define_precision_flag()
 
 with cli.group("Training"):
     flags.DEFINE_string("train_flags", "--max_iter=10000", "for train.py, behind the published flags of task train")
@@ -170,9 +172,11 @@ def find_models(names: list[str]) -> dict[str, pathlib.Path]:
     return paths
 
 
-def load_concepts(paths: dict[str, pathlib.Path], device: torch.device) -> dict[str, combine.Concept]:
+def load_concepts(
+    paths: dict[str, pathlib.Path], device: torch.device, chain_type: torch.dtype
+) -> dict[str, combine.Concept]:
     """Return the models of these checkpoints; raise UsageError where they cannot be combined."""
-    concepts = {name: load_concept(name, path, device) for name, path in paths.items()}
+    concepts = {name: load_concept(name, path, device, chain_type) for name, path in paths.items()}
     for name, concept in concepts.items():
         config = concept.model.config
         print(f"model {name}: {paths[name]}, {config.network} with {config.num_filters} filters, on {device}")
@@ -182,7 +186,7 @@ def load_concepts(paths: dict[str, pathlib.Path], device: torch.device) -> dict[
     return concepts
 
 
-def load_concept(name: str, path: pathlib.Path, device: torch.device) -> combine.Concept:
+def load_concept(name: str, path: pathlib.Path, device: torch.device, chain_type: torch.dtype) -> combine.Concept:
     """Return one model with its weights prepared; raise UsageError where it is conditioned on something else."""
     import checkpoint
     import combine
@@ -198,7 +202,7 @@ def load_concept(name: str, path: pathlib.Path, device: torch.device) -> combine
             kind = f"with --cond_{known}" if known else f"on labels of width {model.config.label_size}"
             raise UsageError(f"{path} was trained {kind}, it cannot be {name}; change --exp_{meant} or --models")
         known = meant
-    return combine.Concept(model, models.spectral_norm_once(model), known)
+    return combine.Concept(model, models.spectral_norm_once(model, chain_type), known)
 
 
 def check_network(config: models.ModelConfig, path: pathlib.Path) -> None:
@@ -321,11 +325,12 @@ def main() -> None:
 
     import combine
     import distributed
+    import sampling
     import unseen
     from utils import keep_freed_memory
 
     keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False  # figures are those of float32, also on a GPU
+    chain_type = sampling.set_precision(FLAGS.precision)
     device = distributed.start("none", FLAGS.device).device
     paths = find_models(names_needed())
     fields: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(combine.Options)}
@@ -344,7 +349,7 @@ def main() -> None:
     except OSError as error:
         raise UsageError(f"--savedir={FLAGS.savedir}: cannot make {folder} ({error.strerror})") from None
     generator = torch.Generator(device).manual_seed(FLAGS.seed)
-    run = combine.Run(options, load_concepts(paths, device), load_sprites(device), generator, folder)
+    run = combine.Run(options, load_concepts(paths, device, chain_type), load_sprites(device), generator, folder)
     write_report(run, tasks[FLAGS.task](run), paths)
 
 

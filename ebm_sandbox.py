@@ -80,6 +80,7 @@ with cli.group("Sampling"):
     flags.DEFINE_integer("num_steps", 20, "Langevin steps of a round, or of a refinement; 0: none", lower_bound=0)
     flags.DEFINE_float("step_lr", None, "step size of the gradient; default the model's in training, or 10", 0)
     flags.DEFINE_float("proj_norm", 0.0, "clip the gradient elementwise to this; 0: no clip", lower_bound=0)
+    evaluation.define_precision_flag()
 
 with cli.group("Classification"):
     flags.DEFINE_integer("pgd", 0, "steps of the attack on test images; 0: none", lower_bound=0)
@@ -213,10 +214,11 @@ def main() -> None:
             print(f"note: --{name} has no effect: {FLAGS[name].help}")
     import torch
 
+    import sampling
     import sandbox_tasks
     from sandbox import Sandbox
 
-    device = evaluation.start()
+    device = evaluation.start(FLAGS.precision)
     trained = evaluation.open_model(evaluation.find_checkpoint(), device)
     model, path, config = trained.model, trained.path, trained.model.config
     check_network(config, path)
@@ -230,6 +232,7 @@ def main() -> None:
         proj_norm=FLAGS.proj_norm,
         rescale=trained.flags.get("rescale", 1.0),
         batch_size=FLAGS.batch_size,
+        chain_type=sampling.PRECISIONS[FLAGS.precision],
     )
     options: dict[str, Any] = {
         field.name: FLAGS[field.name].value for field in dataclasses.fields(sandbox_tasks.Options)

@@ -64,6 +64,7 @@ with cli.group("Sampling"):
     flags.DEFINE_integer("repeat_scale", 100, "half the number of rounds of a pool", lower_bound=1)
     flags.DEFINE_integer("nomix", 10, "last rounds, in which no chain starts again or gets a new label", lower_bound=0)
     flags.DEFINE_integer("ensemble", 10, "checkpoints that take turns: 300 iterations apart, else the newest", 1)
+    evaluation.define_precision_flag()
 
 with cli.group("Measures"):
     flags.DEFINE_enum("features", "auto", ["auto", "inception", "classifier"], "what compares images; auto: see above")
@@ -150,6 +151,7 @@ def draw(paths: Sequence[pathlib.Path], chains: Chains, trained: dict[str, Any],
 
     import checkpoint
     import quality
+    import sampling
     from utils import Progress
 
     load = functools.partial(checkpoint.load_energy, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
@@ -160,7 +162,7 @@ def draw(paths: Sequence[pathlib.Path], chains: Chains, trained: dict[str, Any],
     progress = Progress(chains.rounds * -(-FLAGS.im_number // quality.POOL), what="round")
     with quality.within_memory(chains.batch_size):
         images = quality.pool_images(
-            [quality.energy_of(model, rescale) for model in ensemble],
+            [quality.energy_of(model, rescale, sampling.PRECISIONS[FLAGS.precision]) for model in ensemble],
             FLAGS.im_number,
             ensemble[0].config,
             chains,
@@ -176,6 +178,7 @@ def settings_of(chains: Chains, reference: Reference, extractor: Inception | Cla
     import quality
 
     settings = {"im_number": FLAGS.im_number, **dataclasses.asdict(chains), "seed": FLAGS.seed, "ema": FLAGS.ema}
+    settings["precision"] = FLAGS.precision
     settings |= {"reference": str(reference), "features": extractor.name, "weights": extractor.identity}
     if isinstance(extractor, quality.Classifier):
         return settings | {"accuracy": extractor.network.accuracy, "precision and recall": COMPARED}
@@ -198,7 +201,7 @@ def main() -> None:
     import pictures
     import quality
 
-    device = evaluation.start()
+    device = evaluation.start(FLAGS.precision)
     models_of = pathlib.Path(FLAGS.modeldir) / FLAGS.exp
     ensembles = [ensemble(models_of, iteration, FLAGS.ensemble) for iteration in chosen_iterations(models_of)]
     newest = ensembles[-1][0]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
-from cli import PATHS, SUBSETS
+from cli import PATHS, PRECISIONS, SUBSETS
 from errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ def define_model_flags() -> None:
     flags.DEFINE_string("logdir", "sandbox_cachedir", "where results go")
     flags.DEFINE_integer("seed", 0, "of everything random", lower_bound=0)
     flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "where to compute; auto takes a GPU if there is one")
+
+
+def define_precision_flag() -> None:
+    """Define what chains compute in."""
+    flags.DEFINE_enum("precision", "float32", PRECISIONS, "of energies and gradients along chains, as in train.py")
 
 
 def define_data_flags() -> None:
@@ -60,15 +65,14 @@ class Trained(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def start() -> torch.device:
-    """Make ready for figures of float32, also on a GPU, and return where to compute."""
-    import torch
-
+def start(precision: str = "float32") -> torch.device:
+    """Make ready for figures of float32, also on a GPU, unless another precision is wanted; return where to compute."""
     import distributed
+    import sampling
     from utils import keep_freed_memory
 
     keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False
+    sampling.set_precision(precision)
     return distributed.start("none", FLAGS.device).device
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 import cli
+import evaluation
 from errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ with cli.group("Sampling"):
     flags.DEFINE_string("classes", None, "numbers from 0 or names, commas between; repeated to fill the grid")
     flags.DEFINE_string("class_names", None, "a text file with the classes' names, one per line in their order")
     flags.DEFINE_integer("every", 1, "Langevin steps per frame", lower_bound=1)
+    evaluation.define_precision_flag()
 
 with cli.group("Network (the checkpoint knows all but --swish_act of a TF1 file)"):
     flags.DEFINE_bool("swish_act", False, "the network of a TF1 checkpoint was trained with swish")
@@ -130,10 +132,12 @@ def chain(
     step_lr: float,
     rescale: float,
     generator: torch.Generator,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield how many Langevin steps are done, and the images (number, C, H, W) in [0, 1], after each `every` steps.
 
-    Images start as noise; labels are (number, label_size) or None. The network's images are in [0, rescale].
+    Images start as noise; labels are (number, label_size) or None. The network's images are in [0, rescale]. dtype:
+    what its energies are computed in.
     """
     from models import spectral_norm_once
     from sampling import langevin
@@ -141,7 +145,7 @@ def chain(
 
     shape = (number, *model.config.image_shape)
     x = noise_images(shape, generator, network=model.config.network, rescale=rescale)
-    weights = spectral_norm_once(model)
+    weights = spectral_norm_once(model, dtype)
     done = 0
     while done < num_steps:
         steps = min(every, num_steps - done)
@@ -184,9 +188,11 @@ def main() -> None:
     import checkpoint
     import distributed
     import pictures
+    import sampling
     from utils import Progress, keep_freed_memory
 
     keep_freed_memory()
+    chain_type = sampling.set_precision(FLAGS.precision)
     device = distributed.choose_device(FLAGS.device, distributed.Launch())
     path = checkpoint.find(pathlib.Path(FLAGS.logdir) / FLAGS.exp, FLAGS.resume_iter)
     model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
@@ -226,6 +232,7 @@ def main() -> None:
         step_lr=FLAGS.step_lr,
         rescale=saved.get("flags", {}).get("rescale", 1.0),
         generator=torch.Generator(device).manual_seed(FLAGS.seed),
+        dtype=chain_type,
     ):
         frames.append(pictures.grid(images, columns=columns, padding=0))
         progress.update(done)

@@ -81,9 +81,12 @@ class Chains:
         return 2 * self.repeat_scale
 
 
-def energy_of(model: models.EnergyNetwork, rescale: float = 1.0) -> LabelledEnergy:
-    """Return the energy of a trained model, its weights prepared once; it was trained on images in [0, rescale]."""
-    weights = models.spectral_norm_once(model)
+def energy_of(model: models.EnergyNetwork, rescale: float = 1.0, dtype: torch.dtype | None = None) -> LabelledEnergy:
+    """Return the energy of a trained model, its weights prepared once, of this type (None: as they are).
+
+    It was trained on images in [0, rescale].
+    """
+    weights = models.spectral_norm_once(model, dtype)
 
     def energy(images: Tensor, labels: Tensor) -> Tensor:
         return model.energy(weights, images * rescale, labels)

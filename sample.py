@@ -38,6 +38,7 @@ with cli.group("Sampling"):
     flags.DEFINE_float("proj_norm", 0.0, "clip the gradient elementwise to this; 0: no clip", lower_bound=0)
     flags.DEFINE_float("noise_scale", 0.005, "standard deviation of a step's noise", lower_bound=0)
     flags.DEFINE_integer("batch_size", 100, "images at a time", lower_bound=1)
+    evaluation.define_precision_flag()
 
 with cli.group("Network (the checkpoint knows all but --swish_act of a TF1 file)"):
     evaluation.define_network_flags()
@@ -63,9 +64,10 @@ def main() -> None:
 
     import pictures
     import quality
+    import sampling
     from utils import Progress
 
-    device = evaluation.start()
+    device = evaluation.start(FLAGS.precision)
     saved = evaluation.open_model(evaluation.find_checkpoint(), device)
     model, path, trained, config = saved.model, saved.path, saved.flags, saved.model.config
     if config.network == "DspritesNet" and 0 < config.label_size < 3:
@@ -84,7 +86,7 @@ def main() -> None:
     progress = Progress(num_steps * -(-FLAGS.num // FLAGS.batch_size), what="Langevin step")
     with quality.within_memory(FLAGS.batch_size):
         images = quality.fresh_images(
-            quality.energy_of(model, rescale),
+            quality.energy_of(model, rescale, sampling.PRECISIONS[FLAGS.precision]),
             torch.eye(classes)[chosen].to(device) if classes else torch.zeros(FLAGS.num, 0, device=device),
             config,
             num_steps=num_steps,

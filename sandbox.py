@@ -137,7 +137,8 @@ class Sandbox:
 
     num_steps, step_lr, proj_norm: of one round of Langevin dynamics with noise N(0, 0.005²), see `sampling.langevin`.
     rescale: the model was trained on images in [0, rescale]. batch_size: images at a time; it is lowered where memory
-    is short. bias: of the class logits, (label_size,); `finetune` learns it.
+    is short. chain_type: what chains compute in; energies, logits and the attacks on them are those of float32. bias:
+    of the class logits, (label_size,); `finetune` learns it.
     """
 
     model: models.EnergyNetwork
@@ -147,12 +148,19 @@ class Sandbox:
     proj_norm: float = 0.0
     rescale: float = 1.0
     batch_size: int = 32
+    chain_type: torch.dtype = torch.float32
     weights: models.Weights = dataclasses.field(init=False)
+    chain_weights: models.Weights = dataclasses.field(init=False)
     bias: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        self.weights = models.spectral_norm_once(self.model)
+        self.prepare()
         self.bias = torch.zeros(self.classes, device=self.device)
+
+    def prepare(self) -> None:
+        """Normalise the network's weights, for energies and for chains."""
+        self.weights = models.spectral_norm_once(self.model)
+        self.chain_weights = models.cast(self.weights, self.chain_type)
 
     @property
     def classes(self) -> int:
@@ -231,7 +239,7 @@ class Sandbox:
     ) -> Tensor:
         """Return a batch after one round of Langevin dynamics, restricted; pull: times the usual step_lr."""
         return langevin(
-            lambda y: self.energy(y, labels),
+            lambda y: self.model.energy(self.chain_weights, y * self.rescale, labels),
             x,
             num_steps=self.num_steps,
             step_lr=pull * self.step_lr / self.rescale,  # gradients here are `rescale` times those of training
@@ -361,7 +369,8 @@ class Sandbox:
             return losses.detach()
 
         losses = self.in_batches(step, len(images), Progress(len(images), what="finetune"), each=self.classes)
-        self.weights, self.bias = models.spectral_norm_once(self.model), bias.detach()
+        self.bias = bias.detach()
+        self.prepare()
         return losses.mean().item()
 
 

@@ -94,7 +94,7 @@ with cli.group("Sampling"):
     flags.DEFINE_enum(
         "precision",
         "float32",
-        ["float32", "tf32", "fp16", "bf16"],
+        cli.PRECISIONS,
         "of the energies and their gradients (fp16: in chains only); images and parameters stay float32. bf16 pays on "
         "GPUs, and on CPUs with AMX",
     )

@@ -182,7 +182,7 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
         return lambda x: options.temperature * state.model.energy(chain_weights, x, chain_labels)
 
     start = chain_start(state, options, images[chains])
-    chain_energy = energy_with(frozen if options.zero_kl else weights)
+    chain_energy = energy_with(frozen if options.zero_kl else learned)
     samples, acceptance = run_chain(chain_energy, start, options, state.generator)
     remember(state, options, samples.detach())
 

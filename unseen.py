@@ -29,7 +29,7 @@ import pictures
 import training
 from combine import Figures, Options, Run
 from optimizer import ClippedAdam
-from sampling import langevin
+from sampling import PRECISIONS, langevin
 from utils import Progress, ReplayBuffer
 
 LEARNING_RATE = 1e-3  # of the generator
@@ -111,7 +111,9 @@ def new_product(run: Run, other: str) -> Product:
 
 def train_product(run: Run, product: Product, seen: Tensor, other: str) -> None:
     """Train the networks together: contrastive divergence with the KL term, 5 % of the chains from earlier ones."""
-    options = training.Options(num_steps=run.options.num_steps, step_lr=run.options.step_lr, pcd=True)
+    options = training.Options(
+        num_steps=run.options.num_steps, step_lr=run.options.step_lr, pcd=True, precision=run.options.precision
+    )
     state = training.State(
         model=product,
         optimizer=ClippedAdam(product.parameters(), lr=run.options.lr),
@@ -145,7 +147,7 @@ def chain_start(state: training.State) -> Tensor:
 
 def product_sampler(run: Run, product: Product, other: str) -> Sampler:
     """Return what samples images for latents, by chains from noise as in training."""
-    weights = models.spectral_norm_once(product)
+    weights = models.spectral_norm_once(product, PRECISIONS[run.options.precision])
 
     def sample(latents: Tensor) -> Tensor:
         labels = labels_of(latents, other)

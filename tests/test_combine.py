@@ -516,9 +516,10 @@ COMMANDS = {
     "published": "--task=conceptcombine --exp_size=dsprites_cond_size --exp_shape=my_shape --exp_pos=dsprites_cond_pos "
     "--exp_rot=dsprites_cond_rot --resume_size=5 --resume_shape=5 --resume_rot=latest --resume_pos=-1",
     "two": "--cond_scale=False --nocond_rot --combine=sum --exp=two --exp_shape=my_shape --proj_cclass",
-    "expression": "--combine=shape&(pos|where) --exp=two --exp_shape=my_shape "
+    "bf16": "--cond_scale=False --nocond_rot --combine=sum --exp=bf16 --exp_shape=my_shape --precision=bf16",
+    "expression": "--combine=shape&(pos|where) --exp=three --exp_shape=my_shape "
     "--models=where=dsprites_cond_pos:5,far=elsewhere --labels=pos=0,1,shape=heart",
-    "gentest": "--task=gentest --joint_rot --break_steps=1 --num_filters=4 --batch_size=2",
+    "gentest": "--task=gentest --joint_rot --break_steps=1 --num_filters=4 --batch_size=2 --precision=bf16",
     "missing": "--exp_rot=gone --exp_size=dsprites_cond_size --resume_size=6",
     "unknown": "--combine=shape&colour --exp_shape=my_shape",
     "mistake": "--combine=shape&&pos",
@@ -565,11 +566,16 @@ def test_published_command(commands):
     assert "right, size & shape & pos & rot" in report["figures"]
     for name in ("im_condscale_condshape_condpos_condrot.png", "accuracy.png", "conceptcombine.json"):
         assert f"wrote {folder / name}" in printed and (folder / name).exists()
-    for name in ("im_condshape_condpos.png", "im_shape_pos_where.png"):
-        assert (root / "out" / "two" / "conceptcombine" / name).exists()
+    for exp, name in {"two": "im_condshape_condpos.png", "three": "im_shape_pos_where.png"}.items():
+        assert (root / "out" / exp / "conceptcombine" / name).exists()
     assert "note: --proj_cclass has no effect" in results["two"][0]
-    assert results["two"][1] is results["expression"][1] is results["gentest"][1] is None
+    assert results["bf16"][1] is results["two"][1] is results["expression"][1] is results["gentest"][1] is None
     assert (root / "out/combine/gentest/pos_rot/gentest.json").exists()
+    reports = [
+        json.loads((root / f"out/{exp}/conceptcombine/conceptcombine.json").read_text()) for exp in ("two", "bf16")
+    ]
+    full, half = (report["figures"]["right, shape & pos"]["off sprites"] for report in reports)
+    assert full != half == pytest.approx(full, rel=1e-3)
 
 
 def test_missing_models(commands):

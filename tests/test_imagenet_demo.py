@@ -65,6 +65,7 @@ CASES = {
     "rescaled": ["--exp=rescaled", *QUICK],
     "film": ["--exp=rescaled", *QUICK],
     "no_film": ["--exp=digits", *QUICK],
+    "bf16": ["--exp=digits", *QUICK, "--precision=bf16"],
     "large": ["--exp=large", "--num_steps=2", "--batch_size=4", "--resume_iter=7", "--noswish_act", "--cclass"],
     "tensorflow": ["--exp=cifar10_cond", "--resume_iter=74700", *QUICK],
 }
@@ -186,6 +187,10 @@ def test_frames_are_those_of_one_chain(results) -> None:
     assert np.array_equal(results["whole"].pixels(), results["thinned"].pixels())
     assert not np.array_equal(results["whole"].pixels(), results["other_seed"].pixels())
     assert rows != other_rows
+    changes = [
+        abs(results["whole"].pixels().astype(int) - results[case].pixels()).mean() for case in ("bf16", "other_seed")
+    ]
+    assert 0 < changes[0] < 0.2 * changes[1]
 
 
 def test_chosen_classes(results) -> None:

@@ -407,6 +407,8 @@ EVALUATIONS = {
 }
 SAMPLES = {
     "all classes": "--exp=digits --num=12 --batch_size=5 --seed=3",
+    "float32": "--exp=digits --num=4 --step_lr=300 --logdir={tmp}/float32",
+    "bf16": "--exp=digits --num=4 --step_lr=300 --logdir={tmp}/bf16 --precision=bf16",
     "more before": "--exp=digits --num=5 --folder --logdir={tmp}/one",
     "one class": "--exp=digits --num=3 --label=Two --folder --logdir={tmp}/one",
     "no class": "--exp=digits --label=tow",
@@ -503,6 +505,9 @@ def test_samples_end_to_end(models_folder):
 
     paths = sorted((folder / "images").iterdir())
     assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in paths]), arrays["images"][..., 0])
+    images = [np.load(models_folder / name / "digits/sample/samples.npz")["images"] for name in ("float32", "bf16")]
+    difference = np.abs(images[0].astype(int) - images[1])
+    assert 0 < difference.mean() < 5
     assert "did you mean two?" in done["no class"][1]
     assert "no classes" in done["unconditional"][1]
 

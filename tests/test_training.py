@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
+import cli
 import data
 import models
+import sampling
 import training
 from optimizer import ClippedAdam
 from training import Options, contrastive_loss
@@ -177,6 +179,24 @@ def test_kl_term_reaches_the_weights_through_the_chain():
     step = training.train_step(state, options, images, labels, lambda: None)
     assert step.loss.item() == pytest.approx(step.loss_kl.item())
     assert state.model.stages["c1"].weight.grad.abs().max() > 0
+
+
+def test_precisions_of_the_command_line():
+    """Breaks when --precision offers what chains do not know, or leaves one out."""
+    assert list(sampling.PRECISIONS) == cli.PRECISIONS
+
+
+def test_kl_term_in_16_bits():
+    """Breaks when the chain with the KL term stays in float32, or its gradient gets lost on the way through bf16."""
+    images, labels = torch.rand(4, *SHAPE), torch.eye(3)[torch.arange(4) % 3]
+    gradients = []
+    for precision in ("float32", "bf16"):
+        state = make_state()
+        options = Options(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4, precision=precision)
+        training.train_step(state, options, images, labels, lambda: None)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()]))
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert 1e-4 < error < 0.1
 
 
 def test_inferred_labels_follow_the_energies():
