@@ -24,7 +24,7 @@ import composition
 import dsprites
 import models
 import pictures
-from composition import Expression
+from composition import Expression, Joined, Name, Weighted
 from errors import UsageError
 from sampling import Energy, input_gradient
 from training import noise_images
@@ -51,6 +51,7 @@ class Options:
     batch_size: int = 256
     combine: str = "alternate"
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     num_steps: int = 20
     step_lr: float = 500.0
     label_lr: float = 1.0
@@ -258,21 +259,27 @@ def finite(x: Tensor) -> Tensor:
 # Combination
 
 
-def plans_of(combine: str, names: list[str]) -> dict[str, list[Expression]]:
+def plans_of(combine: str, names: list[str], weights: Mapping[str, float]) -> dict[str, list[Expression]]:
     """Return by title what chains follow: energies that they visit in turn. What --combine asks for comes first.
 
-    For alternate and sum the first two concepts follow, the first three and so on, and each concept alone.
+    For alternate and sum the first two concepts follow, the first three and so on, and each concept alone; weights, by
+    name, multiply their energies.
     """
     if combine not in ("alternate", "sum"):
         return {combine: [composition.parse(combine)]}
     groups = [names] + [names[:k] for k in range(2, len(names))] + [[name] for name in names]
-    alternating = {" & ".join(group): [composition.parse(name) for name in group] for group in groups}
-    return alternating if combine == "alternate" else {title: [composition.parse(title)] for title in alternating}
+    energies = {name: Weighted(weights.get(name, 1.0), Name(name)) for name in names}
+    alternating: dict[str, list[Expression]] = {
+        " & ".join(group): [energies[name] for name in group] for group in groups
+    }
+    if combine == "alternate":
+        return alternating
+    return {title: [Joined("&", tuple(plan))] for title, plan in alternating.items()}
 
 
 def conceptcombine(run: Run) -> Figures:
     """Sample from noise under several concepts at once; each concept alone and the first ones together beside them."""
-    plans = plans_of(run.options.combine, list(run.concepts))
+    plans = plans_of(run.options.combine, list(run.concepts), run.options.weights)
     number = run.options.limit or run.options.batch_size
     index = run.targets(max(split_name(name)[1] for name in run.concepts), number)
     targets = run.sprites.latents[index]  # (count, N, 5)

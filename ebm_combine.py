@@ -20,8 +20,10 @@ mixture, which else is a mean. Networks are read from the checkpoints. Pictures,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import shlex
@@ -72,6 +74,9 @@ with cli.group("Concepts"):
     flags.DEFINE_alias("cond_scale", "cond_size")
     flags.DEFINE_bool("ema", False, "take the averaged weights of runs with --ema_decay")
     flags.DEFINE_string("combine", "alternate", "alternate, sum, or an expression, see above")
+    flags.DEFINE_multi_string(
+        "weights", [], "name=factor of a concept's energy in alternate or sum, as pos=2; may be repeated"
+    )
     flags.DEFINE_multi_string("models", [], "name=exp[:iteration], a further model for expressions; may be repeated")
     flags.DEFINE_multi_string(
         "labels", [], "name=label, as shape=heart, size=0.7, pos=0.2,0.8, rot=90; may be repeated"
@@ -124,6 +129,22 @@ def pairs(flag: str) -> dict[str, str]:
         if not (name.isidentifier() and equals and value):
             raise UsageError(f"--{flag}={text}: expected name=value, name of letters and digits")
         found[name] = value
+    return found
+
+
+def factors() -> dict[str, float]:
+    """Return the factors of --weights by concept; raise UsageError for other names, and for what is not above 0."""
+    given = pairs("weights")
+    if given and FLAGS.combine not in ("alternate", "sum"):
+        raise UsageError("--weights goes with --combine=alternate and sum; an expression has its own, as 2*pos")
+    found = {}
+    for name, text in given.items():
+        if name not in enabled():
+            raise UsageError(f"--weights={name}={text}: {name} is not combined here, only {', '.join(enabled())}")
+        with contextlib.suppress(ValueError):
+            found[name] = float(text)
+        if not 0 < found.get(name, 0) < math.inf:
+            raise UsageError(f"--weights={name}={text}: expected a number above 0")
     return found
 
 
@@ -332,9 +353,10 @@ def main() -> None:
     keep_freed_memory()
     chain_type = sampling.set_precision(FLAGS.precision)
     device = distributed.start("none", FLAGS.device).device
+    given = {"labels": pairs("labels"), "weights": factors()}
     paths = find_models(names_needed())
     fields: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(combine.Options)}
-    options = combine.Options(**fields | {"labels": pairs("labels")})
+    options = combine.Options(**fields | given)
     folder = pathlib.Path(FLAGS.savedir) / FLAGS.exp / FLAGS.task
     tasks = {
         "conceptcombine": combine.conceptcombine,

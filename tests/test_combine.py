@@ -303,6 +303,25 @@ def test_noise_falls_from_the_first_rounds_to_the_last():
     assert stds == pytest.approx([0.04, 0.035, 0.03, 0.025, 0.02, 0.015, 0.01, 0.005, 0.005, 0.005], rel=0.03)
 
 
+@pytest.mark.parametrize(("combine_", "mode"), [("sum", 0.65), ("alternate", 0.496 / 0.68)])
+def test_weights(small_grid, tmp_path, combine_, mode):
+    """Breaks when a weight reaches another concept or none: quadratic energies around 0.2 and, three times, 0.8.
+
+    Their sum is lowest at (0.2 + 3·0.8)/4. Steps of 0.2 in turn end at the fixed point of 0.8x + 0.2·0.2 followed by
+    0.4x + 0.6·0.8.
+    """
+
+    def around(value):
+        return lambda images, labels: (images - value).square().flatten(1).sum(1) / 2
+
+    values = {"size": 0.2, "pos": 0.8}
+    concepts = {name: Concept(Planted(around(value), SIZES[name]), {}, name) for name, value in values.items()}
+    run = run_on(concepts, small_grid, tmp_path, combine=combine_, weights={"pos": 3.0}, num_steps=60, step_lr=0.2)
+    plans = combine.plans_of(run.options.combine, list(concepts), run.options.weights)
+    images = run.generate(plans["size & pos"], torch.zeros(1, 2, 5) + 1, Progress(60, what="rounds", quiet=True))
+    assert images.mean().item() == pytest.approx(mode, abs=1e-3)
+
+
 def test_restarts_keep_the_lowest_energy(small_grid, tmp_path):
     """Breaks when the chain that is kept is not that with the lowest sum of energies, or is another image's.
 
@@ -528,6 +547,9 @@ COMMANDS = {
     "none": "--nocond_size --nocond_rot --nocond_pos --nocond_shape",
     "both": "--task=gentest --joint_rot --joint_shape",
     "not a pair": "--models=pos",
+    "weight of nothing": "--weights=rot=2 --nocond_rot",
+    "weight of 0": "--weights=pos=2,size=0",
+    "weights twice": "--weights=pos=2 --combine=2*pos",
     "unwritable": "--task=genbaseline --savedir=/dev/null",
     "train": "--task=train --train_flags=--max_iter=9 --exp_shape=new_shape --dsprites_path=some.npz",
     "train fails": "--task=train --train_flags=--max_iter=7",
@@ -600,6 +622,9 @@ def test_mistakes_on_the_command_line(commands):
         "none": "no concept is left",
         "both": "exclude each other",
         "not a pair": "--models=pos: expected name=value",
+        "weight of nothing": "--weights=rot=2: rot is not combined here",
+        "weight of 0": "--weights=size=0: expected a number above 0",
+        "weights twice": "an expression has its own",
         "unwritable": "--savedir=/dev/null: cannot make",
     }
     for name, message in expected.items():
