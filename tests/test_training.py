@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -193,7 +194,10 @@ def test_kl_term_in_16_bits():
     for precision in ("float32", "bf16"):
         state = make_state()
         options = Options(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4, precision=precision)
-        training.train_step(state, options, images, labels, lambda: None)
+        with mock.patch.object(state.model, "energy", wraps=state.model.energy) as energy:
+            training.train_step(state, options, images, labels, lambda: None)
+        used = {call.args[0]["fc5.kernel"].dtype for call in energy.call_args_list}
+        assert used == {sampling.PRECISIONS[precision]}
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()]))
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
     assert 1e-4 < error < 0.1
