@@ -117,6 +117,8 @@ def plot_lines(
         for colour, (name, (x, y)) in zip(cycle(COLOURS), lines.items(), strict=False):
             axis.plot(np.asarray(x), np.asarray(y), color=colour, label=name, linewidth=1.5)
         axis.set(ylabel=ylabel, yscale="log" if log else "linear")
+        if all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, _ in lines.values()):
+            axis.locator_params(axis="x", integer=True)  # no half iterations, no half concepts
         _legend(axis)
     axes[-1].set_xlabel(xlabel)
     return _save(figure, path)

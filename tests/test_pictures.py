@@ -104,6 +104,16 @@ def test_lines_on_a_logarithmic_axis(tmp_path, figures) -> None:
     assert figures[0].axes[0].get_yscale() == "log"
 
 
+def test_ticks_of_counts_are_whole(tmp_path, figures) -> None:
+    """Red if an axis that counts has ticks between its numbers, or one that does not has lost its own."""
+    counts: list[float] = [1, 2, 3, 4]
+    for k, x in enumerate((counts, [0.0, 0.5, 1.0])):
+        pictures.plot_lines({"y": {"a": (x, x)}}, tmp_path / f"{k}.png", xlabel="x")
+    whole, fractions = (figure.axes[0].get_xticks() for figure in figures)
+    assert (whole == whole.round()).all() and len(whole) >= 4
+    assert (fractions != fractions.round()).any()
+
+
 def test_histograms_share_bins_and_are_densities(tmp_path, figures) -> None:
     """Red if sets of different size or place are binned each for itself: then their areas do not compare."""
     inside, outside = np.linspace(0, 1, 1000), torch.linspace(1, 4, 50)
