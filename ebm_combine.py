@@ -75,7 +75,7 @@ with cli.group("Concepts"):
     flags.DEFINE_bool("ema", False, "take the averaged weights of runs with --ema_decay")
     flags.DEFINE_string("combine", "alternate", "alternate, sum, or an expression, see above")
     flags.DEFINE_multi_string(
-        "weights", [], "name=factor of a concept's energy in alternate or sum, as pos=2; may be repeated"
+        "weights", [], "conceptcombine: name=factor of an energy in alternate or sum, as pos=2; may be repeated"
     )
     flags.DEFINE_multi_string("models", [], "name=exp[:iteration], a further model for expressions; may be repeated")
     flags.DEFINE_multi_string(

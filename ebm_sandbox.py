@@ -218,7 +218,7 @@ def main() -> None:
     import sandbox_tasks
     from sandbox import Sandbox
 
-    device = evaluation.start(FLAGS.precision)
+    device = evaluation.start()
     trained = evaluation.open_model(evaluation.find_checkpoint(), device)
     model, path, config = trained.model, trained.path, trained.model.config
     check_network(config, path)
@@ -232,7 +232,7 @@ def main() -> None:
         proj_norm=FLAGS.proj_norm,
         rescale=trained.flags.get("rescale", 1.0),
         batch_size=FLAGS.batch_size,
-        chain_type=sampling.PRECISIONS[FLAGS.precision],
+        chain_type=sampling.set_precision(FLAGS.precision),
     )
     options: dict[str, Any] = {
         field.name: FLAGS[field.name].value for field in dataclasses.fields(sandbox_tasks.Options)

@@ -160,9 +160,10 @@ def draw(paths: Sequence[pathlib.Path], chains: Chains, trained: dict[str, Any],
     # Gradients to images in [0, 1] are `rescale` times those to the network's own images.
     chains = dataclasses.replace(chains, step_lr=chains.step_lr / rescale, proj_norm=chains.proj_norm * rescale)
     progress = Progress(chains.rounds * -(-FLAGS.im_number // quality.POOL), what="round")
+    chain_type = sampling.set_precision(FLAGS.precision)
     with quality.within_memory(chains.batch_size):
         images = quality.pool_images(
-            [quality.energy_of(model, rescale, sampling.PRECISIONS[FLAGS.precision]) for model in ensemble],
+            [quality.energy_of(model, rescale, chain_type) for model in ensemble],
             FLAGS.im_number,
             ensemble[0].config,
             chains,
@@ -170,6 +171,7 @@ def draw(paths: Sequence[pathlib.Path], chains: Chains, trained: dict[str, Any],
             progress=progress,
         )
     progress.close()
+    sampling.set_precision("float32")  # what compares images is kept, and must not depend on the chains
     return images
 
 
@@ -201,7 +203,7 @@ def main() -> None:
     import pictures
     import quality
 
-    device = evaluation.start(FLAGS.precision)
+    device = evaluation.start()
     models_of = pathlib.Path(FLAGS.modeldir) / FLAGS.exp
     ensembles = [ensemble(models_of, iteration, FLAGS.ensemble) for iteration in chosen_iterations(models_of)]
     newest = ensembles[-1][0]

@@ -65,14 +65,14 @@ class Trained(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def start(precision: str = "float32") -> torch.device:
-    """Make ready for figures of float32, also on a GPU, unless another precision is wanted; return where to compute."""
+def start() -> torch.device:
+    """Make ready for figures of float32, also on a GPU, and return where to compute."""
     import distributed
     import sampling
     from utils import keep_freed_memory
 
     keep_freed_memory()
-    sampling.set_precision(precision)
+    sampling.set_precision("float32")
     return distributed.start("none", FLAGS.device).device
 
 

@@ -67,7 +67,7 @@ def main() -> None:
     import sampling
     from utils import Progress
 
-    device = evaluation.start(FLAGS.precision)
+    device = evaluation.start()
     saved = evaluation.open_model(evaluation.find_checkpoint(), device)
     model, path, trained, config = saved.model, saved.path, saved.flags, saved.model.config
     if config.network == "DspritesNet" and 0 < config.label_size < 3:
@@ -86,7 +86,7 @@ def main() -> None:
     progress = Progress(num_steps * -(-FLAGS.num // FLAGS.batch_size), what="Langevin step")
     with quality.within_memory(FLAGS.batch_size):
         images = quality.fresh_images(
-            quality.energy_of(model, rescale, sampling.PRECISIONS[FLAGS.precision]),
+            quality.energy_of(model, rescale, sampling.set_precision(FLAGS.precision)),
             torch.eye(classes)[chosen].to(device) if classes else torch.zeros(FLAGS.num, 0, device=device),
             config,
             num_steps=num_steps,

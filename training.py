@@ -196,7 +196,9 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
         contrastive_loss, objective=options.objective, ml_coeff=options.ml_coeff, l2_coeff=options.l2_coeff
     )
     loss_ml, regulariser = contrast(e_pos, e_neg)
-    loss_kl = loss_ml.new_zeros(()) if options.zero_kl else state.model.energy(frozen, samples, chain_labels).mean()
+    loss_kl = loss_ml.new_zeros(())
+    if not options.zero_kl:
+        loss_kl = state.model.energy(models.detach(learned), samples, chain_labels).mean()
     loss = loss_ml + regulariser + loss_kl
     e_wrong = None
     if options.mismatch:  # images under the labels of others are negatives, too (Reed et al. 2016, section 4.2)

@@ -328,9 +328,8 @@ def test_chains_in_16_bits_and_energies_in_32():
     """Breaks when chain_type does not reach the chains, changes what they find, or touches energies and logits."""
     boxes = [small("ResNet32", (3, 8, 8), 3, step_lr=100.0, chain_type=t) for t in (torch.float32, torch.bfloat16)]
     images, labels = torch.rand(4, 3, 8, 8, generator=generator()), torch.eye(3)[[0, 1, 2, 0]]
-    energies, logits = ([getattr(box, name)(*given) for box in boxes] for name, given in
-                        (("energies", (images, labels)), ("logits", (images,))))  # fmt: skip
-    assert torch.equal(*energies) and torch.equal(*logits)
+    assert torch.equal(*(box.energies(images, labels) for box in boxes))
+    assert torch.equal(*(box.logits(images) for box in boxes))
     ends = [box.chain(images, labels, rounds=1) for box in boxes]
     moved, apart = (ends[0] - images).norm(), (ends[0] - ends[1]).norm()
     assert 0 < apart < 0.02 * moved and ends[1].dtype == torch.float32

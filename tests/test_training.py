@@ -188,19 +188,20 @@ def test_precisions_of_the_command_line():
 
 
 def test_kl_term_in_16_bits():
-    """Breaks when the chain with the KL term stays in float32, or its gradient gets lost on the way through bf16."""
+    """Breaks when the KL term stays out of bf16, loses its gradient there, or gets into fp16, where it underflows."""
     images, labels = torch.rand(4, *SHAPE), torch.eye(3)[torch.arange(4) % 3]
     gradients = []
-    for precision in ("float32", "bf16"):
+    for precision in ("float32", "bf16", "fp16"):
         state = make_state()
         options = Options(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4, precision=precision)
         with mock.patch.object(state.model, "energy", wraps=state.model.energy) as energy:
             training.train_step(state, options, images, labels, lambda: None)
         used = {call.args[0]["fc5.kernel"].dtype for call in energy.call_args_list}
-        assert used == {sampling.PRECISIONS[precision]}
+        assert used == {sampling.LOSS_PRECISIONS[precision]}
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()]))
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
     assert 1e-4 < error < 0.1
+    assert torch.equal(gradients[2], gradients[0])
 
 
 def test_inferred_labels_follow_the_energies():
