@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -128,6 +128,53 @@ def langevin(
         arguments = energy, x, noise, step_lr, clip, restrict
         x = checkpoint(step, *arguments, use_reentrant=False) if differentiable else step(*arguments)
     return x
+
+
+class CapturedChain:
+    """Chains of one form as a CUDA graph: all kernels of all steps, the noise's too, are launched at once.
+
+    captured = CapturedChain(chain, generator)
+    end = captured(weights, x, labels)  # what chain(weights, x, labels) returns
+
+    The first call captures `chain`, which draws from `generator`, on tensors of its own; each call copies its arguments
+    there, so that later ones may have other weights, images and labels, all shaped as before.
+    """
+
+    def __init__(self, chain: Callable[..., Tensor], generator: torch.Generator):
+        self.chain, self.generator = chain, generator
+        self.inputs: list[Tensor] = []
+
+    def __call__(self, weights: Mapping[str, Tensor], x: Tensor, labels: Tensor | None) -> Tensor:
+        given = [*weights.values(), x, *([] if labels is None else [labels])]
+        if not self.inputs:
+            self.inputs = [tensor.clone() for tensor in given]
+            *own, own_x = self.inputs[: len(weights) + 1]
+            own_labels = None if labels is None else self.inputs[-1]
+            own_weights = dict(zip(weights, own, strict=True))
+            self.replay, self.end = capture(lambda: self.chain(own_weights, own_x, own_labels), self.generator)
+        torch._foreach_copy_(self.inputs, given)
+        self.replay()
+        return self.end.clone()
+
+
+def capture(function: Callable[[], Tensor], generator: torch.Generator) -> tuple[Callable[[], None], Tensor]:
+    """Record what a function launches on the GPU; return how to launch it again, and the tensor where its result lies.
+
+    It may draw from torch's own generator and this one, which go on from where they are at each launch.
+    """
+    states = generator.get_state(), torch.cuda.get_rng_state()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels are compiled and chosen here, which is not allowed while recording
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    generator.set_state(states[0])
+    torch.cuda.set_rng_state(states[1])
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may talk to other workers
+        end = function()
+    return graph.replay, end
 
 
 def leapfrog(energy: Energy, x: Tensor, velocity: Tensor, *, step_size: float, num_steps: int) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,7 @@ with cli.group("Sampling"):
     flags.DEFINE_float("proj_norm", 0.0, "clip the gradient of a Langevin step to this norm; 0: no clip", lower_bound=0)
     flags.DEFINE_enum("proj_norm_type", "li", ["li", "l2"], "clip elementwise (li), or the whole batch's norm (l2)")
     flags.DEFINE_bool("replay_batch", False, "start 95 % of the chains from a buffer of 10,000 earlier end points")
+    flags.DEFINE_float("replay_rate", 0.95, "share of the chains that --replay_batch starts from the buffer", 0, 1)
     flags.DEFINE_enum(
         "precision",
         "float32",
@@ -99,6 +100,7 @@ with cli.group("Sampling"):
         "GPUs, and on CPUs with AMX",
     )
     flags.DEFINE_bool("compile", None, "compile the Langevin step, seconds once; default on GPUs, not with the KL term")
+    flags.DEFINE_bool("cuda_graph", False, "launch a whole chain at once, on a GPU; not yet run on one, see the README")
     flags.DEFINE_bool("pcd", False, "start all chains from the previous end points")
     flags.DEFINE_bool("hmc", False, "Hamiltonian Monte Carlo moves instead of gradient steps; needs --zero_kl")
 
@@ -167,6 +169,8 @@ def check_flags() -> None:
         raise UsageError(f"--{sizes[0]} and --{sizes[1]} exclude each other")
     if FLAGS.hmc and not FLAGS.zero_kl:
         raise UsageError("--hmc needs --zero_kl: no gradient flows through accepting or rejecting a move")
+    if FLAGS.cuda_graph and (FLAGS.hmc or not FLAGS.zero_kl):
+        raise UsageError("--cuda_graph is for Langevin steps alone: it needs --zero_kl, and no --hmc")
     if FLAGS.dataset == "folder" and not FLAGS.data_path:
         raise UsageError("--dataset=folder needs --data_path, the folder of images")
     inert = {
@@ -342,6 +346,8 @@ def main() -> None:
     keep_freed_memory()
     workers = distributed.start(FLAGS.backend, FLAGS.device)
     leads = workers.rank == 0
+    if FLAGS.cuda_graph and workers.device.type != "cuda":
+        raise UsageError(f"--cuda_graph needs a GPU, and this run is on the {workers.device}; leave it out")
     dataset = open_dataset(workers)
     config = network_config(dataset)
     # A GPU indexes what lies there; what is read from the disk is asked for by the CPU.

@@ -15,12 +15,11 @@ import data
 import models
 from imagenet import StreamedImages
 from optimizer import ClippedAdam
-from sampling import LOSS_PRECISIONS, PRECISIONS, hmc, input_gradient, langevin
+from sampling import LOSS_PRECISIONS, PRECISIONS, CapturedChain, Energy, hmc, input_gradient, langevin
 from utils import ReplayBuffer
 
 OBJECTIVES = ("cd", "logsumexp", "softplus")
 REPLAY_SIZE = 10_000  # images a buffer holds
-REPLAY_RATE = 0.95  # share of the chains that start from the buffer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Options:
     proj_norm: float = 0.0
     proj_norm_type: str = "li"
     replay_batch: bool = False
+    replay_rate: float = 0.95
     pcd: bool = False
     hmc: bool = False
     objective: str = "cd"
@@ -55,6 +55,7 @@ class Options:
     model_cclass: bool = False
     spec_eval: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     precision: str = "float32"
     ema_decay: float = 0.0
 
@@ -80,6 +81,7 @@ class State:
     generator: torch.Generator
     previous: Tensor | None = None  # the last end points, where --pcd starts from them
     ema: models.EnergyNetwork | None = None  # the moving average of the weights, with --ema_decay
+    captured: CapturedChain | None = None  # with --cuda_graph, from the first iteration on
     iteration: int = 0
 
     @property
@@ -177,21 +179,20 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     # back through the whole chain into the weights that made it.
     chains = slice(options.num_chains)
     chain_labels = None if labels is None else labels[chains]
-
-    def energy_with(chain_weights: models.Weights) -> Callable[[Tensor], Tensor]:
-        return lambda x: options.temperature * state.model.energy(chain_weights, x, chain_labels)
-
     start = chain_start(state, options, images[chains])
-    chain_energy = energy_with(frozen if options.zero_kl else learned)
-    samples, acceptance = run_chain(chain_energy, start, options, state.generator)
+    if options.cuda_graph:
+        samples, acceptance = captured_chain(state, options)(frozen, start, chain_labels), None
+    else:
+        chain_energy = energy_under(state, options, frozen if options.zero_kl else learned, chain_labels)
+        samples, acceptance = run_chain(chain_energy, start, options, state.generator)
     remember(state, options, samples.detach())
 
     # Loss: energy down on data, up on negatives; the KL term moves the chain's end points down the frozen energy.
     positive_labels, label_entropy = labels, None
     if options.model_cclass:
         positive_labels, label_entropy = infer_labels(state.model, frozen, images, state.generator)
-    e_data = options.temperature * state.model.energy(learned, images, positive_labels)
-    e_pos, e_neg = e_data[chains], energy_with(learned)(samples.detach())
+    e_data = energy_under(state, options, learned, positive_labels)(images)
+    e_pos, e_neg = e_data[chains], energy_under(state, options, learned, chain_labels)(samples.detach())
     contrast = functools.partial(
         contrastive_loss, objective=options.objective, ml_coeff=options.ml_coeff, l2_coeff=options.l2_coeff
     )
@@ -202,7 +203,7 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     loss = loss_ml + regulariser + loss_kl
     e_wrong = None
     if options.mismatch:  # images under the labels of others are negatives, too (Reed et al. 2016, section 4.2)
-        e_wrong = options.temperature * state.model.energy(learned, images.roll(1, 0), labels)
+        e_wrong = energy_under(state, options, learned, labels)(images.roll(1, 0))
         loss = loss + options.mismatch * sum(contrast(e_data, e_wrong))
 
     # Update
@@ -227,6 +228,11 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
         label_entropy=label_entropy,
         acceptance=acceptance,
     )
+
+
+def energy_under(state: State, options: Options, weights: models.Weights, labels: Tensor | None) -> Energy:
+    """Return the energy that chains descend and that the loss contrasts, of images under these labels."""
+    return lambda x: options.temperature * state.model.energy(weights, x, labels)
 
 
 def contrastive_loss(
@@ -269,7 +275,7 @@ def chain_start(state: State, options: Options, images: Tensor) -> Tensor:
         start = images + 0.3 * torch.randn(images.shape, generator=generator, device=images.device)
     if options.replay_batch and len(state.buffer) > len(images):
         stored = state.buffer.sample(len(images), generator, options.rescale)
-        replayed = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < REPLAY_RATE
+        replayed = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < options.replay_rate
         start = torch.where(replayed, stored, start)
     return start
 
@@ -303,6 +309,16 @@ def run_chain(
         compiled=options.compile and options.zero_kl,
     )
     return end, None
+
+
+def captured_chain(state: State, options: Options) -> CapturedChain:
+    """Return the run's chains as a CUDA graph, which is captured when it is first called."""
+
+    def chain(weights: models.Weights, x: Tensor, labels: Tensor | None) -> Tensor:
+        return run_chain(energy_under(state, options, weights, labels), x, options, state.generator)[0]
+
+    state.captured = state.captured or CapturedChain(chain, state.generator)
+    return state.captured
 
 
 def remember(state: State, options: Options, samples: Tensor) -> None:

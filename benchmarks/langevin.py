@@ -96,9 +96,24 @@ def torchebm_chain(model: models.EnergyNetwork, x: Tensor, steps: int) -> None:
     sampler.sample(x=x, n_steps=steps)
 
 
+def our_steps(
+    model: models.EnergyNetwork, weights: models.Weights, x: Tensor, steps: int, compiled: bool, generator: Any = None
+) -> Tensor:
+    energy = functools.partial(model.energy, weights)
+    return sampling.langevin(energy, x, num_steps=steps, step_lr=STEP_LR, generator=generator, compiled=compiled)
+
+
 def our_chain(model: models.EnergyNetwork, x: Tensor, steps: int, *, dtype: torch.dtype, compiled: bool) -> None:
-    energy = functools.partial(model.energy, models.spectral_norm_once(model, dtype))
-    sampling.langevin(energy, x, num_steps=steps, step_lr=STEP_LR, compiled=compiled)
+    our_steps(model, models.spectral_norm_once(model, dtype), x, steps, compiled)
+
+
+def captured_chain(model: models.EnergyNetwork, device: torch.device, dtype: torch.dtype, compiled: bool) -> Callable:
+    """Return our_chain as a CUDA graph of --steps steps, as train.py --cuda_graph runs it."""
+    generator = torch.Generator(device).manual_seed(0)
+    graph = sampling.CapturedChain(
+        lambda weights, x, labels: our_steps(model, weights, x, FLAGS.steps, compiled, generator), generator
+    )
+    return lambda model, x, steps: graph(models.spectral_norm_once(model, dtype), x, None)
 
 
 # ---- timing ----
@@ -140,6 +155,8 @@ def measure(name: str, device: torch.device, dtype: torch.dtype) -> list[dict[st
     chains["this project"] = functools.partial(our_chain, dtype=dtype, compiled=False)
     if FLAGS.compile:
         chains["compiled"] = functools.partial(our_chain, dtype=dtype, compiled=True)
+    if on_gpu:
+        chains["captured"] = captured_chain(model, device, dtype, FLAGS.compile)
     runs: dict[str, Callable[[], object]] = {v: functools.partial(run, model, x, steps) for v, run in chains.items()}
     best, memory = in_turns(runs | {"matrix": functools.partial(torch.mm, matrix, matrix)}, FLAGS.rounds, on_gpu)
     limit = 2 * MATRIX**3 / 1e9 / best["matrix"]

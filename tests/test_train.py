@@ -130,6 +130,8 @@ def test_a_new_run_moves_the_old_one_aside(run):
         (["--large_model"], "--large_model is for colour images"),
         (["--batch_size=5000"], "batch"),
         (["--hmc", "--nozero_kl"], "--hmc needs --zero_kl"),
+        (["--cuda_graph", "--nozero_kl"], "--cuda_graph is for Langevin steps alone"),
+        (["--cuda_graph", "--device=cpu"], "--cuda_graph needs a GPU"),
         (["--mismatch=1", "--nocclass"], "--mismatch contrasts labels"),
         (["--num_chains=300"], "--num_chains=300 is more than the images of a --batch_size"),
         (["--dataset=folder"], "--data_path"),

@@ -172,6 +172,32 @@ def test_precision_of_the_loss():
     assert 1e-4 < error < 0.1
 
 
+def test_captured_chains(monkeypatch):
+    """Breaks when a chain that was recorded once runs on the first weights, images or labels, or its end points are
+    overwritten by the next; a CPU records nothing, so that here the function itself is called again.
+    """
+
+    def capture(function, generator):
+        before = generator.get_state()
+        end = function()
+        generator.set_state(before)
+        return lambda: end.copy_(function()), end
+
+    monkeypatch.setattr(sampling, "capture", capture)
+    plain = Options(num_steps=3, step_lr=10.0, batch_size=8, num_chains=6, zero_kl=True, replay_batch=True)
+    samples = []
+    for options in (plain, dataclasses.replace(plain, cuda_graph=True)):
+        state, draws = make_state(), torch.Generator().manual_seed(1)
+        steps = []
+        for _ in range(3):
+            images = torch.rand(8, *SHAPE, generator=draws)
+            labels = torch.eye(3)[torch.randint(3, (8,), generator=draws)]
+            steps.append(training.train_step(state, options, images, labels, lambda: None))
+        samples.append(torch.stack([step.samples for step in steps]))
+    assert torch.equal(*samples)
+    assert (samples[0][0] - samples[0][1]).abs().mean() > 0.01
+
+
 def test_kl_term_reaches_the_weights_through_the_chain():
     """Breaks when the KL gradient is cut: with the other terms weighted 0, all that is left flows through the chain."""
     state = make_state()
