@@ -27,7 +27,7 @@ import pictures
 from composition import Expression, Joined, Name, Weighted
 from errors import UsageError
 from sampling import Energy, input_gradient
-from training import noise_images
+from training import label_energies, noise_images
 from utils import Progress
 
 COLUMNS = {"shape": [0], "size": [1], "rot": [2], "pos": [3, 4]}  # of latents (N, 5)
@@ -38,6 +38,7 @@ LABEL_SIZES = {"size": 1, "shape": 3, "pos": 2, "rot": 2}
 LABEL_RANGES = {"size": (0.5, 1.0), "shape": (0.0, 1.0), "pos": (0.0, 1.0), "rot": (-1.0, 1.0)}
 LABEL_NOISE = 0.03
 ROWS = 10  # of a picture
+TRIED = 16  # images at once whose energies under all labels are compared
 
 Figures = dict[str, Any]  # by name, or rows of them by name
 
@@ -327,11 +328,15 @@ def accuracies(
     def truths(latents: Tensor) -> dict[str, Tensor]:
         return {name: right(latents, aims[name])[condition] for name, condition in known.items()}
 
-    def jointly(plan: Sequence[Expression], latents: Tensor) -> float | None:
-        """Return the share of images that fulfil the expressions; None where a name says nothing about sprites."""
+    def fulfil(plan: Sequence[Expression], latents: Tensor) -> Tensor | None:
+        """Return which images fulfil the expressions, (N,); None where a name says nothing about sprites."""
         if not {name for expression in plan for name in expression.names} <= set(known):
             return None
-        return share(torch.stack([expression.holds(truths(latents)) for expression in plan]).all(0))
+        return torch.stack([expression.holds(truths(latents)) for expression in plan]).all(0)
+
+    def jointly(plan: Sequence[Expression], latents: Tensor) -> float | None:
+        fulfilled = fulfil(plan, latents)
+        return None if fulfilled is None else share(fulfilled)
 
     plan = next(iter(plans.values()))
     by_chance = found[0].roll(1, 0)  # what other images show: how often a target is met unseen
@@ -358,6 +363,8 @@ def accuracies(
         row = {name: share(truth) for name, truth in truths(found[-1]).items()}
         plan = next(iter(plans.values()))
         figures["right, real sprites"] = row | {"jointly": jointly(plan, found[-1]), "off sprites": off[-1]}
+        if (fulfilled := fulfil(plan, found[0])) is not None:
+            figures["jointly, by the target's shape"] = by_shape(fulfilled, targets[0])
     if len(plans) > 1:
         plot_joint(run, figures)
     return figures
@@ -366,6 +373,12 @@ def accuracies(
 def share(truths: Tensor) -> float:
     """Return the share of true values."""
     return truths.double().mean().item()
+
+
+def by_shape(truths: Tensor, latents: Tensor) -> dict[str, float | None]:
+    """Return the share of true values (N,) among the latents (N, 5) of each shape, None where there are none."""
+    parts = {name: truths[latents[:, 0] == k] for k, name in enumerate(dsprites.SHAPES, 1)}
+    return {name: share(part) if len(part) else None for name, part in parts.items()}
 
 
 def plot_joint(run: Run, figures: Figures) -> None:
@@ -385,13 +398,16 @@ def plot_joint(run: Run, figures: Figures) -> None:
 
 
 def labeldiscover(run: Run) -> Figures:
-    """Infer labels of real images: noise and gradient steps on the label, from anywhere in its range."""
+    """Infer labels of real images: noise and gradient steps on the label, from anywhere in its range.
+
+    Beside that the labels of lowest energy, of all that sprites have, but for positions, which are too many to try.
+    """
     number = run.options.limit or 30 * run.options.batch_size
     index = run.targets(1, number)[0]
     latents = run.sprites.latents[index]
     steps = run.options.num_steps
     progress = Progress(len(run.concepts) * number, what="labels")
-    figures, panels = {}, {}
+    figures, judged, panels = {}, {}, {}
     for name, concept in run.concepts.items():
         condition = concept.condition
         assert condition, "main takes concepts only"
@@ -417,9 +433,30 @@ def labeldiscover(run: Run) -> Figures:
             "right": share(trace[-1] <= TOLERANCES[condition] + 1e-3),
             "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
         }
+        if condition != "pos":
+            truths = (
+                label_errors(lowest_labels(run, concept, index), latents, condition) <= TOLERANCES[condition] + 1e-3
+            )
+            judged[f"{name}, lowest energy"] = {"right": share(truths), **by_shape(truths, latents)}
         panels[f"{name} / {UNITS[condition]}"] = {name: (range(steps + 1), [error.mean().item() for error in trace])}
     pictures.plot_lines(panels, run.path("errors.png"), xlabel="steps on the label")
-    return figures
+    return figures | judged
+
+
+def lowest_labels(run: Run, concept: Concept, index: Tensor) -> Tensor:
+    """Return the labels (N, label_size) under which sprites (N,) have the lowest energy, of all that sprites have.
+
+    concept: conditioned on one latent, that is not on positions.
+    """
+    assert concept.condition, "main takes concepts only"
+    column = COLUMNS[concept.condition][0]
+    values = torch.tensor(list(dsprites.LATENTS.values())[column], device=index.device)
+    latents = values.new_ones(len(values), len(dsprites.LATENTS))
+    latents[:, column] = values
+    labels = dsprites.label_vectors(latents, concept.condition)
+    with torch.no_grad():
+        parts = [label_energies(concept.energy, run.images(part), labels).argmin(1) for part in index.split(TRIED)]
+    return labels[torch.cat(parts)]
 
 
 def label_errors(labels: Tensor, latents: Tensor, condition: str) -> Tensor:

@@ -343,9 +343,13 @@ def infer_labels(
 
 def class_logits(energy: Callable[[Tensor, Tensor], Tensor], images: Tensor, classes: int) -> Tensor:
     """Return −E(x, y) of every image under every class, (N, classes)."""
-    n = len(images)
-    labels = torch.eye(classes, device=images.device, dtype=images.dtype).repeat(n, 1)
-    return -energy(images.repeat_interleave(classes, 0), labels).view(n, classes)
+    return -label_energies(energy, images, torch.eye(classes, device=images.device, dtype=images.dtype))
+
+
+def label_energies(energy: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    """Return E(x, y) of every image (N, C, H, W) under every label (M, label_size), (N, M)."""
+    n, m = len(images), len(labels)
+    return energy(images.repeat_interleave(m, 0), labels.repeat(n, 1)).view(n, m)
 
 
 def next_batch(state: State, options: Options, dataset: data.Dataset | StreamedImages) -> tuple[Tensor, Tensor | None]:

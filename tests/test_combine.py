@@ -388,7 +388,8 @@ def test_mistakes_in_labels(text, small_grid, tmp_path):
 
 
 def test_labeldiscover_finds_labels(small_grid, tmp_path):
-    """Breaks when a step does not go down the energy, by label_lr, within the range of the labels, after noise.
+    """Breaks when a step does not go down the energy, by label_lr, within the range of the labels, after noise; when
+    the label of lowest energy is not found, or counted for another image or shape.
 
     Each planted energy is quadratic around the true label, pulled by 4: a step of 1/4 ends there, whatever the noise.
     """
@@ -396,13 +397,22 @@ def test_labeldiscover_finds_labels(small_grid, tmp_path):
 
     def planted(name):
         true = dsprites.label_vectors(latents, name)
-        energy = lambda images, labels: 2 * (labels - true).square().sum(1)  # noqa: E731
+
+        def energy(images, labels):
+            return 2 * (labels - true.repeat_interleave(len(labels) // len(true), 0)).square().sum(1)
+
         return Concept(Planted(energy, SIZES[name]), {}, name)  # type: ignore[arg-type]
 
     run = run_on({name: planted(name) for name in SIZES}, small_grid, tmp_path, limit=5, num_steps=1, label_lr=0.25)
-    for name, row in combine.labeldiscover(run).items():
+    figures = combine.labeldiscover(run)
+    for name in SIZES:
+        row = figures[f"{name} / {combine.UNITS[name]}"]
         assert row["right"] == 1.0 and row["error of the label"] < 1e-5, name
         assert row["mean error"] < 0.1 <= row["at the start"], name
+        if name != "pos":
+            row = figures[f"{name}, lowest energy"]
+            shapes = {shape: 1.0 if k in latents[:, 0] else None for k, shape in enumerate(dsprites.SHAPES, 1)}
+            assert row == {"right": 1.0, **shapes}, name
 
 
 def test_untrained_models_go_through(small_grid, tmp_path):
