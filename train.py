@@ -83,14 +83,18 @@ with cli.group("dSprites"):
     flags.DEFINE_alias("cond_scale", "cond_size")
 
 with cli.group("Sampling"):
-    flags.DEFINE_enum("datasource", "random", ["random", "default"], "chains start from noise, or from noised data")
+    flags.DEFINE_enum(
+        "datasource", "random", ["random", "default", "both"], "chains start from noise, noised data, or half and half"
+    )
     flags.DEFINE_integer("num_chains", None, "chains per iteration; default one per image of the batch", lower_bound=1)
     flags.DEFINE_integer("num_steps", 20, "Langevin steps per iteration", lower_bound=0)
     flags.DEFINE_float("step_lr", 1.0, "step size of the gradient in a Langevin step", lower_bound=0)
     flags.DEFINE_float("noise_scale", 1.0, "noise of a Langevin step, in units of 0.005", lower_bound=0)
     flags.DEFINE_float("proj_norm", 0.0, "clip the gradient of a Langevin step to this norm; 0: no clip", lower_bound=0)
     flags.DEFINE_enum("proj_norm_type", "li", ["li", "l2"], "clip elementwise (li), or the whole batch's norm (l2)")
-    flags.DEFINE_bool("replay_batch", False, "start 95 % of the chains from a buffer of 10,000 earlier end points")
+    flags.DEFINE_bool(
+        "replay_batch", False, "start chains from a buffer of 10,000 earlier end points, a share --replay_rate of them"
+    )
     flags.DEFINE_float("replay_rate", 0.95, "share of the chains that --replay_batch starts from the buffer", 0, 1)
     flags.DEFINE_enum(
         "precision",

@@ -268,11 +268,10 @@ def chain_start(state: State, options: Options, images: Tensor) -> Tensor:
     generator = state.generator
     if options.pcd and state.previous is not None:
         return state.previous
-    if options.datasource == "random":
-        network = state.model.config.network
-        start = noise_images(tuple(images.shape), generator, network=network, rescale=options.rescale)
-    else:
-        start = images + 0.3 * torch.randn(images.shape, generator=generator, device=images.device)
+    near = {"random": 0, "default": len(images), "both": len(images) // 2}[options.datasource]
+    noised = images[:near] + 0.3 * torch.randn(images[:near].shape, generator=generator, device=images.device)
+    shape, network = (len(images) - near, *images.shape[1:]), state.model.config.network
+    start = torch.cat([noised, noise_images(shape, generator, network=network, rescale=options.rescale)])
     if options.replay_batch and len(state.buffer) > len(images):
         stored = state.buffer.sample(len(images), generator, options.rescale)
         replayed = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < options.replay_rate

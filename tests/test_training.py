@@ -84,7 +84,8 @@ def test_buffer_round_trip_and_rescale():
 
 
 def test_chain_starts():
-    """Breaks when replay takes over before the buffer holds more than a batch, or in another share than 95 %."""
+    """Breaks when replay takes over before the buffer holds more than a batch, or in another share than 95 % or what is
+    asked for; when --datasource=both is not half and half."""
     state, images = make_state(), torch.full((8, *SHAPE), 0.5)
     options = Options(replay_batch=True, batch_size=8)
     state.buffer.push(torch.zeros(8, *SHAPE))
@@ -92,8 +93,14 @@ def test_chain_starts():
     state.buffer.push(torch.zeros(1, *SHAPE))
     starts = [training.chain_start(state, options, images).flatten(1).mean(1) < 0.1 for _ in range(100)]
     assert torch.cat(starts).float().mean().item() == pytest.approx(0.95, abs=0.03)
+    options = dataclasses.replace(options, replay_rate=0.5)
+    starts = [training.chain_start(state, options, images).flatten(1).mean(1) < 0.1 for _ in range(100)]
+    assert torch.cat(starts).float().mean().item() == pytest.approx(0.5, abs=0.06)
     near = training.chain_start(state, Options(datasource="default"), images)
     assert (near - images).std().item() == pytest.approx(0.3, rel=0.05)
+    half = training.chain_start(state, Options(datasource="both"), images)
+    assert (half - images)[:4].std().item() == pytest.approx(0.3, rel=0.05)
+    assert half[4:].std().item() == pytest.approx(12**-0.5, rel=0.05) and half[4:].min() >= 0 and half[4:].max() <= 1
 
 
 def test_pcd_goes_on_from_the_last_end_points():
