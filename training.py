@@ -269,9 +269,13 @@ def chain_start(state: State, options: Options, images: Tensor) -> Tensor:
     if options.pcd and state.previous is not None:
         return state.previous
     near = {"random": 0, "default": len(images), "both": len(images) // 2}[options.datasource]
-    noised = images[:near] + 0.3 * torch.randn(images[:near].shape, generator=generator, device=images.device)
-    shape, network = (len(images) - near, *images.shape[1:]), state.model.config.network
-    start = torch.cat([noised, noise_images(shape, generator, network=network, rescale=options.rescale)])
+    starts = []
+    if near:
+        starts.append(images[:near] + 0.3 * torch.randn(images[:near].shape, generator=generator, device=images.device))
+    if near < len(images):
+        shape, network = (len(images) - near, *images.shape[1:]), state.model.config.network
+        starts.append(noise_images(shape, generator, network=network, rescale=options.rescale))
+    start = torch.cat(starts)
     if options.replay_batch and len(state.buffer) > len(images):
         stored = state.buffer.sample(len(images), generator, options.rescale)
         replayed = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < options.replay_rate
