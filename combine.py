@@ -93,7 +93,12 @@ def errors(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 def right(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Return whether each concept of latents (N, 5) is within its tolerance of the target's, (N,)."""
-    return {name: error <= TOLERANCES[name] + 1e-3 for name, error in errors(found, targets).items()}
+    return {name: tolerable(error, name) for name, error in errors(found, targets).items()}
+
+
+def tolerable(error: Tensor, condition: str) -> Tensor:
+    """Return whether errors (N,) of a concept, in its unit, count as right."""
+    return error <= TOLERANCES[condition] + 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +411,8 @@ def labeldiscover(run: Run) -> Figures:
     index = run.targets(1, number)[0]
     latents = run.sprites.latents[index]
     steps = run.options.num_steps
-    progress = Progress(len(run.concepts) * number, what="labels")
+    searches = sum(concept.condition != "pos" for concept in run.concepts.values())
+    progress = Progress((len(run.concepts) + searches) * number, what="labels")
     figures, judged, panels = {}, {}, {}
     for name, concept in run.concepts.items():
         condition = concept.condition
@@ -430,23 +436,22 @@ def labeldiscover(run: Run) -> Figures:
         figures[f"{name} / {UNITS[condition]}"] = {
             "mean error": trace[-1].mean().item(),
             "at the start": trace[0].mean().item(),
-            "right": share(trace[-1] <= TOLERANCES[condition] + 1e-3),
+            "right": share(tolerable(trace[-1], condition)),
             "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
         }
         if condition != "pos":
-            truths = (
-                label_errors(lowest_labels(run, concept, index), latents, condition) <= TOLERANCES[condition] + 1e-3
-            )
+            lowest = lowest_labels(run, concept, index, progress)
+            truths = tolerable(label_errors(lowest, latents, condition), condition)
             judged[f"{name}, lowest energy"] = {"right": share(truths), **by_shape(truths, latents)}
         panels[f"{name} / {UNITS[condition]}"] = {name: (range(steps + 1), [error.mean().item() for error in trace])}
     pictures.plot_lines(panels, run.path("errors.png"), xlabel="steps on the label")
     return figures | judged
 
 
-def lowest_labels(run: Run, concept: Concept, index: Tensor) -> Tensor:
+def lowest_labels(run: Run, concept: Concept, index: Tensor, progress: Progress) -> Tensor:
     """Return the labels (N, label_size) under which sprites (N,) have the lowest energy, of all that sprites have.
 
-    concept: conditioned on one latent, that is not on positions.
+    concept: conditioned on one latent, that is not on positions. progress: counts sprites.
     """
     assert concept.condition, "main takes concepts only"
     column = COLUMNS[concept.condition][0]
@@ -454,9 +459,12 @@ def lowest_labels(run: Run, concept: Concept, index: Tensor) -> Tensor:
     latents = values.new_ones(len(values), len(dsprites.LATENTS))
     latents[:, column] = values
     labels = dsprites.label_vectors(latents, concept.condition)
-    with torch.no_grad():
-        parts = [label_energies(concept.energy, run.images(part), labels).argmin(1) for part in index.split(TRIED)]
-    return labels[torch.cat(parts)]
+    lowest = []
+    for part in index.split(TRIED):
+        with torch.no_grad():
+            lowest.append(label_energies(concept.energy, run.images(part), labels).argmin(1))
+        progress.update(progress.done + len(part))
+    return labels[torch.cat(lowest)]
 
 
 def label_errors(labels: Tensor, latents: Tensor, condition: str) -> Tensor:

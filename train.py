@@ -181,6 +181,8 @@ def check_flags() -> None:
         "num_gpus": "a process drives one device; start workers with mpiexec",
         "proposal_debug": "the reference printed proposals; log.jsonl has the figures",
     }
+    if not FLAGS.replay_batch:
+        inert["replay_rate"] = "without --replay_batch there is no buffer"
     for name, reason in inert.items():
         if FLAGS[name].present:
             print(f"note: --{name} has no effect: {reason}")
