@@ -218,6 +218,13 @@ def test_errors_and_tolerances():
     assert not turned(3, 11)[1]
 
 
+def test_shares_by_shape():
+    """Breaks when a share is of other images than those of its shape, or one of none is a number."""
+    latents = torch.tensor([[1.0, 0.5, 0, 0, 0], [1.0, 0.6, 0, 0, 0], [3.0, 0.5, 0, 0, 0]])
+    shares = combine.by_shape(torch.tensor([True, False, True]), latents)
+    assert shares == {"square": 0.5, "ellipse": None, "heart": 1.0}
+
+
 # ---- tasks ----
 
 
@@ -283,6 +290,12 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
     assert figures["rot / degrees"]["right"] == 1.0  # the last step is on the rotation's energy
     assert figures["pos / pixels"]["right"] < 0.5 and figures["jointly"]["right"] < 0.5
     assert figures["right, size & shape"]["pos"] is None
+    latents = small_grid.latents[run_on({}, small_grid, tmp_path).targets(1, 20)[0]]  # of the same seed
+    shares = figures["jointly, by the target's shape"]
+    counts = [int((latents[:, 0] == k).sum()) for k in (1, 2, 3)]
+    assert sum(n * (share or 0) for n, share in zip(counts, shares.values(), strict=True)) == pytest.approx(
+        20 * figures["jointly"]["right"]
+    )
     assert {path.name for path in run.files} == {"im_condscale_condshape_condpos_condrot.png", "accuracy.png"}
     assert all(path.stat().st_size for path in run.files)
     json.dumps(figures, allow_nan=False)
