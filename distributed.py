@@ -34,6 +34,10 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the process group as a default value. Loaded later, as torch.func does, they would keep the group
+# and its threads alive beyond `close`, and a thread that lets go of a tensor while Python ends aborts the process.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from errors import UsageError
