@@ -6,7 +6,8 @@ BIN := .venv/bin
 .PHONY: concepts demo test lint horovod clean
 
 concepts: .venv/installed
-	$(BIN)/python ebm_combine.py --weights=pos=3,rot=1.5 --num_steps=150 --step_lr=50 --first_noise=0.1 --limit=48
+	$(BIN)/python ebm_combine.py --weights=pos=3,rot=1.5 --num_steps=200 --step_lr=50 --first_step_lr=400 \
+		--first_noise=0.1 --limit=48
 
 demo: .venv/installed
 	$(BIN)/python train.py --preset=digits_cpu --save_interval=250 --test_interval=250 --quality --num_samples=200 \

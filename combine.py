@@ -57,6 +57,7 @@ class Options:
     step_lr: float = 500.0
     label_lr: float = 1.0
     first_noise: float = 0.0
+    first_step_lr: float = 0.0
     restarts: int = 1
     precision: str = "float32"
     train: bool = False
@@ -248,6 +249,7 @@ class Run:
             num_steps=self.options.num_steps,
             step_lr=self.options.step_lr,
             first_noise_std=self.options.first_noise,
+            first_step_lr=self.options.first_step_lr,
             generator=self.generator,
             progress=progress,
         )

@@ -175,6 +175,7 @@ def chain(
     step_lr: float,
     noise_std: float = 0.005,
     first_noise_std: float = 0.0,
+    first_step_lr: float = 0.0,
     generator: torch.Generator,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -182,15 +183,17 @@ def chain(
 
     Other than `sampling.langevin`, a step takes the gradient *before* the noise, as the reference's combination does:
     g at x, then x + N(0, noise_std²) − step_lr·g, clipped to [0, 1]. Where first_noise_std is larger than noise_std,
-    the noise falls from there in a line to 0 after four fifths of the rounds, and to no less than noise_std: simulated
-    annealing, by which chains leave the first modes they meet. progress counts rounds.
+    the noise falls from there in a line to 0 after four fifths of the rounds, and to no less than noise_std; likewise
+    the step size from first_step_lr to step_lr: simulated annealing, by which chains leave the first modes they meet.
+    progress counts rounds.
     """
     for k in range(num_steps):
-        std = max(noise_std, first_noise_std * (1 - k / (0.8 * num_steps)))
+        left = 1 - k / (0.8 * num_steps)
+        std, step = max(noise_std, first_noise_std * left), max(step_lr, first_step_lr * left)
         for energy in energies:
             gradient = input_gradient(energy, x)
             noise = std * torch.randn(x.shape, generator=generator, device=x.device)
-            x = (x + noise - step_lr * gradient).clamp(0, 1)
+            x = (x + noise - step * gradient).clamp(0, 1)
         if progress is not None:
             progress.update(progress.done + 1)
     return x

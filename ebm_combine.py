@@ -92,6 +92,12 @@ with cli.group("Sampling"):
         "conceptcombine: noise of the first rounds, from where it falls to 0.005; 0: that throughout",
         0,
     )
+    flags.DEFINE_float(
+        "first_step_lr",
+        0.0,
+        "conceptcombine: step size of the first rounds, from where it falls to --step_lr; 0: that throughout",
+        0,
+    )
     flags.DEFINE_integer("restarts", 1, "conceptcombine: chains per image, of which the lowest energy is kept", 1)
     evaluation.define_precision_flag()
 

@@ -301,6 +301,23 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
     json.dumps(figures, allow_nan=False)
 
 
+def test_steps_fall_from_the_first_rounds_to_the_last():
+    """Breaks when annealed steps start at another size, do not fall in a line, or end below the usual one."""
+
+    def slope(x):
+        return 0.01 * x.flatten(1).sum(1)
+
+    ends = [
+        composition.chain(
+            [slope], torch.ones(1, 1, 8, 8), num_steps=n, step_lr=0.25, first_step_lr=2.0, noise_std=0.0,
+            generator=generator(),
+        ).mean().item()
+        for n in (1, 5, 10)
+    ]  # fmt: skip
+    # The gradient is 0.01; in ten rounds the steps are 2, 1.75, ... 0.25, which sum to 9, and twice 0.25.
+    assert ends == pytest.approx([0.98, 1 - 0.01 * (2 + 1.5 + 1 + 0.5 + 0.25), 1 - 0.01 * (9 + 0.25 * 2)], abs=1e-6)
+
+
 def test_noise_falls_from_the_first_rounds_to_the_last():
     """Breaks when annealed noise starts at another size, does not fall in a line, or ends below the usual one."""
     seen = []
