@@ -345,6 +345,10 @@ def main() -> None:
             print(f"note: --{name} has no effect: {FLAGS[name].help}")
     if FLAGS.joint_shape and FLAGS.joint_rot:
         raise UsageError("--joint_shape and --joint_rot exclude each other")
+    if 0 < FLAGS.first_step_lr < FLAGS.step_lr:
+        raise UsageError(
+            f"--first_step_lr={FLAGS.first_step_lr:g} cannot fall to --step_lr={FLAGS.step_lr:g}; lower --step_lr"
+        )
     if FLAGS.task == "train":
         train()
         return

@@ -38,6 +38,14 @@ def test_published_spellings(capsys):
     assert "step_lr=10.0 has no dashes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("words", "told"), [(["--replay_batch"], 0), ([], 1)])
+def test_idle_replay_rate_says_so(capsys, words, told):
+    """Breaks when --replay_rate without a buffer is taken without a word, or complained about with one."""
+    parse("--replay_rate=0.5", *words)
+    train.check_flags()
+    assert capsys.readouterr().out.count("--replay_rate has no effect") == told
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -352,6 +352,23 @@ def test_weights(small_grid, tmp_path, combine_, mode):
     assert images.mean().item() == pytest.approx(mode, abs=1e-3)
 
 
+def test_first_round_is_as_asked_for(small_grid, tmp_path):
+    """Breaks when the first noise or the first step size does not reach the chain.
+
+    A step of 1 on (x − 0.5)²/2 arrives at 0.5 whatever the start; what is left there is the noise.
+    """
+
+    def around(images, labels):
+        return (images - 0.5).square().flatten(1).sum(1) / 2
+
+    concepts = {"size": Concept(Planted(around, SIZES["size"]), {}, "size")}
+    run = run_on(concepts, small_grid, tmp_path, num_steps=1, step_lr=0.0, first_step_lr=1.0, first_noise=0.1)
+    plans = combine.plans_of(run.options.combine, list(concepts), run.options.weights)
+    images = run.generate(plans["size"], torch.zeros(1, 2, 5) + 1, Progress(1, what="rounds", quiet=True))
+    assert images.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert images.std().item() == pytest.approx(0.1, rel=0.05)
+
+
 def test_restarts_keep_the_lowest_energy(small_grid, tmp_path):
     """Breaks when the chain that is kept is not that with the lowest sum of energies, or is another image's.
 
@@ -589,6 +606,7 @@ COMMANDS = {
     "not a pair": "--models=pos",
     "weight of nothing": "--weights=rot=2 --nocond_rot",
     "weight of 0": "--weights=pos=2,size=0",
+    "steps that rise": "--first_step_lr=50 --step_lr=400",
     "weights twice": "--weights=pos=2 --combine=2*pos",
     "unwritable": "--task=genbaseline --savedir=/dev/null",
     "train": "--task=train --train_flags=--max_iter=9 --exp_shape=new_shape --dsprites_path=some.npz",
@@ -665,6 +683,7 @@ def test_mistakes_on_the_command_line(commands):
         "weight of nothing": "--weights=rot=2: rot is not combined here",
         "weight of 0": "--weights=size=0: expected a number above 0",
         "weights twice": "an expression has its own",
+        "steps that rise": "--first_step_lr=50 cannot fall to --step_lr=400",
         "unwritable": "--savedir=/dev/null: cannot make",
     }
     for name, message in expected.items():
