@@ -115,7 +115,8 @@ def plot_lines(
     figure, axes = _figure(len(panels), title)
     for axis, (ylabel, lines) in zip(axes, panels.items(), strict=True):
         for colour, (name, (x, y)) in zip(cycle(COLOURS), lines.items(), strict=False):
-            axis.plot(np.asarray(x), np.asarray(y), color=colour, label=name, linewidth=1.5)
+            few = np.size(x) <= 20  # then dots tell what was measured from the lines between
+            axis.plot(np.asarray(x), np.asarray(y), color=colour, label=name, linewidth=1.5, marker="." if few else "")
         axis.set(ylabel=ylabel, yscale="log" if log else "linear")
         if all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, _ in lines.values()):
             axis.locator_params(axis="x", integer=True)  # no half iterations, no half concepts

@@ -98,6 +98,12 @@ def test_lines_are_stacked_over_one_x_axis(tmp_path, figures) -> None:
     assert read(path).std() > 0
 
 
+def test_few_points_are_dots(tmp_path, figures) -> None:
+    """Red if a line of a single point cannot be seen, or a long one is a string of beads."""
+    pictures.plot_lines({"y": {"one": ([3], [1]), "many": (range(99), range(99))}}, tmp_path / "dots.png", xlabel="x")
+    assert [line.get_marker() for line in figures[0].axes[0].lines] == [".", ""]
+
+
 def test_lines_on_a_logarithmic_axis(tmp_path, figures) -> None:
     """Red if `log` is ignored."""
     pictures.plot_lines({"y": {"a": ([1, 2], [1, 100])}}, tmp_path / "log.png", xlabel="x", log=True)
