@@ -114,9 +114,11 @@ def plot_lines(
     """Stack panels over one x axis: {y label: {line's name: (x, y)}}; `log` makes the y axes logarithmic."""
     figure, axes = _figure(len(panels), title)
     for axis, (ylabel, lines) in zip(axes, panels.items(), strict=True):
-        for colour, (name, (x, y)) in zip(cycle(COLOURS), lines.items(), strict=False):
+        for k, (name, (x, y)) in enumerate(lines.items()):
+            colour, style = COLOURS[k % len(COLOURS)], "-" if k < len(COLOURS) else "--"
             few = np.size(x) <= 20  # then dots tell what was measured from the lines between
-            axis.plot(np.asarray(x), np.asarray(y), color=colour, label=name, linewidth=1.5, marker="." if few else "")
+            marker = "." if few else ""
+            axis.plot(np.asarray(x), np.asarray(y), style, color=colour, label=name, linewidth=1.5, marker=marker)
         axis.set(ylabel=ylabel, yscale="log" if log else "linear")
         if all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, _ in lines.values()):
             axis.locator_params(axis="x", integer=True)  # no half iterations, no half concepts

@@ -84,7 +84,7 @@ def legend(axis) -> list[str]:
 
 
 def test_lines_are_stacked_over_one_x_axis(tmp_path, figures) -> None:
-    """Red if a panel, a line or its name is lost: the eighth line comes after the last colour."""
+    """Red if a panel, a line or its name is lost; the eighth line comes after the last colour, and must look new."""
     steps = np.arange(5)
     energies = {f"line {i}": (steps, steps * i) for i in range(8)}
     distances = {"CFD": (steps, torch.arange(5) + 1)}
@@ -93,6 +93,7 @@ def test_lines_are_stacked_over_one_x_axis(tmp_path, figures) -> None:
     )
     upper, lower = figures[0].axes
     assert legend(upper) == list(energies)
+    assert len({(line.get_color(), line.get_linestyle()) for line in upper.lines}) == 8
     assert upper.lines[7].get_ydata().tolist() == [0, 7, 14, 21, 28]
     assert (upper.get_ylabel(), lower.get_ylabel(), lower.get_xlabel()) == ("energy", "distance", "iteration")
     assert read(path).std() > 0
