@@ -98,10 +98,10 @@ with cli.group("Sampling"):
     flags.DEFINE_float("replay_rate", 0.95, "share of the chains that --replay_batch starts from the buffer", 0, 1)
     flags.DEFINE_enum(
         "precision",
-        "float32",
-        cli.PRECISIONS,
-        "of the energies and their gradients (fp16: in chains only); images and parameters stay float32. bf16 pays on "
-        "GPUs, and on CPUs with AMX",
+        "auto",
+        ["auto", *cli.PRECISIONS],
+        "of the energies and their gradients (fp16: in chains only); images and parameters stay float32. auto: bf16 on "
+        "CPUs with AMX for Langevin chains with --zero_kl, else float32",
     )
     flags.DEFINE_bool("compile", None, "compile the Langevin step, seconds once; default on GPUs, not with the KL term")
     flags.DEFINE_bool("cuda_graph", False, "launch a whole chain at once, on a GPU; not yet run on one, see the README")
@@ -319,6 +319,20 @@ def compiles(device: str) -> bool:
     return chosen
 
 
+def precision_on(device: str) -> str:
+    """Return what energies are computed in: as --precision says, else the fastest that was seen to train as well.
+
+    That is bf16 where the CPU multiplies it in tiles (AMX). It was compared by Langevin chains without the KL term;
+    on GPUs nothing was compared yet (README, Speed).
+    """
+    import torch
+
+    if FLAGS.precision != "auto":
+        return FLAGS.precision
+    compared = FLAGS.zero_kl and not FLAGS.hmc and device == "cpu"
+    return "bf16" if compared and torch.cpu._is_amx_tile_supported() else "float32"
+
+
 def announce(trainer: Trainer) -> None:
     """Print what a run is about to do and where everything goes; store its flags and network in config.json."""
     import torch
@@ -331,6 +345,7 @@ def announce(trainer: Trainer) -> None:
     print(f"data: {dataset.name}, {len(dataset):,} images of {config.image_shape}, {dataset.label_size} label values")
     print(f"network: {config.network}, {parameters:,} parameters, {config.num_filters} filters")
     print(f"workers: {workers.size}, {workers.engine} ({workers.why}), on {workers.device}")
+    print(f"precision: energies in {trainer.options.precision}, images and parameters in float32")
     print(f"iterations: {state.iteration} to {trainer.cadence.stop}; everything goes to {trainer.folder}/")
     print("settings: " + " ".join(f"{name}={value}" for name, value in cli.values().items() if value is not None))
 
@@ -359,9 +374,10 @@ def main() -> None:
     # A GPU indexes what lies there; what is read from the disk is asked for by the CPU.
     index_device = workers.device if isinstance(dataset, data.Dataset) else "cpu"
     batches = data.Batches(len(dataset), FLAGS.batch_size, FLAGS.seed, workers.rank, workers.size, device=index_device)
-    sampling.set_precision(FLAGS.precision)
+    precision = precision_on(workers.device.type)
+    sampling.set_precision(precision)
     given: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(training.Options)}
-    options = training.Options(**given | {"compile": compiles(workers.device.type)})
+    options = training.Options(**given | {"precision": precision, "compile": compiles(workers.device.type)})
     folder = pathlib.Path(FLAGS.logdir) / FLAGS.exp
     resume = None if FLAGS.resume_iter == "-1" else checkpoint.find(folder, FLAGS.resume_iter)
     if resume is None and not FLAGS.train:

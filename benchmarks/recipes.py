@@ -1,15 +1,22 @@
 """Train the same small network by several recipes, one change each, and plot how good samples become.
 
     python benchmarks/recipes.py --output=benchmarks/recipes.json      # and recipes.png
+    python benchmarks/recipes.py --precisions=float32,bf16 --seeds=4 --output=benchmarks/precision_digits.json
 
 Quality is the classifier Fréchet distance of train.py --quality, of chains from noise. A recipe changes the preset's
-settings, but for the first, which is the preset with the published learning rate. Runs stay in --logdir.
+settings, but for the first, which is the preset with the published learning rate. --precisions compares number types
+instead, of the preset as it is. Runs stay in --logdir.
+
+With several seeds every recipe is compared with the first one: by a t-test, paired by seed, of the logarithm of the
+distance, averaged over the second half of each run.
 """
 
 from __future__ import annotations
 
+import math
 import pathlib
 import shlex
+import statistics
 import subprocess
 import sys
 
@@ -31,43 +38,71 @@ RECIPES = {
     "lr 1e-2, 40 steps": "--lr=1e-2 --num_steps=40",
     "lr 1e-2, bf16": "--lr=1e-2 --precision=bf16",
 }
+PANELS = {"feature_distance": "classifier Fréchet distance", "e_pos_std": "std of E(x) of data"}  # on logarithmic axes
 
 with cli.group("Benchmark"):
     flags.DEFINE_string("preset", "digits_cpu", "the settings that all runs share")
+    flags.DEFINE_string("train_flags", "", "more flags of train.py for all of them")
     flags.DEFINE_integer("recipes", len(RECIPES), "train by the first so many", lower_bound=1)
+    flags.DEFINE_list("precisions", [], f"compare these instead, of {', '.join(cli.PRECISIONS)}")
+    flags.DEFINE_integer("seeds", 1, "train so often by each, from other seeds", lower_bound=1)
     flags.DEFINE_integer("max_iter", 400, "iterations of a run", lower_bound=1)
     flags.DEFINE_integer("test_interval", 50, "iterations between measurements", lower_bound=1)
     flags.DEFINE_string("logdir", "cachedir/recipes", "where the runs go")
     flags.DEFINE_string("output", "", "also write the figures to this JSON file, and a plot beside it")
 
 
-def train(number: int, recipe: str) -> pathlib.Path:
+def train(exp: str, recipe: str, seed: int) -> pathlib.Path:
     """Train by one recipe and return the folder of the run; raise UsageError where training fails."""
-    words = [f"--preset={FLAGS.preset}", f"--logdir={FLAGS.logdir}", f"--exp={number}", *shlex.split(recipe)]
+    words = [f"--preset={FLAGS.preset}", f"--logdir={FLAGS.logdir}", f"--exp={exp}", f"--seed={seed}"]
     words += [f"--max_iter={FLAGS.max_iter}", f"--test_interval={FLAGS.test_interval}", "--quality"]
-    words += ["--num_samples=200", "--sample_steps=100"]
+    words += ["--num_samples=200", "--sample_steps=100", "--precision=float32"]
+    words += [*shlex.split(FLAGS.train_flags), *shlex.split(recipe)]
     print(f"python train.py {shlex.join(words)}", flush=True)
     status = subprocess.run([sys.executable, str(TRAIN), *words], check=False).returncode
     if status:
         raise UsageError(f"training by {recipe} ended with status {status}, see above")
-    return pathlib.Path(FLAGS.logdir) / str(number)
+    return pathlib.Path(FLAGS.logdir) / exp
+
+
+def settled(distances: list[float]) -> float:
+    """Return the mean logarithm of the second half of a run's distances."""
+    return statistics.fmean(map(math.log, distances[len(distances) // 2 :]))
 
 
 def main() -> None:
+    import scipy.stats
+
     import pictures
     from utils import read_series
 
-    rows, curves = [], {}
-    for number, (name, recipe) in enumerate(list(RECIPES.items())[: FLAGS.recipes]):
-        folder = train(number, recipe)
-        iterations, distances = read_series(folder, "feature_distance")
-        curves[name] = iterations, distances
-        rows.append({"recipe": name, "flags": recipe, "iterations": iterations, "distances": distances})
-        print(f"{name}: {distances[-1]:.2f} after {iterations[-1]} iterations")
+    recipes = {name: f"--precision={name}" for name in FLAGS.precisions} or dict(list(RECIPES.items())[: FLAGS.recipes])
+    rows = []
+    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {panel: {} for panel in PANELS.values()}
+    outcomes: dict[str, list[float]] = {}
+    for number, (name, recipe) in enumerate(recipes.items()):
+        for seed in range(FLAGS.seeds):
+            folder = train(f"{number}_{seed}", recipe, seed)
+            series = {key: read_series(folder, key) for key in PANELS}
+            for key, (x, y) in series.items():
+                line = curves[PANELS[key]].setdefault(name, ([], []))
+                line[0].extend([*x, math.nan])  # one line of all seeds, which breaks off between them
+                line[1].extend([*y, math.nan])
+            iterations, distances = series["feature_distance"]
+            outcomes.setdefault(name, []).append(settled(distances))
+            rows.append(
+                {"recipe": name, "flags": recipe, "seed": seed, "iterations": iterations, "distances": distances}
+            )
+            print(f"{name}, seed {seed}: {distances[-1]:.2f} after {iterations[-1]} iterations", flush=True)
+    first, *others = outcomes.items() if FLAGS.seeds > 1 else [("", [])]
+    for name, values in others:
+        ratio = math.exp(statistics.fmean(values) - statistics.fmean(first[1]))
+        p = scipy.stats.ttest_rel(values, first[1]).pvalue
+        print(f"{name}: distance {ratio:.2f} times that of {first[0]} over the second half, p = {p:.2f}")
     if FLAGS.output:
         path = cli.write_rows(FLAGS.output, rows)
-        panels = {"classifier Fréchet distance": curves}
-        plot = pictures.plot_lines(panels, path.with_suffix(".png"), xlabel="iteration", title=FLAGS.preset, log=True)
+        title = f"{FLAGS.preset} {FLAGS.train_flags}"
+        plot = pictures.plot_lines(curves, path.with_suffix(".png"), xlabel="iteration", title=title, log=True)
         print(f"wrote {path} and {plot}")
 
 

@@ -39,7 +39,7 @@ SMALL = {
     "benchmarks/langevin.py": ["--networks=MnistNet", "--batch_size=1", "--steps=1", "--rounds=1", "--nocompile"],
     "benchmarks/iteration.py": ["--num_filters=4", "--steps=1", "--batch_sizes=1", "--rounds=1"],
     "benchmarks/loader.py": ["--workers=1", "--files=4", "--batch_size=2", "--batches=1", "--rounds=1"],
-    "benchmarks/recipes.py": ["--max_iter=1", "--test_interval=1", "--recipes=1"],
+    "benchmarks/recipes.py": ["--max_iter=1", "--test_interval=1", "--recipes=1", "--seeds=2"],
 }
 TRAINED = {  # the published checkpoints: experiment -> network, iteration, shape of the images, label size
     "cifar10_large_model_uncond": ("ResNet32Large", 121200, (3, 32, 32), 0),
