@@ -322,8 +322,8 @@ def compiles(device: str) -> bool:
 def precision_on(device: str, network: str) -> str:
     """Return what energies are computed in: as --precision says, else the fastest that was seen to train as well.
 
-    That is bf16 on a CPU that multiplies it in tiles (AMX), for MnistNet by Langevin chains without the KL term. By
-    ResNet32 it was told from float32, and all else was not compared (README, Speed).
+    That is bf16 on a CPU that multiplies it in tiles (AMX), for MnistNet by Langevin chains without the KL term. Short
+    runs of ResNet32 left it open, and all else was not compared (README, Speed).
     """
     import torch
 
