@@ -25,6 +25,7 @@ from absl import flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import cli
 from errors import UsageError
+from utils import read_series
 
 FLAGS = flags.FLAGS
 TRAIN = pathlib.Path(__file__).resolve().parent.parent / "train.py"
@@ -65,42 +66,54 @@ def train(exp: str, recipe: str, seed: int) -> pathlib.Path:
     return pathlib.Path(FLAGS.logdir) / exp
 
 
-def settled(distances: list[float]) -> float:
+def joined(folders: list[pathlib.Path], key: str) -> tuple[list[float], list[float]]:
+    """Return a logged number of several runs as one line, which breaks off between them."""
+    x: list[float] = []
+    y: list[float] = []
+    for iterations, values in (read_series(folder, key) for folder in folders):
+        x += [*iterations, math.nan]
+        y += [*values, math.nan]
+    return x, y
+
+
+def settled(folder: pathlib.Path) -> float:
     """Return the mean logarithm of the second half of a run's distances."""
+    distances = read_series(folder, "feature_distance")[1]
     return statistics.fmean(map(math.log, distances[len(distances) // 2 :]))
 
 
-def main() -> None:
+def compare(runs: dict[str, list[pathlib.Path]]) -> None:
+    """Print how far every recipe's distances are from those of the first."""
     import scipy.stats
 
+    (first, *others), outcomes = runs, {name: list(map(settled, folders)) for name, folders in runs.items()}
+    for name in others:
+        ratio = math.exp(statistics.fmean(outcomes[name]) - statistics.fmean(outcomes[first]))
+        p = scipy.stats.ttest_rel(outcomes[name], outcomes[first]).pvalue
+        print(f"{name}: distance {ratio:.2f} times that of {first} over the second half, p = {p:.2f}")
+
+
+def main() -> None:
     import pictures
-    from utils import read_series
 
     recipes = {name: f"--precision={name}" for name in FLAGS.precisions} or dict(list(RECIPES.items())[: FLAGS.recipes])
-    rows = []
-    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {panel: {} for panel in PANELS.values()}
-    outcomes: dict[str, list[float]] = {}
-    for number, (name, recipe) in enumerate(recipes.items()):
-        for seed in range(FLAGS.seeds):
-            folder = train(f"{number}_{seed}", recipe, seed)
-            series = {key: read_series(folder, key) for key in PANELS}
-            for key, (x, y) in series.items():
-                line = curves[PANELS[key]].setdefault(name, ([], []))
-                line[0].extend([*x, math.nan])  # one line of all seeds, which breaks off between them
-                line[1].extend([*y, math.nan])
-            iterations, distances = series["feature_distance"]
-            outcomes.setdefault(name, []).append(settled(distances))
-            rows.append(
-                {"recipe": name, "flags": recipe, "seed": seed, "iterations": iterations, "distances": distances}
-            )
-            print(f"{name}, seed {seed}: {distances[-1]:.2f} after {iterations[-1]} iterations", flush=True)
-    first, *others = outcomes.items() if FLAGS.seeds > 1 else [("", [])]
-    for name, values in others:
-        ratio = math.exp(statistics.fmean(values) - statistics.fmean(first[1]))
-        p = scipy.stats.ttest_rel(values, first[1]).pvalue
-        print(f"{name}: distance {ratio:.2f} times that of {first[0]} over the second half, p = {p:.2f}")
+    runs = {
+        name: [train(f"{number}_{seed}", recipe, seed) for seed in range(FLAGS.seeds)]
+        for number, (name, recipe) in enumerate(recipes.items())
+    }
+    if FLAGS.seeds > 1:
+        compare(runs)
     if FLAGS.output:
+        rows = []
+        for name, folders in runs.items():
+            for seed, folder in enumerate(folders):
+                iterations, distances = read_series(folder, "feature_distance")
+                row = {"recipe": name, "flags": recipes[name], "seed": seed}
+                rows.append(row | {"iterations": iterations, "distances": distances})
         path = cli.write_rows(FLAGS.output, rows)
+        curves = {
+            label: {name: joined(folders, key) for name, folders in runs.items()} for key, label in PANELS.items()
+        }
         title = f"{FLAGS.preset} {FLAGS.train_flags}"
         plot = pictures.plot_lines(curves, path.with_suffix(".png"), xlabel="iteration", title=title, log=True)
         print(f"wrote {path} and {plot}")

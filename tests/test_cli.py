@@ -38,6 +38,25 @@ def test_published_spellings(capsys):
     assert "step_lr=10.0 has no dashes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "device", "network", "tiles", "precision"),
+    [
+        (["--zero_kl"], "cpu", "MnistNet", True, "bf16"),
+        (["--zero_kl"], "cpu", "MnistNet", False, "float32"),
+        (["--zero_kl"], "cpu", "ResNet32", True, "float32"),
+        (["--zero_kl"], "cuda", "MnistNet", True, "float32"),
+        (["--zero_kl", "--hmc"], "cpu", "MnistNet", True, "float32"),
+        ([], "cpu", "MnistNet", True, "float32"),
+        (["--precision=tf32", "--zero_kl"], "cpu", "MnistNet", True, "tf32"),
+    ],
+)
+def test_rounded_energies_only_where_compared(monkeypatch, words, device, network, tiles, precision):
+    """Breaks when a run rounds to bf16 by itself where that was not compared with float32, or is slower."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: tiles)
+    parse(*words)
+    assert train.precision_on(device, network) == precision
+
+
 @pytest.mark.parametrize(("words", "told"), [(["--replay_batch"], 0), ([], 1)])
 def test_idle_replay_rate_says_so(capsys, words, told):
     """Breaks when --replay_rate without a buffer is taken without a word, or complained about with one."""

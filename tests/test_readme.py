@@ -25,8 +25,8 @@ COMMANDS = re.findall(r"^(?:mpiexec -n \d+ )?python \S+\.py.*", README, re.MULTI
 
 # Behind a command's own flags, so that these win; everything that makes the command what it is stays.
 TRAIN = ["--max_iter=2", "--num_steps=2", "--batch_size=4", "--num_filters=8", "--num_samples=2", "--sample_steps=2"]
-QUICK = "--num_filters=4 --num_samples=20 --sample_steps=2"
 TRAIN += ["--logdir=trained"]  # beside the models that other commands find in cachedir
+QUICK = "--train_flags=--num_filters=4 --num_samples=20 --sample_steps=2"  # of the runs that recipes.py starts
 SMALL = {
     "train.py": [*TRAIN, "--data_workers=1"],
     "ebm_sandbox.py": ["--num_steps=1", "--limit=4", "--batch_size=4"],
@@ -40,13 +40,7 @@ SMALL = {
     "benchmarks/langevin.py": ["--networks=MnistNet", "--batch_size=1", "--steps=1", "--rounds=1", "--nocompile"],
     "benchmarks/iteration.py": ["--num_filters=4", "--steps=1", "--batch_sizes=1", "--rounds=1"],
     "benchmarks/loader.py": ["--workers=1", "--files=4", "--batch_size=2", "--batches=1", "--rounds=1"],
-    "benchmarks/recipes.py": [
-        "--max_iter=1",
-        "--test_interval=1",
-        "--recipes=1",
-        "--seeds=2",
-        f"--train_flags={QUICK}",
-    ],
+    "benchmarks/recipes.py": ["--max_iter=1", "--test_interval=1", "--recipes=1", "--seeds=2", QUICK],
 }
 TRAINED = {  # the published checkpoints: experiment -> network, iteration, shape of the images, label size
     "cifar10_large_model_uncond": ("ResNet32Large", 121200, (3, 32, 32), 0),
