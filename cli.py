@@ -51,6 +51,12 @@ def group(title: str) -> Iterator[None]:
     _groups[title] = [name for name in FLAGS if name not in before]
 
 
+def define_choices(name: str, default: Sequence[str], values: Sequence[str], words: str) -> None:
+    """Define a flag that takes any of these values, several by commas."""
+    flags.DEFINE_list(name, list(default), f"{words}: {', '.join(values)}")
+    flags.register_validator(name, lambda given: set(given) <= set(values), f"takes any of {', '.join(values)}")
+
+
 def help_text(usage: str) -> str:
     """Return the script's own words followed by its flags, a paragraph per group."""
     lines = [usage.strip()]

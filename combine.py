@@ -24,6 +24,7 @@ import composition
 import dsprites
 import models
 import pictures
+from acceleration import products_in
 from composition import Expression, Joined, Name, Weighted
 from errors import UsageError
 from sampling import Energy, input_gradient
@@ -243,16 +244,17 @@ class Run:
         """Return where chains from noise end that visit the energies in turn: this many images (N, C, H, W)."""
         config = next(iter(self.concepts.values())).model.config
         noise = noise_images((number, *config.image_shape), self.generator, network=config.network)
-        end = composition.chain(
-            energies,
-            noise,
-            num_steps=self.options.num_steps,
-            step_lr=self.options.step_lr,
-            first_noise_std=self.options.first_noise,
-            first_step_lr=self.options.first_step_lr,
-            generator=self.generator,
-            progress=progress,
-        )
+        with products_in(self.options.precision):
+            end = composition.chain(
+                energies,
+                noise,
+                num_steps=self.options.num_steps,
+                step_lr=self.options.step_lr,
+                first_noise_std=self.options.first_noise,
+                first_step_lr=self.options.first_step_lr,
+                generator=self.generator,
+                progress=progress,
+            )
         return finite(end)
 
 

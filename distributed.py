@@ -113,6 +113,7 @@ def choose_engine(backend: str, launch: Launch, horovod_problem: Callable[[], st
 def choose_device(name: str, launch: Launch) -> torch.device:
     """Return the device of this worker: "auto", "cpu" or "cuda", which is `cuda:<local rank>`.
 
+    A single GPU is this worker's, whatever its rank: launchers may show each its own, see `refuse_shared_gpu`.
     Raises UsageError where there are more workers on this machine than GPUs, or no such device.
     """
     if name == "auto":
@@ -124,7 +125,7 @@ def choose_device(name: str, launch: Launch) -> torch.device:
     if device.type != "cuda":
         return device
     gpus = torch.cuda.device_count()
-    if launch.local_size > gpus:
+    if launch.local_size > gpus > 1:
         raise UsageError(
             f"{launch.local_size} worker(s) on this machine but {gpus} GPU(s): "
             "start at most one worker per GPU, or use --device=cpu"
@@ -133,7 +134,18 @@ def choose_device(name: str, launch: Launch) -> torch.device:
         raise UsageError(f"--device={name} would put every worker on one GPU; use --device=cuda")
     if (device.index or 0) >= gpus:
         raise UsageError(f"--device={name}: there are {gpus} GPU(s) here, counted from 0")
-    return torch.device("cuda", launch.local_rank if device.index is None else device.index)
+    own = launch.local_rank if gpus > 1 else 0
+    return torch.device("cuda", own if device.index is None else device.index)
+
+
+def refuse_shared_gpu(identities: Sequence[str]) -> None:
+    """Raise UsageError naming two ranks whose GPU has the same identity; identities are in the order of ranks."""
+    for rank, identity in enumerate(identities):
+        first = identities.index(identity)
+        if first != rank:
+            raise UsageError(
+                f"ranks {first} and {rank} would share one GPU: start at most one worker per GPU, or use --device=cpu"
+            )
 
 
 def _horovod_problem(launch: Launch, device: torch.device) -> str:
@@ -356,6 +368,10 @@ class Workers:
             pieces = [torch.empty(0, dtype=torch.uint8)] * self.size
         return _unpack(self._exchange(pieces)[0])
 
+    def share(self, item: Any) -> list[Any]:
+        """Return on every worker the item of each, in order; see `gather`."""
+        return [_unpack(piece) for piece in self._exchange([_pack(item)] * self.size)]
+
     def any(self, flag: bool) -> bool:
         """Return on every worker whether the flag is true on one of them."""
         self._meet()
@@ -408,7 +424,10 @@ def start(backend: str = "auto", device: str = "auto", timeout: float = 40.0) ->
     engine, why = choose_engine(backend, launch, lambda: _horovod_problem(launch, place))
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    return Workers(launch, engine, why, place, timeout)
+    workers = Workers(launch, engine, why, place, timeout)
+    if place.type == "cuda" and workers.size > 1:
+        refuse_shared_gpu(workers.share(f"{socket.gethostname()} {torch.cuda.get_device_properties(place).uuid}"))
+    return workers
 
 
 class GradientAverager:

@@ -356,12 +356,12 @@ def main() -> None:
 
     import combine
     import distributed
-    import sampling
     import unseen
+    from acceleration import PRECISIONS, allow_tf32
     from utils import keep_freed_memory
 
     keep_freed_memory()
-    chain_type = sampling.set_precision(FLAGS.precision)
+    allow_tf32(False)  # but in chains
     device = distributed.start("none", FLAGS.device).device
     given = {"labels": pairs("labels"), "weights": factors()}
     paths = find_models(names_needed())
@@ -381,7 +381,9 @@ def main() -> None:
     except OSError as error:
         raise UsageError(f"--savedir={FLAGS.savedir}: cannot make {folder} ({error.strerror})") from None
     generator = torch.Generator(device).manual_seed(FLAGS.seed)
-    run = combine.Run(options, load_concepts(paths, device, chain_type), load_sprites(device), generator, folder)
+    run = combine.Run(
+        options, load_concepts(paths, device, PRECISIONS[FLAGS.precision]), load_sprites(device), generator, folder
+    )
     write_report(run, tasks[FLAGS.task](run), paths)
 
 

@@ -214,7 +214,6 @@ def main() -> None:
             print(f"note: --{name} has no effect: {FLAGS[name].help}")
     import torch
 
-    import sampling
     import sandbox_tasks
     from sandbox import Sandbox
 
@@ -232,7 +231,7 @@ def main() -> None:
         proj_norm=FLAGS.proj_norm,
         rescale=trained.flags.get("rescale", 1.0),
         batch_size=FLAGS.batch_size,
-        chain_type=sampling.set_precision(FLAGS.precision),
+        precision=FLAGS.precision,
     )
     options: dict[str, Any] = {
         field.name: FLAGS[field.name].value for field in dataclasses.fields(sandbox_tasks.Options)

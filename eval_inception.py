@@ -151,7 +151,7 @@ def draw(paths: Sequence[pathlib.Path], chains: Chains, trained: dict[str, Any],
 
     import checkpoint
     import quality
-    import sampling
+    from acceleration import PRECISIONS, products_in
     from utils import Progress
 
     load = functools.partial(checkpoint.load_energy, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
@@ -160,10 +160,9 @@ def draw(paths: Sequence[pathlib.Path], chains: Chains, trained: dict[str, Any],
     # Gradients to images in [0, 1] are `rescale` times those to the network's own images.
     chains = dataclasses.replace(chains, step_lr=chains.step_lr / rescale, proj_norm=chains.proj_norm * rescale)
     progress = Progress(chains.rounds * -(-FLAGS.im_number // quality.POOL), what="round")
-    chain_type = sampling.set_precision(FLAGS.precision)
-    with quality.within_memory(chains.batch_size):
+    with quality.within_memory(chains.batch_size), products_in(FLAGS.precision):
         images = quality.pool_images(
-            [quality.energy_of(model, rescale, chain_type) for model in ensemble],
+            [quality.energy_of(model, rescale, PRECISIONS[FLAGS.precision]) for model in ensemble],
             FLAGS.im_number,
             ensemble[0].config,
             chains,
@@ -171,7 +170,6 @@ def draw(paths: Sequence[pathlib.Path], chains: Chains, trained: dict[str, Any],
             progress=progress,
         )
     progress.close()
-    sampling.set_precision("float32")  # what compares images is kept, and must not depend on the chains
     return images
 
 

@@ -67,12 +67,12 @@ class Trained(NamedTuple):
 
 def start() -> torch.device:
     """Make ready for figures of float32, also on a GPU, and return where to compute."""
+    import acceleration
     import distributed
-    import sampling
     from utils import keep_freed_memory
 
     keep_freed_memory()
-    sampling.set_precision("float32")
+    acceleration.allow_tf32(False)
     return distributed.start("none", FLAGS.device).device
 
 

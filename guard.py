@@ -15,6 +15,7 @@ CHECK_INTERVAL = 10  # iterations
 SNAPSHOT_INTERVAL = 200  # iterations
 SNAPSHOTS = 3  # states kept in memory; every rollback in a row goes back one further
 USUAL = 10  # healthy checks that tell what is usual
+NOT_FINITE = "not finite"  # what a cause says of figures that are not
 
 
 @dataclasses.dataclass
@@ -53,7 +54,7 @@ class DivergenceGuard:
         values = dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))  # one transfer
         for name in ("weights", "e_pos", "e_neg", "loss"):
             if not abs(values[name]) < float("inf"):
-                return f"{name} not finite"
+                return f"{name} {NOT_FINITE}"
         found = None
         size, gap = max(abs(values["e_pos"]), abs(values["e_neg"])), values["e_pos"] - values["e_neg"]
         usual_size, usual_spread = float("inf"), 0.0

@@ -422,9 +422,15 @@ class StreamedImages:
         numbers = tuple(index.tolist())
         futures = zip(numbers, self.pending.pop(numbers), strict=True)
         good = [self.replace_bad(number, future.result()) for number, future in futures]
-        stored = torch.from_numpy(np.stack([image for image, _ in good])).to(self.device)
-        labels = torch.tensor([label for _, label in good], device=self.device)
+        stored = self.to_device(torch.from_numpy(np.stack([image for image, _ in good])))
+        labels = self.to_device(torch.tensor([label for _, label in good]))
         return dequantise(stored, generator, rescale), F.one_hot(labels, self.label_size).float()
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Return a tensor where batches belong; a GPU fetches it while the CPU goes on, which takes pinned memory."""
+        if torch.device(self.device).type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def close(self) -> None:
         """End the decode workers."""

@@ -188,11 +188,11 @@ def main() -> None:
     import checkpoint
     import distributed
     import pictures
-    import sampling
+    from acceleration import PRECISIONS, allow_tf32
     from utils import Progress, keep_freed_memory
 
     keep_freed_memory()
-    chain_type = sampling.set_precision(FLAGS.precision)
+    allow_tf32(FLAGS.precision == "tf32")
     device = distributed.choose_device(FLAGS.device, distributed.Launch())
     path = checkpoint.find(pathlib.Path(FLAGS.logdir) / FLAGS.exp, FLAGS.resume_iter)
     model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
@@ -232,7 +232,7 @@ def main() -> None:
         step_lr=FLAGS.step_lr,
         rescale=saved.get("flags", {}).get("rescale", 1.0),
         generator=torch.Generator(device).manual_seed(FLAGS.seed),
-        dtype=chain_type,
+        dtype=PRECISIONS[FLAGS.precision],
     ):
         frames.append(pictures.grid(images, columns=columns, padding=0))
         progress.update(done)

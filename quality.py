@@ -177,21 +177,23 @@ def fresh_images(
 ) -> Tensor:
     """Return images from noise, one Langevin chain per row of labels (N, classes): uint8 (N, C, H, W) on the CPU.
 
-    Image i draws its start and its steps from a generator of its own, that of (seed, i) on the CPU: its chain has the
-    same noise whatever the batch size, the number of images and the device, and differs by rounding at most. progress:
-    counts steps of batches.
+    Image i draws its start and its steps from a generator of its own, that of (seed, i) where the labels are. So on one
+    kind of device its chain has the same noise whatever the batch size and the number of images, and differs by
+    rounding at most. progress: counts steps of batches.
     """
     clip = functools.partial(clip_gradient, proj_norm=proj_norm, proj_norm_type="li")
     restrict = functools.partial(torch.clamp, min=0, max=1)
     batches = []
     for numbers in torch.arange(len(labels)).split(batch_size):
-        generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in numbers.tolist()]
+        seeds = [(seed * 1_000_003 + i) % 2**32 for i in numbers.tolist()]
+        generators = [torch.Generator(labels.device).manual_seed(own) for own in seeds]
         starts = [noise_images((1, *config.image_shape), own, network=config.network) for own in generators]
-        x, y = torch.cat(starts).to(labels.device), labels[numbers.to(labels.device)]
+        x, y = torch.cat(starts), labels[numbers.to(labels.device)]
+        noise = torch.empty(x.shape, device=x.device)
         for _ in range(num_steps):
-            noise = torch.stack([torch.randn(config.image_shape, generator=own) for own in generators])
-            noise = noise_std * noise.to(x.device)
-            x = langevin_step(functools.partial(energy, labels=y), x, noise, step_lr, clip, restrict)
+            for image, own in zip(noise, generators, strict=True):
+                image.normal_(generator=own)
+            x = langevin_step(functools.partial(energy, labels=y), x, noise_std * noise, step_lr, clip, restrict)
             progress.update(progress.done + 1)
         batches.append(to_bytes(finite(x)).cpu())
     return torch.cat(batches)

@@ -6,8 +6,8 @@
 
 samples.png (a grid) and samples.npz go to --logdir/<exp>/sample/; with --folder single PNGs, too. The .npz holds
 `images`, uint8 (N, height, width, channels), and, where the model knows classes, `labels`, int64 (N,). Every image has
-noise of its own, by seed and place: the same seed gives the same images whatever --batch_size and --num, up to the
-rounding of the network's arithmetic.
+noise of its own, by seed and place: the same seed gives the same images whatever --batch_size and --num, on one kind of
+device and up to the rounding of the network's arithmetic.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
     import pictures
     import quality
-    import sampling
+    from acceleration import PRECISIONS, products_in
     from utils import Progress
 
     device = evaluation.start()
@@ -84,9 +84,9 @@ def main() -> None:
     )
 
     progress = Progress(num_steps * -(-FLAGS.num // FLAGS.batch_size), what="Langevin step")
-    with quality.within_memory(FLAGS.batch_size):
+    with quality.within_memory(FLAGS.batch_size), products_in(FLAGS.precision):
         images = quality.fresh_images(
-            quality.energy_of(model, rescale, sampling.set_precision(FLAGS.precision)),
+            quality.energy_of(model, rescale, PRECISIONS[FLAGS.precision]),
             torch.eye(classes)[chosen].to(device) if classes else torch.zeros(FLAGS.num, 0, device=device),
             config,
             num_steps=num_steps,

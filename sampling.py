@@ -7,37 +7,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from errors import UsageError
-
 Energy = Callable[[Tensor], Tensor]  # (N, ...) -> (N,)
 
 PROJ_NORM_TYPES = ("li", "l2")
-
-
-PRECISIONS = {
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-# Of the energies whose gradients go to the weights: those would underflow in fp16, whose smallest number is 6e-8.
-LOSS_PRECISIONS = PRECISIONS | {"fp16": torch.float32}
-
-
-def set_precision(name: str) -> torch.dtype:
-    """Set whether GPUs may round float32 factors to TF32 (for the whole process); return the type of a chain's weights.
-
-    Images, noise and updates are float32 in any case; "fp16" and "bf16" compute energies in 16 bits.
-    """
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-    return PRECISIONS[name]
 
 
 def input_gradient(energy: Energy, x: Tensor, *, create_graph: bool = False) -> Tensor:
@@ -73,10 +52,17 @@ def langevin_step(
     return restrict(x - step_lr * clip(gradient(energy, x)))
 
 
+class CannotCompile(Exception):
+    """A Langevin step that cannot be compiled here, for the reason given."""
+
+
 @functools.cache
 def compiled_step() -> Callable[..., Tensor]:
-    """Return `langevin_step` as one compiled function, the gradient inside it; slow at its first call on a shape."""
-    from torch._dynamo.exc import TorchDynamoException  # slow to import, and few need it
+    """Return `langevin_step` as one compiled function, the gradient inside it; slow at its first call on a shape.
+
+    It raises CannotCompile where that fails, for some shape and device.
+    """
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # slow to import, and few need it
 
     def gradient(energy: Energy, x: Tensor) -> Tensor:
         return torch.func.grad(lambda x: energy(x).sum())(x)
@@ -86,9 +72,10 @@ def compiled_step() -> Callable[..., Tensor]:
     def step(*arguments: object) -> Tensor:
         try:
             return compiled(*arguments)
+        except FailOnRecompileLimitHit:
+            raise CannotCompile("too many shapes of images or networks in one process") from None
         except TorchDynamoException as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UsageError(f"the Langevin step cannot be compiled ({reason}); run with --nocompile") from None
+            raise CannotCompile(str(error).strip().split("\n")[0]) from None
 
     return step
 
@@ -117,7 +104,8 @@ def langevin(
     generator: where the noise comes from; None is torch's own. `energy` may close over frozen weights only, unless
     differentiable: then the result carries the graph of the whole chain to the weights and to x, and each step is
     computed again in the backward pass, so that memory holds the images of every step but the activations of one.
-    compiled: run each step as one compiled function, equal to rounding; not for a chain that is differentiable.
+    compiled: run each step as one compiled function, equal to rounding; not for a chain that is differentiable. Raises
+    CannotCompile where there is no way to.
     """
     gradient = functools.partial(input_gradient, create_graph=differentiable)
     step = compiled_step() if compiled else functools.partial(langevin_step, gradient=gradient)
@@ -128,53 +116,6 @@ def langevin(
         arguments = energy, x, noise, step_lr, clip, restrict
         x = checkpoint(step, *arguments, use_reentrant=False) if differentiable else step(*arguments)
     return x
-
-
-class CapturedChain:
-    """Chains of one form as a CUDA graph: all kernels of all steps, the noise's too, are launched at once.
-
-    captured = CapturedChain(chain, generator)
-    end = captured(weights, x, labels)  # what chain(weights, x, labels) returns
-
-    The first call captures `chain`, which draws from `generator`, on tensors of its own; each call copies its arguments
-    there, so that later ones may have other weights, images and labels, all shaped as before.
-    """
-
-    def __init__(self, chain: Callable[..., Tensor], generator: torch.Generator):
-        self.chain, self.generator = chain, generator
-        self.inputs: list[Tensor] = []
-
-    def __call__(self, weights: Mapping[str, Tensor], x: Tensor, labels: Tensor | None) -> Tensor:
-        given = [*weights.values(), x, *([] if labels is None else [labels])]
-        if not self.inputs:
-            self.inputs = [tensor.clone() for tensor in given]
-            *own, own_x = self.inputs[: len(weights) + 1]
-            own_labels = None if labels is None else self.inputs[-1]
-            own_weights = dict(zip(weights, own, strict=True))
-            self.replay, self.end = capture(lambda: self.chain(own_weights, own_x, own_labels), self.generator)
-        torch._foreach_copy_(self.inputs, given)
-        self.replay()
-        return self.end.clone()
-
-
-def capture(function: Callable[[], Tensor], generator: torch.Generator) -> tuple[Callable[[], None], Tensor]:
-    """Record what a function launches on the GPU; return how to launch it again, and the tensor where its result lies.
-
-    It may draw from torch's own generator and this one, which go on from where they are at each launch.
-    """
-    states = generator.get_state(), torch.cuda.get_rng_state()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels are compiled and chosen here, which is not allowed while recording
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    generator.set_state(states[0])
-    torch.cuda.set_rng_state(states[1])
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may talk to other workers
-        end = function()
-    return graph.replay, end
 
 
 def leapfrog(energy: Energy, x: Tensor, velocity: Tensor, *, step_size: float, num_steps: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import models
+from acceleration import PRECISIONS, products_in
 from data import Dataset
 from errors import UsageError
 from imagenet import StreamedImages
@@ -137,7 +138,7 @@ class Sandbox:
 
     num_steps, step_lr, proj_norm: of one round of Langevin dynamics with noise N(0, 0.005²), see `sampling.langevin`.
     rescale: the model was trained on images in [0, rescale]. batch_size: images at a time; it is lowered where memory
-    is short. chain_type: what chains compute in; energies, logits and the attacks on them are those of float32. bias:
+    is short. precision: what chains compute in; energies, logits and the attacks on them are those of float32. bias:
     of the class logits, (label_size,); `finetune` learns it.
     """
 
@@ -148,7 +149,7 @@ class Sandbox:
     proj_norm: float = 0.0
     rescale: float = 1.0
     batch_size: int = 32
-    chain_type: torch.dtype = torch.float32
+    precision: str = "float32"
     weights: models.Weights = dataclasses.field(init=False)
     chain_weights: models.Weights = dataclasses.field(init=False)
     bias: Tensor = dataclasses.field(init=False)
@@ -160,7 +161,7 @@ class Sandbox:
     def prepare(self) -> None:
         """Normalise the network's weights, for energies and for chains."""
         self.weights = models.spectral_norm_once(self.model)
-        self.chain_weights = models.cast(self.weights, self.chain_type)
+        self.chain_weights = models.cast(self.weights, PRECISIONS[self.precision])
 
     @property
     def classes(self) -> int:
@@ -238,16 +239,17 @@ class Sandbox:
         differentiable: bool = False,
     ) -> Tensor:
         """Return a batch after one round of Langevin dynamics, restricted; pull: times the usual step_lr."""
-        return langevin(
-            lambda y: self.model.energy(self.chain_weights, y * self.rescale, labels),
-            x,
-            num_steps=self.num_steps,
-            step_lr=pull * self.step_lr / self.rescale,  # gradients here are `rescale` times those of training
-            proj_norm=self.proj_norm * self.rescale,
-            project=lambda y: restrict(y, start),
-            generator=self.generator,
-            differentiable=differentiable,
-        )
+        with products_in(self.precision):
+            return langevin(
+                lambda y: self.model.energy(self.chain_weights, y * self.rescale, labels),
+                x,
+                num_steps=self.num_steps,
+                step_lr=pull * self.step_lr / self.rescale,  # gradients here are `rescale` times those of training
+                proj_norm=self.proj_norm * self.rescale,
+                project=lambda y: restrict(y, start),
+                generator=self.generator,
+                differentiable=differentiable,
+            )
 
     def logits_of(self, x: Tensor, refine: float | None = None, *, differentiable: bool = False) -> Tensor:
         """Return −E(x, y) + bias of a batch for every class y, (n, classes).

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import data
     import metrics
     import models
+    from acceleration import Acceleration
     from distributed import Workers
     from imagenet import StreamedImages
     from trainer import Trainer
@@ -46,6 +47,7 @@ with cli.group("Main"):
     flags.DEFINE_integer("epoch_num", 10000, "stop after this many passes over the data", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of everything random; every worker derives its own", lower_bound=0)
     flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "where to compute; auto takes a GPU if there is one")
+    flags.DEFINE_bool("deterministic", False, "the same bits in every run on a GPU, too; slower, see --compile")
     flags.DEFINE_enum("backend", "auto", ["auto", "horovod", "torch", "none"], "what joins several workers")
     flags.DEFINE_integer("num_gpus", 1, "accepted for old commands; workers scale out, see mpiexec", lower_bound=1)
 
@@ -100,11 +102,18 @@ with cli.group("Sampling"):
         "precision",
         "auto",
         ["auto", *cli.PRECISIONS],
-        "of the energies and their gradients (fp16: in chains only); images and parameters stay float32. auto: bf16 "
-        "for MnistNet on CPUs with AMX, by Langevin chains with --zero_kl, else float32",
+        "of the energies and their gradients; images and parameters stay float32, and the loss stays out of fp16, in "
+        "TF32. auto: fp16 on GPUs, TF32 with the KL term or --hmc; bf16 for MnistNet on CPUs with AMX, by Langevin "
+        "chains with --zero_kl, else float32",
     )
-    flags.DEFINE_bool("compile", None, "compile the Langevin step, seconds once; default on GPUs, not with the KL term")
-    flags.DEFINE_bool("cuda_graph", False, "launch a whole chain at once, on a GPU; not yet run on one, see the README")
+    flags.DEFINE_bool(
+        "compile",
+        None,
+        "compile the Langevin step, seconds once; default on GPUs, not with the KL term, --hmc or --deterministic",
+    )
+    flags.DEFINE_bool(
+        "cuda_graph", None, "launch a whole chain at once; default on GPUs, not with the KL term or --hmc"
+    )
     flags.DEFINE_bool("pcd", False, "start all chains from the previous end points")
     flags.DEFINE_bool("hmc", False, "Hamiltonian Monte Carlo moves instead of gradient steps; needs --zero_kl")
 
@@ -306,30 +315,44 @@ def feature_distance(
     return measure, measure.distance(images[rest[: FLAGS.num_samples]])
 
 
-def compiles(device: str) -> bool:
-    """Return whether the Langevin step is compiled: as --compile says, else on a GPU where there is a C compiler."""
-    there = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-    if FLAGS.compile and not there:
+def choose_acceleration(device: str, network: str) -> Acceleration:
+    """Return how chains run: as the flags ask for, else the fastest way on this kind of device."""
+    from acceleration import Acceleration
+
+    plain_chain = FLAGS.zero_kl and not FLAGS.hmc
+    has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    if FLAGS.compile and not has_compiler:
         raise UsageError("--compile needs a C compiler (cc, gcc or clang), and none is on the PATH; leave it out")
-    chosen = device == "cuda" and there if FLAGS.compile is None else FLAGS.compile
-    if chosen and FLAGS.zero_kl:
-        print(
-            "the Langevin step is compiled at the first iteration, which takes its time; torch keeps what it compiled"
-        )
-    return chosen
+    by_itself = device == "cuda" and plain_chain
+    compiled = by_itself and not FLAGS.deterministic if FLAGS.compile is None else FLAGS.compile
+    if compiled and not has_compiler:
+        print("note: no C compiler is on the PATH (cc, gcc or clang): the Langevin step runs uncompiled")
+        compiled = False
+    captured = by_itself and FLAGS.num_steps > 0 if FLAGS.cuda_graph is None else FLAGS.cuda_graph
+    asked = {"precision": FLAGS.precision != "auto", "compile": FLAGS.compile, "cuda_graph": FLAGS.cuda_graph}
+    return Acceleration(
+        precision_on(device, network),
+        compiled,
+        captured,
+        frozenset(name for name, is_asked in asked.items() if is_asked),
+    )
 
 
 def precision_on(device: str, network: str) -> str:
     """Return what energies are computed in: as --precision says, else the fastest that was seen to train as well.
 
-    That is bf16 on a CPU that multiplies it in tiles (AMX), for MnistNet by Langevin chains without the KL term. Short
-    runs of ResNet32 left it open, and all else was not compared (README, Speed).
+    On a GPU that is fp16 for Langevin chains without the KL term, whose gradients to images are 2 to 3 % off there, and
+    TF32 for all else. On a CPU it is bf16 for MnistNet by such chains, where bf16 is multiplied in tiles (AMX). Short
+    runs of ResNet32 left it open, and other networks were not compared (README, Speed).
     """
     import torch
 
+    plain_chain = FLAGS.zero_kl and not FLAGS.hmc
     if FLAGS.precision != "auto":
         return FLAGS.precision
-    compared = device == "cpu" and network == "MnistNet" and FLAGS.zero_kl and not FLAGS.hmc
+    if device == "cuda":
+        return "fp16" if plain_chain else "tf32"
+    compared = network == "MnistNet" and plain_chain
     return "bf16" if compared and torch.cpu._is_amx_tile_supported() else "float32"
 
 
@@ -345,7 +368,7 @@ def announce(trainer: Trainer) -> None:
     print(f"data: {dataset.name}, {len(dataset):,} images of {config.image_shape}, {dataset.label_size} label values")
     print(f"network: {config.network}, {parameters:,} parameters, {config.num_filters} filters")
     print(f"workers: {workers.size}, {workers.engine} ({workers.why}), on {workers.device}")
-    print(f"precision: energies in {trainer.options.precision}, images and parameters in float32")
+    print(f"energies in {state.acceleration}; images and parameters in float32")
     print(f"iterations: {state.iteration} to {trainer.cadence.stop}; everything goes to {trainer.folder}/")
     print("settings: " + " ".join(f"{name}={value}" for name, value in cli.values().items() if value is not None))
 
@@ -354,17 +377,19 @@ def main() -> None:
     check_flags()
     import torch
 
+    import acceleration
     import checkpoint
     import data
     import distributed
     import models
-    import sampling
     import training
     from optimizer import ClippedAdam
     from trainer import Cadence, Trainer
     from utils import ReplayBuffer, keep_freed_memory
 
     keep_freed_memory()
+    acceleration.allow_tf32(False)  # but in training steps and their chains
+    acceleration.choose_kernels(FLAGS.deterministic)
     workers = distributed.start(FLAGS.backend, FLAGS.device)
     leads = workers.rank == 0
     if FLAGS.cuda_graph and workers.device.type != "cuda":
@@ -374,10 +399,8 @@ def main() -> None:
     # A GPU indexes what lies there; what is read from the disk is asked for by the CPU.
     index_device = workers.device if isinstance(dataset, data.Dataset) else "cpu"
     batches = data.Batches(len(dataset), FLAGS.batch_size, FLAGS.seed, workers.rank, workers.size, device=index_device)
-    precision = precision_on(workers.device.type, config.network)
-    sampling.set_precision(precision)
     given: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(training.Options)}
-    options = training.Options(**given | {"precision": precision, "compile": compiles(workers.device.type)})
+    options = training.Options(**given)
     folder = pathlib.Path(FLAGS.logdir) / FLAGS.exp
     resume = None if FLAGS.resume_iter == "-1" else checkpoint.find(folder, FLAGS.resume_iter)
     if resume is None and not FLAGS.train:
@@ -396,6 +419,7 @@ def main() -> None:
         batches=batches,
         generator=torch.Generator(workers.device).manual_seed(FLAGS.seed * 1_000 + workers.rank),
         ema=copy.deepcopy(model).eval() if FLAGS.ema_decay else None,
+        acceleration=choose_acceleration(workers.device.type, config.network),
     )
     cadence = Cadence(
         stop=last_iteration(len(dataset), workers.size),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
+import math
 import pathlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +19,22 @@ import data
 import guard
 import metrics
 import pictures
+from acceleration import products_in
 from distributed import GradientAverager, Workers
 from errors import UsageError
 from imagenet import StreamedImages
-from models import spectral_norm_once
-from training import Options, State, Step, next_batch, noise_images, run_chain, statistics, train_step
+from models import EnergyNetwork, Weights, spectral_norm_once
+from training import (
+    Options,
+    State,
+    Step,
+    energy_under,
+    langevin_chain,
+    next_batch,
+    noise_images,
+    statistics,
+    train_step,
+)
 from utils import Progress, RunLog, read_series
 
 FAILED_SAVES = 3  # saves in a row that may fail before a run stops
@@ -94,6 +105,7 @@ class Trainer:
         state, cadence, workers = self.state, self.cadence, self.workers
         self.log = RunLog(self.folder, state.iteration) if self.leads else None
         self.progress = Progress(cadence.stop, state.iteration, what="iteration", quiet=not self.leads)
+        state.acceleration.say = self.progress.say
         moments = [moment for pair in state.optimizer.state.values() for moment in pair.values()]
         averages = [] if state.ema is None else state.ema.state_dict().values()
         workers.broadcast([*state.model.state_dict().values(), *averages, *moments])
@@ -106,8 +118,8 @@ class Trainer:
         with self.signals():
             while state.iteration < cadence.stop:
                 images, labels = next_batch(state, self.options, self.dataset)
-                step = train_step(state, self.options, images, labels, gradients.finish)
-
+                with products_in(state.acceleration.precision):
+                    step = train_step(state, self.options, images, labels, gradients.finish)
                 if self.healthy(step):
                     self.keep_records(step)
                 if workers.any(self.stopping is not None):
@@ -158,11 +170,15 @@ class Trainer:
     def roll_back(self, cause: str) -> None:
         """Return to the last good state, on all workers, and go on with fresh noise and half the learning rate.
 
-        Raises UsageError after too many rollbacks.
+        Where chains that chose fp16 themselves are not finite, that is given up instead. Raises UsageError after too
+        many rollbacks.
         """
         assert self.guard is not None
-        state, failed = self.state, self.state.iteration
-        self.rollbacks += 1
+        state, failed, acceleration = self.state, self.state.iteration, self.state.acceleration
+        fp16_failed = self.workers.any(acceleration.chose_fp16 and guard.NOT_FINITE in cause)
+        if fp16_failed and acceleration.chose_fp16:
+            acceleration.give_up("precision", f"chains in fp16 are at fault, perhaps: {cause}")
+        self.rollbacks += not fp16_failed
         if self.rollbacks > self.max_rollbacks:
             raise UsageError(
                 f"the run diverged at iteration {failed} ({cause}) after {self.max_rollbacks} rollbacks; "
@@ -171,7 +187,8 @@ class Trainer:
         self.guard.roll_back(state)
         self.chains = None
         self.adapt()
-        state.generator.manual_seed(self.seed * 1_000 + self.workers.rank + 1_000_000 * self.rollbacks)
+        if not fp16_failed:
+            state.generator.manual_seed(self.seed * 1_000 + self.workers.rank + 1_000_000 * self.rollbacks)
         rate = state.optimizer.param_groups[0]["lr"]
         self.progress.say(
             f"diverged at iteration {failed}: {cause}; back to iteration {state.iteration}, learning rate {rate:.3g}"
@@ -189,7 +206,8 @@ class Trainer:
 
     def record(self, step: Step) -> None:
         """Write this iteration's figures to the log and the console."""
-        figures = statistics(self.state, self.options, step)
+        with products_in(self.state.acceleration.precision):
+            figures = statistics(self.state, self.options, step)
         if self.log is not None:
             self.log.scalars(self.state.iteration, figures)
             self.progress.text = f"e_pos {figures['e_pos']:+.4f} e_neg {figures['e_neg']:+.4f}"
@@ -212,8 +230,9 @@ class Trainer:
         assert self.log is not None
         iteration = self.state.iteration
         chains = self.fresh_chains(PANELS if self.measure is None else self.num_samples)
-        with self.evaluation() as energy, torch.no_grad():
-            found = {"data": energy(step.images, step.labels), "negatives": energy(step.samples, step.labels)}
+        with self.evaluation() as (model, weights), torch.no_grad():
+            energy = energy_under(model, self.options, weights, step.labels)
+            found = {"data": energy(step.images), "negatives": energy(step.samples)}
         found["long_chains"] = chains.energies
         energies = {name: values.double().cpu().numpy() for name, values in found.items()}
         if not all((abs(values) < DIVERGED).all() for values in energies.values()):
@@ -270,46 +289,51 @@ class Trainer:
         """How much small images are enlarged in pictures."""
         return max(1, 64 // self.state.model.config.image_shape[1])
 
-    def fresh_chains(self, number: int, batch_size: int = 250) -> Chains:
+    def fresh_chains(self, number: int) -> Chains:
         """Return fresh chains from noise under the averaged weights, where there are any, else the current ones.
 
         Same seed, same images at each iteration. Classes follow one another; labels that are no classes are those of
-        random data.
+        random data. The chains run as those of training do; energies are those of float32.
         """
         chains, config, options = self.chains, self.state.model.config, self.options
         if chains is not None and (chains.iteration, len(chains.images)) == (self.state.iteration, number):
             return chains
+        acceleration, size, total = self.state.acceleration, 250, number
+        if acceleration.compiled:  # for the shape of training's chains: whole batches of that, of which `number` count
+            size = options.num_chains or options.batch_size
+            total = math.ceil(number / size) * size
         generator = torch.Generator(self.workers.device).manual_seed(self.seed + 1_000_003)
         labels = None
         if config.label_size:
             if self.dataset.class_names:
-                classes = torch.arange(number, device=generator.device) % len(self.dataset.class_names)
+                classes = torch.arange(total, device=generator.device) % len(self.dataset.class_names)
                 labels = torch.nn.functional.one_hot(classes, config.label_size).float()
             else:
-                index = torch.randint(len(self.dataset), (number,), generator=generator, device=generator.device)
+                index = torch.randint(len(self.dataset), (total,), generator=generator, device=generator.device)
                 labels = self.dataset.batch(index, generator)[1]
-        noise = noise_images((number, *config.image_shape), generator, network=config.network, rescale=options.rescale)
-        options = dataclasses.replace(options, num_steps=self.sample_steps, zero_kl=True, compile=False)
-        ends, energies = [], []
-        with self.evaluation() as energy:
-            for place in range(0, number, batch_size):
-                part = slice(place, place + batch_size)
-                under = functools.partial(energy, labels=None if labels is None else labels[part])
-                ends.append(run_chain(under, noise[part], options, generator)[0])
-                energies.append(under(ends[-1]))
-        images = torch.cat(ends) / options.rescale
-        moved = (images - noise / options.rescale).abs().mean().item()
-        self.chains = Chains(self.state.iteration, images, torch.cat(energies), moved)
+        noise = noise_images((total, *config.image_shape), generator, network=config.network, rescale=options.rescale)
+        options = dataclasses.replace(options, num_steps=self.sample_steps, zero_kl=True)
+        ends: list[Tensor] = []
+        energies: list[Tensor] = []
+        with self.evaluation() as (model, weights):
+            chain = langevin_chain(model, options, generator)
+            for start in noise.split(size):
+                under = None if labels is None else labels[len(ends) * size :][: len(start)]
+                ends.append(acceleration.run(chain, weights, start, under, generator, repeated=False))
+                energies.append(energy_under(model, options, weights, under)(ends[-1]))
+        images = torch.cat(ends)[:number] / options.rescale
+        moved = (images - noise[:number] / options.rescale).abs().mean().item()
+        self.chains = Chains(self.state.iteration, images, torch.cat(energies)[:number], moved)
         return self.chains
 
     @contextlib.contextmanager
-    def evaluation(self) -> Iterator[Callable[..., Tensor]]:
-        """Give the energy(images, labels) that samples are drawn from, times the temperature, without dropout."""
+    def evaluation(self) -> Iterator[tuple[EnergyNetwork, Weights]]:
+        """Give the network that samples are drawn from, without dropout, and its weights prepared once."""
         model = self.state.sampled_model
         training_mode = model.training
         weights = spectral_norm_once(model.eval())
         try:
-            yield lambda x, labels: self.options.temperature * model.energy(weights, x, labels)
+            yield model, weights
         finally:
             model.train(training_mode)
 
@@ -376,7 +400,8 @@ class Trainer:
         own = contents.get("workers", [])
         rank, size = self.workers.rank, self.workers.size
         if len(own) == size:
-            self.state.load_own(own[rank])
+            if not self.state.load_own(own[rank]):
+                self.workers.print(f"note: {path} was written on another kind of device: noise starts afresh")
             if self.guard is not None and "guard" in own[rank]:
                 self.guard.load_state_dict(own[rank]["guard"])
             return

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 import data
 import models
+from acceleration import LOSS_PRECISIONS, PRECISIONS, Acceleration, Chain
 from imagenet import StreamedImages
 from optimizer import ClippedAdam
-from sampling import LOSS_PRECISIONS, PRECISIONS, CapturedChain, Energy, hmc, input_gradient, langevin
+from sampling import Energy, hmc, input_gradient, langevin
 from utils import ReplayBuffer
 
 OBJECTIVES = ("cd", "logsumexp", "softplus")
@@ -54,9 +55,6 @@ class Options:
     temperature: float = 1.0
     model_cclass: bool = False
     spec_eval: bool = False
-    compile: bool = False
-    cuda_graph: bool = False
-    precision: str = "float32"
     ema_decay: float = 0.0
 
     @property
@@ -81,7 +79,7 @@ class State:
     generator: torch.Generator
     previous: Tensor | None = None  # the last end points, where --pcd starts from them
     ema: models.EnergyNetwork | None = None  # the moving average of the weights, with --ema_decay
-    captured: CapturedChain | None = None  # with --cuda_graph, from the first iteration on
+    acceleration: Acceleration = dataclasses.field(default_factory=Acceleration)
     iteration: int = 0
 
     @property
@@ -137,14 +135,18 @@ class State:
             self.batches.load_state_dict(state["batches"])
         self.iteration = state["iteration"]
 
-    def load_own(self, state: dict[str, Any]) -> None:
+    def load_own(self, state: dict[str, Any]) -> bool:
+        """Take over `own`; return whether its generators fitted: they cannot move between CPU and GPU."""
         self.buffer.load_state_dict(state["buffer"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_generator"])
-        if state["cuda_generator"] is not None and self.generator.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_generator"])
         previous = state["previous"]
         self.previous = None if previous is None else previous.to(self.buffer.images.device)
+        if state["generator"].shape != self.generator.get_state().shape:
+            return False
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_generator"])
+        if self.generator.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_generator"])
+        return True
 
 
 class Step(NamedTuple):
@@ -172,27 +174,23 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     """
     # The weights are normalised once: the chain, the loss and the update all see the same ones.
     weights = state.model.prepare(update_u=not options.spec_eval)
-    frozen = models.detach(weights, PRECISIONS[options.precision])
-    learned = models.cast(weights, LOSS_PRECISIONS[options.precision])
+    frozen = models.detach(weights)
+    learned = models.cast(weights, LOSS_PRECISIONS[state.acceleration.precision])
 
     # Negatives: chains from noise or from the replay buffer, down the energy. With the KL term the gradient flows
     # back through the whole chain into the weights that made it.
     chains = slice(options.num_chains)
     chain_labels = None if labels is None else labels[chains]
     start = chain_start(state, options, images[chains])
-    if options.cuda_graph:
-        samples, acceptance = captured_chain(state, options)(frozen, start, chain_labels), None
-    else:
-        chain_energy = energy_under(state, options, frozen if options.zero_kl else learned, chain_labels)
-        samples, acceptance = run_chain(chain_energy, start, options, state.generator)
+    samples, acceptance = draw_negatives(state, options, frozen if options.zero_kl else learned, start, chain_labels)
     remember(state, options, samples.detach())
 
     # Loss: energy down on data, up on negatives; the KL term moves the chain's end points down the frozen energy.
     positive_labels, label_entropy = labels, None
     if options.model_cclass:
         positive_labels, label_entropy = infer_labels(state.model, frozen, images, state.generator)
-    e_data = energy_under(state, options, learned, positive_labels)(images)
-    e_pos, e_neg = e_data[chains], energy_under(state, options, learned, chain_labels)(samples.detach())
+    e_data = energy_under(state.model, options, learned, positive_labels)(images)
+    e_pos, e_neg = e_data[chains], energy_under(state.model, options, learned, chain_labels)(samples.detach())
     contrast = functools.partial(
         contrastive_loss, objective=options.objective, ml_coeff=options.ml_coeff, l2_coeff=options.l2_coeff
     )
@@ -203,7 +201,7 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     loss = loss_ml + regulariser + loss_kl
     e_wrong = None
     if options.mismatch:  # images under the labels of others are negatives, too (Reed et al. 2016, section 4.2)
-        e_wrong = energy_under(state, options, learned, labels)(images.roll(1, 0))
+        e_wrong = energy_under(state.model, options, learned, labels)(images.roll(1, 0))
         loss = loss + options.mismatch * sum(contrast(e_data, e_wrong))
 
     # Update
@@ -230,9 +228,11 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     )
 
 
-def energy_under(state: State, options: Options, weights: models.Weights, labels: Tensor | None) -> Energy:
+def energy_under(
+    model: models.EnergyNetwork, options: Options, weights: models.Weights, labels: Tensor | None
+) -> Energy:
     """Return the energy that chains descend and that the loss contrasts, of images under these labels."""
-    return lambda x: options.temperature * state.model.energy(weights, x, labels)
+    return lambda x: options.temperature * model.energy(weights, x, labels)
 
 
 def contrastive_loss(
@@ -283,12 +283,36 @@ def chain_start(state: State, options: Options, images: Tensor) -> Tensor:
     return start
 
 
+def draw_negatives(
+    state: State, options: Options, weights: models.Weights, start: Tensor, labels: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the end points of this iteration's chains, and the share of HMC moves that were accepted, or None.
+
+    weights: where --zero_kl is off, those that the gradient through the chain flows back into.
+    """
+    if options.zero_kl and not options.hmc:
+        chain = langevin_chain(state.model, options, state.generator)
+        return state.acceleration.run(chain, weights, start, labels, state.generator, repeated=True), None
+    if options.hmc:
+        weights = models.cast(weights, PRECISIONS[state.acceleration.precision])
+    return run_chain(energy_under(state.model, options, weights, labels), start, options, state.generator)
+
+
+def langevin_chain(model: models.EnergyNetwork, options: Options, generator: torch.Generator) -> Chain:
+    """Return the chain of a run as a function of its weights, start and labels; it holds no part of the run's state."""
+
+    def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
+        return run_chain(energy_under(model, options, weights, labels), x, options, generator, compiled)[0]
+
+    return chain
+
+
 def run_chain(
-    energy: Callable[[Tensor], Tensor], x: Tensor, options: Options, generator: torch.Generator
+    energy: Energy, x: Tensor, options: Options, generator: torch.Generator, compiled: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return the end points of the chains that training uses, by Langevin steps, or noise and HMC moves.
 
-    With them comes the share of HMC moves that were accepted, or None.
+    With them comes the share of HMC moves that were accepted, or None. compiled: Langevin steps are.
     """
     if options.hmc:
         accepted = []
@@ -309,19 +333,9 @@ def run_chain(
         bounds=options.bounds,
         generator=generator,
         differentiable=not options.zero_kl,
-        compiled=options.compile and options.zero_kl,
+        compiled=compiled,
     )
     return end, None
-
-
-def captured_chain(state: State, options: Options) -> CapturedChain:
-    """Return the run's chains as a CUDA graph, which is captured when it is first called."""
-
-    def chain(weights: models.Weights, x: Tensor, labels: Tensor | None) -> Tensor:
-        return run_chain(energy_under(state, options, weights, labels), x, options, state.generator)[0]
-
-    state.captured = state.captured or CapturedChain(chain, state.generator)
-    return state.captured
 
 
 def remember(state: State, options: Options, samples: Tensor) -> None:
@@ -380,10 +394,7 @@ def next_batch(state: State, options: Options, dataset: data.Dataset | StreamedI
 
 def statistics(state: State, options: Options, step: Step) -> dict[str, float]:
     """Return the figures of an iteration under the reference's names; this reads values back from the device."""
-
-    def energy(x: Tensor) -> Tensor:
-        return options.temperature * state.model.energy(step.frozen, x, step.labels)
-
+    energy = energy_under(state.model, options, step.frozen, step.labels)
     figures = {
         "e_pos": step.e_pos.mean(),
         "e_pos_std": step.e_pos.std(correction=0),

@@ -27,9 +27,10 @@ import dsprites
 import models
 import pictures
 import training
+from acceleration import PRECISIONS, Acceleration, products_in
 from combine import Figures, Options, Run
 from optimizer import ClippedAdam
-from sampling import PRECISIONS, langevin
+from sampling import langevin
 from utils import Progress, ReplayBuffer
 
 LEARNING_RATE = 1e-3  # of the generator
@@ -111,22 +112,22 @@ def new_product(run: Run, other: str) -> Product:
 
 def train_product(run: Run, product: Product, seen: Tensor, other: str) -> None:
     """Train the networks together: contrastive divergence with the KL term, 5 % of the chains from earlier ones."""
-    options = training.Options(
-        num_steps=run.options.num_steps, step_lr=run.options.step_lr, pcd=True, precision=run.options.precision
-    )
+    options = training.Options(num_steps=run.options.num_steps, step_lr=run.options.step_lr, pcd=True)
     state = training.State(
         model=product,
         optimizer=ClippedAdam(product.parameters(), lr=run.options.lr),
         buffer=ReplayBuffer(training.REPLAY_SIZE, product.config.image_shape, run.generator.device),
         batches=data.Batches(len(seen), run.options.batch_size, run.options.seed, device=run.generator.device),
         generator=run.generator,
+        acceleration=Acceleration(run.options.precision),
     )
     progress = Progress(run.options.break_steps, what="training of the energy")
     for iteration in range(1, run.options.break_steps + 1):
         index = seen[state.batches.next()]
         state.previous = chain_start(state)  # with `pcd` the chains start there
         labels = labels_of(run.sprites.latents[index], other)
-        step = training.train_step(state, options, run.images(index), labels, average=lambda: None)
+        with products_in(run.options.precision):
+            step = training.train_step(state, options, run.images(index), labels, average=lambda: None)
         state.buffer.push(step.samples)
         if iteration % 10 == 0:
             progress.text = f"e_pos {step.e_pos.mean():+.4f} e_neg {step.e_neg.mean():+.4f}"
@@ -152,13 +153,14 @@ def product_sampler(run: Run, product: Product, other: str) -> Sampler:
     def sample(latents: Tensor) -> Tensor:
         labels = labels_of(latents, other)
         noise = training.noise_images((len(latents), *product.config.image_shape), run.generator, network="DspritesNet")
-        chain = langevin(
-            lambda x: product.energy(weights, x, labels),
-            noise,
-            num_steps=run.options.num_steps,
-            step_lr=run.options.step_lr,
-            generator=run.generator,
-        )
+        with products_in(run.options.precision):
+            chain = langevin(
+                lambda x: product.energy(weights, x, labels),
+                noise,
+                num_steps=run.options.num_steps,
+                step_lr=run.options.step_lr,
+                generator=run.generator,
+            )
         return combine.finite(chain)
 
     return sample

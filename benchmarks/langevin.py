@@ -1,12 +1,14 @@
 """Time a Langevin step against the plain loop everyone writes, torchebm, and the machine's matrix-product rate.
 
     python benchmarks/langevin.py                                         # MnistNet, DspritesNet, ResNet32, batch 16
-    python benchmarks/langevin.py --networks=all --batch_size=128 --device=cuda --precision=fp16
     python benchmarks/langevin.py --compile --output=benchmarks/cpu.json    # and a plot beside it, cpu.png
+    python benchmarks/langevin.py --device=cuda --networks=ResNet32 --batch_size=128 --steps=60 --compile \\
+        --precisions=fp16,bf16,tf32,float32
 
-All of a row is measured in turns, in one run; the best of --rounds counts. "of limit" is the rate of direct-convolution
-operations over that of a matrix product in the same precision: folding does fewer of them, so it can exceed 100 %.
-torchebm (`pip install torchebm`) samples from the same network with its weights frozen and normalised once.
+All of a network is measured in turns, in one run; the best of --rounds counts. "of limit" is the rate of
+direct-convolution operations over that of a matrix product in the same number type: folding does fewer of them, so it
+can exceed 100 %. The plain loop and torchebm (`pip install torchebm`) run as PyTorch does where nobody sets anything,
+on a GPU with convolutions in TF32; torchebm samples from the network with its weights frozen and normalised once.
 """
 
 from __future__ import annotations
@@ -15,9 +17,8 @@ import functools
 import importlib.util
 import pathlib
 import sys
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -27,39 +28,42 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import acceleration
 import cli
 import models
 import pictures
 import sampling
+import timing
 from errors import UsageError
 from utils import keep_freed_memory
 
 FLAGS = flags.FLAGS
-# network -> shape of its images, filters
-NETWORKS = {
-    "MnistNet": ((1, 28, 28), 64),
-    "DspritesNet": ((1, 64, 64), 64),
-    "ResNet32": ((3, 32, 32), 128),
-    "ResNet32Large": ((3, 32, 32), 128),
-    "ResNet32Larger": ((3, 32, 32), 128),
-    "ResNet32Wider": ((3, 32, 32), 192),
-    "ResNet128": ((3, 128, 128), 64),
-}
-MATRIX = 2048  # rows and columns of the product that sets the limit
 STEP_LR = 10.0
+PADDED = 8  # channels that the images are padded to, in a variant
 
 with cli.group("Benchmark"):
-    flags.DEFINE_list("networks", "MnistNet,DspritesNet,ResNet32", f"all, or of {', '.join(NETWORKS)}")
+    cli.define_choices("networks", ["MnistNet", "DspritesNet", "ResNet32"], ["all", *timing.NETWORKS], "which networks")
+    flags.DEFINE_integer("num_filters", None, "their width; default that of the published commands", lower_bound=1)
     flags.DEFINE_integer("batch_size", 16, "images per step", lower_bound=1)
     flags.DEFINE_integer("steps", 3, "Langevin steps per timing", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "timings per variant", lower_bound=1)
     flags.DEFINE_enum("device", "cpu", ["cpu", "cuda"], "where to compute")
-    flags.DEFINE_enum("precision", "float32", ["float32", "tf32", "fp16", "bf16"], "of this project's convolutions")
+    cli.define_choices("precisions", ["float32"], cli.PRECISIONS, "number types of this project's chains")
     flags.DEFINE_boolean("compile", False, "also time the compiled step")
+    flags.DEFINE_boolean("compile_only", False, "only compile all steps, which fills torch's cache, and leave")
+    flags.DEFINE_integer("limit_size", None, "rows and columns of the product; default 2048 on a CPU, 8192 on a GPU", 1)
     flags.DEFINE_string("output", "", "also write the figures to this JSON file, and a plot beside it")
 
 
-# ---- the variants: chains of so many steps from images x (N, C, H, W) ----
+class Variant(NamedTuple):
+    """A way to run a chain: its name, the number type of what it is measured by, and the chain itself."""
+
+    name: str
+    precision: str
+    run: Callable[[], object]
+
+
+# ---- what others write: chains of so many steps from images x (N, C, H, W) ----
 
 
 def plain_energy(model: models.EnergyNetwork, weights: models.Weights, x: Tensor) -> Tensor:
@@ -70,17 +74,18 @@ def plain_energy(model: models.EnergyNetwork, weights: models.Weights, x: Tensor
     return x.squeeze(1)
 
 
-def plain_chain(model: models.EnergyNetwork, x: Tensor, steps: int) -> None:
+def plain_chain(model: models.EnergyNetwork, x: Tensor, autocast: torch.dtype | None = None) -> None:
     """Normalise at every step, let the weights require gradients, and call backward()."""
-    for _ in range(steps):
-        x = (x + 0.005 * torch.randn_like(x)).detach().requires_grad_()
-        weights = model.prepare(fold=False, memory_format=torch.contiguous_format)
-        plain_energy(model, weights, x).sum().backward()
-        assert x.grad is not None, "backward() reached the images"
-        x = (x - STEP_LR * x.grad).clamp(0, 1)
+    with timing.pytorch_defaults(), torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+        for _ in range(FLAGS.steps):
+            x = (x + 0.005 * torch.randn_like(x)).detach().requires_grad_()
+            weights = model.prepare(fold=False, memory_format=torch.contiguous_format)
+            plain_energy(model, weights, x).sum().backward()
+            assert x.grad is not None, "backward() reached the images"
+            x = (x - STEP_LR * x.grad).clamp(0, 1)
 
 
-def torchebm_chain(model: models.EnergyNetwork, x: Tensor, steps: int) -> None:
+def torchebm_chain(model: models.EnergyNetwork, x: Tensor) -> None:
     """Let torchebm's LangevinDynamics sample from the network, its weights normalised once."""
     from torchebm.core import BaseModel
     from torchebm.samplers import LangevinDynamics
@@ -89,119 +94,192 @@ def torchebm_chain(model: models.EnergyNetwork, x: Tensor, steps: int) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return plain_energy(model, weights, x)
 
-    with torch.no_grad():
-        weights = models.detach(model.prepare(fold=False, memory_format=torch.contiguous_format))
-    energy = Energy(device=x.device)
-    sampler = LangevinDynamics(energy, step_size=STEP_LR, noise_scale=1e-3, clamp=(0, 1), device=x.device)
-    sampler.sample(x=x, n_steps=steps)
+    with timing.pytorch_defaults():
+        with torch.no_grad():
+            weights = models.detach(model.prepare(fold=False, memory_format=torch.contiguous_format))
+        energy = Energy(device=x.device)
+        sampler = LangevinDynamics(energy, step_size=STEP_LR, noise_scale=1e-3, clamp=(0, 1), device=x.device)
+        sampler.sample(x=x, n_steps=FLAGS.steps)
 
 
-def our_steps(
-    model: models.EnergyNetwork, weights: models.Weights, x: Tensor, steps: int, compiled: bool, generator: Any = None
+# ---- this project's ways ----
+
+
+def our_chain(
+    model: models.EnergyNetwork,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    precision: str,
+    fold: bool = True,
+    padded: bool = False,
+    steps: int | None = None,
+    compiled: bool = False,
+    captured: bool = False,
+) -> Callable[[], object]:
+    """Return a chain as train.py runs it: weights normalised anew, then the steps.
+
+    padded: the images get channels of zeros, and the first kernel, too.
+    """
+    channels = (0, 0) * (x.dim() - 2) + (0, PADDED - x.shape[1])  # of images and of kernels (c_out, c_in, ...)
+    energy = functools.partial(padded_energy, model, channels) if padded else model.energy
+
+    def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
+        own = functools.partial(energy, weights)
+        return sampling.langevin(
+            own, x, num_steps=steps or FLAGS.steps, step_lr=STEP_LR, generator=generator, compiled=compiled
+        )
+
+    own_acceleration = acceleration.Acceleration(precision, compiled, captured)
+
+    def run() -> object:
+        with torch.no_grad():
+            weights = models.detach(model.prepare(fold=fold))
+        if padded:
+            kernel = F.pad(weights["c1_pre.kernel"], channels)
+            weights["c1_pre.kernel"] = kernel.contiguous(memory_format=torch.channels_last)
+        return own_acceleration.run(chain, weights, x, None, generator, repeated=True)
+
+    return run
+
+
+def padded_energy(
+    model: models.EnergyNetwork, channels: tuple[int, ...], weights: models.Weights, images: Tensor
 ) -> Tensor:
-    energy = functools.partial(model.energy, weights)
-    return sampling.langevin(energy, x, num_steps=steps, step_lr=STEP_LR, generator=generator, compiled=compiled)
+    """Return the energies of images that are padded by channels of zeros."""
+    x = F.pad(images.to(weights["fc5.kernel"].dtype), channels)
+    for stage in model.stages.values():
+        x = stage(weights, x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x, None)
+    return x.squeeze(1).to(images.dtype)
 
 
-def our_chain(model: models.EnergyNetwork, x: Tensor, steps: int, *, dtype: torch.dtype, compiled: bool) -> None:
-    our_steps(model, models.spectral_norm_once(model, dtype), x, steps, compiled)
-
-
-def captured_chain(model: models.EnergyNetwork, device: torch.device, dtype: torch.dtype, compiled: bool) -> Callable:
-    """Return our_chain as a CUDA graph of --steps steps, as train.py --cuda_graph runs it."""
-    generator = torch.Generator(device).manual_seed(0)
-    graph = sampling.CapturedChain(
-        lambda weights, x, labels: our_steps(model, weights, x, FLAGS.steps, compiled, generator), generator
-    )
-    return lambda model, x, steps: graph(models.spectral_norm_once(model, dtype), x, None)
+def our_variants(model: models.EnergyNetwork, x: Tensor, precision: str) -> dict[str, Callable[..., Callable]]:
+    """Return by name this project's ways that the flags ask for, each a function that makes the chain."""
+    on_gpu, compiles = x.device.type == "cuda", FLAGS.compile or FLAGS.compile_only
+    ways: dict[str, dict[str, bool]] = {"eager": {}}
+    if compiles:
+        ways["compiled"] = {"compiled": True}
+    if on_gpu:
+        ways["captured"] = {"captured": True}
+    if on_gpu and compiles:
+        ways["captured, compiled"] = {"captured": True, "compiled": True}
+    name, fastest = list(ways.items())[-1]
+    ways[f"{name}, not folded"] = fastest | {"fold": False}
+    if on_gpu and x.shape[1] == 3:
+        ways[f"{name}, {PADDED} channels"] = fastest | {"padded": True}
+    generator = torch.Generator(x.device).manual_seed(0)
+    make = functools.partial(our_chain, model, x, generator, precision=precision)
+    return {name: functools.partial(make, **settings) for name, settings in ways.items()}
 
 
 # ---- timing ----
 
 
-def in_turns(runs: dict[str, Callable[[], object]], rounds: int, on_gpu: bool) -> tuple[dict, dict]:
-    """Return by name the least seconds of all rounds, to the end of what a run queues, and a GPU's peak memory in MB.
-
-    The first round warms up and does not count.
-    """
-    best, memory = dict.fromkeys(runs, float("inf")), dict.fromkeys(runs, 0.0)
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            run()
-            if on_gpu:
-                torch.cuda.synchronize()
-                memory[name] = torch.cuda.max_memory_allocated() / 1e6
-            best[name] = min(best[name], time.perf_counter() - start) if turn else best[name]
-    return best, memory
+def variants_of(model: models.EnergyNetwork, x: Tensor) -> list[Variant]:
+    """Return everything that is measured on a network."""
+    on_gpu = x.device.type == "cuda"
+    usual = "tf32" if on_gpu else "float32"  # in PyTorch's convolutions
+    variants = [Variant("plain loop", usual, functools.partial(plain_chain, model, x))]
+    if on_gpu:
+        autocast = functools.partial(plain_chain, model, x, torch.bfloat16)
+        variants.append(Variant("plain loop, autocast", "bf16", autocast))
+    if importlib.util.find_spec("torchebm"):
+        variants.append(Variant("torchebm", usual, functools.partial(torchebm_chain, model, x)))
+    for precision in FLAGS.precisions:
+        variants += [Variant(name, precision, make()) for name, make in our_variants(model, x, precision).items()]
+    return variants
 
 
-def measure(name: str, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Return a row of figures for each variant on one network."""
-    shape, filters = NETWORKS[name]
-    steps, batch_size, on_gpu = FLAGS.steps, FLAGS.batch_size, device.type == "cuda"
-    model = models.build_model(models.ModelConfig(name, shape, filters)).to(device)
-    x = torch.rand(batch_size, *shape, device=device)
+def count_operations(model: models.EnergyNetwork, x: Tensor) -> float:
+    """Return the multiplications and additions of a step by direct convolution, in units of 1e9."""
     with FlopCounterMode(display=False) as counter:
         model.energy(models.detach(model.prepare(fold=False)), x.clone().requires_grad_()).sum().backward()
-    work = counter.get_total_flops() / 1e9  # a step's multiplications and additions
+    return counter.get_total_flops() / 1e9
 
-    matrix = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
-    chains: dict[str, Callable[..., None]] = {"plain loop": plain_chain}
-    if importlib.util.find_spec("torchebm"):
-        chains["torchebm"] = torchebm_chain
-    chains["this project"] = functools.partial(our_chain, dtype=dtype, compiled=False)
-    if FLAGS.compile:
-        chains["compiled"] = functools.partial(our_chain, dtype=dtype, compiled=True)
-    if on_gpu:
-        chains["captured"] = captured_chain(model, device, dtype, FLAGS.compile)
-    runs: dict[str, Callable[[], object]] = {v: functools.partial(run, model, x, steps) for v, run in chains.items()}
-    best, memory = in_turns(runs | {"matrix": functools.partial(torch.mm, matrix, matrix)}, FLAGS.rounds, on_gpu)
-    limit = 2 * MATRIX**3 / 1e9 / best["matrix"]
+
+def measure(name: str, limits: dict[str, float]) -> list[dict[str, Any]]:
+    """Return a row of figures for each variant on one network."""
+    model = timing.build_network(name, FLAGS.num_filters, FLAGS.device)
+    x = timing.random_images(model, FLAGS.batch_size, FLAGS.device)
+    memory: dict[Variant, float | None] = {}
+    for variant in variants_of(model, x):
+        try:  # the first run compiles, captures and chooses kernels
+            memory[variant] = timing.peak_memory(variant.run, FLAGS.device)
+        except (UsageError, torch.OutOfMemoryError) as error:
+            print(f"{name}, {variant.name}, {variant.precision}: left out, {str(error).splitlines()[0]}", flush=True)
+    best = timing.best_seconds({variant: variant.run for variant in memory}, FLAGS.rounds, FLAGS.device)
+    plain, work = next(iter(best.values())), count_operations(model, x) * FLAGS.steps
     return [
         {
             "network": name,
-            "variant": variant,
-            "ms per step": 1e3 * best[variant] / steps,
-            "times plain": best["plain loop"] / best[variant],
-            "images per s": batch_size * steps / best[variant],
-            "GFLOP/s": work * steps / best[variant],
-            "of limit": work * steps / best[variant] / limit,
-            "limit GFLOP/s": limit,
-            "peak MB": memory[variant] if on_gpu else None,
+            "variant": variant.name,
+            "precision": variant.precision,
+            "ms per step": 1e3 * seconds / FLAGS.steps,
+            "times plain": plain / seconds,
+            "images per s": FLAGS.batch_size * FLAGS.steps / seconds,
+            "GFLOP/s": work / seconds,
+            "of limit": work / seconds / limits[variant.precision],
+            "limit GFLOP/s": limits[variant.precision],
+            "peak MB": memory[variant],
         }
-        for variant in chains
+        for variant, seconds in best.items()
     ]
 
 
-def main() -> None:
-    device, dtype = torch.device(FLAGS.device), sampling.set_precision(FLAGS.precision)
-    keep_freed_memory()  # as train.py does; it helps all variants alike
-    names, rows = list(NETWORKS) if FLAGS.networks == ["all"] else FLAGS.networks, []
+def compile_all(names: list[str]) -> None:
+    """Compile the steps of all variants that are compiled, as chains of one step."""
     for name in names:
-        if name not in NETWORKS:
-            raise UsageError(f"--networks={name} is unknown; use all, or of {', '.join(NETWORKS)}")
-        for row in measure(name, device, dtype):
-            rows.append(row)
+        model = timing.build_network(name, FLAGS.num_filters, FLAGS.device)
+        x = timing.random_images(model, FLAGS.batch_size, FLAGS.device)
+        for precision in FLAGS.precisions:
+            for way, make in our_variants(model, x, precision).items():
+                if "compiled" in way:
+                    make(steps=1, captured=False)()
+        print(f"compiled: {name} in {', '.join(FLAGS.precisions)}", flush=True)
+
+
+def main() -> None:
+    keep_freed_memory()  # as train.py does; it helps all variants alike
+    acceleration.choose_kernels(deterministic=False)
+    acceleration.allow_tf32(False)
+    if FLAGS.compile or FLAGS.compile_only:
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = 100  # a step for each variant, number type and network
+    names = list(timing.NETWORKS) if "all" in FLAGS.networks else FLAGS.networks
+    if FLAGS.compile_only:
+        compile_all(names)
+        return
+    used = {*FLAGS.precisions, "tf32", "bf16"} if FLAGS.device == "cuda" else {*FLAGS.precisions, "float32"}
+    limits = {precision: timing.matrix_rate(precision, FLAGS.device, FLAGS.limit_size) for precision in used}
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        rows += measure(name, limits)
+        for row in (row for row in rows if row["network"] == name):
             print(
-                "{network:14} {variant:13} {ms per step:8.1f} ms  {times plain:5.2f}x  {images per s:8.1f} images/s  "
-                "{GFLOP/s:8.0f} GFLOP/s  {of limit:6.1%} of {limit GFLOP/s:.0f}".format(**row)
+                "{network:13} {variant:33} {precision:7} {ms per step:8.2f} ms  {times plain:6.2f}x  "
+                "{images per s:8.0f} images/s  {GFLOP/s:8.0f} GFLOP/s  {of limit:6.1%} of {limit GFLOP/s:.0f}".format(
+                    **row
+                )
                 + (f"  {row['peak MB']:.0f} MB" if row["peak MB"] else ""),
                 flush=True,
             )
-    if FLAGS.output:
-        hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        path = cli.write_rows(FLAGS.output, rows, torch=torch.__version__, hardware=hardware)
-        bars: dict[str, dict[str, float]] = {}
-        for row in rows:
-            bars.setdefault(row["variant"], {})[row["network"]] = row["of limit"]
-        title = f"a Langevin step, batch {FLAGS.batch_size}, {hardware}"
-        plot = pictures.plot_bars(
-            bars, path.with_suffix(".png"), ylabel="share of the matrix-product rate", title=title
-        )
-        print(f"wrote {path} and {plot}")
+        if FLAGS.output:
+            write(rows)
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Write the rows so far as JSON, and as bars."""
+    described = timing.describe(FLAGS.device)
+    path = cli.write_rows(FLAGS.output, rows, operations="of direct convolutions, not folded", **described)
+    bars: dict[str, dict[str, float]] = {}  # of this project's variants the fastest
+    for row in rows:
+        theirs = row["variant"].startswith(("plain", "torchebm"))
+        bar = bars.setdefault(row["variant"] if theirs else f"this project, {row['precision']}", {})
+        bar[row["network"]] = max(row["of limit"], bar.get(row["network"], 0))
+    title = f"a Langevin step, batch {FLAGS.batch_size}, {described['hardware']}"
+    plot = pictures.plot_bars(bars, path.with_suffix(".png"), ylabel="share of the matrix-product rate", title=title)
+    print(f"wrote {path} and {plot}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ with cli.group("Benchmark"):
     flags.DEFINE_string("preset", "digits_cpu", "the settings that all runs share")
     flags.DEFINE_string("train_flags", "", "more flags of train.py for all of them")
     flags.DEFINE_integer("recipes", len(RECIPES), "train by the first so many", lower_bound=1)
-    flags.DEFINE_list("precisions", [], f"compare these instead, of {', '.join(cli.PRECISIONS)}")
+    cli.define_choices("precisions", [], cli.PRECISIONS, "compare these number types instead")
     flags.DEFINE_integer("seeds", 1, "train so often by each, from other seeds", lower_bound=1)
     flags.DEFINE_integer("max_iter", 400, "iterations of a run", lower_bound=1)
     flags.DEFINE_integer("test_interval", 50, "iterations between measurements", lower_bound=1)

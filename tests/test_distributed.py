@@ -144,6 +144,16 @@ def test_one_gpu_per_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.choose_device("gpu", ALONE)
 
 
+def test_the_only_gpu_is_the_own_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when launchers that show each worker one GPU are refused, or two workers on one GPU are not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert distributed.choose_device("auto", MPI) == torch.device("cuda:0")
+    distributed.refuse_shared_gpu(["here a", "here b", "there a"])
+    with pytest.raises(UsageError, match="ranks 1 and 2 would share one GPU"):
+        distributed.refuse_shared_gpu(["here a", "here b", "here b"])
+
+
 def test_alone() -> None:
     """Breaks when code written for workers does not run, or changes a number, in a single process."""
     workers = distributed.start("none", "cpu")
@@ -162,6 +172,7 @@ def test_alone() -> None:
     assert tensor.tolist() == [1.0, 2.0]
     assert layer.weight.grad is not None and layer.weight.grad.tolist() == [[1.0, 2.0]]
     assert workers.gather({"a": 1}) == [{"a": 1}]
+    assert workers.share("a") == ["a"]
     assert workers.scatter([{"a": 1}]) == {"a": 1}
     assert workers.any(True) and not workers.any(False)
     workers.close()
@@ -356,6 +367,7 @@ def test_gradients_are_averaged_during_the_backward_pass(results: list[dict[str,
 def test_items_are_gathered_and_scattered(results: list[dict[str, Any]]) -> None:
     """Breaks when a worker's state is lost, mixed up or rounded on its way to or from the checkpoint."""
     gathered, elsewhere = (result["gathered"] for result in results)
+    assert [result["shared"] for result in results] == [["", "a"]] * 2
     assert elsewhere is None
     for rank, item in enumerate(gathered):
         expected = item_of(rank)
@@ -453,6 +465,7 @@ def agree(workers: distributed.Workers) -> dict[str, Any]:
     result["unused"] = model.unused.grad
 
     result["gathered"] = workers.gather(item_of(rank))
+    result["shared"] = workers.share(rank * "a")
     result["scattered"] = workers.scatter([{"for": 0}, {"for": 1}] if rank == 0 else None)
     result["any"] = [workers.any(rank == 0), workers.any(rank == 1), workers.any(False)]
 

@@ -1,80 +1,213 @@
-"""What only a GPU shows; skipped without one."""
+"""What only a GPU shows; skipped without one. `make gpu` runs these there."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import acceleration
 import data
+import guard
 import models
-import sampling
+import quality
 import training
+from acceleration import Acceleration
 from optimizer import ClippedAdam
+from test_train import ENVIRONMENT, ROOT, SMALL, equal, load
 from training import Options
-from utils import ReplayBuffer
+from utils import Progress, ReplayBuffer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-SHAPE = (1, 28, 28)
+GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 PLAIN = Options(num_steps=5, step_lr=10.0, batch_size=8, zero_kl=True, replay_batch=True)
 
 
 @pytest.fixture(autouse=True)
-def precision():
-    """Leave float32 products as they were."""
-    yield
-    sampling.set_precision("float32")
+def exact_products():
+    """Compute in float32 proper, whatever the test before has left behind."""
+    acceleration.allow_tf32(False)
 
 
-def samples_of(options, iterations=3, seed=0):
-    """Return the end points (iterations, 8, 1, 28, 28) of a run's chains."""
-    sampling.set_precision(options.precision)
-    model = models.build_model(models.ModelConfig("MnistNet", SHAPE, 8, label_size=3), torch.Generator().manual_seed(0))
-    model.cuda().train()
-    state = training.State(
+def make_state(network="MnistNet", shape=GREY, seed=0, **ways):
+    """Return the state of a run that is about to begin on the GPU."""
+    config = models.ModelConfig(network, shape, 8, label_size=3)
+    model = models.build_model(config, torch.Generator().manual_seed(0)).cuda().train()
+    return training.State(
         model=model,
         optimizer=ClippedAdam(model.parameters(), lr=1e-3),
-        buffer=ReplayBuffer(100, SHAPE, "cuda"),
+        buffer=ReplayBuffer(100, shape, "cuda"),
         batches=data.Batches(100, 8, seed=0, device="cuda"),
         generator=torch.Generator("cuda").manual_seed(seed),
+        acceleration=Acceleration(**ways),
     )
-    draws, ends = torch.Generator("cuda").manual_seed(1), []
+
+
+def train(state, iterations=3, options=PLAIN, seed=1):
+    """Train on random images; return the end points of the chains (iterations, 8, C, H, W)."""
+    draws, ends = torch.Generator("cuda").manual_seed(seed), []
     for _ in range(iterations):
-        images = torch.rand(8, *SHAPE, generator=draws, device="cuda")
+        images = torch.rand(8, *state.model.config.image_shape, generator=draws, device="cuda")
         labels = torch.eye(3, device="cuda")[torch.randint(3, (8,), generator=draws, device="cuda")]
-        ends.append(training.train_step(state, options, images, labels, lambda: None).samples)
+        with acceleration.products_in(state.acceleration.precision):
+            ends.append(training.train_step(state, options, images, labels, lambda: None).samples)
     return torch.stack(ends)
 
 
+def assert_close(found, expected, tolerance=1e-3):
+    """Allow for rounding: single pixels move far where a gradient jumps, most hardly at all."""
+    assert (found - expected).abs().median() < tolerance / 10
+    assert (found - expected).abs().mean() < tolerance
+
+
 @pytest.mark.parametrize("compiled", [False, True])
-def test_captured_chains(compiled):
+@pytest.mark.parametrize(("network", "shape"), [("MnistNet", GREY), ("ResNet32", COLOUR)])
+def test_captured_chains(network, shape, compiled):
     """Breaks when a replayed chain keeps its first weights, labels, images or noise, or draws noise of its own."""
-    options = dataclasses.replace(PLAIN, compile=compiled)
-    expected = samples_of(options)
-    captured = samples_of(dataclasses.replace(options, cuda_graph=True))
-    assert (captured - expected).abs().median() < 1e-5
-    assert (captured - expected).abs().mean() < 1e-3
+    expected = train(make_state(network, shape, compiled=compiled))
+    captured = train(make_state(network, shape, compiled=compiled, captured=True))
+    assert_close(captured, expected)
     assert (captured[0] - captured[1]).abs().mean() > 0.01
-    assert (captured - samples_of(dataclasses.replace(options, cuda_graph=True), seed=1)).abs().mean() > 0.01
+    other_noise = train(make_state(network, shape, seed=1, compiled=compiled, captured=True))
+    assert (captured - other_noise).abs().mean() > 0.01
+
+
+def test_the_default_on_a_gpu():
+    """Breaks when fp16, compiled and captured, leads chains elsewhere than float32 by more than its rounding."""
+    expected = train(make_state("ResNet32", COLOUR), iterations=1)
+    found = train(make_state("ResNet32", COLOUR, precision="fp16", compiled=True, captured=True), iterations=1)
+    assert found.dtype == torch.float32 and not torch.equal(found, expected)
+    assert_close(found, expected, tolerance=0.01)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 def test_precisions(precision):
     """Breaks when lower precision changes where chains go by more than its rounding, or changes nothing."""
-    exact = samples_of(PLAIN, iterations=1)
-    rounded = samples_of(dataclasses.replace(PLAIN, precision=precision), iterations=1)
+    exact = train(make_state(), iterations=1)
+    rounded = train(make_state(precision=precision), iterations=1)
     assert rounded.dtype == torch.float32
     assert (rounded - exact).abs().mean() < 0.01
     assert precision == "tf32" or not torch.equal(rounded, exact)  # small products may do without TF32
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dropout_differs_from_replay_to_replay(compiled):
+    """Breaks when a graph records one pattern of dropout for good; without noise nothing else is random here."""
+    state = make_state("ResNet32Large", COLOUR, compiled=compiled, captured=True)
+    for block in state.model.modules():
+        if isinstance(block, models.ResidualBlock):
+            torch.nn.init.normal_(block.c2.weight)  # which begins at zero, and dropout before it has no effect
+    options = dataclasses.replace(PLAIN, noise_scale=0.0, step_lr=1000.0)
+    weights, start = models.spectral_norm_once(state.model), torch.rand(8, *COLOUR, device="cuda")
+    ends = [training.draw_negatives(state, options, weights, start, torch.eye(8, 3).cuda())[0] for _ in range(2)]
+    assert (ends[0] - ends[1]).abs().max() > 1e-4
+    state.model.eval()
+    state.acceleration = Acceleration(compiled=compiled, captured=True)
+    ends = [training.draw_negatives(state, options, weights, start, torch.eye(8, 3).cuda())[0] for _ in range(2)]
+    assert_close(ends[0], ends[1], tolerance=1e-5)
+
+
+def test_roll_back_and_resume_with_a_captured_chain():
+    """Breaks when a graph goes on with the weights or the noise of the state that was given up."""
+    state, watch = make_state(captured=True), guard.DivergenceGuard()
+    train(state)
+    watch.remember(state)
+    expected = train(state, seed=2)
+    watch.roll_back(state)
+    assert_close(train(state, seed=2), expected)
+    resumed = make_state(captured=True)
+    resumed.load_shared(watch.snapshots[-1]["shared"])
+    assert resumed.load_own(watch.snapshots[-1]["own"])
+    assert_close(train(resumed, seed=2), expected)
+
+
+def test_a_chain_that_cannot_be_captured_goes_on():
+    """Breaks when a recording that breaks off leaves generators, stream or memory unusable, or changes the noise."""
+
+    def chain(weights, x, labels, compiled):
+        x = x + torch.randn(x.shape, generator=generator, device="cuda")
+        return x + torch.nn.functional.dropout(x * 0 + x.mean().item(), 0.5)  # to wait for the GPU is not allowed
+
+    ends, said = [], []
+    for captured in (False, True):
+        generator = torch.Generator("cuda").manual_seed(0)
+        torch.cuda.manual_seed(0)
+        chosen = Acceleration(captured=captured, asked=frozenset(), say=said.append)
+        ends.append(
+            [chosen.run(chain, {}, torch.ones(4, device="cuda"), None, generator, repeated=True) for _ in "123"]
+        )
+    assert torch.equal(torch.stack(ends[0]), torch.stack(ends[1]))
+    assert len(said) == 1 and "cannot be captured as a CUDA graph" in said[0]
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
 @pytest.mark.parametrize("network", models.NETWORKS)
 def test_energies_are_those_of_a_cpu(network):
     """Breaks when a network computes otherwise on a GPU than on the CPU, where the golden cases hold."""
-    shape = {"MnistNet": SHAPE, "DspritesNet": (1, 64, 64), "ResNet128": (3, 128, 128)}.get(network, (3, 32, 32))
+    shape = {"MnistNet": GREY, "DspritesNet": (1, 64, 64), "ResNet128": (3, 128, 128)}.get(network, COLOUR)
     model = models.build_model(models.ModelConfig(network, shape, 8), torch.Generator().manual_seed(0)).eval()
     images = torch.rand(4, *shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(images)
         found = model.cuda()(images.cuda()).cpu()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_same_seed_same_images_whatever_the_batch_size():
+    """Breaks when noise drawn on the GPU belongs to the batch instead of the image."""
+    model = models.build_model(models.ModelConfig("MnistNet", GREY, 4, label_size=3)).cuda()
+    energy, labels = quality.energy_of(model), torch.eye(3, device="cuda").repeat(4, 1)
+    settings = {"num_steps": 3, "step_lr": 10.0, "progress": Progress(1, what="", quiet=True)}
+    whole, parts = (quality.fresh_images(energy, labels, model.config, batch_size=n, **settings) for n in (12, 5))
+    assert (whole.int() - parts.int()).abs().float().mean() < 0.1
+    assert (whole[0] != whole[3]).any()
+
+
+# ---- train.py ----
+
+
+def run(logdir, *flags, launcher=(), status=0):
+    """Run train.py and return what it printed."""
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), f"--logdir={logdir}", *SMALL, *flags]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=logdir, check=False, env=ENVIRONMENT)
+    assert (result.returncode == 0) == (status == 0), result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_a_run_from_end_to_end(tmp_path):
+    """Breaks when a GPU is not used as fast as it can be by default, or a run there does not end or go on."""
+    printed = run(tmp_path, "--exp=run", "--max_iter=20", "--test_interval=10", "--quality")
+    assert "energies in fp16 in chains, else TF32, steps compiled, a chain launched as one CUDA graph" in printed
+    assert "note: the" not in printed  # nothing was given up
+    assert "on cuda" in printed and (tmp_path / "run" / "samples_20.png").exists()
+    run(tmp_path, "--exp=run", "--max_iter=22", "--resume_iter=latest")
+    run(tmp_path, "--exp=kl", "--max_iter=2", "--nozero_kl")
+
+
+def test_deterministic_runs_resume_bit_for_bit(tmp_path):
+    """Breaks when --deterministic gives other bits in another run, or after a resume."""
+    flags = ["--deterministic", "--save_interval=5"]
+    run(tmp_path, "--exp=whole", "--max_iter=10", *flags)
+    run(tmp_path, "--exp=halves", "--max_iter=5", *flags)
+    run(tmp_path, "--exp=halves", "--max_iter=10", "--resume_iter=latest", *flags)
+    assert equal(load(tmp_path / "whole" / "model_10.pt"), load(tmp_path / "halves" / "model_10.pt"))
+
+
+def test_a_checkpoint_moves_to_a_gpu_and_back(tmp_path):
+    """Breaks when generators' states, which do not fit there, end a run that goes on on another device."""
+    run(tmp_path, "--exp=moves", "--device=cpu", "--max_iter=2")
+    for device, last in (("cuda", 4), ("cpu", 6)):
+        flags = [f"--device={device}", f"--max_iter={last}", "--nocompile", "--resume_iter=latest"]
+        assert "noise starts afresh" in run(tmp_path, "--exp=moves", *flags)
+    assert load(tmp_path / "moves" / "model_6.pt")["iteration"] == 6
+
+
+def test_two_ranks_on_one_gpu_are_refused(tmp_path, monkeypatch):
+    """Breaks when two workers share a GPU without a word, though each sees but one."""
+    monkeypatch.setitem(ENVIRONMENT, "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    printed = run(tmp_path, "--exp=two", "--max_iter=2", "--backend=torch", launcher=launcher, status=1)
+    assert "ranks 0 and 1 would share one GPU" in printed

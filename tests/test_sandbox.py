@@ -325,8 +325,8 @@ def small(network, image_shape, label_size=0, **settings):
 
 
 def test_chains_in_16_bits_and_energies_in_32():
-    """Breaks when chain_type does not reach the chains, changes what they find, or touches energies and logits."""
-    boxes = [small("ResNet32", (3, 8, 8), 3, step_lr=100.0, chain_type=t) for t in (torch.float32, torch.bfloat16)]
+    """Breaks when the precision does not reach the chains, changes what they find, or touches energies and logits."""
+    boxes = [small("ResNet32", (3, 8, 8), 3, step_lr=100.0, precision=p) for p in ("float32", "bf16")]
     images, labels = torch.rand(4, 3, 8, 8, generator=generator()), torch.eye(3)[[0, 1, 2, 0]]
     assert torch.equal(*(box.energies(images, labels) for box in boxes))
     assert torch.equal(*(box.logits(images) for box in boxes))

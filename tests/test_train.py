@@ -87,6 +87,20 @@ def test_resume_is_bit_for_bit(run):
     assert (logdir / "whole" / "log.jsonl").read_text() == (logdir / "halves" / "log.jsonl").read_text()
 
 
+def test_resume_on_another_kind_of_device(run, tmp_path):
+    """Breaks when a GPU's checkpoint, whose generators have states of another size, does not go on on a CPU."""
+    logdir, _ = run
+    contents = load(logdir / "whole" / "model_24.pt")
+    contents["workers"][0] |= {name: torch.zeros(16, dtype=torch.uint8) for name in ("generator", "cuda_generator")}
+    (tmp_path / "gpu").mkdir()
+    torch.save(contents, tmp_path / "gpu" / "model_24.pt")
+    result = train(tmp_path, "--exp=gpu", "--max_iter=25", "--resume_iter=latest")
+    assert result.returncode == 0, result.stderr
+    assert "written on another kind of device: noise starts afresh" in result.stdout
+    last = load(tmp_path / "gpu" / "model_25.pt")
+    assert torch.equal(last["workers"][0]["buffer"]["images"][:384], contents["workers"][0]["buffer"]["images"])
+
+
 def test_sample_only(run):
     """Breaks when --train=False trains on, or does not sample."""
     logdir, _ = run
@@ -286,3 +300,28 @@ cli.run(train.main, "")
     assert "diverged at iteration 16: weights not finite; back to iteration 0" in result.stdout
     for path in (tmp_path / "nan").glob("model_*.pt"):
         assert all(tensor.isfinite().all() for tensor in load(path)["model"].values())
+
+
+def test_fp16_that_nobody_asked_for_is_given_up_first(tmp_path):
+    """Breaks when a run that overflows in the fp16 it chose itself is slowed down, or goes on in fp16 for ever."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import cli, torch, train, trainer
+from acceleration import Acceleration
+train.choose_acceleration = lambda *device_and_network: Acceleration("fp16", asked=frozenset())
+step = trainer.train_step
+def overflown(state, *arguments):
+    result = step(state, *arguments)
+    return result._replace(e_neg=torch.full((1,), torch.inf)) if state.acceleration.precision == "fp16" else result
+trainer.train_step = overflown
+cli.run(train.main, "")
+"""
+    flags = [f"--logdir={tmp_path}", "--exp=fp16", "--max_iter=12", *SMALL]
+    result = subprocess.run(
+        [sys.executable, "-c", program, *flags], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert result.returncode == 0, result.stderr
+    assert "energies in fp16" in result.stdout and "going on as with --precision=tf32" in result.stdout
+    assert "e_neg not finite; back to iteration 0, learning rate 0.001" in result.stdout
+    assert load(tmp_path / "fp16" / "model_12.pt")["rollbacks"] == 0

@@ -7,11 +7,11 @@ from unittest import mock
 import pytest
 import torch
 
-import cli
+import acceleration
 import data
 import models
-import sampling
 import training
+from acceleration import Acceleration
 from optimizer import ClippedAdam
 from training import Options, contrastive_loss
 from utils import ReplayBuffer
@@ -19,7 +19,7 @@ from utils import ReplayBuffer
 SHAPE = (1, 28, 28)
 
 
-def make_state(label_size=3, **config):
+def make_state(label_size=3, precision="float32", **config):
     model = models.build_model(
         models.ModelConfig("MnistNet", SHAPE, num_filters=4, label_size=label_size, **config),
         torch.Generator().manual_seed(0),
@@ -30,6 +30,7 @@ def make_state(label_size=3, **config):
         buffer=ReplayBuffer(100, SHAPE),
         batches=data.Batches(100, 8, seed=0),
         generator=torch.Generator().manual_seed(0),
+        acceleration=Acceleration(precision),
     )
 
 
@@ -169,40 +170,14 @@ def test_precision_of_the_loss():
     images = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1))
     gradients = {}
     for precision in ("float32", "bf16", "fp16"):
-        state = make_state()
-        options = Options(num_steps=0, batch_size=8, zero_kl=True, precision=precision)
+        state = make_state(precision=precision)
+        options = Options(num_steps=0, batch_size=8, zero_kl=True)
         step = training.train_step(state, options, images, torch.eye(3)[torch.arange(8) % 3], lambda: None)
         assert step.e_pos.dtype == torch.float32
         gradients[precision] = torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()])
     assert torch.equal(gradients["fp16"], gradients["float32"])
     error = (gradients["bf16"] - gradients["float32"]).norm() / gradients["float32"].norm()
     assert 1e-4 < error < 0.1
-
-
-def test_captured_chains(monkeypatch):
-    """Breaks when a chain that was recorded once runs on the first weights, images or labels, or its end points are
-    overwritten by the next; a CPU records nothing, so that here the function itself is called again.
-    """
-
-    def capture(function, generator):
-        before = generator.get_state()
-        end = function()
-        generator.set_state(before)
-        return lambda: end.copy_(function()), end
-
-    monkeypatch.setattr(sampling, "capture", capture)
-    plain = Options(num_steps=3, step_lr=10.0, batch_size=8, num_chains=6, zero_kl=True, replay_batch=True)
-    samples = []
-    for options in (plain, dataclasses.replace(plain, cuda_graph=True)):
-        state, draws = make_state(), torch.Generator().manual_seed(1)
-        steps = []
-        for _ in range(3):
-            images = torch.rand(8, *SHAPE, generator=draws)
-            labels = torch.eye(3)[torch.randint(3, (8,), generator=draws)]
-            steps.append(training.train_step(state, options, images, labels, lambda: None))
-        samples.append(torch.stack([step.samples for step in steps]))
-    assert torch.equal(*samples)
-    assert (samples[0][0] - samples[0][1]).abs().mean() > 0.01
 
 
 def test_kl_term_reaches_the_weights_through_the_chain():
@@ -215,22 +190,17 @@ def test_kl_term_reaches_the_weights_through_the_chain():
     assert state.model.stages["c1"].weight.grad.abs().max() > 0
 
 
-def test_precisions_of_the_command_line():
-    """Breaks when --precision offers what chains do not know, or leaves one out."""
-    assert list(sampling.PRECISIONS) == cli.PRECISIONS
-
-
 def test_kl_term_in_16_bits():
     """Breaks when the KL term stays out of bf16, loses its gradient there, or gets into fp16, where it underflows."""
     images, labels = torch.rand(4, *SHAPE), torch.eye(3)[torch.arange(4) % 3]
     gradients = []
     for precision in ("float32", "bf16", "fp16"):
-        state = make_state()
-        options = Options(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4, precision=precision)
+        state = make_state(precision=precision)
+        options = Options(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4)
         with mock.patch.object(state.model, "energy", wraps=state.model.energy) as energy:
             training.train_step(state, options, images, labels, lambda: None)
         used = {call.args[0]["fc5.kernel"].dtype for call in energy.call_args_list}
-        assert used == {sampling.LOSS_PRECISIONS[precision]}
+        assert used == {acceleration.LOSS_PRECISIONS[precision]}
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()]))
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
     assert 1e-4 < error < 0.1

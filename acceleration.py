@@ -1,0 +1,221 @@
+"""What makes chains fast, and gives way where it fails: number types, a compiled step, a chain as one CUDA graph.
+
+acceleration = Acceleration(precision="fp16", compiled=True, captured=True)
+end = acceleration.run(chain, weights, x, labels, generator)  # chain(weights, x, labels, compiled) -> images
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import os
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+import models
+from errors import UsageError
+from sampling import CannotCompile
+
+PRECISIONS = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+# Of the energies whose gradients go to the weights: those would underflow in fp16, whose smallest number is 6e-8.
+LOSS_PRECISIONS = PRECISIONS | {"fp16": torch.float32}
+# What makes chains fast, by flag, and how to do without.
+REMEDIES = {"precision": "--precision=tf32", "compile": "--nocompile", "cuda_graph": "--nocuda_graph"}
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let GPUs round the factors of float32 convolutions and matrix products to TF32, or not, for the whole process."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Let GPUs round to TF32 inside, unless the precision is float32 itself; afterwards it is as it was before."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    allow_tf32(precision != "float32")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Let GPUs take the fastest kernels, by measuring, or those that give the same bits in every run.
+
+    It holds for the whole process; call it before anything is on a GPU.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+
+
+class Chain(Protocol):
+    """A chain of Langevin steps on images x (N, C, H, W) under prepared weights; compiled: by the compiled step."""
+
+    def __call__(self, weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor: ...
+
+
+@dataclasses.dataclass
+class Acceleration:
+    """The fastest way to run chains that works here.
+
+    precision: what energies are computed in, of PRECISIONS; images, noise and updates are float32 in any case.
+    compiled: a step is one compiled function. captured: a chain that is run again and again is one CUDA graph.
+    asked: what was asked for, by the names of the flags; it raises UsageError where it fails. All else is given up
+    there, which `say` tells in one line.
+    """
+
+    precision: str = "float32"
+    compiled: bool = False
+    captured: bool = False
+    asked: frozenset[str] = frozenset(REMEDIES)
+    say: Callable[[str], object] = print
+    graph: CapturedChain | None = dataclasses.field(default=None, init=False)
+    seen_finite: bool = dataclasses.field(default=False, init=False)
+
+    def __str__(self) -> str:
+        """Return in words what chains are computed in, and how."""
+        words = {"fp16": "fp16 in chains, else TF32", "tf32": "TF32"}.get(self.precision, self.precision)
+        return words + ", steps compiled" * self.compiled + ", a chain launched as one CUDA graph" * self.captured
+
+    @property
+    def chose_fp16(self) -> bool:
+        """Whether chains are in fp16 though nobody asked for it."""
+        return self.precision == "fp16" and "precision" not in self.asked
+
+    def run(
+        self,
+        chain: Chain,
+        weights: models.Weights,
+        x: Tensor,
+        labels: Tensor | None,
+        generator: torch.Generator,
+        *,
+        repeated: bool,
+    ) -> Tensor:
+        """Return the end points (N, C, H, W) of a chain that draws from `generator`.
+
+        weights: float32, without history. repeated: every such call has the same chain, and arguments of the same
+        shapes, so that the first one may be captured for all.
+        """
+        while True:
+            before = generator.get_state()
+            arguments = models.cast(weights, PRECISIONS[self.precision]), x, labels
+            try:
+                with products_in(self.precision):
+                    if repeated and self.captured:
+                        self.graph = self.graph or CapturedChain(chain, self.compiled, generator)
+                        end = self.graph(*arguments)
+                    else:
+                        end = chain(*arguments, compiled=self.compiled)
+                # Looked at once, since it waits for the GPU. What comes later is for the divergence guard to see.
+                if self.seen_finite or self.precision != "fp16" or end.isfinite().all():
+                    self.seen_finite = True
+                    return end
+                self.give_up("precision", "the chain's images are not finite in fp16")
+            except CannotCompile as error:
+                self.give_up("compile", f"the Langevin step cannot be compiled ({error})")
+            except CannotCapture as error:
+                self.give_up("cuda_graph", f"the chain cannot be captured as a CUDA graph ({error})")
+            generator.set_state(before)
+
+    def give_up(self, flag: str, problem: str) -> None:
+        """Go on without what this flag stands for, having said so; raise UsageError where it was asked for."""
+        if flag in self.asked:
+            raise UsageError(f"{problem}; run with {REMEDIES[flag]}")
+        self.graph = None
+        if flag == "precision":
+            self.precision = "tf32"
+        elif flag == "compile":
+            self.compiled = False
+        else:
+            self.captured = False
+        self.say(f"note: {problem}; going on as with {REMEDIES[flag]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA graphs
+
+
+class CannotCapture(Exception):
+    """A chain that cannot become a CUDA graph here, for the reason given."""
+
+
+class CapturedChain:
+    """A chain as a CUDA graph: the kernels of all its steps, the noise's too, are launched at once.
+
+    The first call captures the chain, which draws from `generator`, on tensors of its own; each call copies its
+    arguments there, so that later ones may have other weights, images and labels, all shaped as before.
+    Raises CannotCapture where that fails.
+    """
+
+    def __init__(self, chain: Chain, compiled: bool, generator: torch.Generator):
+        self.chain, self.compiled, self.generator = chain, compiled, generator
+        self.inputs: list[Tensor] = []
+
+    def __call__(self, weights: models.Weights, x: Tensor, labels: Tensor | None) -> Tensor:
+        given = [*weights.values(), x, *([] if labels is None else [labels])]
+        if not self.inputs:
+            self.inputs = [tensor.clone() for tensor in given]
+            *own, own_x = self.inputs[: len(weights) + 1]
+            own_labels = None if labels is None else self.inputs[-1]
+            own_weights = dict(zip(weights, own, strict=True))
+            function = functools.partial(self.chain, own_weights, own_x, own_labels, compiled=self.compiled)
+            self.replay, self.end = capture(function, self.generator)
+        torch._foreach_copy_(self.inputs, given)
+        self.replay()
+        return self.end.clone()
+
+
+def capture(function: Callable[[], Tensor], generator: torch.Generator) -> tuple[Callable[[], None], Tensor]:
+    """Record what a function launches on the GPU; return how to launch it again, and the tensor where its result lies.
+
+    It may draw from torch's own generator and this one, which go on from where they are at each launch. Raises
+    CannotCapture where the function does what cannot be recorded, and leaves both as they were.
+    """
+    generators = generator, torch.cuda.default_generators[generator.device.index]
+    states = [each.get_state() for each in generators]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    if torch.__version__ < "2.14":  # from then on a graph finds its generators itself, and warns of being told
+        graph.register_generator_state(generator)
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with without_collector(), torch.cuda.stream(stream):
+            function()  # kernels are compiled and chosen here, which is not allowed while recording
+            for each, state in zip(generators, states, strict=True):
+                each.set_state(state)
+            # Other threads may talk to other workers meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                end = function()
+    except RuntimeError as error:
+        for each, state in zip(generators, states, strict=True):
+            # A recording that broke off has left them in the middle of it: they get a new state, of the same numbers.
+            fresh = torch.Generator(each.device)
+            fresh.set_state(state)
+            each.graphsafe_set_state(fresh)
+        raise CannotCapture(str(error).strip().split("\n")[0]) from None
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay, end
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from running inside: it could destroy another graph, which ends a recording."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,126 @@
+"""What the benchmarks share: timing, memory, a machine's limits and versions, the rules that variants run by."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import models
+from acceleration import PRECISIONS, allow_tf32, products_in
+
+SIZES = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product that sets a limit; less is launch-bound on a GPU
+COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
+
+# network -> shape of its images, filters
+NETWORKS = {
+    "MnistNet": ((1, 28, 28), 64),
+    "DspritesNet": ((1, 64, 64), 64),
+    "ResNet32": ((3, 32, 32), 128),
+    "ResNet32Large": ((3, 32, 32), 128),
+    "ResNet32Larger": ((3, 32, 32), 128),
+    "ResNet32Wider": ((3, 32, 32), 192),
+    "ResNet128": ((3, 128, 128), 64),
+}
+
+Run = Callable[[], object]
+Key = TypeVar("Key")
+
+
+def build_network(name: str, num_filters: int | None, device: str) -> models.EnergyNetwork:
+    """Return a network with its first weights, of this width or that of the published commands."""
+    shape, filters = NETWORKS[name]
+    config = models.ModelConfig(name, shape, num_filters or filters)
+    return models.build_model(config, torch.Generator().manual_seed(0)).to(device)
+
+
+def random_images(model: models.EnergyNetwork, number: int, device: str) -> Tensor:
+    """Return noise (number, C, H, W) in [0, 1] of the network's shape."""
+    return torch.rand(number, *model.config.image_shape, device=device)
+
+
+def timed(run: Run, device: str) -> float:
+    """Return the seconds that a run takes, to the end of what it queues."""
+    begun = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def best_seconds(runs: Mapping[Key, Run], rounds: int, device: str) -> dict[Key, float]:
+    """Return by key the least seconds of so many rounds, in which the runs take turns."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            best[name] = min(best[name], timed(run, device))
+    return best
+
+
+def peak_memory(run: Run, device: str) -> float:
+    """Return how many MB a run takes at its peak, beyond what this process holds before.
+
+    On a GPU that is what torch reserves, so that a captured graph's pool counts; on a CPU resident memory (Linux).
+    """
+    if device == "cpu":
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident_memory("VmRSS")
+        run()
+        return resident_memory("VmHWM") - before
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_reserved() - before) / 1e6
+
+
+def resident_memory(field: str) -> float:
+    """Return a line of what Linux says of this process's memory, in MB."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
+
+
+def matrix_rate(precision: str, device: str, size: int | None = None, rounds: int = 3) -> float:
+    """Return the GFLOP/s of the product of two square matrices of random numbers, of this type."""
+    size = size or SIZES[device]
+    a, b = (torch.randn(size, size, device=device).to(PRECISIONS[precision]) for _ in range(2))
+    with products_in(precision):
+        timed(lambda: a @ b, device)
+        return 2 * size**3 / 1e9 / best_seconds({"product": lambda: a @ b}, rounds, device)["product"]
+
+
+def copy_rate(device: str, rounds: int = 3) -> float:
+    """Return the GB/s of a copy within the device's memory, counting bytes read and written."""
+    source, target = (torch.zeros(COPIED[device], dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * COPIED[device] / 1e9 / best_seconds({"copy": lambda: target.copy_(source)}, rounds, device)["copy"]
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Return the versions that figures depend on, and what they are measured on."""
+    described = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    if device == "cuda":
+        described |= {"hardware": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        described |= {"cudnn": torch.backends.cudnn.version()}
+    else:
+        described["hardware"] = f"{torch.get_num_threads()} CPU threads"
+    return described
+
+
+@contextlib.contextmanager
+def pytorch_defaults() -> Iterator[None]:
+    """Compute inside as PyTorch does where nobody sets anything: convolutions in TF32, matrix products not."""
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = False, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        allow_tf32(False)

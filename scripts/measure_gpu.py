@@ -1,0 +1,241 @@
+"""Measure on one GPU everything that was never measured there, in at most eight minutes: what `make gpu` runs.
+
+    python scripts/measure_gpu.py --output=benchmarks/gpu
+    python scripts/measure_gpu.py --device=cpu --output=rehearsal      # the same steps at tiny sizes
+
+Tests, speed of all variants, three minutes of training, a profile, a resumed run, NCCL: the most valuable first. A step
+that fails or takes too long does not end the rest. Each writes its figures at once: report.json has them all, log.txt
+what was printed; pictures lie beside. Nothing is downloaded. CIFAR-10 (JPEG) for the training is taken from
+data/cifar10_jpeg.tar.xz (train/<class>/*.jpg), torchebm from data/torchebm*.whl; what is not there is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+KEPT = 20_000  # characters of what a step printed that go into the log, its last ones
+TRAIN = "--dataset=folder --image_size=32 --channels=3 --cclass --zero_kl --replay_batch --num_steps=20 --step_lr=10 "
+TRAIN += "--proj_norm=0.01 --lr=1e-3 --ema_decay=0.999"
+RESERVE = 70  # seconds that the training leaves for the steps after it
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large the steps are: as in the published commands on a GPU, tiny in a rehearsal on a CPU."""
+
+    chain: tuple[str, ...]  # flags of benchmarks/langevin.py and kernels.py
+    iteration: tuple[str, ...]
+    train: tuple[str, ...]
+    precisions: tuple[str, ...]
+    fast: str  # precision of what is timed in one only
+    training_seconds: float  # of iterations
+    compiled: tuple[tuple[str, str], ...]  # networks and precision of what is compiled in the background
+
+
+GPU = Sizes(
+    chain=("--batch_size=128", "--steps=60", "--rounds=2", "--compile"),
+    iteration=("--batch_sizes=128", "--steps=20,60"),
+    train=("--batch_size=128",),
+    precisions=("fp16", "bf16", "tf32", "float32"),
+    fast="fp16",
+    training_seconds=170,
+    compiled=(
+        *(("ResNet32", precision) for precision in ("fp16", "bf16", "tf32", "float32")),
+        *((networks, "fp16") for networks in ("ResNet32Large", "ResNet128", "DspritesNet,MnistNet")),
+    ),
+)
+CPU = Sizes(
+    chain=("--batch_size=2", "--steps=1", "--rounds=1", "--num_filters=2", "--limit_size=64"),
+    iteration=("--batch_sizes=2", "--steps=1", "--rounds=1", "--num_filters=2"),
+    train=("--batch_size=4", "--num_filters=2", "--sample_steps=1"),
+    precisions=("float32",),
+    fast="float32",
+    training_seconds=0.5,
+    compiled=(("MnistNet", "float32"),),
+)
+
+
+class Session:
+    """A folder for results, another for what is thrown away, and the time that is left."""
+
+    def __init__(self, output: pathlib.Path, work: pathlib.Path, device: str, seconds: float):
+        self.output, self.work, self.device = output, work, device
+        self.end = time.monotonic() + seconds
+        self.report: dict[str, Any] = {"steps": {}}
+        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(work / "site")}
+        self.environment |= {
+            "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+            "TRITON_CACHE_DIR": str(work / "triton"),
+        }
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "log.txt").write_text("")
+
+    def left(self) -> float:
+        """Return the seconds that are left of all."""
+        return self.end - time.monotonic()
+
+    def start(self, name: str, words: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a Python program in the background; it prints to a file of its own."""
+        with (self.work / f"{name}.txt").open("wb") as file:
+            return subprocess.Popen(
+                [sys.executable, *words], cwd=self.work, env=self.environment, stdin=subprocess.DEVNULL,
+                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def step(self, name: str, seconds: float, *words: str) -> bool:
+        """Run a Python program for so many seconds at most; note how it ended, and its figures; return whether well.
+
+        Its figures are what it writes to <name>.json in the working folder.
+        """
+        begun, limit = time.monotonic(), min(seconds, self.left())
+        print(f"{name}: python {' '.join(words)}", flush=True)
+        status: int | str = "no time was left"
+        if limit > 1:
+            program = self.start(name, words)
+            try:
+                status = program.wait(limit)
+            except subprocess.TimeoutExpired:
+                status = f"stopped after {limit:.0f} s"
+                stop(program)
+        took = time.monotonic() - begun
+        print(f"  {'done' if status == 0 else status}, {took:.0f} s, {self.left():.0f} s left of all", flush=True)
+        self.report["steps"][name] = {"command": ["python", *words], "status": status, "seconds": round(took, 1)}
+        figures, printed = self.work / f"{name}.json", self.work / f"{name}.txt"
+        if figures.exists():
+            self.report[name] = json.loads(figures.read_text())
+        (self.output / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        with (self.output / "log.txt").open("a") as log:
+            said = printed.read_text(errors="replace")[-KEPT:] if printed.exists() else ""
+            log.write(f"==== {name}: {status}\n{said}\n")
+        return status == 0
+
+
+def stop(program: subprocess.Popen) -> None:
+    """End a program and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(program.pid, signal.SIGKILL)
+    program.wait()
+
+
+def unpack(data: pathlib.Path, work: pathlib.Path) -> pathlib.Path | None:
+    """Unpack what lies in the data folder; return where the training images are, None where there are none."""
+    for wheel in data.glob("torchebm*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(work / "site")
+    images = data / "cifar10_jpeg.tar.xz"
+    if not images.exists():
+        print(f"note: no {images}: the training, and what resumes it, are left out")
+        return None
+    with tarfile.open(images) as archive:
+        archive.extractall(work / "cifar10", filter="data")
+    return work / "cifar10" / "train"
+
+
+def rows_of(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return the rows of a benchmark's figures, none where there are no figures."""
+    return report.get(name, {}).get("rows", [])
+
+
+def measure(session: Session, data: pathlib.Path) -> None:
+    """Run all steps, the most valuable first."""
+    sizes, work, report = GPU if session.device == "cuda" else CPU, session.work, session.report
+    device, fast = f"--device={session.device}", f"--precision={sizes.fast}"
+
+    def run_benchmark(name: str, seconds: float, script: str, *words: str) -> None:
+        session.step(name, seconds, str(ROOT / "benchmarks" / script), device, *words, f"--output={work / name}.json")
+
+    # Compiling takes long, and few of the cores: it runs beside the first steps, into one cache.
+    compilations = [
+        session.start(f"compile_{number}", [
+            str(ROOT / "benchmarks/langevin.py"), device, f"--networks={networks}", f"--precisions={precision}",
+            *sizes.chain, "--compile_only",
+        ])
+        for number, (networks, precision) in enumerate(sizes.compiled)
+    ]  # fmt: skip
+    images = unpack(data, work)
+    run_benchmark("machine", 60, "machine.py", f"--precisions={','.join(sizes.precisions)}")
+    session.step("tests", 110, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "tests/test_gpu.py"))
+    for program in compilations:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            program.wait(60)
+        stop(program)
+
+    run_benchmark(
+        "resnet32", 90, "langevin.py", "--networks=ResNet32", f"--precisions={','.join(sizes.precisions)}", *sizes.chain
+    )
+    for name, networks in (("large", "ResNet32Large"), ("small", "DspritesNet,MnistNet")):
+        run_benchmark(name, 45, "langevin.py", f"--networks={networks}", f"--precisions={sizes.fast}", *sizes.chain)
+    for name, network in (("iteration", "ResNet32"), ("iteration_large", "ResNet32Large")):
+        run_benchmark(name, 30, "iteration.py", f"--network={network}", fast, *sizes.iteration, "--nokl")
+
+    if images is not None:
+        train(session, images, sizes)
+    run_benchmark(
+        "kernels", 30, "kernels.py", fast, *(word for word in sizes.chain if "batch" in word or "filters" in word)
+    )
+    if images is not None:
+        short = train_flags(session, images, sizes)
+        resumed = report.get("trained_iterations", 0) + 10
+        session.step("resume", 30, *short, "--exp=cifar10_jpeg", f"--max_iter={resumed}", "--resume_iter=latest")
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+        session.step("one_rank", 40, *launch, *short, "--exp=one_rank", "--max_iter=10", "--backend=torch")
+    run_benchmark("resnet128", 60, "langevin.py", "--networks=ResNet128", f"--precisions={sizes.fast}", *sizes.chain)
+
+
+def train_flags(session: Session, images: pathlib.Path, sizes: Sizes) -> list[str]:
+    """Return the program and flags that trainings share."""
+    places = f"--device={session.device}", f"--logdir={session.work / 'trained'}", f"--data_path={images}"
+    return [str(ROOT / "train.py"), *places, *TRAIN.split(), *sizes.train]
+
+
+def train(session: Session, images: pathlib.Path, sizes: Sizes) -> None:
+    """Train a class-conditional model for as long as there is time; keep its curves and samples."""
+    rows = [row for row in rows_of(session.report, "iteration") if row["what"] == "iteration"]
+    seconds = min(sizes.training_seconds, session.left() - RESERVE)
+    iterations = max(1, int(1000 * seconds / rows[0]["ms"])) if rows else 500
+    session.report["trained_iterations"] = iterations
+    intervals = f"--max_iter={iterations} --save_interval={iterations} --test_interval={max(1, iterations // 5)}"
+    words = [*train_flags(session, images, sizes), "--exp=cifar10_jpeg", *intervals.split()]
+    session.step("training", max(10.0, session.left() - RESERVE + 20), *words, "--quality", "--num_samples=200")
+    folder = session.work / "trained" / "cifar10_jpeg"
+    for name in ("curves.png", f"samples_{iterations}.png"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, session.output / name.replace(f"_{iterations}", ""))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=ROOT / "benchmarks" / "gpu", help="folder of the results"
+    )
+    parser.add_argument("--data", type=pathlib.Path, default=ROOT / "data", help="where images and wheels may lie")
+    parser.add_argument("--seconds", type=float, default=480, help="for all steps together")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        session = Session(options.output.resolve(), pathlib.Path(work), options.device, options.seconds)
+        measure(session, options.data.resolve())
+    failed = [name for name, step in session.report["steps"].items() if step["status"] != 0]
+    print(f"wrote {', '.join(str(path) for path in sorted(session.output.iterdir()))}")
+    print(f"failed: {', '.join(failed)}, see {session.output / 'log.txt'}" if failed else "every step is done")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

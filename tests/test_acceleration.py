@@ -1,0 +1,232 @@
+"""What makes chains fast gives the plain chain's images, and gives way where it fails: what a CPU can show of it."""
+
+import contextlib
+import gc
+import weakref
+
+import pytest
+import torch
+
+import acceleration
+import cli
+import models
+import sampling
+import training
+from acceleration import Acceleration, CannotCapture
+from errors import UsageError
+from sampling import CannotCompile
+from test_training import SHAPE, make_state
+from training import Options
+
+PLAIN = Options(num_steps=3, step_lr=10.0, batch_size=8, num_chains=6, zero_kl=True, replay_batch=True)
+
+
+def call_again(function, generator):
+    """Stand in for `capture` on a CPU, which records nothing: what is launched again is the function itself."""
+    before = generator.get_state()
+    end = function()
+    generator.set_state(before)
+    return lambda: end.copy_(function()), end
+
+
+def samples_of(own_acceleration, iterations=3):
+    """Return the state after a run's iterations and the end points (iterations, 6, 1, 28, 28) of its chains."""
+    state, draws, ends = make_state(), torch.Generator().manual_seed(1), []
+    state.acceleration = own_acceleration
+    for _ in range(iterations):
+        images = torch.rand(8, *SHAPE, generator=draws)
+        labels = torch.eye(3)[torch.randint(3, (8,), generator=draws)]
+        ends.append(training.train_step(state, PLAIN, images, labels, lambda: None).samples)
+    return state, torch.stack(ends)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The end points of the plain chain."""
+    return samples_of(Acceleration())[1]
+
+
+def test_captured_chains(monkeypatch, expected):
+    """Breaks when a chain that was recorded once runs on the first weights, images or labels, or its end points are
+    overwritten by the next."""
+    monkeypatch.setattr(acceleration, "capture", call_again)
+    _, captured = samples_of(Acceleration(captured=True))
+    assert torch.equal(captured, expected)
+    assert (captured[0] - captured[1]).abs().mean() > 0.01
+
+
+def test_a_captured_chain_ends_with_its_run(monkeypatch):
+    """Breaks when the graph holds the state that holds it: only the garbage collector, at any time, would free it."""
+    monkeypatch.setattr(acceleration, "capture", call_again)
+    state, _ = samples_of(Acceleration(captured=True), iterations=1)
+    graph = weakref.ref(state.acceleration.graph)
+    gc.disable()
+    try:
+        del state
+        assert graph() is None
+    finally:
+        gc.enable()
+
+
+def test_precisions_of_the_command_line():
+    """Breaks when --precision offers what chains do not know, or leaves one out."""
+    assert list(acceleration.PRECISIONS) == cli.PRECISIONS
+
+
+# ---- what fails ----
+
+
+def fail_to_compile():
+    def step(*arguments):
+        raise CannotCompile("no compiler")
+
+    return step
+
+
+def fail_to_capture(function, generator):
+    torch.rand(3, generator=generator)  # a recording that breaks off has drawn some noise
+    raise CannotCapture("not permitted")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ({"compiled": True}, ["cannot be compiled (no compiler); going on as with --nocompile"]),
+        ({"captured": True}, ["cannot be captured as a CUDA graph (not permitted); going on as with --nocuda_graph"]),
+        ({"compiled": True, "captured": True}, ["CUDA graph", "compiled"]),
+    ],
+)
+def test_what_fails_is_given_up(monkeypatch, expected, wanted, told):
+    """Breaks when a failure that nobody asked for ends a run, goes unsaid, is said again, or costs noise."""
+    monkeypatch.setattr(sampling, "compiled_step", fail_to_compile)
+    monkeypatch.setattr(acceleration, "capture", fail_to_capture)
+    said = []
+    state, samples = samples_of(Acceleration(**wanted, asked=frozenset(), say=said.append))
+    assert torch.equal(samples, expected)
+    assert len(said) == len(told) and all(words in line for words, line in zip(told, said, strict=True))
+    assert not (state.acceleration.compiled or state.acceleration.captured)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"compiled": True}, r"cannot be compiled \(no compiler\); run with --nocompile"),
+        ({"captured": True}, r"CUDA graph \(not permitted\); run with --nocuda_graph"),
+    ],
+)
+def test_what_was_asked_for_and_fails_ends_the_run(monkeypatch, wanted, message):
+    """Breaks when --compile or --cuda_graph is replaced by something slower."""
+    monkeypatch.setattr(sampling, "compiled_step", fail_to_compile)
+    monkeypatch.setattr(acceleration, "capture", fail_to_capture)
+    with pytest.raises(UsageError, match=message):
+        samples_of(Acceleration(**wanted))
+
+
+def overflow_in_fp16(weights, x, labels, compiled):
+    """A chain whose images leave fp16's range, but not that of float32."""
+    return x + (1e5 * weights["one"]).float() / 1e5
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_fp16_that_overflows(asked):
+    """Breaks when images that are not finite in fp16 are handed on, or what was asked for is replaced."""
+    said = []
+    names = frozenset({"precision"} if asked else ())
+    chosen = Acceleration("fp16", asked=names, say=said.append)
+    arguments = {"one": torch.ones(())}, torch.zeros(2), None, torch.Generator()
+    if asked:
+        with pytest.raises(UsageError, match="not finite in fp16; run with --precision=tf32"):
+            chosen.run(overflow_in_fp16, *arguments, repeated=True)
+    else:
+        assert chosen.run(overflow_in_fp16, *arguments, repeated=True).tolist() == [1.0, 1.0]
+        assert chosen.precision == "tf32" and "going on as with --precision=tf32" in said[0]
+
+
+@pytest.mark.slow
+def test_real_failures_of_the_compiler():
+    """Breaks when a step that cannot be compiled, or the ninth shape in a process, ends in a traceback of torch's."""
+
+    def step(energy, size=3):
+        return sampling.langevin(energy, torch.rand(2, size), num_steps=1, step_lr=0.1, compiled=True)
+
+    def depends_on_values(x):
+        return x.sum(1) if x.sum() > 0 else x.square().sum(1)
+
+    with pytest.raises(CannotCompile) as reason:
+        step(depends_on_values)
+    assert "\n" not in str(reason.value)
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(CannotCompile, match="too many shapes"):
+        for size in (4, 5):
+            step(lambda x: x.square().sum(1), size)
+
+
+# ---- what is set for a process, and how a graph is recorded ----
+
+
+def test_tf32_is_for_what_is_inside():
+    """Breaks when float32 means TF32, other precisions do not, or figures taken afterwards are rounded."""
+    flags = [lambda: torch.backends.cudnn.allow_tf32, lambda: torch.backends.cuda.matmul.allow_tf32]
+    before = [flag() for flag in flags]
+    try:
+        acceleration.allow_tf32(False)
+        for precision in acceleration.PRECISIONS:
+            with contextlib.suppress(KeyError), acceleration.products_in(precision):
+                assert [flag() for flag in flags] == 2 * [precision != "float32"]
+                raise KeyError
+            assert [flag() for flag in flags] == [False, False]
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize(("version", "registered"), [("2.11.0", True), ("2.13.0+cu130", True), ("2.14.1", False)])
+def test_recording(monkeypatch, version, registered):
+    """Breaks when the garbage collector may run during a recording, noise is not recorded as drawn by its generator,
+    a graph is told of it where torch warns of that, or the warm-up uses noise up."""
+    events = []
+
+    class Graph:
+        def register_generator_state(self, generator):
+            events.append("register")
+
+        def replay(self):
+            events.append("replay")
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def record(graph, **settings):
+        events.append("record")
+        yield
+
+    for name, value in {
+        "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream, "graph": record,
+        "stream": lambda stream: contextlib.nullcontext(), "default_generators": {None: torch.default_generator},
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    generator = torch.Generator().manual_seed(3)
+
+    def draw():
+        events.append(gc.isenabled())
+        return torch.rand(2, generator=generator)
+
+    replay, end = acceleration.capture(draw, generator)
+    replay()
+    assert events == [*["register"] * registered, False, "record", False, "replay"]
+    assert gc.isenabled()
+    assert torch.equal(end, torch.rand(2, generator=torch.Generator().manual_seed(3)))
+
+
+def test_one_channel_is_convolved_by_the_library_but_on_cpus(monkeypatch):
+    """Breaks when a GPU, which would launch a kernel per image, takes the way by patches; a meta tensor stands in."""
+
+    def unfold(*arguments, **settings):
+        raise AssertionError("patches of each image")
+
+    monkeypatch.setattr(models.F, "unfold", unfold)
+    x, kernel = torch.empty(2, 1, 8, 8, device="meta"), torch.empty(4, 1, 3, 3, device="meta")
+    assert models.convolve(x, kernel, 1, (1, 1)).shape == (2, 4, 8, 8)
+    with pytest.raises(AssertionError, match="patches"):
+        models.convolve(torch.rand(2, 1, 8, 8), torch.rand(4, 1, 3, 3), 1, (1, 1))
