@@ -1,9 +1,13 @@
 # make concepts: combine the shipped concept models.   make demo: train on the digits of scikit-learn, show samples.
 # make test: all tests.   All of them set up .venv first.
+# make gpu: measure everything on one GPU, in eight minutes; DEVICE=cpu rehearses it. It takes .venv where there is one, else
+# PYTHON as it is: nothing is installed.
 PYTHON ?= python3
 BIN := .venv/bin
+DEVICE ?= cuda
+OUT ?= benchmarks/gpu
 
-.PHONY: concepts demo test lint horovod clean
+.PHONY: concepts demo test lint horovod gpu clean
 
 concepts: .venv/installed
 	$(BIN)/python ebm_combine.py --weights=pos=3,rot=1.5 --num_steps=200 --step_lr=50 --first_step_lr=400 \
@@ -23,6 +27,9 @@ lint: .venv/installed-dev
 
 horovod: .venv/installed
 	PYTHON=$(BIN)/python scripts/install_horovod.sh
+
+gpu:
+	$(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON)) scripts/measure_gpu.py --device=$(DEVICE) --output=$(OUT)
 
 .venv/installed: requirements.txt
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -52,7 +52,7 @@ def products_in(precision: str) -> Iterator[None]:
 def choose_kernels(deterministic: bool) -> None:
     """Let GPUs take the fastest kernels, by measuring, or those that give the same bits in every run.
 
-    It holds for the whole process; call it before anything is on a GPU.
+    It holds for the whole process; call it before anything is computed on a GPU.
     """
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:

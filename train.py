@@ -389,11 +389,14 @@ def main() -> None:
 
     keep_freed_memory()
     acceleration.allow_tf32(False)  # but in training steps and their chains
-    acceleration.choose_kernels(FLAGS.deterministic)
     workers = distributed.start(FLAGS.backend, FLAGS.device)
     leads = workers.rank == 0
     if FLAGS.cuda_graph and workers.device.type != "cuda":
         raise UsageError(f"--cuda_graph needs a GPU, and this run is on the {workers.device}; leave it out")
+    if workers.device.type == "cuda":
+        acceleration.choose_kernels(FLAGS.deterministic)
+    elif FLAGS.deterministic:
+        workers.print("note: --deterministic has no effect on a CPU, where runs are the same bit for bit anyway")
     dataset = open_dataset(workers)
     config = network_config(dataset)
     # A GPU indexes what lies there; what is read from the disk is asked for by the CPU.

@@ -94,13 +94,13 @@ def main() -> None:
         else:
             with multiprocessing.get_context("fork").Pool(1) as pool:
                 row = pool.apply(measure, (plan,))
+        beside = ""
         if row["what"] == "iteration":
-            row["of chain's rate"] = rows[-1]["ms"] / row["ms"]
+            row["of chain's rate"] = share = rows[-1]["ms"] / row["ms"]
+            beside = f"  {share:.1%} of the chain's rate"
         rows.append(row)
         line = "{steps:4} steps  batch {batch:3}  {what:10} {ms:9.1f} ms  peak {peak MB:7.1f} MB".format(**row)
-        print(
-            line + (f"  {rows[-2]['ms'] / row['ms']:.1%} of the chain's rate" * ("of chain's rate" in row)), flush=True
-        )
+        print(line + beside, flush=True)
     if FLAGS.output:
         print(f"wrote {cli.write_rows(FLAGS.output, rows, **timing.describe(FLAGS.device))}")
 

@@ -13,6 +13,7 @@ on a GPU with convolutions in TF32; torchebm samples from the network with its w
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import pathlib
@@ -50,6 +51,7 @@ with cli.group("Benchmark"):
     flags.DEFINE_enum("device", "cpu", ["cpu", "cuda"], "where to compute")
     cli.define_choices("precisions", ["float32"], cli.PRECISIONS, "number types of this project's chains")
     flags.DEFINE_boolean("compile", False, "also time the compiled step")
+    flags.DEFINE_boolean("changes", True, "also time changes to the fastest way, in the first number type")
     flags.DEFINE_boolean("compile_only", False, "only compile all steps, which fills torch's cache, and leave")
     flags.DEFINE_integer("limit_size", None, "rows and columns of the product; default 2048 on a CPU, 8192 on a GPU", 1)
     flags.DEFINE_string("output", "", "also write the figures to this JSON file, and a plot beside it")
@@ -102,74 +104,109 @@ def torchebm_chain(model: models.EnergyNetwork, x: Tensor) -> None:
         sampler.sample(x=x, n_steps=FLAGS.steps)
 
 
-# ---- this project's ways ----
+# ---- this project's ways, and changes to them that are worth a measurement ----
+
+
+def frozen_weights(model: models.EnergyNetwork, fold: bool = True) -> models.Weights:
+    """Return what a chain needs: normalised anew, pooling folded into the kernels or not."""
+    with torch.no_grad():
+        return models.detach(model.prepare(fold=fold))
 
 
 def our_chain(
-    model: models.EnergyNetwork,
+    energy: Callable[[models.Weights, Tensor], Tensor],
+    prepare: Callable[[], models.Weights],
     x: Tensor,
-    generator: torch.Generator,
     *,
     precision: str,
-    fold: bool = True,
-    padded: bool = False,
-    steps: int | None = None,
-    compiled: bool = False,
-    captured: bool = False,
+    compiled: bool,
+    captured: bool,
+    steps: int,
 ) -> Callable[[], object]:
-    """Return a chain as train.py runs it: weights normalised anew, then the steps.
-
-    padded: the images get channels of zeros, and the first kernel, too.
-    """
-    channels = (0, 0) * (x.dim() - 2) + (0, PADDED - x.shape[1])  # of images and of kernels (c_out, c_in, ...)
-    energy = functools.partial(padded_energy, model, channels) if padded else model.energy
+    """Return a chain as train.py runs it: weights prepared anew, then the steps."""
+    own_acceleration = acceleration.Acceleration(precision, compiled, captured)
+    generator = torch.Generator(x.device).manual_seed(0)
 
     def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
         own = functools.partial(energy, weights)
-        return sampling.langevin(
-            own, x, num_steps=steps or FLAGS.steps, step_lr=STEP_LR, generator=generator, compiled=compiled
-        )
+        return sampling.langevin(own, x, num_steps=steps, step_lr=STEP_LR, generator=generator, compiled=compiled)
 
-    own_acceleration = acceleration.Acceleration(precision, compiled, captured)
+    return lambda: own_acceleration.run(chain, prepare(), x, None, generator, repeated=True)
 
-    def run() -> object:
+
+class Padded:
+    """Images and the first kernel get channels of zeros, up to PADDED of them."""
+
+    def __init__(self, model: models.EnergyNetwork):
+        self.model = model
+        self.channels = 0, 0, 0, 0, 0, PADDED - model.config.image_shape[0]
+
+    def prepare(self) -> models.Weights:
+        weights = frozen_weights(self.model)
+        kernel = F.pad(weights["c1_pre.kernel"], self.channels)
+        return weights | {"c1_pre.kernel": kernel.contiguous(memory_format=torch.channels_last)}
+
+    def energy(self, weights: models.Weights, images: Tensor) -> Tensor:
+        x = F.pad(images.to(weights["fc5.kernel"].dtype), self.channels)
+        for stage in self.model.stages.values():
+            x = stage(weights, x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x, None)
+        return x.squeeze(1).to(images.dtype)
+
+
+class Mapped(nn.Module):
+    """A convolution whose input bias is a map added after it, since conv(x + b) = conv(x) + conv(b)."""
+
+    def __init__(self, conv: models.Conv):
+        super().__init__()
+        self.conv, self.activation = conv, conv.activation
+        conv.gb = conv.activation = None
+
+    def forward(self, weights: models.Weights, x: Tensor, labels: Tensor | None) -> Tensor:
+        name, bias = f"{self.conv.name}.map", weights[f"{self.conv.name}.input_bias"]
+        if name not in weights:  # once per chain, by `BiasMaps.prepare`
+            weights[name] = self.conv(weights, bias[:, :, None, None].expand(1, -1, *x.shape[2:]), labels)
+        x = self.conv(weights, x, labels) + weights[name]
+        return x if self.activation is None else self.activation(x)
+
+
+class BiasMaps:
+    """Input biases are maps, made once per chain."""
+
+    def __init__(self, model: models.EnergyNetwork):
+        self.model, self.twin = model, copy.deepcopy(model)
+        for module in list(self.twin.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, models.Conv) and child.gb is not None:
+                    module._modules[name] = Mapped(child)
+        self.energy = self.twin.energy
+
+    def prepare(self) -> models.Weights:
+        weights = frozen_weights(self.model)
         with torch.no_grad():
-            weights = models.detach(model.prepare(fold=fold))
-        if padded:
-            kernel = F.pad(weights["c1_pre.kernel"], channels)
-            weights["c1_pre.kernel"] = kernel.contiguous(memory_format=torch.channels_last)
-        return own_acceleration.run(chain, weights, x, None, generator, repeated=True)
-
-    return run
+            self.energy(weights, weights["fc5.bias"].new_zeros(1, *self.model.config.image_shape))
+        return weights
 
 
-def padded_energy(
-    model: models.EnergyNetwork, channels: tuple[int, ...], weights: models.Weights, images: Tensor
-) -> Tensor:
-    """Return the energies of images that are padded by channels of zeros."""
-    x = F.pad(images.to(weights["fc5.kernel"].dtype), channels)
-    for stage in model.stages.values():
-        x = stage(weights, x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x, None)
-    return x.squeeze(1).to(images.dtype)
-
-
-def our_variants(model: models.EnergyNetwork, x: Tensor, precision: str) -> dict[str, Callable[..., Callable]]:
-    """Return by name this project's ways that the flags ask for, each a function that makes the chain."""
+def our_variants(model: models.EnergyNetwork, x: Tensor, precision: str, steps: int) -> dict[str, Callable[[], object]]:
+    """Return by name this project's chains that the flags ask for, the fastest and its changes last."""
     on_gpu, compiles = x.device.type == "cuda", FLAGS.compile or FLAGS.compile_only
-    ways: dict[str, dict[str, bool]] = {"eager": {}}
-    if compiles:
-        ways["compiled"] = {"compiled": True}
-    if on_gpu:
-        ways["captured"] = {"captured": True}
-    if on_gpu and compiles:
-        ways["captured, compiled"] = {"captured": True, "compiled": True}
-    name, fastest = list(ways.items())[-1]
-    ways[f"{name}, not folded"] = fastest | {"fold": False}
-    if on_gpu and x.shape[1] == 3:
-        ways[f"{name}, {PADDED} channels"] = fastest | {"padded": True}
-    generator = torch.Generator(x.device).manual_seed(0)
-    make = functools.partial(our_chain, model, x, generator, precision=precision)
-    return {name: functools.partial(make, **settings) for name, settings in ways.items()}
+    prepare = functools.partial(frozen_weights, model)
+    chains = {}
+    for captured in (False, True)[: 1 + (on_gpu and not FLAGS.compile_only)]:
+        for compiled in (False, True)[: 1 + compiles]:
+            name = ", ".join(captured * ["captured"] + compiled * ["compiled"]) or "eager"
+            make = functools.partial(
+                our_chain, x=x, precision=precision, steps=steps, compiled=compiled, captured=captured
+            )
+            chains[name] = make(model.energy, prepare)
+    if not FLAGS.changes or precision != FLAGS.precisions[0]:
+        return chains
+    chains[f"{name}, not folded"] = make(model.energy, functools.partial(prepare, fold=False))
+    padded, mapped = Padded(model), BiasMaps(model)
+    chains[f"{name}, {PADDED} channels"] = make(padded.energy, padded.prepare)
+    if any(".input_bias" in key for key in prepare()):
+        chains[f"{name}, bias maps"] = make(mapped.energy, mapped.prepare)
+    return chains
 
 
 # ---- timing ----
@@ -186,7 +223,9 @@ def variants_of(model: models.EnergyNetwork, x: Tensor) -> list[Variant]:
     if importlib.util.find_spec("torchebm"):
         variants.append(Variant("torchebm", usual, functools.partial(torchebm_chain, model, x)))
     for precision in FLAGS.precisions:
-        variants += [Variant(name, precision, make()) for name, make in our_variants(model, x, precision).items()]
+        variants += [
+            Variant(name, precision, run) for name, run in our_variants(model, x, precision, FLAGS.steps).items()
+        ]
     return variants
 
 
@@ -204,8 +243,9 @@ def measure(name: str, limits: dict[str, float]) -> list[dict[str, Any]]:
     memory: dict[Variant, float | None] = {}
     for variant in variants_of(model, x):
         try:  # the first run compiles, captures and chooses kernels
-            memory[variant] = timing.peak_memory(variant.run, FLAGS.device)
-        except (UsageError, torch.OutOfMemoryError) as error:
+            peak = timing.peak_memory(variant.run, FLAGS.device)
+            memory[variant] = peak if FLAGS.device == "cuda" else None  # a CPU keeps what variants before it freed
+        except (UsageError, ImportError, torch.OutOfMemoryError) as error:
             print(f"{name}, {variant.name}, {variant.precision}: left out, {str(error).splitlines()[0]}", flush=True)
     best = timing.best_seconds({variant: variant.run for variant in memory}, FLAGS.rounds, FLAGS.device)
     plain, work = next(iter(best.values())), count_operations(model, x) * FLAGS.steps
@@ -232,15 +272,14 @@ def compile_all(names: list[str]) -> None:
         model = timing.build_network(name, FLAGS.num_filters, FLAGS.device)
         x = timing.random_images(model, FLAGS.batch_size, FLAGS.device)
         for precision in FLAGS.precisions:
-            for way, make in our_variants(model, x, precision).items():
+            for way, run in our_variants(model, x, precision, steps=1).items():
                 if "compiled" in way:
-                    make(steps=1, captured=False)()
+                    run()
         print(f"compiled: {name} in {', '.join(FLAGS.precisions)}", flush=True)
 
 
 def main() -> None:
     keep_freed_memory()  # as train.py does; it helps all variants alike
-    acceleration.choose_kernels(deterministic=False)
     acceleration.allow_tf32(False)
     if FLAGS.compile or FLAGS.compile_only:
         import torch._dynamo
@@ -250,6 +289,7 @@ def main() -> None:
     if FLAGS.compile_only:
         compile_all(names)
         return
+    acceleration.choose_kernels(deterministic=False)
     used = {*FLAGS.precisions, "tf32", "bf16"} if FLAGS.device == "cuda" else {*FLAGS.precisions, "float32"}
     limits = {precision: timing.matrix_rate(precision, FLAGS.device, FLAGS.limit_size) for precision in used}
     rows: list[dict[str, Any]] = []
@@ -258,7 +298,7 @@ def main() -> None:
         for row in (row for row in rows if row["network"] == name):
             print(
                 "{network:13} {variant:33} {precision:7} {ms per step:8.2f} ms  {times plain:6.2f}x  "
-                "{images per s:8.0f} images/s  {GFLOP/s:8.0f} GFLOP/s  {of limit:6.1%} of {limit GFLOP/s:.0f}".format(
+                "{images per s:8.0f} images/s  {GFLOP/s:8.0f} GFLOP/s  {of limit:6.1%} of {limit GFLOP/s:.3g}".format(
                     **row
                 )
                 + (f"  {row['peak MB']:.0f} MB" if row["peak MB"] else ""),

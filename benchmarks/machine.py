@@ -31,7 +31,7 @@ def main() -> None:
     for precision in FLAGS.precisions:
         rate = timing.matrix_rate(precision, FLAGS.device, FLAGS.size)
         rows.append({"what": f"product in {precision}", "GFLOP/s": rate})
-        print(f"product in {precision:8} {rate:10.0f} GFLOP/s", flush=True)
+        print(f"product in {precision:8} {rate:10.3g} GFLOP/s", flush=True)
     rate = timing.copy_rate(FLAGS.device)
     rows.append({"what": "copy", "GB/s": rate})
     print(f"{'copy':19} {rate:10.0f} GB/s")

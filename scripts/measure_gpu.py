@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
+import lzma
 import os
 import pathlib
 import shutil
@@ -28,11 +30,14 @@ import zipfile
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+START = 30  # seconds until a training on a GPU makes its first iteration
 KEPT = 20_000  # characters of what a step printed that go into the log, its last ones
 TRAIN = "--dataset=folder --image_size=32 --channels=3 --cclass --zero_kl --replay_batch --num_steps=20 --step_lr=10 "
 TRAIN += "--proj_norm=0.01 --lr=1e-3 --ema_decay=0.999"
-RESERVE = 70  # seconds that the training leaves for the steps after it
+RESERVE = 90  # seconds that the training leaves for the steps after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Sizes:
     precisions: tuple[str, ...]
     fast: str  # precision of what is timed in one only
     training_seconds: float  # of iterations
-    compiled: tuple[tuple[str, str], ...]  # networks and precision of what is compiled in the background
+    compiled: tuple[str, ...]  # flags of benchmarks/langevin.py for what is compiled beside the first steps
 
 
 GPU = Sizes(
@@ -56,8 +61,11 @@ GPU = Sizes(
     fast="fp16",
     training_seconds=170,
     compiled=(
-        *(("ResNet32", precision) for precision in ("fp16", "bf16", "tf32", "float32")),
-        *((networks, "fp16") for networks in ("ResNet32Large", "ResNet128", "DspritesNet,MnistNet")),
+        *(
+            f"--networks={name} --precisions=fp16"
+            for name in ("ResNet32", "ResNet32Large", "ResNet128", "DspritesNet,MnistNet")
+        ),
+        *(f"--networks=ResNet32 --nochanges --precisions={precision}" for precision in ("bf16", "tf32", "float32")),
     ),
 )
 CPU = Sizes(
@@ -67,7 +75,7 @@ CPU = Sizes(
     precisions=("float32",),
     fast="float32",
     training_seconds=0.5,
-    compiled=(("MnistNet", "float32"),),
+    compiled=("--networks=MnistNet --nochanges",),
 )
 
 
@@ -83,6 +91,7 @@ class Session:
             "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
             "TRITON_CACHE_DIR": str(work / "triton"),
         }
+        self.programs: list[subprocess.Popen[bytes]] = []
         output.mkdir(parents=True, exist_ok=True)
         (output / "log.txt").write_text("")
 
@@ -93,10 +102,12 @@ class Session:
     def start(self, name: str, words: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start a Python program in the background; it prints to a file of its own."""
         with (self.work / f"{name}.txt").open("wb") as file:
-            return subprocess.Popen(
+            program = subprocess.Popen(
                 [sys.executable, *words], cwd=self.work, env=self.environment, stdin=subprocess.DEVNULL,
                 stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+        self.programs.append(program)
+        return program
 
     def step(self, name: str, seconds: float, *words: str) -> bool:
         """Run a Python program for so many seconds at most; note how it ended, and its figures; return whether well.
@@ -119,11 +130,15 @@ class Session:
         figures, printed = self.work / f"{name}.json", self.work / f"{name}.txt"
         if figures.exists():
             self.report[name] = json.loads(figures.read_text())
-        (self.output / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        (self.output / "report.json").write_text(self.without_places(json.dumps(self.report, indent=1)) + "\n")
         with (self.output / "log.txt").open("a") as log:
             said = printed.read_text(errors="replace")[-KEPT:] if printed.exists() else ""
-            log.write(f"==== {name}: {status}\n{said}\n")
+            log.write(self.without_places(f"==== {name}: {status}\n{said}\n"))
         return status == 0
+
+    def without_places(self, text: str) -> str:
+        """Return a text without this machine's folders."""
+        return text.replace(str(self.work), "<work>").replace(f"{ROOT}/", "")
 
 
 def stop(program: subprocess.Popen) -> None:
@@ -135,15 +150,16 @@ def stop(program: subprocess.Popen) -> None:
 
 def unpack(data: pathlib.Path, work: pathlib.Path) -> pathlib.Path | None:
     """Unpack what lies in the data folder; return where the training images are, None where there are none."""
-    for wheel in data.glob("torchebm*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(work / "site")
     images = data / "cifar10_jpeg.tar.xz"
-    if not images.exists():
-        print(f"note: no {images}: the training, and what resumes it, are left out")
+    try:
+        for wheel in data.glob("torchebm*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(work / "site")
+        with tarfile.open(images) as archive:
+            archive.extractall(work / "cifar10", filter="data")
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
+        print(f"note: {images.name}: {error}; the training, and what resumes it, are left out")
         return None
-    with tarfile.open(images) as archive:
-        archive.extractall(work / "cifar10", filter="data")
     return work / "cifar10" / "train"
 
 
@@ -154,44 +170,44 @@ def rows_of(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 def measure(session: Session, data: pathlib.Path) -> None:
     """Run all steps, the most valuable first."""
-    sizes, work, report = GPU if session.device == "cuda" else CPU, session.work, session.report
+    sizes, work = GPU if session.device == "cuda" else CPU, session.work
     device, fast = f"--device={session.device}", f"--precision={sizes.fast}"
 
     def run_benchmark(name: str, seconds: float, script: str, *words: str) -> None:
         session.step(name, seconds, str(ROOT / "benchmarks" / script), device, *words, f"--output={work / name}.json")
 
     # Compiling takes long, and few of the cores: it runs beside the first steps, into one cache.
+    langevin = str(ROOT / "benchmarks" / "langevin.py")
     compilations = [
-        session.start(f"compile_{number}", [
-            str(ROOT / "benchmarks/langevin.py"), device, f"--networks={networks}", f"--precisions={precision}",
-            *sizes.chain, "--compile_only",
-        ])
-        for number, (networks, precision) in enumerate(sizes.compiled)
-    ]  # fmt: skip
+        session.start(f"compile_{number}", [langevin, device, *sizes.chain, "--compile_only", *words.split()])
+        for number, words in enumerate(sizes.compiled)
+    ]
     images = unpack(data, work)
-    run_benchmark("machine", 60, "machine.py", f"--precisions={','.join(sizes.precisions)}")
-    session.step("tests", 110, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "tests/test_gpu.py"))
+    if images is not None:
+        words = [*train_flags(session, images, sizes), "--exp=compile", "--max_iter=1", "--sample_steps=1"]
+        compilations.append(session.start("compile_training", words))
+    precisions = f"--precisions={','.join(sizes.precisions)}"
+    run_benchmark("machine", 60, "machine.py", precisions)
+    several = ["-n", "8"] if session.device == "cuda" and importlib.util.find_spec("xdist") else []
+    session.step("tests", 110, "-m", "pytest", "-p", "no:cacheprovider", *several, str(ROOT / "tests/test_gpu.py"))
     for program in compilations:
         with contextlib.suppress(subprocess.TimeoutExpired):
             program.wait(60)
         stop(program)
 
-    run_benchmark(
-        "resnet32", 90, "langevin.py", "--networks=ResNet32", f"--precisions={','.join(sizes.precisions)}", *sizes.chain
-    )
+    run_benchmark("resnet32", 110, "langevin.py", "--networks=ResNet32", precisions, *sizes.chain)
     for name, networks in (("large", "ResNet32Large"), ("small", "DspritesNet,MnistNet")):
         run_benchmark(name, 45, "langevin.py", f"--networks={networks}", f"--precisions={sizes.fast}", *sizes.chain)
     for name, network in (("iteration", "ResNet32"), ("iteration_large", "ResNet32Large")):
-        run_benchmark(name, 30, "iteration.py", f"--network={network}", fast, *sizes.iteration, "--nokl")
+        run_benchmark(name, 40, "iteration.py", f"--network={network}", fast, *sizes.iteration, "--nokl")
 
     if images is not None:
         train(session, images, sizes)
-    run_benchmark(
-        "kernels", 30, "kernels.py", fast, *(word for word in sizes.chain if "batch" in word or "filters" in word)
-    )
+    small = [word for word in sizes.chain if word.startswith(("--batch_size", "--num_filters"))]
+    run_benchmark("kernels", 30, "kernels.py", fast, *small)
     if images is not None:
         short = train_flags(session, images, sizes)
-        resumed = report.get("trained_iterations", 0) + 10
+        resumed = session.report["trained_iterations"] + 10
         session.step("resume", 30, *short, "--exp=cifar10_jpeg", f"--max_iter={resumed}", "--resume_iter=latest")
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
         session.step("one_rank", 40, *launch, *short, "--exp=one_rank", "--max_iter=10", "--backend=torch")
@@ -207,7 +223,7 @@ def train_flags(session: Session, images: pathlib.Path, sizes: Sizes) -> list[st
 def train(session: Session, images: pathlib.Path, sizes: Sizes) -> None:
     """Train a class-conditional model for as long as there is time; keep its curves and samples."""
     rows = [row for row in rows_of(session.report, "iteration") if row["what"] == "iteration"]
-    seconds = min(sizes.training_seconds, session.left() - RESERVE)
+    seconds = min(sizes.training_seconds, session.left() - RESERVE - START)
     iterations = max(1, int(1000 * seconds / rows[0]["ms"])) if rows else 500
     session.report["trained_iterations"] = iterations
     intervals = f"--max_iter={iterations} --save_interval={iterations} --test_interval={max(1, iterations // 5)}"
@@ -228,9 +244,15 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, default=ROOT / "data", help="where images and wheels may lie")
     parser.add_argument("--seconds", type=float, default=480, help="for all steps together")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, "error: torch sees no GPU here; --device=cpu rehearses the steps\n")
     with tempfile.TemporaryDirectory() as work:
         session = Session(options.output.resolve(), pathlib.Path(work), options.device, options.seconds)
-        measure(session, options.data.resolve())
+        try:
+            measure(session, options.data.resolve())
+        finally:
+            for program in session.programs:
+                stop(program)
     failed = [name for name, step in session.report["steps"].items() if step["status"] != 0]
     print(f"wrote {', '.join(str(path) for path in sorted(session.output.iterdir()))}")
     print(f"failed: {', '.join(failed)}, see {session.output / 'log.txt'}" if failed else "every step is done")

@@ -15,6 +15,7 @@ import training
 from acceleration import Acceleration, CannotCapture
 from errors import UsageError
 from sampling import CannotCompile
+from test_ema import make_trainer
 from test_training import SHAPE, make_state
 from training import Options
 
@@ -71,6 +72,35 @@ def test_a_captured_chain_ends_with_its_run(monkeypatch):
 def test_precisions_of_the_command_line():
     """Breaks when --precision offers what chains do not know, or leaves one out."""
     assert list(acceleration.PRECISIONS) == cli.PRECISIONS
+
+
+def test_chains_drawn_during_training_run_as_training_does(monkeypatch, tmp_path):
+    """Breaks when fresh chains are computed in float32 whatever the run is in, or have a step of another shape compiled
+    for them; when their energies are rounded, or images of a batch that is not full are left out."""
+    seen = []
+
+    def compiled_step():
+        def step(energy, x, *arguments):
+            seen.append(tuple(x.shape))
+            return sampling.langevin_step(energy, x, *arguments)
+
+        return step
+
+    monkeypatch.setattr(sampling, "compiled_step", compiled_step)
+    images = []
+    for precision in ("float32", "bf16"):
+        state = make_state(precision=precision)
+        state.acceleration.compiled = True
+        run = make_trainer(state, tmp_path, [])
+        run.options = Options(num_steps=1, num_chains=4, batch_size=8, step_lr=100.0)
+        chains = run.fresh_chains(6)
+        images.append(chains.images)
+        assert chains.energies.shape == (6,)
+        labels = torch.eye(3)[torch.arange(6) % 3]
+        with torch.no_grad():
+            torch.testing.assert_close(chains.energies, state.model.eval()(chains.images, labels))
+    assert seen == [(4, *SHAPE)] * 4  # two batches of four by each
+    assert 0 < (images[0] - images[1]).abs().mean() < 0.01
 
 
 # ---- what fails ----

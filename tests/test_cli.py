@@ -60,6 +60,39 @@ def test_rounded_energies_only_where_compared(monkeypatch, words, device, networ
     assert train.precision_on(device, network) == precision
 
 
+@pytest.mark.parametrize(
+    ("words", "device", "expected"),
+    [
+        (["--zero_kl"], "cuda", (True, True, set())),
+        (["--zero_kl"], "cpu", (False, False, set())),
+        ([], "cuda", (False, False, set())),
+        (["--zero_kl", "--hmc"], "cuda", (False, False, set())),
+        (["--zero_kl", "--num_steps=0"], "cuda", (True, False, set())),
+        (["--zero_kl", "--deterministic"], "cuda", (False, True, set())),
+        (["--zero_kl", "--nocompile", "--nocuda_graph"], "cuda", (False, False, set())),
+        (["--zero_kl", "--compile", "--precision=bf16"], "cpu", (True, False, {"compile", "precision"})),
+        (["--zero_kl", "--cuda_graph"], "cuda", (True, True, {"cuda_graph"})),
+    ],
+)
+def test_how_chains_run(monkeypatch, words, device, expected):
+    """Breaks when a GPU runs slower than it could by default, or what was asked for is not known as such."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    parse(*words)
+    chosen = train.choose_acceleration(device, "ResNet32")
+    assert (chosen.compiled, chosen.captured, set(chosen.asked)) == expected
+
+
+def test_without_a_compiler(monkeypatch, capsys):
+    """Breaks when a GPU's default needs a C compiler where there is none, or --compile goes without."""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    parse("--zero_kl")
+    assert not train.choose_acceleration("cuda", "ResNet32").compiled
+    assert "no C compiler is on the PATH" in capsys.readouterr().out
+    parse("--zero_kl", "--compile")
+    with pytest.raises(UsageError, match="--compile needs a C compiler"):
+        train.choose_acceleration("cuda", "ResNet32")
+
+
 @pytest.mark.parametrize(("words", "told"), [(["--replay_batch"], 0), ([], 1)])
 def test_idle_replay_rate_says_so(capsys, words, told):
     """Breaks when --replay_rate without a buffer is taken without a word, or complained about with one."""

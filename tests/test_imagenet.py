@@ -554,3 +554,13 @@ def test_networks_train(tmp_path, records) -> None:
         assert torch.isfinite(step.loss)
         assert step.labels is not None
         assert step.labels.shape == (2, 1000)
+
+
+def test_batches_for_a_gpu_are_pinned(monkeypatch):
+    """Breaks when a copy to a GPU makes the CPU wait for it; there is none here, so calls are looked at."""
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *where, **how: calls.append((*where, how)) or self)
+    for device in ("cpu", "cuda"):
+        imagenet.StreamedImages([], (), device=device, workers=0).to_device(torch.zeros(1))
+    assert calls == [("cpu", {"non_blocking": True}), "pinned", ("cuda", {"non_blocking": True})]

@@ -27,6 +27,7 @@ COMMANDS = re.findall(r"^(?:mpiexec -n \d+ )?python \S+\.py.*", README, re.MULTI
 TRAIN = ["--max_iter=2", "--num_steps=2", "--batch_size=4", "--num_filters=8", "--num_samples=2", "--sample_steps=2"]
 TRAIN += ["--logdir=trained"]  # beside the models that other commands find in cachedir
 QUICK = "--train_flags=--num_filters=4 --num_samples=20 --sample_steps=2"  # of the runs that recipes.py starts
+LIMIT = ["--limit_size=64"]  # of the matrix products that are a machine's limit
 SMALL = {
     "train.py": [*TRAIN, "--data_workers=1"],
     "ebm_sandbox.py": ["--num_steps=1", "--limit=4", "--batch_size=4"],
@@ -37,8 +38,17 @@ SMALL = {
     "ais.py": ["--pdist=1,2", "--limit=4", "--batch_size=2"],
     "tf_checkpoint.py": [],
     "scripts/slim_checkpoint.py": [],
-    "benchmarks/langevin.py": ["--networks=MnistNet", "--batch_size=1", "--steps=1", "--rounds=1", "--nocompile"],
+    "benchmarks/langevin.py": [
+        "--networks=MnistNet",
+        "--batch_size=1",
+        "--steps=1",
+        "--rounds=1",
+        "--nocompile",
+        *LIMIT,
+    ],
     "benchmarks/iteration.py": ["--num_filters=4", "--steps=1", "--batch_sizes=1", "--rounds=1"],
+    "benchmarks/kernels.py": ["--num_filters=4", "--batch_size=1", "--steps=1"],
+    "benchmarks/machine.py": ["--size=64"],
     "benchmarks/loader.py": ["--workers=1", "--files=4", "--batch_size=2", "--batches=1", "--rounds=1"],
     "benchmarks/recipes.py": ["--max_iter=1", "--test_interval=1", "--recipes=1", "--seeds=2", QUICK],
 }
