@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -58,6 +58,7 @@ def choose_kernels(deterministic: bool) -> None:
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nobody reads it
 
 
 class Chain(Protocol):
@@ -111,14 +112,14 @@ class Acceleration:
         """
         while True:
             before = generator.get_state()
-            arguments = models.cast(weights, PRECISIONS[self.precision]), x, labels
+            dtype = PRECISIONS[self.precision]
             try:
                 with products_in(self.precision):
                     if repeated and self.captured:
-                        self.graph = self.graph or CapturedChain(chain, self.compiled, generator)
-                        end = self.graph(*arguments)
+                        self.graph = self.graph or CapturedChain(chain, self.compiled, dtype, generator)
+                        end = self.graph(weights, x, labels)
                     else:
-                        end = chain(*arguments, compiled=self.compiled)
+                        end = chain(models.cast(weights, dtype), x, labels, compiled=self.compiled)
                 # Looked at once, since it waits for the GPU. What comes later is for the divergence guard to see.
                 if self.seen_finite or self.precision != "fp16" or end.isfinite().all():
                     self.seen_finite = True
@@ -155,25 +156,25 @@ class CannotCapture(Exception):
 class CapturedChain:
     """A chain as a CUDA graph: the kernels of all its steps, the noise's too, are launched at once.
 
-    The first call captures the chain, which draws from `generator`, on tensors of its own; each call copies its
-    arguments there, so that later ones may have other weights, images and labels, all shaped as before.
-    Raises CannotCapture where that fails.
+    The first call captures the chain, which draws from `generator`, on tensors of its own, weights of type `dtype`;
+    each call copies its arguments there, so that later ones may have other weights, images and labels, all shaped as
+    before. Raises CannotCapture where that fails.
     """
 
-    def __init__(self, chain: Chain, compiled: bool, generator: torch.Generator):
-        self.chain, self.compiled, self.generator = chain, compiled, generator
-        self.inputs: list[Tensor] = []
+    def __init__(self, chain: Chain, compiled: bool, dtype: torch.dtype, generator: torch.Generator):
+        self.chain, self.compiled, self.dtype, self.generator = chain, compiled, dtype, generator
+        self.weights: models.Weights = {}
 
     def __call__(self, weights: models.Weights, x: Tensor, labels: Tensor | None) -> Tensor:
-        given = [*weights.values(), x, *([] if labels is None else [labels])]
-        if not self.inputs:
-            self.inputs = [tensor.clone() for tensor in given]
-            *own, own_x = self.inputs[: len(weights) + 1]
-            own_labels = None if labels is None else self.inputs[-1]
-            own_weights = dict(zip(weights, own, strict=True))
-            function = functools.partial(self.chain, own_weights, own_x, own_labels, compiled=self.compiled)
+        if not self.weights:
+            self.weights = {name: tensor.to(self.dtype, copy=True) for name, tensor in weights.items()}
+            self.x, self.labels = x.clone(), None if labels is None else labels.clone()
+            function = functools.partial(self.chain, self.weights, self.x, self.labels, compiled=self.compiled)
             self.replay, self.end = capture(function, self.generator)
-        torch._foreach_copy_(self.inputs, given)
+        torch._foreach_copy_(list(self.weights.values()), list(weights.values()))
+        self.x.copy_(x)
+        if self.labels is not None and labels is not None:
+            self.labels.copy_(labels)
         self.replay()
         return self.end.clone()
 
@@ -184,29 +185,45 @@ def capture(function: Callable[[], Tensor], generator: torch.Generator) -> tuple
     It may draw from torch's own generator and this one, which go on from where they are at each launch. Raises
     CannotCapture where the function does what cannot be recorded, and leaves both as they were.
     """
-    generators = generator, torch.cuda.default_generators[generator.device.index]
-    states = [each.get_state() for each in generators]
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    index = generator.device.index
+    generators = generator, torch.cuda.default_generators[index]
+    states = lend_copies(generators)
+    graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     if torch.__version__ < "2.14":  # from then on a graph finds its generators itself, and warns of being told
         graph.register_generator_state(generator)
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with without_collector(), torch.cuda.stream(stream):
+            before = [each.get_state() for each in generators]
             function()  # kernels are compiled and chosen here, which is not allowed while recording
-            for each, state in zip(generators, states, strict=True):
+            for each, state in zip(generators, before, strict=True):
                 each.set_state(state)
             # Other threads may talk to other workers meanwhile.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 end = function()
     except RuntimeError as error:
-        for each, state in zip(generators, states, strict=True):
-            # A recording that broke off has left them in the middle of it: they get a new state, of the same numbers.
-            fresh = torch.Generator(each.device)
-            fresh.set_state(state)
-            each.graphsafe_set_state(fresh)
-        raise CannotCapture(str(error).strip().split("\n")[0]) from None
+        for each, original in zip(generators, states, strict=True):
+            each.graphsafe_set_state(original)
+        with contextlib.suppress(RuntimeError):  # up to torch 2.12 memory would count as being recorded for ever
+            torch._C._cuda_endAllocateToPool(index, pool)
+        cause = error.__context__ or error  # the end of a recording that broke off says no more than that it did
+        raise CannotCapture(str(cause).strip().split("\n")[0]) from None
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, end
+
+
+def lend_copies(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
+    """Let GPUs' generators draw from copies of their states; return the states, for `graphsafe_set_state`.
+
+    A recording that breaks off makes the states that it draws from useless, also for earlier graphs.
+    """
+    states = []
+    for each in generators:
+        states.append(each.graphsafe_get_state())
+        copy = torch.Generator(each.device)
+        copy.set_state(each.get_state())
+        each.graphsafe_set_state(copy)
+    return states
 
 
 @contextlib.contextmanager

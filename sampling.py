@@ -62,7 +62,7 @@ def compiled_step() -> Callable[..., Tensor]:
 
     It raises CannotCompile where that fails, for some shape and device.
     """
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # slow to import, and few need it
+    from torch._dynamo.exc import FailOnRecompileLimitHit  # slow to import, and few need it
 
     def gradient(energy: Energy, x: Tensor) -> Tensor:
         return torch.func.grad(lambda x: energy(x).sum())(x)
@@ -74,8 +74,12 @@ def compiled_step() -> Callable[..., Tensor]:
             return compiled(*arguments)
         except FailOnRecompileLimitHit:
             raise CannotCompile("too many shapes of images or networks in one process") from None
-        except TorchDynamoException as error:
-            raise CannotCompile(str(error).strip().split("\n")[0]) from None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of any type; where the energy itself is at fault, the plain step will say so
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                raise  # it is the recording that failed
+            raise CannotCompile(" ".join(str(error).split())[:200]) from None
 
     return step
 

@@ -55,7 +55,8 @@ def main() -> None:
     with profile(activities=activities) as profiler:
         timing.timed(run, FLAGS.device)
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    events = [event for event in profiler.key_averages() if event.device_type == kind]
+    # Annotations last as long as the kernels that they are about.
+    events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
     time_of = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
     total = sum(time_of.values())
     rows: list[dict[str, Any]] = []

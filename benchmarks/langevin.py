@@ -7,8 +7,10 @@
 
 All of a network is measured in turns, in one run; the best of --rounds counts. "of limit" is the rate of
 direct-convolution operations over that of a matrix product in the same number type: folding does fewer of them, so it
-can exceed 100 %. The plain loop and torchebm (`pip install torchebm`) run as PyTorch does where nobody sets anything,
-on a GPU with convolutions in TF32; torchebm samples from the network with its weights frozen and normalised once.
+can exceed 100 %. "off" is the median relative error of gradients to images, against float64.
+
+The plain loop and torchebm (`pip install torchebm`) run as PyTorch does where nobody sets anything, on a GPU with
+convolutions in TF32; torchebm samples from the network with its weights frozen and normalised once.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from utils import keep_freed_memory
 
 FLAGS = flags.FLAGS
 STEP_LR = 10.0
+THEIRS = ("plain", "torchebm")  # names of what others write begin so
 PADDED = 8  # channels that the images are padded to, in a variant
 
 with cli.group("Benchmark"):
@@ -236,6 +239,16 @@ def count_operations(model: models.EnergyNetwork, x: Tensor) -> float:
     return counter.get_total_flops() / 1e9
 
 
+def gradient_error(model: models.EnergyNetwork, x: Tensor, precision: str) -> float:
+    """Return by what share gradients to images are off in a number type, the median over images, against float64."""
+    exact_model = copy.deepcopy(model).double()
+    exact = sampling.input_gradient(functools.partial(exact_model.energy, frozen_weights(exact_model)), x.double())
+    weights = models.cast(frozen_weights(model), acceleration.PRECISIONS[precision])
+    with acceleration.products_in(precision):
+        rounded = sampling.input_gradient(functools.partial(model.energy, weights), x)
+    return ((rounded - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).median().item()
+
+
 def measure(name: str, limits: dict[str, float]) -> list[dict[str, Any]]:
     """Return a row of figures for each variant on one network."""
     model = timing.build_network(name, FLAGS.num_filters, FLAGS.device)
@@ -248,7 +261,10 @@ def measure(name: str, limits: dict[str, float]) -> list[dict[str, Any]]:
         except (UsageError, ImportError, torch.OutOfMemoryError) as error:
             print(f"{name}, {variant.name}, {variant.precision}: left out, {str(error).splitlines()[0]}", flush=True)
     best = timing.best_seconds({variant: variant.run for variant in memory}, FLAGS.rounds, FLAGS.device)
-    plain, work = next(iter(best.values())), count_operations(model, x) * FLAGS.steps
+    plain = next((seconds for variant, seconds in best.items() if variant.name == "plain loop"), float("nan"))
+    work = count_operations(model, x) * FLAGS.steps
+    errors = {precision: gradient_error(model, x[:8], precision) for precision in FLAGS.precisions}
+    ours = {variant for variant in best if not variant.name.startswith(THEIRS)}
     return [
         {
             "network": name,
@@ -260,6 +276,7 @@ def measure(name: str, limits: dict[str, float]) -> list[dict[str, Any]]:
             "GFLOP/s": work / seconds,
             "of limit": work / seconds / limits[variant.precision],
             "limit GFLOP/s": limits[variant.precision],
+            "gradient error": errors[variant.precision] if variant in ours else None,
             "peak MB": memory[variant],
         }
         for variant, seconds in best.items()
@@ -291,7 +308,7 @@ def main() -> None:
         return
     acceleration.choose_kernels(deterministic=False)
     used = {*FLAGS.precisions, "tf32", "bf16"} if FLAGS.device == "cuda" else {*FLAGS.precisions, "float32"}
-    limits = {precision: timing.matrix_rate(precision, FLAGS.device, FLAGS.limit_size) for precision in used}
+    limits = {precision: timing.matrix_rate(precision, FLAGS.device, FLAGS.limit_size) for precision in sorted(used)}
     rows: list[dict[str, Any]] = []
     for name in names:
         rows += measure(name, limits)
@@ -301,7 +318,8 @@ def main() -> None:
                 "{images per s:8.0f} images/s  {GFLOP/s:8.0f} GFLOP/s  {of limit:6.1%} of {limit GFLOP/s:.3g}".format(
                     **row
                 )
-                + (f"  {row['peak MB']:.0f} MB" if row["peak MB"] else ""),
+                + (f"  gradient {row['gradient error']:.1e} off" if row["gradient error"] is not None else "")
+                + (f"  {row['peak MB']:.0f} MB" if row["peak MB"] is not None else ""),
                 flush=True,
             )
         if FLAGS.output:
@@ -314,7 +332,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     path = cli.write_rows(FLAGS.output, rows, operations="of direct convolutions, not folded", **described)
     bars: dict[str, dict[str, float]] = {}  # of this project's variants the fastest
     for row in rows:
-        theirs = row["variant"].startswith(("plain", "torchebm"))
+        theirs = row["variant"].startswith(THEIRS)
         bar = bars.setdefault(row["variant"] if theirs else f"this project, {row['precision']}", {})
         bar[row["network"]] = max(row["of limit"], bar.get(row["network"], 0))
     title = f"a Langevin step, batch {FLAGS.batch_size}, {described['hardware']}"

@@ -37,7 +37,7 @@ START = 30  # seconds until a training on a GPU makes its first iteration
 KEPT = 20_000  # characters of what a step printed that go into the log, its last ones
 TRAIN = "--dataset=folder --image_size=32 --channels=3 --cclass --zero_kl --replay_batch --num_steps=20 --step_lr=10 "
 TRAIN += "--proj_norm=0.01 --lr=1e-3 --ema_decay=0.999"
-RESERVE = 90  # seconds that the training leaves for the steps after it
+RESERVE = 110  # seconds that the training leaves for the steps after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Sizes:
     chain: tuple[str, ...]  # flags of benchmarks/langevin.py and kernels.py
     iteration: tuple[str, ...]
     train: tuple[str, ...]
-    precisions: tuple[str, ...]
-    fast: str  # precision of what is timed in one only
+    fast: str  # the number type of a GPU's default
+    others: tuple[str, ...]
     training_seconds: float  # of iterations
     compiled: tuple[str, ...]  # flags of benchmarks/langevin.py for what is compiled beside the first steps
 
@@ -57,8 +57,8 @@ GPU = Sizes(
     chain=("--batch_size=128", "--steps=60", "--rounds=2", "--compile"),
     iteration=("--batch_sizes=128", "--steps=20,60"),
     train=("--batch_size=128",),
-    precisions=("fp16", "bf16", "tf32", "float32"),
     fast="fp16",
+    others=("bf16", "tf32", "float32"),
     training_seconds=170,
     compiled=(
         *(
@@ -72,8 +72,8 @@ CPU = Sizes(
     chain=("--batch_size=2", "--steps=1", "--rounds=1", "--num_filters=2", "--limit_size=64"),
     iteration=("--batch_sizes=2", "--steps=1", "--rounds=1", "--num_filters=2"),
     train=("--batch_size=4", "--num_filters=2", "--sample_steps=1"),
-    precisions=("float32",),
     fast="float32",
+    others=(),
     training_seconds=0.5,
     compiled=("--networks=MnistNet --nochanges",),
 )
@@ -86,7 +86,9 @@ class Session:
         self.output, self.work, self.device = output, work, device
         self.end = time.monotonic() + seconds
         self.report: dict[str, Any] = {"steps": {}}
-        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(work / "site")}
+        places = os.pathsep.join([str(work / "site"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": places.strip(os.pathsep)}
+        self.environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # several programs compile at once
         self.environment |= {
             "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
             "TRITON_CACHE_DIR": str(work / "triton"),
@@ -156,7 +158,8 @@ def unpack(data: pathlib.Path, work: pathlib.Path) -> pathlib.Path | None:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(work / "site")
         with tarfile.open(images) as archive:
-            archive.extractall(work / "cifar10", filter="data")
+            members = (member for member in archive if member.name.startswith("train/"))
+            archive.extractall(work / "cifar10", members, filter="data")
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
         print(f"note: {images.name}: {error}; the training, and what resumes it, are left out")
         return None
@@ -186,18 +189,24 @@ def measure(session: Session, data: pathlib.Path) -> None:
     if images is not None:
         words = [*train_flags(session, images, sizes), "--exp=compile", "--max_iter=1", "--sample_steps=1"]
         compilations.append(session.start("compile_training", words))
-    precisions = f"--precisions={','.join(sizes.precisions)}"
-    run_benchmark("machine", 60, "machine.py", precisions)
+    run_benchmark("machine", 60, "machine.py", f"--precisions={','.join((sizes.fast, *sizes.others))}")
     several = ["-n", "8"] if session.device == "cuda" and importlib.util.find_spec("xdist") else []
     session.step("tests", 110, "-m", "pytest", "-p", "no:cacheprovider", *several, str(ROOT / "tests/test_gpu.py"))
+    end = time.monotonic() + 60
     for program in compilations:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            program.wait(60)
+            program.wait(max(0, end - time.monotonic()))
         stop(program)
 
-    run_benchmark("resnet32", 110, "langevin.py", "--networks=ResNet32", precisions, *sizes.chain)
-    for name, networks in (("large", "ResNet32Large"), ("small", "DspritesNet,MnistNet")):
-        run_benchmark(name, 45, "langevin.py", f"--networks={networks}", f"--precisions={sizes.fast}", *sizes.chain)
+    def time_chains(name: str, seconds: float, networks: str, precisions: Sequence[str], *words: str) -> None:
+        chosen = f"--networks={networks}", f"--precisions={','.join(precisions)}"
+        run_benchmark(name, seconds, "langevin.py", *chosen, *sizes.chain, *words)
+
+    time_chains("resnet32", 80, "ResNet32", [sizes.fast])
+    if sizes.others:
+        time_chains("resnet32_others", 80, "ResNet32", sizes.others, "--nochanges")
+    time_chains("large", 45, "ResNet32Large", [sizes.fast])
+    time_chains("small", 45, "DspritesNet,MnistNet", [sizes.fast])
     for name, network in (("iteration", "ResNet32"), ("iteration_large", "ResNet32Large")):
         run_benchmark(name, 40, "iteration.py", f"--network={network}", fast, *sizes.iteration, "--nokl")
 
@@ -206,12 +215,12 @@ def measure(session: Session, data: pathlib.Path) -> None:
     small = [word for word in sizes.chain if word.startswith(("--batch_size", "--num_filters"))]
     run_benchmark("kernels", 30, "kernels.py", fast, *small)
     if images is not None:
-        short = train_flags(session, images, sizes)
+        short = [*train_flags(session, images, sizes), "--nocompile", "--sample_steps=1", "--num_samples=10"]
         resumed = session.report["trained_iterations"] + 10
-        session.step("resume", 30, *short, "--exp=cifar10_jpeg", f"--max_iter={resumed}", "--resume_iter=latest")
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+        session.step("resume", 40, *short, "--exp=cifar10_jpeg", f"--max_iter={resumed}", "--resume_iter=latest")
+        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=1"]
         session.step("one_rank", 40, *launch, *short, "--exp=one_rank", "--max_iter=10", "--backend=torch")
-    run_benchmark("resnet128", 60, "langevin.py", "--networks=ResNet128", f"--precisions={sizes.fast}", *sizes.chain)
+    time_chains("resnet128", 60, "ResNet128", [sizes.fast])
 
 
 def train_flags(session: Session, images: pathlib.Path, sizes: Sizes) -> list[str]:
@@ -226,7 +235,8 @@ def train(session: Session, images: pathlib.Path, sizes: Sizes) -> None:
     seconds = min(sizes.training_seconds, session.left() - RESERVE - START)
     iterations = max(1, int(1000 * seconds / rows[0]["ms"])) if rows else 500
     session.report["trained_iterations"] = iterations
-    intervals = f"--max_iter={iterations} --save_interval={iterations} --test_interval={max(1, iterations // 5)}"
+    fifth = max(1, iterations // 5)
+    intervals = f"--max_iter={iterations} --save_interval={fifth} --test_interval={fifth}"
     words = [*train_flags(session, images, sizes), "--exp=cifar10_jpeg", *intervals.split()]
     session.step("training", max(10.0, session.left() - RESERVE + 20), *words, "--quality", "--num_samples=200")
     folder = session.work / "trained" / "cifar10_jpeg"

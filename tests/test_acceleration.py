@@ -2,6 +2,9 @@
 
 import contextlib
 import gc
+import json
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -16,6 +19,7 @@ from acceleration import Acceleration, CannotCapture
 from errors import UsageError
 from sampling import CannotCompile
 from test_ema import make_trainer
+from test_train import ENVIRONMENT, ROOT
 from test_training import SHAPE, make_state
 from training import Options
 
@@ -190,6 +194,26 @@ def test_real_failures_of_the_compiler():
             step(lambda x: x.square().sum(1), size)
 
 
+@pytest.mark.slow
+def test_a_compiler_that_is_switched_off():
+    """Breaks when TORCH_COMPILE_DISABLE=1, for which torch has no error of its own kind, ends a run."""
+    program = """if True:
+        import torch, acceleration, sampling
+        def chain(weights, x, labels, compiled):
+            energy = lambda x: x.square().sum(1)
+            return sampling.langevin(energy, x, num_steps=1, step_lr=0.1, noise_std=0.0, compiled=compiled)
+        chosen = acceleration.Acceleration(compiled=True, asked=frozenset())
+        print(chosen.run(chain, {}, torch.ones(1, 2), None, torch.Generator(), repeated=True).tolist())
+    """
+    environment = ENVIRONMENT | {"TORCH_COMPILE_DISABLE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    note, end = result.stdout.splitlines()
+    assert "cannot be compiled" in note and "going on as with --nocompile" in note
+    assert json.loads(end) == [[pytest.approx(0.8), pytest.approx(0.8)]]
+
+
 # ---- what is set for a process, and how a graph is recorded ----
 
 
@@ -226,13 +250,15 @@ def test_recording(monkeypatch, version, registered):
             pass
 
     @contextlib.contextmanager
-    def record(graph, **settings):
+    def record(graph, pool, stream, capture_error_mode):
         events.append("record")
         yield
 
+    monkeypatch.setattr(acceleration, "lend_copies", lambda generators: [])
     for name, value in {
         "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream, "graph": record,
         "stream": lambda stream: contextlib.nullcontext(), "default_generators": {None: torch.default_generator},
+        "graph_pool_handle": lambda: (0, 0),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))

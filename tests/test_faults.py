@@ -19,9 +19,9 @@ BIN = pathlib.Path(sys.executable).parent
 WORKERS = ENVIRONMENT | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 WORKERS |= {"PATH": f"{BIN}:{os.environ['PATH']}"}
 
-KILLS = 30
+KILLS = 20
 KILLED_AT_RANDOM = """
-# One process that has loaded everything forks a training process per life, so that 30 lives take seconds.
+# One process that has loaded everything forks a training process per life, so that 20 lives take seconds.
 import os, pathlib, random, signal, sys, time
 root, logdir, *flags = sys.argv[1:]
 sys.path.insert(0, root)
