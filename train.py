@@ -112,7 +112,7 @@ with cli.group("Sampling"):
         "compile the Langevin step, seconds once; default on GPUs, not with the KL term, --hmc or --deterministic",
     )
     flags.DEFINE_bool(
-        "cuda_graph", None, "launch a whole chain at once; default on GPUs, not with the KL term or --hmc"
+        "cuda_graph", None, "launch a whole chain at once, on a GPU; default there, not with the KL term or --hmc"
     )
     flags.DEFINE_bool("pcd", False, "start all chains from the previous end points")
     flags.DEFINE_bool("hmc", False, "Hamiltonian Monte Carlo moves instead of gradient steps; needs --zero_kl")
@@ -339,11 +339,11 @@ def choose_acceleration(device: str, network: str) -> Acceleration:
 
 
 def precision_on(device: str, network: str) -> str:
-    """Return what energies are computed in: as --precision says, else the fastest that was seen to train as well.
+    """Return what energies are computed in: as --precision says, else the fastest that is good enough.
 
-    On a GPU that is fp16 for Langevin chains without the KL term, whose gradients to images are 2 to 3 % off there, and
-    TF32 for all else. On a CPU it is bf16 for MnistNet by such chains, where bf16 is multiplied in tiles (AMX). Short
-    runs of ResNet32 left it open, and other networks were not compared (README, Speed).
+    On a GPU that is fp16 for Langevin chains without the KL term, whose gradients to images are 1 to 3 % off then, and
+    TF32 for all else. On a CPU that multiplies bf16 in tiles (AMX) it is bf16 for MnistNet by such chains, whose training
+    curves cannot be told from those of float32; other networks were not compared, or not enough (README, Speed).
     """
     import torch
 
@@ -369,6 +369,8 @@ def announce(trainer: Trainer) -> None:
     print(f"network: {config.network}, {parameters:,} parameters, {config.num_filters} filters")
     print(f"workers: {workers.size}, {workers.engine} ({workers.why}), on {workers.device}")
     print(f"energies in {state.acceleration}; images and parameters in float32")
+    if state.acceleration.compiled:
+        print("the step is compiled when it first runs, which takes its time; torch keeps what it compiled")
     print(f"iterations: {state.iteration} to {trainer.cadence.stop}; everything goes to {trainer.folder}/")
     print("settings: " + " ".join(f"{name}={value}" for name, value in cli.values().items() if value is not None))
 
