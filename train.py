@@ -342,8 +342,8 @@ def precision_on(device: str, network: str) -> str:
     """Return what energies are computed in: as --precision says, else the fastest that is good enough.
 
     On a GPU that is fp16 for Langevin chains without the KL term, whose gradients to images are 1 to 3 % off then, and
-    TF32 for all else. On a CPU that multiplies bf16 in tiles (AMX) it is bf16 for MnistNet by such chains, whose training
-    curves cannot be told from those of float32; other networks were not compared, or not enough (README, Speed).
+    TF32 for all else. On a CPU that multiplies bf16 in tiles (AMX) it is bf16 for MnistNet by such chains, whose
+    training curves cannot be told from those of float32; others were not compared, or not enough (README, Speed).
     """
     import torch
 
