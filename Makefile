@@ -29,7 +29,7 @@ horovod: .venv/installed
 	PYTHON=$(BIN)/python scripts/install_horovod.sh
 
 gpu:
-	$(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON)) scripts/measure_gpu.py --device=$(DEVICE) --output=$(OUT)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/measure_gpu.py --device=$(DEVICE) --output=$(OUT)
 
 .venv/installed: requirements.txt
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -1,4 +1,4 @@
-"""What makes chains fast, and gives way where it fails: number types, a compiled step, a chain as one CUDA graph.
+"""Run Langevin chains in fewer bits, with compiled steps or as one CUDA graph, and fall back where that fails.
 
 acceleration = Acceleration(precision="fp16", compiled=True, captured=True)
 end = acceleration.run(chain, weights, x, labels, generator)  # chain(weights, x, labels, compiled) -> images
@@ -33,7 +33,7 @@ LOSS_PRECISIONS = PRECISIONS | {"fp16": torch.float32}
 REMEDIES = {"precision": "--precision=tf32", "compile": "--nocompile", "cuda_graph": "--nocuda_graph"}
 
 
-def allow_tf32(allowed: bool) -> None:
+def set_tf32(allowed: bool) -> None:
     """Let GPUs round the factors of float32 convolutions and matrix products to TF32, or not, for the whole process."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
 
@@ -42,14 +42,14 @@ def allow_tf32(allowed: bool) -> None:
 def products_in(precision: str) -> Iterator[None]:
     """Let GPUs round to TF32 inside, unless the precision is float32 itself; afterwards it is as it was before."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    allow_tf32(precision != "float32")
+    set_tf32(precision != "float32")
     try:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def choose_kernels(deterministic: bool) -> None:
+def set_kernel_choice(*, deterministic: bool) -> None:
     """Let GPUs take the fastest kernels, by measuring, or those that give the same bits in every run.
 
     It holds for the whole process; call it before anything is computed on a GPU.
@@ -69,29 +69,29 @@ class Chain(Protocol):
 
 @dataclasses.dataclass
 class Acceleration:
-    """The fastest way to run chains that works here.
+    """How a run computes its chains: their number type, with compiled steps, as a CUDA graph; it falls back from these.
 
-    precision: what energies are computed in, of PRECISIONS; images, noise and updates are float32 in any case.
-    compiled: a step is one compiled function. captured: a chain that is run again and again is one CUDA graph.
-    asked: what was asked for, by the names of the flags; it raises UsageError where it fails. All else is given up
-    there, which `say` tells in one line.
+    precision: of the energies, one of PRECISIONS; images, noise and updates are float32 in any case. compiled: a step
+    is one compiled function. captured: a chain that is run again and again is one CUDA graph. What fails is given up,
+    which `say` tells in one line, but where it is among `asked`, by the name of its flag: then UsageError is raised.
     """
 
     precision: str = "float32"
     compiled: bool = False
     captured: bool = False
-    asked: frozenset[str] = frozenset(REMEDIES)
+    asked: frozenset[str] = frozenset()
     say: Callable[[str], object] = print
     graph: CapturedChain | None = dataclasses.field(default=None, init=False)
-    seen_finite: bool = dataclasses.field(default=False, init=False)
+    has_checked_fp16: bool = dataclasses.field(default=False, init=False)
 
     def __str__(self) -> str:
         """Return in words what chains are computed in, and how."""
-        words = {"fp16": "fp16 in chains, else TF32", "tf32": "TF32"}.get(self.precision, self.precision)
-        return words + ", steps compiled" * self.compiled + ", a chain launched as one CUDA graph" * self.captured
+        words = {"fp16": "fp16 in chains, elsewhere float32, on GPUs TF32", "tf32": "float32, on GPUs TF32"}
+        ways = ", steps compiled" * self.compiled + ", a chain launched as one CUDA graph" * self.captured
+        return words.get(self.precision, self.precision) + ways
 
     @property
-    def chose_fp16(self) -> bool:
+    def is_fp16_by_default(self) -> bool:
         """Whether chains are in fp16 though nobody asked for it."""
         return self.precision == "fp16" and "precision" not in self.asked
 
@@ -121,8 +121,8 @@ class Acceleration:
                     else:
                         end = chain(models.cast(weights, dtype), x, labels, compiled=self.compiled)
                 # Looked at once, since it waits for the GPU. What comes later is for the divergence guard to see.
-                if self.seen_finite or self.precision != "fp16" or end.isfinite().all():
-                    self.seen_finite = True
+                if self.has_checked_fp16 or self.precision != "fp16" or end.isfinite().all():
+                    self.has_checked_fp16 = True
                     return end
                 self.give_up("precision", "the chain's images are not finite in fp16")
             except CannotCompile as error:
@@ -132,7 +132,7 @@ class Acceleration:
             generator.set_state(before)
 
     def give_up(self, flag: str, problem: str) -> None:
-        """Go on without what this flag stands for, having said so; raise UsageError where it was asked for."""
+        """Fall back from what failed, named by its flag, and say so; raise UsageError where it was asked for."""
         if flag in self.asked:
             raise UsageError(f"{problem}; run with {REMEDIES[flag]}")
         self.graph = None
@@ -185,7 +185,7 @@ def capture(function: Callable[[], Tensor], generator: torch.Generator) -> tuple
     It may draw from torch's own generator and this one, which go on from where they are at each launch. Raises
     CannotCapture where the function does what cannot be recorded, and leaves both as they were.
     """
-    index = generator.device.index
+    index = torch.cuda.current_device() if generator.device.index is None else generator.device.index
     generators = generator, torch.cuda.default_generators[index]
     states = lend_copies(generators)
     graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -201,11 +201,13 @@ def capture(function: Callable[[], Tensor], generator: torch.Generator) -> tuple
             # Other threads may talk to other workers meanwhile.
             with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 end = function()
-    except RuntimeError as error:
+    except BaseException as error:
         for each, original in zip(generators, states, strict=True):
             each.graphsafe_set_state(original)
         with contextlib.suppress(RuntimeError):  # up to torch 2.12 memory would count as being recorded for ever
             torch._C._cuda_endAllocateToPool(index, pool)
+        if not isinstance(error, RuntimeError):
+            raise
         cause = error.__context__ or error  # the end of a recording that broke off says no more than that it did
         raise CannotCapture(str(cause).strip().split("\n")[0]) from None
     torch.cuda.current_stream().wait_stream(stream)
@@ -213,7 +215,7 @@ def capture(function: Callable[[], Tensor], generator: torch.Generator) -> tuple
 
 
 def lend_copies(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
-    """Let GPUs' generators draw from copies of their states; return the states, for `graphsafe_set_state`.
+    """Give generators of GPUs copies of their states to draw from; return the original states.
 
     A recording that breaks off makes the states that it draws from useless, also for earlier graphs.
     """

@@ -357,11 +357,11 @@ def main() -> None:
     import combine
     import distributed
     import unseen
-    from acceleration import PRECISIONS, allow_tf32
+    from acceleration import PRECISIONS, set_tf32
     from utils import keep_freed_memory
 
     keep_freed_memory()
-    allow_tf32(False)  # but in chains
+    set_tf32(False)  # but in chains
     device = distributed.start("none", FLAGS.device).device
     given = {"labels": pairs("labels"), "weights": factors()}
     paths = find_models(names_needed())

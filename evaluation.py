@@ -72,7 +72,7 @@ def start() -> torch.device:
     from utils import keep_freed_memory
 
     keep_freed_memory()
-    acceleration.allow_tf32(False)
+    acceleration.set_tf32(False)
     return distributed.start("none", FLAGS.device).device
 
 

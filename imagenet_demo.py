@@ -188,11 +188,11 @@ def main() -> None:
     import checkpoint
     import distributed
     import pictures
-    from acceleration import PRECISIONS, allow_tf32
+    from acceleration import PRECISIONS, products_in, set_tf32
     from utils import Progress, keep_freed_memory
 
     keep_freed_memory()
-    allow_tf32(FLAGS.precision == "tf32")
+    set_tf32(False)  # but in the chain
     device = distributed.choose_device(FLAGS.device, distributed.Launch())
     path = checkpoint.find(pathlib.Path(FLAGS.logdir) / FLAGS.exp, FLAGS.resume_iter)
     model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
@@ -223,19 +223,20 @@ def main() -> None:
 
     progress = Progress(FLAGS.num_steps, what="Langevin step")
     frames = []
-    for done, images in chain(
-        model,
-        labels,
-        FLAGS.batch_size,
-        num_steps=FLAGS.num_steps,
-        every=FLAGS.every,
-        step_lr=FLAGS.step_lr,
-        rescale=saved.get("flags", {}).get("rescale", 1.0),
-        generator=torch.Generator(device).manual_seed(FLAGS.seed),
-        dtype=PRECISIONS[FLAGS.precision],
-    ):
-        frames.append(pictures.grid(images, columns=columns, padding=0))
-        progress.update(done)
+    with products_in(FLAGS.precision):
+        for done, images in chain(
+            model,
+            labels,
+            FLAGS.batch_size,
+            num_steps=FLAGS.num_steps,
+            every=FLAGS.every,
+            step_lr=FLAGS.step_lr,
+            rescale=saved.get("flags", {}).get("rescale", 1.0),
+            generator=torch.Generator(device).manual_seed(FLAGS.seed),
+            dtype=PRECISIONS[FLAGS.precision],
+        ):
+            frames.append(pictures.grid(images, columns=columns, padding=0))
+            progress.update(done)
     progress.close()
     print(f"{len(frames)} frames: {pictures.save_gif(frames, folder / 'sample.gif', fps=FPS)}")
     print(f"the last one: {pictures.save_pixels(frames[-1], folder / 'sample.png')}")

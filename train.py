@@ -47,7 +47,9 @@ with cli.group("Main"):
     flags.DEFINE_integer("epoch_num", 10000, "stop after this many passes over the data", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of everything random; every worker derives its own", lower_bound=0)
     flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "where to compute; auto takes a GPU if there is one")
-    flags.DEFINE_bool("deterministic", False, "the same bits in every run on a GPU, too; slower, see --compile")
+    flags.DEFINE_bool(
+        "deterministic", False, "on a GPU take kernels that give the same bits in every run; slower, see --compile"
+    )
     flags.DEFINE_enum("backend", "auto", ["auto", "horovod", "torch", "none"], "what joins several workers")
     flags.DEFINE_integer("num_gpus", 1, "accepted for old commands; workers scale out, see mpiexec", lower_bound=1)
 
@@ -102,17 +104,18 @@ with cli.group("Sampling"):
         "precision",
         "auto",
         ["auto", *cli.PRECISIONS],
-        "of the energies and their gradients; images and parameters stay float32, and the loss stays out of fp16, in "
-        "TF32. auto: fp16 on GPUs, TF32 with the KL term or --hmc; bf16 for MnistNet on CPUs with AMX, by Langevin "
-        "chains with --zero_kl, else float32",
+        "of energies and their gradients; images and parameters stay float32. fp16: in chains only, the loss is then "
+        "in TF32. auto: on GPUs fp16, with the KL term or --hmc TF32; on CPUs with AMX bf16 for MnistNet, by Langevin "
+        "chains with --zero_kl; else float32",
     )
     flags.DEFINE_bool(
         "compile",
         None,
-        "compile the Langevin step, seconds once; default on GPUs, not with the KL term, --hmc or --deterministic",
+        "compile the Langevin step, up to a minute once; default on GPUs but for --deterministic. Not with the KL term "
+        "or --hmc",
     )
     flags.DEFINE_bool(
-        "cuda_graph", None, "launch a whole chain at once, on a GPU; default there, not with the KL term or --hmc"
+        "cuda_graph", None, "launch each chain as one CUDA graph; default on GPUs. Not with the KL term or --hmc"
     )
     flags.DEFINE_bool("pcd", False, "start all chains from the previous end points")
     flags.DEFINE_bool("hmc", False, "Hamiltonian Monte Carlo moves instead of gradient steps; needs --zero_kl")
@@ -192,9 +195,16 @@ def check_flags() -> None:
     }
     if not FLAGS.replay_batch:
         inert["replay_rate"] = "without --replay_batch there is no buffer"
+    if not has_plain_chains():
+        inert["compile"] = "only Langevin steps with --zero_kl are compiled"
     for name, reason in inert.items():
         if FLAGS[name].present:
             print(f"note: --{name} has no effect: {reason}")
+
+
+def has_plain_chains() -> bool:
+    """Return whether chains are Langevin steps that no gradient flows back through."""
+    return FLAGS.zero_kl and not FLAGS.hmc
 
 
 def chosen(names: dict[str, str]) -> str | None:
@@ -319,16 +329,15 @@ def choose_acceleration(device: str, network: str) -> Acceleration:
     """Return how chains run: as the flags ask for, else the fastest way on this kind of device."""
     from acceleration import Acceleration
 
-    plain_chain = FLAGS.zero_kl and not FLAGS.hmc
     has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
     if FLAGS.compile and not has_compiler:
         raise UsageError("--compile needs a C compiler (cc, gcc or clang), and none is on the PATH; leave it out")
-    by_itself = device == "cuda" and plain_chain
-    compiled = by_itself and not FLAGS.deterministic if FLAGS.compile is None else FLAGS.compile
+    on_gpu = device == "cuda"
+    compiled = has_plain_chains() and (on_gpu and not FLAGS.deterministic if FLAGS.compile is None else FLAGS.compile)
     if compiled and not has_compiler:
         print("note: no C compiler is on the PATH (cc, gcc or clang): the Langevin step runs uncompiled")
         compiled = False
-    captured = by_itself and FLAGS.num_steps > 0 if FLAGS.cuda_graph is None else FLAGS.cuda_graph
+    captured = has_plain_chains() and (on_gpu and FLAGS.num_steps > 0 if FLAGS.cuda_graph is None else FLAGS.cuda_graph)
     asked = {"precision": FLAGS.precision != "auto", "compile": FLAGS.compile, "cuda_graph": FLAGS.cuda_graph}
     return Acceleration(
         precision_on(device, network),
@@ -339,20 +348,23 @@ def choose_acceleration(device: str, network: str) -> Acceleration:
 
 
 def precision_on(device: str, network: str) -> str:
-    """Return what energies are computed in: as --precision says, else the fastest that is good enough.
+    """Return what energies are computed in: as --precision says, else what is fast and good enough.
 
-    On a GPU that is fp16 for Langevin chains without the KL term, whose gradients to images are 1 to 3 % off then, and
-    TF32 for all else. On a CPU that multiplies bf16 in tiles (AMX) it is bf16 for MnistNet by such chains, whose
-    training curves cannot be told from those of float32; others were not compared, or not enough (README, Speed).
+    On a GPU that is fp16 for Langevin chains without the KL term, whose gradients to images are 1 to 3 % off then (of
+    untrained networks, on a CPU), and TF32 for all else; nothing was measured there yet. On a CPU that multiplies bf16
+    in tiles (AMX) it is bf16 for MnistNet by such chains, whose training curves cannot be told from those of float32;
+    others were not compared, or not enough (README, Speed).
     """
     import torch
 
-    plain_chain = FLAGS.zero_kl and not FLAGS.hmc
+    if FLAGS.precision == "fp16" and not FLAGS.zero_kl:
+        print("note: with the KL term, whose gradients underflow in fp16, --precision=fp16 is tf32")
+        return "tf32"
     if FLAGS.precision != "auto":
         return FLAGS.precision
     if device == "cuda":
-        return "fp16" if plain_chain else "tf32"
-    compared = network == "MnistNet" and plain_chain
+        return "fp16" if has_plain_chains() else "tf32"
+    compared = network == "MnistNet" and has_plain_chains()
     return "bf16" if compared and torch.cpu._is_amx_tile_supported() else "float32"
 
 
@@ -363,14 +375,14 @@ def announce(trainer: Trainer) -> None:
     state, dataset, workers, config = trainer.state, trainer.dataset, trainer.workers, trainer.state.model.config
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     described = {"flags": cli.values(), "network": dataclasses.asdict(config), "parameters": parameters}
-    described |= {"torch": torch.__version__, "workers": workers.size}
+    described |= {"torch": torch.__version__, "workers": workers.size, "energies": str(state.acceleration)}
     (trainer.folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     print(f"data: {dataset.name}, {len(dataset):,} images of {config.image_shape}, {dataset.label_size} label values")
     print(f"network: {config.network}, {parameters:,} parameters, {config.num_filters} filters")
     print(f"workers: {workers.size}, {workers.engine} ({workers.why}), on {workers.device}")
     print(f"energies in {state.acceleration}; images and parameters in float32")
     if state.acceleration.compiled:
-        print("the step is compiled when it first runs, which takes its time; torch keeps what it compiled")
+        print("the Langevin step is compiled when it first runs, which can take a minute; torch keeps the result")
     print(f"iterations: {state.iteration} to {trainer.cadence.stop}; everything goes to {trainer.folder}/")
     print("settings: " + " ".join(f"{name}={value}" for name, value in cli.values().items() if value is not None))
 
@@ -390,13 +402,13 @@ def main() -> None:
     from utils import ReplayBuffer, keep_freed_memory
 
     keep_freed_memory()
-    acceleration.allow_tf32(False)  # but in training steps and their chains
+    acceleration.set_tf32(False)  # but in training steps and their chains
     workers = distributed.start(FLAGS.backend, FLAGS.device)
     leads = workers.rank == 0
     if FLAGS.cuda_graph and workers.device.type != "cuda":
         raise UsageError(f"--cuda_graph needs a GPU, and this run is on the {workers.device}; leave it out")
     if workers.device.type == "cuda":
-        acceleration.choose_kernels(FLAGS.deterministic)
+        acceleration.set_kernel_choice(deterministic=FLAGS.deterministic)
     elif FLAGS.deterministic:
         workers.print("note: --deterministic has no effect on a CPU, where runs are the same bit for bit anyway")
     dataset = open_dataset(workers)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import pathlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,7 +105,7 @@ class Trainer:
         state, cadence, workers = self.state, self.cadence, self.workers
         self.log = RunLog(self.folder, state.iteration) if self.leads else None
         self.progress = Progress(cadence.stop, state.iteration, what="iteration", quiet=not self.leads)
-        state.acceleration.say = self.progress.say
+        state.acceleration.say = self.note_writer()
         moments = [moment for pair in state.optimizer.state.values() for moment in pair.values()]
         averages = [] if state.ema is None else state.ema.state_dict().values()
         workers.broadcast([*state.model.state_dict().values(), *averages, *moments])
@@ -124,9 +124,23 @@ class Trainer:
                     self.keep_records(step)
                 if workers.any(self.stopping is not None):
                     self.leave()
+        state.acceleration.say = print
         self.progress.close()
         if self.log is not None:
             self.log.close()
+
+    def note_writer(self) -> Callable[[str], None]:
+        """Return what prints a note, on any rank, and logs it; it holds no part of the run's state."""
+        progress, log, rank = self.progress, self.log, self.workers.rank
+
+        def note(message: str) -> None:
+            if log is None:
+                print(f"rank {rank}: {message}", flush=True)
+            else:
+                progress.say(message)
+                log.event(progress.done, {"note": message})
+
+        return note
 
     def keep_records(self, step: Step) -> None:
         """Log, test and save where it is time to."""
@@ -175,8 +189,8 @@ class Trainer:
         """
         assert self.guard is not None
         state, failed, acceleration = self.state, self.state.iteration, self.state.acceleration
-        fp16_failed = self.workers.any(acceleration.chose_fp16 and guard.NOT_FINITE in cause)
-        if fp16_failed and acceleration.chose_fp16:
+        fp16_failed = self.workers.any(acceleration.is_fp16_by_default and guard.NOT_FINITE in cause)
+        if fp16_failed and acceleration.is_fp16_by_default:
             acceleration.give_up("precision", f"chains in fp16 are at fault, perhaps: {cause}")
         self.rollbacks += not fp16_failed
         if self.rollbacks > self.max_rollbacks:
@@ -356,7 +370,8 @@ class Trainer:
     def progress_so_far(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides the weights and the workers' own states."""
         names = list(self.dataset.class_names)
-        return {"flags": self.flags, "class_names": names, "best": self.best, "rollbacks": self.rollbacks}
+        so_far = {"flags": self.flags, "class_names": names, "best": self.best, "rollbacks": self.rollbacks}
+        return so_far | {"precision": self.state.acceleration.precision}
 
     def write(self, path: pathlib.Path, contents: dict[str, Any]) -> bool:
         """Write one file; say so and return False where it fails, raise UsageError when it keeps failing."""
@@ -374,7 +389,7 @@ class Trainer:
         return True
 
     def resume(self, path: pathlib.Path) -> None:
-        """Go on from a checkpoint: bit for bit with as many workers, else with the replay buffers dealt out anew.
+        """Go on from a checkpoint: with as many workers as if nothing had been, else with buffers dealt out anew.
 
         A published TF1 checkpoint gives weights, optimizer and iteration. Raises UsageError where it does not fit.
         """
@@ -396,6 +411,8 @@ class Trainer:
             self.workers.print(f"note: {path} has no averaged weights; the average starts with its weights")
         self.best = contents.get("best", self.best)
         self.rollbacks = contents.get("rollbacks", 0)
+        if self.state.acceleration.is_fp16_by_default and contents.get("precision") == "tf32":
+            self.state.acceleration.give_up("precision", f"{path} was computed in TF32")
         self.adapt()
         own = contents.get("workers", [])
         rank, size = self.workers.rank, self.workers.size

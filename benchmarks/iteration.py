@@ -28,7 +28,7 @@ import data
 import models
 import timing
 import training
-from acceleration import Acceleration, allow_tf32, choose_kernels, products_in
+from acceleration import Acceleration, products_in, set_kernel_choice, set_tf32
 from optimizer import ClippedAdam
 from utils import ReplayBuffer
 
@@ -50,8 +50,8 @@ def measure(plan: tuple[int, int, str]) -> dict[str, Any]:
     """Return a row of figures: (Langevin steps, batch size, what)."""
     num_steps, batch_size, what = plan
     device, on_gpu = FLAGS.device, FLAGS.device == "cuda"
-    choose_kernels(deterministic=False)
-    allow_tf32(False)
+    set_kernel_choice(deterministic=False)
+    set_tf32(False)
     model = timing.build_network(FLAGS.network, FLAGS.num_filters, device).train()
     images = timing.random_images(model, batch_size, device)
     state = training.State(
@@ -79,7 +79,8 @@ def measure(plan: tuple[int, int, str]) -> dict[str, Any]:
     with mock.patch("sampling.checkpoint", keep) if what == "KL, kept" else contextlib.nullcontext():
         memory = timing.peak_memory(run, device)
         seconds = timing.best_seconds({what: run}, FLAGS.rounds, device)[what]
-    return {"steps": num_steps, "batch": batch_size, "what": what, "ms": 1e3 * seconds, "peak MB": memory}
+    row = {"steps": num_steps, "batch": batch_size, "what": what, "ms": 1e3 * seconds, "peak MB": memory}
+    return row | {"energies in": str(state.acceleration)}
 
 
 def main() -> None:

@@ -8,12 +8,14 @@ On a GPU the step is compiled, as in train.py. Times are sums over a chain of --
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import sys
 from typing import Any
 
 import torch
 from absl import flags
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -21,7 +23,7 @@ import cli
 import models
 import sampling
 import timing
-from acceleration import PRECISIONS, allow_tf32, choose_kernels, products_in
+from acceleration import Acceleration, set_kernel_choice, set_tf32
 
 FLAGS = flags.FLAGS
 
@@ -37,18 +39,19 @@ with cli.group("Benchmark"):
 
 
 def main() -> None:
-    choose_kernels(deterministic=False)
-    allow_tf32(False)
+    set_kernel_choice(deterministic=False)
+    set_tf32(False)
     on_gpu = FLAGS.device == "cuda"
     model = timing.build_network(FLAGS.network, FLAGS.num_filters, FLAGS.device)
-    weights = models.spectral_norm_once(model, PRECISIONS[FLAGS.precision])
-    x = timing.random_images(model, FLAGS.batch_size, FLAGS.device)
+    weights, x = models.spectral_norm_once(model), timing.random_images(model, FLAGS.batch_size, FLAGS.device)
+    generator, chosen = torch.Generator(FLAGS.device).manual_seed(0), Acceleration(FLAGS.precision, compiled=on_gpu)
+
+    def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
+        energy = functools.partial(model.energy, weights)
+        return sampling.langevin(energy, x, num_steps=FLAGS.steps, step_lr=10.0, generator=generator, compiled=compiled)
 
     def run() -> None:
-        with products_in(FLAGS.precision):
-            sampling.langevin(
-                lambda x: model.energy(weights, x), x, num_steps=FLAGS.steps, step_lr=10.0, compiled=on_gpu
-            )
+        chosen.run(chain, weights, x, None, generator, repeated=False)
 
     timing.timed(run, FLAGS.device)  # compiles and chooses kernels
     activities = [ProfilerActivity.CPU] + on_gpu * [ProfilerActivity.CUDA]

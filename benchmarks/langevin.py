@@ -54,14 +54,19 @@ with cli.group("Benchmark"):
     flags.DEFINE_enum("device", "cpu", ["cpu", "cuda"], "where to compute")
     cli.define_choices("precisions", ["float32"], cli.PRECISIONS, "number types of this project's chains")
     flags.DEFINE_boolean("compile", False, "also time the compiled step")
-    flags.DEFINE_boolean("changes", True, "also time changes to the fastest way, in the first number type")
+    flags.DEFINE_boolean(
+        "changes",
+        True,
+        "also time changes to the fastest way, in the first number type: pooling not folded, images padded to 8 "
+        "channels, input biases as maps",
+    )
     flags.DEFINE_boolean("compile_only", False, "only compile all steps, which fills torch's cache, and leave")
     flags.DEFINE_integer("limit_size", None, "rows and columns of the product; default 2048 on a CPU, 8192 on a GPU", 1)
     flags.DEFINE_string("output", "", "also write the figures to this JSON file, and a plot beside it")
 
 
 class Variant(NamedTuple):
-    """A way to run a chain: its name, the number type of what it is measured by, and the chain itself."""
+    """A way to run a chain: its name, the number type whose matrix product is its limit, and the chain itself."""
 
     name: str
     precision: str
@@ -127,7 +132,7 @@ def our_chain(
     steps: int,
 ) -> Callable[[], object]:
     """Return a chain as train.py runs it: weights prepared anew, then the steps."""
-    own_acceleration = acceleration.Acceleration(precision, compiled, captured)
+    own_acceleration = acceleration.Acceleration(precision, compiled, captured, asked=frozenset(acceleration.REMEDIES))
     generator = torch.Generator(x.device).manual_seed(0)
 
     def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
@@ -191,24 +196,24 @@ class BiasMaps:
 
 
 def our_variants(model: models.EnergyNetwork, x: Tensor, precision: str, steps: int) -> dict[str, Callable[[], object]]:
-    """Return by name this project's chains that the flags ask for, the fastest and its changes last."""
-    on_gpu, compiles = x.device.type == "cuda", FLAGS.compile or FLAGS.compile_only
+    """Return by name this project's chains that the flags ask for: all ways, then changes to the last, the fastest."""
+    captures = [False, True] if x.device.type == "cuda" and not FLAGS.compile_only else [False]
+    compiles = [False, True] if FLAGS.compile or FLAGS.compile_only else [False]
     prepare = functools.partial(frozen_weights, model)
     chains = {}
-    for captured in (False, True)[: 1 + (on_gpu and not FLAGS.compile_only)]:
-        for compiled in (False, True)[: 1 + compiles]:
-            name = ", ".join(captured * ["captured"] + compiled * ["compiled"]) or "eager"
+    for captured in captures:
+        for compiled in compiles:
             make = functools.partial(
-                our_chain, x=x, precision=precision, steps=steps, compiled=compiled, captured=captured
+                our_chain, x=x, precision=precision, steps=steps, captured=captured, compiled=compiled
             )
-            chains[name] = make(model.energy, prepare)
-    if not FLAGS.changes or precision != FLAGS.precisions[0]:
-        return chains
-    chains[f"{name}, not folded"] = make(model.energy, functools.partial(prepare, fold=False))
-    padded, mapped = Padded(model), BiasMaps(model)
-    chains[f"{name}, {PADDED} channels"] = make(padded.energy, padded.prepare)
-    if any(".input_bias" in key for key in prepare()):
-        chains[f"{name}, bias maps"] = make(mapped.energy, mapped.prepare)
+            fastest = ", ".join(captured * ["captured"] + compiled * ["compiled"]) or "eager"
+            chains[fastest] = make(model.energy, prepare)
+    if FLAGS.changes and precision == FLAGS.precisions[0]:
+        padded, mapped = Padded(model), BiasMaps(model)
+        chains[f"{fastest}, not folded"] = make(model.energy, functools.partial(prepare, fold=False))
+        chains[f"{fastest}, {PADDED} channels"] = make(padded.energy, padded.prepare)
+        if any(".input_bias" in name for name in prepare()):
+            chains[f"{fastest}, bias maps"] = make(mapped.energy, mapped.prepare)
     return chains
 
 
@@ -256,15 +261,17 @@ def measure(name: str, limits: dict[str, float]) -> list[dict[str, Any]]:
     memory: dict[Variant, float | None] = {}
     for variant in variants_of(model, x):
         try:  # the first run compiles, captures and chooses kernels
-            peak = timing.peak_memory(variant.run, FLAGS.device)
-            memory[variant] = peak if FLAGS.device == "cuda" else None  # a CPU keeps what variants before it freed
+            if FLAGS.device == "cuda":
+                memory[variant] = timing.peak_memory(variant.run, FLAGS.device)
+            else:  # which keeps what variants before freed, so that it would tell little
+                variant.run()
+                memory[variant] = None
         except (UsageError, ImportError, torch.OutOfMemoryError) as error:
             print(f"{name}, {variant.name}, {variant.precision}: left out, {str(error).splitlines()[0]}", flush=True)
     best = timing.best_seconds({variant: variant.run for variant in memory}, FLAGS.rounds, FLAGS.device)
     plain = next((seconds for variant, seconds in best.items() if variant.name == "plain loop"), float("nan"))
     work = count_operations(model, x) * FLAGS.steps
     errors = {precision: gradient_error(model, x[:8], precision) for precision in FLAGS.precisions}
-    ours = {variant for variant in best if not variant.name.startswith(THEIRS)}
     return [
         {
             "network": name,
@@ -276,7 +283,7 @@ def measure(name: str, limits: dict[str, float]) -> list[dict[str, Any]]:
             "GFLOP/s": work / seconds,
             "of limit": work / seconds / limits[variant.precision],
             "limit GFLOP/s": limits[variant.precision],
-            "gradient error": errors[variant.precision] if variant in ours else None,
+            "gradient error": errors[variant.precision] if variant.name == "eager" else None,
             "peak MB": memory[variant],
         }
         for variant, seconds in best.items()
@@ -297,7 +304,7 @@ def compile_all(names: list[str]) -> None:
 
 def main() -> None:
     keep_freed_memory()  # as train.py does; it helps all variants alike
-    acceleration.allow_tf32(False)
+    acceleration.set_tf32(False)
     if FLAGS.compile or FLAGS.compile_only:
         import torch._dynamo
 
@@ -306,7 +313,7 @@ def main() -> None:
     if FLAGS.compile_only:
         compile_all(names)
         return
-    acceleration.choose_kernels(deterministic=False)
+    acceleration.set_kernel_choice(deterministic=False)
     used = {*FLAGS.precisions, "tf32", "bf16"} if FLAGS.device == "cuda" else {*FLAGS.precisions, "float32"}
     limits = {precision: timing.matrix_rate(precision, FLAGS.device, FLAGS.limit_size) for precision in sorted(used)}
     rows: list[dict[str, Any]] = []
@@ -330,10 +337,10 @@ def write(rows: list[dict[str, Any]]) -> None:
     """Write the rows so far as JSON, and as bars."""
     described = timing.describe(FLAGS.device)
     path = cli.write_rows(FLAGS.output, rows, operations="of direct convolutions, not folded", **described)
-    bars: dict[str, dict[str, float]] = {}  # of this project's variants the fastest
+    bars: dict[str, dict[str, float]] = {}  # of several number types the fastest variant each
     for row in rows:
-        theirs = row["variant"].startswith(THEIRS)
-        bar = bars.setdefault(row["variant"] if theirs else f"this project, {row['precision']}", {})
+        every = len(FLAGS.precisions) == 1 or row["variant"].startswith(THEIRS)
+        bar = bars.setdefault(row["variant"] if every else f"this project, {row['precision']}", {})
         bar[row["network"]] = max(row["of limit"], bar.get(row["network"], 0))
     title = f"a Langevin step, batch {FLAGS.batch_size}, {described['hardware']}"
     plot = pictures.plot_bars(bars, path.with_suffix(".png"), ylabel="share of the matrix-product rate", title=title)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, memory, a machine's limits and versions, the rules that variants run by."""
+"""What the benchmarks share: networks, timing, memory, a machine's limits and versions, PyTorch's own settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import models
-from acceleration import PRECISIONS, allow_tf32, products_in
+from acceleration import PRECISIONS, products_in, set_tf32
 
 SIZES = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product that sets a limit; less is launch-bound on a GPU
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
@@ -132,4 +132,4 @@ def pytorch_defaults() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
-        allow_tf32(False)
+        set_tf32(False)

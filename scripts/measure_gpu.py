@@ -6,7 +6,7 @@
 Tests, speed of all variants, three minutes of training, a profile, a resumed run, NCCL: the most valuable first. A step
 that fails or takes too long does not end the rest. Each writes its figures at once: report.json has them all, log.txt
 what was printed; pictures lie beside. Nothing is downloaded. CIFAR-10 (JPEG) for the training is taken from
-data/cifar10_jpeg.tar.xz (train/<class>/*.jpg), torchebm from data/torchebm*.whl; what is not there is left out.
+data/cifar10_jpeg.tar.xz (train/<class>/*.jpg), else it is digits; torchebm from data/torchebm*.whl, if it lies there.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 START = 30  # seconds until a training on a GPU makes its first iteration
 KEPT = 20_000  # characters of what a step printed that go into the log, its last ones
-TRAIN = "--dataset=folder --image_size=32 --channels=3 --cclass --zero_kl --replay_batch --num_steps=20 --step_lr=10 "
-TRAIN += "--proj_norm=0.01 --lr=1e-3 --ema_decay=0.999"
+TRAIN = "--cclass --zero_kl --replay_batch --num_steps=20 --step_lr=10 --proj_norm=0.01 --lr=1e-3 --ema_decay=0.999"
 RESERVE = 110  # seconds that the training leaves for the steps after it
 
 
@@ -93,9 +92,10 @@ class Session:
             "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
             "TRITON_CACHE_DIR": str(work / "triton"),
         }
-        self.programs: list[subprocess.Popen[bytes]] = []
+        self.programs: dict[str, subprocess.Popen[bytes]] = {}
         output.mkdir(parents=True, exist_ok=True)
-        (output / "log.txt").write_text("")
+        for name in ("report.json", "log.txt", "curves.png", "samples.png"):  # of an earlier call
+            (output / name).unlink(missing_ok=True)
 
     def left(self) -> float:
         """Return the seconds that are left of all."""
@@ -108,11 +108,29 @@ class Session:
                 [sys.executable, *words], cwd=self.work, env=self.environment, stdin=subprocess.DEVNULL,
                 stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        self.programs.append(program)
+        self.programs[name] = program
         return program
 
+    def finish_programs(self, seconds: float) -> None:
+        """Wait so long for what runs in the background; stop it then, and log what failed."""
+        print(f"waiting for compilations, {seconds:.0f} s at most", flush=True)
+        end = time.monotonic() + seconds
+        for name, program in self.programs.items():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                program.wait(max(0, end - time.monotonic()))
+            if program.poll() != 0:
+                self.log(name, "failed or was too slow" if program.poll() is None else program.returncode)
+            stop(program)
+
+    def log(self, name: str, status: int | str) -> None:
+        """Append the end of what a program printed to the log."""
+        printed = self.work / f"{name}.txt"
+        said = printed.read_text(errors="replace")[-KEPT:] if printed.exists() else ""
+        with (self.output / "log.txt").open("a") as log:
+            log.write(self.without_places(f"==== {name}: {status}\n{said}\n"))
+
     def step(self, name: str, seconds: float, *words: str) -> bool:
-        """Run a Python program for so many seconds at most; note how it ended, and its figures; return whether well.
+        """Run a Python program, stopped after so many seconds; record its status and figures; return whether it worked.
 
         Its figures are what it writes to <name>.json in the working folder.
         """
@@ -129,13 +147,11 @@ class Session:
         took = time.monotonic() - begun
         print(f"  {'done' if status == 0 else status}, {took:.0f} s, {self.left():.0f} s left of all", flush=True)
         self.report["steps"][name] = {"command": ["python", *words], "status": status, "seconds": round(took, 1)}
-        figures, printed = self.work / f"{name}.json", self.work / f"{name}.txt"
+        figures = self.work / f"{name}.json"
         if figures.exists():
             self.report[name] = json.loads(figures.read_text())
         (self.output / "report.json").write_text(self.without_places(json.dumps(self.report, indent=1)) + "\n")
-        with (self.output / "log.txt").open("a") as log:
-            said = printed.read_text(errors="replace")[-KEPT:] if printed.exists() else ""
-            log.write(self.without_places(f"==== {name}: {status}\n{said}\n"))
+        self.log(name, status)
         return status == 0
 
     def without_places(self, text: str) -> str:
@@ -150,25 +166,27 @@ def stop(program: subprocess.Popen) -> None:
     program.wait()
 
 
-def unpack(data: pathlib.Path, work: pathlib.Path) -> pathlib.Path | None:
-    """Unpack what lies in the data folder; return where the training images are, None where there are none."""
-    images = data / "cifar10_jpeg.tar.xz"
-    try:
-        for wheel in data.glob("torchebm*.whl"):
+def unpack_wheels(data: pathlib.Path, work: pathlib.Path) -> None:
+    """Make torchebm importable, where its wheel lies in the data folder."""
+    for wheel in data.glob("torchebm*.whl"):
+        try:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(work / "site")
+        except (OSError, zipfile.BadZipFile) as error:
+            print(f"note: {wheel.name} cannot be read ({error}); torchebm is left out")
+
+
+def unpack_images(data: pathlib.Path, work: pathlib.Path) -> list[str]:
+    """Return the flags of train.py for CIFAR-10 (JPEG), where it lies in the data folder, else for the digits."""
+    images = data / "cifar10_jpeg.tar.xz"
+    try:
         with tarfile.open(images) as archive:
             members = (member for member in archive if member.name.startswith("train/"))
             archive.extractall(work / "cifar10", members, filter="data")
-    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
-        print(f"note: {images.name}: {error}; the training, and what resumes it, are left out")
-        return None
-    return work / "cifar10" / "train"
-
-
-def rows_of(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return the rows of a benchmark's figures, none where there are no figures."""
-    return report.get(name, {}).get("rows", [])
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        print(f"note: {images.name} cannot be read ({error}); digits are trained on instead")
+        return ["--dataset=digits"]
+    return ["--dataset=folder", f"--data_path={work / 'cifar10' / 'train'}", "--image_size=32", "--channels=3"]
 
 
 def measure(session: Session, data: pathlib.Path) -> None:
@@ -179,28 +197,22 @@ def measure(session: Session, data: pathlib.Path) -> None:
     def run_benchmark(name: str, seconds: float, script: str, *words: str) -> None:
         session.step(name, seconds, str(ROOT / "benchmarks" / script), device, *words, f"--output={work / name}.json")
 
-    # Compiling takes long, and few of the cores: it runs beside the first steps, into one cache.
-    langevin = str(ROOT / "benchmarks" / "langevin.py")
-    compilations = [
-        session.start(f"compile_{number}", [langevin, device, *sizes.chain, "--compile_only", *words.split()])
-        for number, words in enumerate(sizes.compiled)
-    ]
-    images = unpack(data, work)
-    if images is not None:
-        words = [*train_flags(session, images, sizes), "--exp=compile", "--max_iter=1", "--sample_steps=1"]
-        compilations.append(session.start("compile_training", words))
-    run_benchmark("machine", 60, "machine.py", f"--precisions={','.join((sizes.fast, *sizes.others))}")
-    several = ["-n", "8"] if session.device == "cuda" and importlib.util.find_spec("xdist") else []
-    session.step("tests", 110, "-m", "pytest", "-p", "no:cacheprovider", *several, str(ROOT / "tests/test_gpu.py"))
-    end = time.monotonic() + 60
-    for program in compilations:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            program.wait(max(0, end - time.monotonic()))
-        stop(program)
-
     def time_chains(name: str, seconds: float, networks: str, precisions: Sequence[str], *words: str) -> None:
         chosen = f"--networks={networks}", f"--precisions={','.join(precisions)}"
         run_benchmark(name, seconds, "langevin.py", *chosen, *sizes.chain, *words)
+
+    # Compiling takes long, and few of the cores: it runs beside the first steps, into one cache.
+    langevin = str(ROOT / "benchmarks" / "langevin.py")
+    for number, flags in enumerate(sizes.compiled):
+        session.start(f"compile_{number}", [langevin, device, *sizes.chain, "--compile_only", *flags.split()])
+    unpack_wheels(data, work)
+    train = [str(ROOT / "train.py"), device, f"--logdir={work / 'trained'}", *unpack_images(data, work)]
+    train += [*TRAIN.split(), *sizes.train]
+    session.start("compile_training", [*train, "--exp=compile", "--max_iter=1", "--sample_steps=1"])
+    run_benchmark("machine", 60, "machine.py", f"--precisions={','.join((sizes.fast, *sizes.others))}")
+    several = ["-n", "8"] if session.device == "cuda" and importlib.util.find_spec("xdist") else []
+    session.step("tests", 110, "-m", "pytest", "-p", "no:cacheprovider", *several, str(ROOT / "tests/test_gpu.py"))
+    session.finish_programs(60)
 
     time_chains("resnet32", 80, "ResNet32", [sizes.fast])
     if sizes.others:
@@ -210,39 +222,33 @@ def measure(session: Session, data: pathlib.Path) -> None:
     for name, network in (("iteration", "ResNet32"), ("iteration_large", "ResNet32Large")):
         run_benchmark(name, 40, "iteration.py", f"--network={network}", fast, *sizes.iteration, "--nokl")
 
-    if images is not None:
-        train(session, images, sizes)
+    last = run_training(session, train, sizes.training_seconds)
     small = [word for word in sizes.chain if word.startswith(("--batch_size", "--num_filters"))]
     run_benchmark("kernels", 30, "kernels.py", fast, *small)
-    if images is not None:
-        short = [*train_flags(session, images, sizes), "--nocompile", "--sample_steps=1", "--num_samples=10"]
-        resumed = session.report["trained_iterations"] + 10
-        session.step("resume", 40, *short, "--exp=cifar10_jpeg", f"--max_iter={resumed}", "--resume_iter=latest")
-        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=1"]
-        session.step("one_rank", 40, *launch, *short, "--exp=one_rank", "--max_iter=10", "--backend=torch")
+    short = [*train, "--nocompile", "--sample_steps=1", "--num_samples=10"]
+    session.step("resume", 40, *short, "--exp=trained", f"--max_iter={last + 10}", "--resume_iter=latest")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=1"]
+    session.step("one_rank", 40, *launch, *short, "--exp=one_rank", "--max_iter=10", "--backend=torch")
     time_chains("resnet128", 60, "ResNet128", [sizes.fast])
 
 
-def train_flags(session: Session, images: pathlib.Path, sizes: Sizes) -> list[str]:
-    """Return the program and flags that trainings share."""
-    places = f"--device={session.device}", f"--logdir={session.work / 'trained'}", f"--data_path={images}"
-    return [str(ROOT / "train.py"), *places, *TRAIN.split(), *sizes.train]
+def run_training(session: Session, train: Sequence[str], seconds: float) -> int:
+    """Train a class-conditional model for as long as there is time; keep its curves and samples; return the iterations.
 
-
-def train(session: Session, images: pathlib.Path, sizes: Sizes) -> None:
-    """Train a class-conditional model for as long as there is time; keep its curves and samples."""
-    rows = [row for row in rows_of(session.report, "iteration") if row["what"] == "iteration"]
-    seconds = min(sizes.training_seconds, session.left() - RESERVE - START)
+    How many iterations fit is known from the benchmark of ResNet32's.
+    """
+    rows = [row for row in session.report.get("iteration", {}).get("rows", []) if row["what"] == "iteration"]
+    seconds = min(seconds, session.left() - RESERVE - START)
     iterations = max(1, int(1000 * seconds / rows[0]["ms"])) if rows else 500
-    session.report["trained_iterations"] = iterations
     fifth = max(1, iterations // 5)
     intervals = f"--max_iter={iterations} --save_interval={fifth} --test_interval={fifth}"
-    words = [*train_flags(session, images, sizes), "--exp=cifar10_jpeg", *intervals.split()]
-    session.step("training", max(10.0, session.left() - RESERVE + 20), *words, "--quality", "--num_samples=200")
-    folder = session.work / "trained" / "cifar10_jpeg"
-    for name in ("curves.png", f"samples_{iterations}.png"):
-        if (folder / name).exists():
-            shutil.copy(folder / name, session.output / name.replace(f"_{iterations}", ""))
+    words = [*train, "--exp=trained", *intervals.split(), "--quality", "--num_samples=200"]
+    session.step("training", max(10.0, session.left() - RESERVE + 20), *words)
+    folder = session.work / "trained" / "trained"
+    for source, name in (("curves.png", "curves.png"), (f"samples_{iterations}.png", "samples.png")):
+        if (folder / source).exists():
+            shutil.copy(folder / source, session.output / name)
+    return iterations
 
 
 def main() -> None:
@@ -261,7 +267,7 @@ def main() -> None:
         try:
             measure(session, options.data.resolve())
         finally:
-            for program in session.programs:
+            for program in session.programs.values():
                 stop(program)
     failed = [name for name, step in session.report["steps"].items() if step["status"] != 0]
     print(f"wrote {', '.join(str(path) for path in sorted(session.output.iterdir()))}")

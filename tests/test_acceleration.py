@@ -153,7 +153,7 @@ def test_what_was_asked_for_and_fails_ends_the_run(monkeypatch, wanted, message)
     monkeypatch.setattr(sampling, "compiled_step", fail_to_compile)
     monkeypatch.setattr(acceleration, "capture", fail_to_capture)
     with pytest.raises(UsageError, match=message):
-        samples_of(Acceleration(**wanted))
+        samples_of(Acceleration(**wanted, asked=frozenset(acceleration.REMEDIES)))
 
 
 def overflow_in_fp16(weights, x, labels, compiled):
@@ -222,7 +222,7 @@ def test_tf32_is_for_what_is_inside():
     flags = [lambda: torch.backends.cudnn.allow_tf32, lambda: torch.backends.cuda.matmul.allow_tf32]
     before = [flag() for flag in flags]
     try:
-        acceleration.allow_tf32(False)
+        acceleration.set_tf32(False)
         for precision in acceleration.PRECISIONS:
             with contextlib.suppress(KeyError), acceleration.products_in(precision):
                 assert [flag() for flag in flags] == 2 * [precision != "float32"]
@@ -257,7 +257,7 @@ def test_recording(monkeypatch, version, registered):
     monkeypatch.setattr(acceleration, "lend_copies", lambda generators: [])
     for name, value in {
         "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream, "graph": record,
-        "stream": lambda stream: contextlib.nullcontext(), "default_generators": {None: torch.default_generator},
+        "stream": lambda stream: contextlib.nullcontext(), "default_generators": {0: torch.default_generator}, "current_device": lambda: 0,
         "graph_pool_handle": lambda: (0, 0),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)

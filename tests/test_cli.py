@@ -51,6 +51,8 @@ def test_published_spellings(capsys):
         (["--zero_kl", "--hmc"], "cpu", "MnistNet", True, "float32"),
         ([], "cpu", "MnistNet", True, "float32"),
         (["--precision=tf32", "--zero_kl"], "cpu", "MnistNet", True, "tf32"),
+        (["--precision=fp16", "--zero_kl"], "cuda", "ResNet32", False, "fp16"),
+        (["--precision=fp16"], "cuda", "ResNet32", False, "tf32"),
     ],
 )
 def test_rounded_energies_only_where_compared(monkeypatch, words, device, network, tiles, precision):
@@ -72,6 +74,7 @@ def test_rounded_energies_only_where_compared(monkeypatch, words, device, networ
         (["--zero_kl", "--nocompile", "--nocuda_graph"], "cuda", (False, False, set())),
         (["--zero_kl", "--compile", "--precision=bf16"], "cpu", (True, False, {"compile", "precision"})),
         (["--zero_kl", "--cuda_graph"], "cuda", (True, True, {"cuda_graph"})),
+        (["--compile"], "cuda", (False, False, {"compile"})),
     ],
 )
 def test_how_chains_run(monkeypatch, words, device, expected):
@@ -93,12 +96,21 @@ def test_without_a_compiler(monkeypatch, capsys):
         train.choose_acceleration("cuda", "ResNet32")
 
 
-@pytest.mark.parametrize(("words", "told"), [(["--replay_batch"], 0), ([], 1)])
-def test_idle_replay_rate_says_so(capsys, words, told):
-    """Breaks when --replay_rate without a buffer is taken without a word, or complained about with one."""
-    parse("--replay_rate=0.5", *words)
+@pytest.mark.parametrize(
+    ("flag", "words", "told"),
+    [
+        ("--replay_rate=0.5", ["--replay_batch"], 0),
+        ("--replay_rate=0.5", [], 1),
+        ("--compile", ["--zero_kl"], 0),
+        ("--compile", [], 1),
+        ("--compile", ["--zero_kl", "--hmc"], 1),
+    ],
+)
+def test_a_flag_without_effect_says_so(capsys, flag, words, told):
+    """Breaks when a flag that has no effect beside others is taken without a word, or complained about where it has."""
+    parse(flag, *words)
     train.check_flags()
-    assert capsys.readouterr().out.count("--replay_rate has no effect") == told
+    assert capsys.readouterr().out.count(f"{flag.split('=')[0]} has no effect") == told
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ import acceleration
 import data
 import guard
 import models
+import pictures
 import quality
 import training
 from acceleration import Acceleration
@@ -29,20 +31,32 @@ PLAIN = Options(num_steps=5, step_lr=10.0, batch_size=8, zero_kl=True, replay_ba
 @pytest.fixture(autouse=True)
 def exact_products():
     """Compute in float32 proper, whatever the test before has left behind."""
-    acceleration.allow_tf32(False)
+    acceleration.set_tf32(False)
+
+
+def build_model(network, shape):
+    """Return a network that residual branches and labels have an effect on, which they begin without."""
+    model = models.build_model(models.ModelConfig(network, shape, 8, label_size=3), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("c2.weight"):
+                parameter.normal_(generator=generator)
+            elif name.rpartition(".")[2] in ("g", "gb", "cb"):
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return model
 
 
 def make_state(network="MnistNet", shape=GREY, seed=0, **ways):
-    """Return the state of a run that is about to begin on the GPU."""
-    config = models.ModelConfig(network, shape, 8, label_size=3)
-    model = models.build_model(config, torch.Generator().manual_seed(0)).cuda().train()
+    """Return the state of a run that is about to begin on the GPU, and fails where a way to be fast does."""
+    model = build_model(network, shape).cuda().train()
     return training.State(
         model=model,
         optimizer=ClippedAdam(model.parameters(), lr=1e-3),
         buffer=ReplayBuffer(100, shape, "cuda"),
         batches=data.Batches(100, 8, seed=0, device="cuda"),
         generator=torch.Generator("cuda").manual_seed(seed),
-        acceleration=Acceleration(**ways),
+        acceleration=Acceleration(**ways, asked=frozenset(acceleration.REMEDIES)),
     )
 
 
@@ -101,22 +115,19 @@ def test_tf32():
         for precision in ("float32", "tf32"):
             with acceleration.products_in(precision):
                 errors[precision] = ((product(torch.float32) - exact).norm() / exact.norm()).item()
-        assert errors["float32"] < 1e-6 and 1e-5 < errors["tf32"] < 1e-2
+        assert errors["float32"] < 1e-5 and 1e-4 < errors["tf32"] < 2e-3
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_dropout_differs_from_replay_to_replay(compiled):
     """Breaks when a graph records one pattern of dropout for good; without noise nothing else is random here."""
     state = make_state("ResNet32Large", COLOUR, compiled=compiled, captured=True)
-    for block in state.model.modules():
-        if isinstance(block, models.ResidualBlock):
-            torch.nn.init.normal_(block.c2.weight)  # which begins at zero, and dropout before it has no effect
     options = dataclasses.replace(PLAIN, noise_scale=0.0, step_lr=1000.0)
     weights, start = models.spectral_norm_once(state.model), torch.rand(8, *COLOUR, device="cuda")
     ends = [training.draw_negatives(state, options, weights, start, torch.eye(8, 3).cuda())[0] for _ in range(2)]
     assert (ends[0] - ends[1]).abs().max() > 1e-4
     state.model.eval()
-    state.acceleration = Acceleration(compiled=compiled, captured=True)
+    state.acceleration.graph = None
     ends = [training.draw_negatives(state, options, weights, start, torch.eye(8, 3).cuda())[0] for _ in range(2)]
     assert_close(ends[0], ends[1], tolerance=1e-5)
 
@@ -165,11 +176,11 @@ def test_a_chain_that_cannot_be_captured_goes_on():
 def test_energies_are_those_of_a_cpu(network):
     """Breaks when a network computes otherwise on a GPU than on the CPU, where the golden cases hold."""
     shape = {"MnistNet": GREY, "DspritesNet": (1, 64, 64), "ResNet128": (3, 128, 128)}.get(network, COLOUR)
-    model = models.build_model(models.ModelConfig(network, shape, 8), torch.Generator().manual_seed(0)).eval()
-    images = torch.rand(4, *shape, generator=torch.Generator().manual_seed(1))
+    model = build_model(network, shape).eval()
+    images, labels = torch.rand(4, *shape, generator=torch.Generator().manual_seed(1)), torch.eye(3)[[0, 1, 2, 0]]
     with torch.no_grad():
-        expected = model(images)
-        found = model.cuda()(images.cuda()).cpu()
+        expected = model(images, labels)
+        found = model.cuda()(images.cuda(), labels.cuda()).cpu()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -197,7 +208,8 @@ def run(logdir, *flags, launcher=(), status=0):
 def test_a_run_from_end_to_end(tmp_path):
     """Breaks when a GPU is not used as fast as it can be by default, or a run there does not end or go on."""
     printed = run(tmp_path, "--exp=run", "--max_iter=20", "--test_interval=10", "--quality")
-    assert "energies in fp16 in chains, else TF32, steps compiled, a chain launched as one CUDA graph" in printed
+    assert "energies in fp16 in chains" in printed
+    assert ", steps compiled, a chain launched as one CUDA graph" in printed
     assert "note: the" not in printed  # nothing was given up
     assert "on cuda" in printed and (tmp_path / "run" / "samples_20.png").exists()
     run(tmp_path, "--exp=run", "--max_iter=22", "--resume_iter=latest")
@@ -205,8 +217,12 @@ def test_a_run_from_end_to_end(tmp_path):
 
 
 def test_deterministic_runs_resume_bit_for_bit(tmp_path):
-    """Breaks when --deterministic gives other bits in another run, or after a resume."""
-    flags = ["--deterministic", "--save_interval=5"]
+    """Breaks when --deterministic gives other bits in another run, or after a resume, or stops at what has none."""
+    for number in range(40):
+        path = tmp_path / "images" / f"class_{number % 2}" / f"{number}.png"
+        pictures.save_pixels(np.random.default_rng(number).integers(256, size=(32, 32, 3), dtype=np.uint8), path)
+    flags = ["--dataset=folder", f"--data_path={tmp_path / 'images'}", "--image_size=32", "--channels=3", "--augment"]
+    flags += ["--large_model", "--deterministic", "--save_interval=5", "--test_interval=5", "--quality"]
     run(tmp_path, "--exp=whole", "--max_iter=10", *flags)
     run(tmp_path, "--exp=halves", "--max_iter=5", *flags)
     run(tmp_path, "--exp=halves", "--max_iter=10", "--resume_iter=latest", *flags)

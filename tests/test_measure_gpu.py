@@ -59,15 +59,19 @@ def write_images(path, count=12):
             archive.addfile(member, file)
 
 
-def test_images_that_are_not_there_or_damaged_are_left_out(script, tmp_path, capsys):
-    """Breaks when a missing or damaged archive ends everything."""
-    assert script.unpack(tmp_path, tmp_path / "work") is None
-    write_images(tmp_path / "cifar10_jpeg.tar.xz")
-    assert len(list(script.unpack(tmp_path, tmp_path / "work").glob("*/*.jpg"))) == 24
-    whole = (tmp_path / "cifar10_jpeg.tar.xz").read_bytes()
-    (tmp_path / "cifar10_jpeg.tar.xz").write_bytes(whole[: len(whole) // 2])
-    assert script.unpack(tmp_path, tmp_path / "work") is None
-    assert capsys.readouterr().out.count("are left out") == 2
+def test_images_that_are_not_there_or_damaged_are_digits(script, tmp_path, capsys):
+    """Breaks when a missing or damaged archive, or wheel, ends everything."""
+    work, images = tmp_path / "work", tmp_path / "cifar10_jpeg.tar.xz"
+    assert script.unpack_images(tmp_path, work) == ["--dataset=digits"]
+    write_images(images)
+    assert f"--data_path={work / 'cifar10' / 'train'}" in script.unpack_images(tmp_path, work)
+    assert len(list((work / "cifar10" / "train").glob("*/*.jpg"))) == 24
+    images.write_bytes(images.read_bytes()[: images.stat().st_size // 2])
+    assert script.unpack_images(tmp_path, work) == ["--dataset=digits"]
+    assert capsys.readouterr().out.count("cannot be read") == 2
+    (tmp_path / "torchebm-1.whl").write_bytes(b"no archive")
+    script.unpack_wheels(tmp_path, work)
+    assert "torchebm is left out" in capsys.readouterr().out
 
 
 @pytest.mark.slow
