@@ -255,11 +255,10 @@ def test_recording(monkeypatch, version, registered):
         yield
 
     monkeypatch.setattr(acceleration, "lend_copies", lambda generators: [])
-    for name, value in {
-        "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream, "graph": record,
-        "stream": lambda stream: contextlib.nullcontext(), "default_generators": {0: torch.default_generator}, "current_device": lambda: 0,
-        "graph_pool_handle": lambda: (0, 0),
-    }.items():  # fmt: skip
+    stand_ins = {"CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream, "graph": record}
+    stand_ins |= {"stream": lambda stream: contextlib.nullcontext(), "graph_pool_handle": lambda: (0, 0)}
+    stand_ins |= {"current_device": lambda: 0, "default_generators": (torch.default_generator,)}
+    for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     generator = torch.Generator().manual_seed(3)
