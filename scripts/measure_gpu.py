@@ -1,7 +1,7 @@
 """Measure on one GPU everything that was never measured there, in at most eight minutes: what `make gpu` runs.
 
     python scripts/measure_gpu.py --output=benchmarks/gpu
-    python scripts/measure_gpu.py --device=cpu --output=rehearsal      # the same steps at tiny sizes
+    python scripts/measure_gpu.py --device=cpu --output=build/rehearsal      # the same steps at tiny sizes
 
 Tests, speed of all variants, three minutes of training, a profile, a resumed run, NCCL: the most valuable first. A step
 that fails or takes too long does not end the rest. Each writes its figures at once: report.json has them all, log.txt
@@ -60,11 +60,13 @@ GPU = Sizes(
     others=("bf16", "tf32", "float32"),
     training_seconds=170,
     compiled=(
-        *(
-            f"--networks={name} --precisions=fp16"
-            for name in ("ResNet32", "ResNet32Large", "ResNet128", "DspritesNet,MnistNet")
-        ),
-        *(f"--networks=ResNet32 --nochanges --precisions={precision}" for precision in ("bf16", "tf32", "float32")),
+        "--networks=ResNet32 --precisions=fp16",
+        "--networks=ResNet32Large --precisions=fp16",
+        "--networks=ResNet128 --precisions=fp16",
+        "--networks=DspritesNet,MnistNet --precisions=fp16",
+        "--networks=ResNet32 --precisions=bf16 --nochanges",
+        "--networks=ResNet32 --precisions=tf32 --nochanges",
+        "--networks=ResNet32 --precisions=float32 --nochanges",
     ),
 )
 CPU = Sizes(
@@ -87,11 +89,11 @@ class Session:
         self.report: dict[str, Any] = {"steps": {}}
         places = os.pathsep.join([str(work / "site"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": places.strip(os.pathsep)}
-        self.environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # several programs compile at once
         self.environment |= {
             "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
             "TRITON_CACHE_DIR": str(work / "triton"),
         }
+        self.environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # several programs compile at once
         self.programs: dict[str, subprocess.Popen[bytes]] = {}
         output.mkdir(parents=True, exist_ok=True)
         for name in ("report.json", "log.txt", "curves.png", "samples.png"):  # of an earlier call
@@ -143,12 +145,12 @@ class Session:
                 status = program.wait(limit)
             except subprocess.TimeoutExpired:
                 status = f"stopped after {limit:.0f} s"
-                stop(program)
+            stop(self.programs.pop(name))
         took = time.monotonic() - begun
         print(f"  {'done' if status == 0 else status}, {took:.0f} s, {self.left():.0f} s left of all", flush=True)
         self.report["steps"][name] = {"command": ["python", *words], "status": status, "seconds": round(took, 1)}
         figures = self.work / f"{name}.json"
-        if figures.exists():
+        with contextlib.suppress(OSError, ValueError):  # there are none, or they were cut short
             self.report[name] = json.loads(figures.read_text())
         (self.output / "report.json").write_text(self.without_places(json.dumps(self.report, indent=1)) + "\n")
         self.log(name, status)
