@@ -201,8 +201,7 @@ class Trainer:
         self.guard.roll_back(state)
         self.chains = None
         self.adapt()
-        if not fp16_failed:
-            state.generator.manual_seed(self.seed * 1_000 + self.workers.rank + 1_000_000 * self.rollbacks)
+        state.generator.manual_seed(self.seed * 1_000 + self.workers.rank + 1_000_000 * max(self.rollbacks, 1))
         rate = state.optimizer.param_groups[0]["lr"]
         self.progress.say(
             f"diverged at iteration {failed}: {cause}; back to iteration {state.iteration}, learning rate {rate:.3g}"

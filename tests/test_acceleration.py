@@ -161,12 +161,15 @@ def overflow_in_fp16(weights, x, labels, compiled):
     return x + (1e5 * weights["one"]).float() / 1e5
 
 
+@pytest.mark.parametrize("captured", [True, False])
 @pytest.mark.parametrize("asked", [True, False])
-def test_fp16_that_overflows(asked):
-    """Breaks when images that are not finite in fp16 are handed on, or what was asked for is replaced."""
+def test_fp16_that_overflows(monkeypatch, asked, captured):
+    """Breaks when images that are not finite in fp16 are handed on, by the old graph too, or what was asked for is
+    replaced."""
+    monkeypatch.setattr(acceleration, "capture", call_again)
     said = []
     names = frozenset({"precision"} if asked else ())
-    chosen = Acceleration("fp16", asked=names, say=said.append)
+    chosen = Acceleration("fp16", captured=captured, asked=names, say=said.append)
     arguments = {"one": torch.ones(())}, torch.zeros(2), None, torch.Generator()
     if asked:
         with pytest.raises(UsageError, match="not finite in fp16; run with --precision=tf32"):
