@@ -1,23 +1,32 @@
-"""Save, find and load checkpoints: tensors and plain values only, written whole or not at all.
+"""Save, find and load checkpoints: this project's, written whole or not at all, and the published TensorFlow ones.
 
 model = load_energy("cachedir/cifar10_cond/model_74700")      # ours (.pt) or TensorFlow's (.index, .data-*)
+
+Ours hold tensors and plain values only, so that a file from a stranger never executes code. A TensorFlow checkpoint
+holds variables by name; which network they belong to is inferred from their names and shapes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 import models
+from ebm.readers.tensorflow import read_tf_checkpoint
 from errors import UsageError
+from optimizer import ClippedAdam
 
 KEEP = 30  # checkpoints kept, besides one every KEEP_SECONDS for good
 KEEP_SECONDS = 6 * 3600.0
@@ -146,11 +155,9 @@ def load_energy(
     prefix = pathlib.Path(prefix)
     path = prefix if prefix.suffix == ".pt" else prefix.with_name(f"{prefix.name}.pt")
     if not path.exists() and prefix.with_name(f"{prefix.name}.index").exists():
-        import tf_checkpoint
-
         if ema:
             raise UsageError(f"{prefix} has no averaged weights, being a TensorFlow checkpoint; leave out --ema")
-        return tf_checkpoint.load_tf_energy(prefix, swish_act=swish_act).to(device)
+        return load_tf_energy(prefix, swish_act=swish_act).to(device)
     state = load(path)
     model = models.EnergyNetwork(config_of(state, path))
     if ema and not state.get("ema"):
@@ -166,3 +173,197 @@ def load_state(model: models.EnergyNetwork, state: dict[str, Any], path: pathlib
     except (RuntimeError, AttributeError) as error:
         lines = " ".join(line.strip() for line in str(error).split("\n")[1:3])
         raise UsageError(f"{path} does not fit its own configuration: {lines}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TensorFlow's checkpoints: the names and layouts of their variables
+
+Variables = Mapping[str, np.ndarray]  # TF1 name -> array, what `read_tf_checkpoint` returns
+IMAGE_SHAPES = {"MnistNet": (1, 28, 28), "DspritesNet": (1, 64, 64), "ResNet128": (3, 128, 128)}  # else (3, 32, 32)
+
+
+def to_tf_name(name: str) -> str:
+    """Return the TF1 variable of a state name: "stages.res_1.c1.weight" -> "context_0/res_1_res_c1/cweight"."""
+    stage, *child, leaf = name.removeprefix("stages.").split(".")
+    if stage == "atten" and child:
+        leaf = f"atten_{child[0]}" + {"weight": "weight", "u": "_u", "b": "_b1"}[leaf]
+    elif leaf in ("weight", "u"):
+        kind = "w" if stage.startswith("fc") else "c"
+        leaf = f"{kind}weight" if leaf == "weight" else f"{kind}_u"
+    scope = f"{stage}_res_{child[0]}" if child and stage != "atten" else stage
+    return f"context_0/{scope}/{leaf}"
+
+
+def to_tf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that the TF1 variable of state `name` has where ours has this one."""
+    if name.endswith(".weight"):
+        return shape[2:] + shape[1::-1]  # (out, in, h, w) -> (h, w, in, out), and (out, in) -> (in, out)
+    if name.endswith((".g", ".gb")) and shape[0] == 1:
+        return shape[1:]  # unconditional tables are vectors there, and so are those of a one-dimensional label
+    return shape
+
+
+def from_tf_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """Return a TF1 array (HWIO kernels, (in, out) matrices, plain vectors) in the layout and shape of state `name`."""
+    if array.shape != to_tf_shape(name, shape):
+        raise UsageError(f"{to_tf_name(name)} has shape {array.shape}, the network's {name} has {shape}")
+    if name.endswith(".weight"):
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.transpose()
+    return torch.from_numpy(np.ascontiguousarray(array)).view(shape)
+
+
+def load_tf_variables(model: models.EnergyNetwork, variables: Variables) -> list[str]:
+    """Load TF1 variables into a model; return the names of those the network has no use for.
+
+    Raises UsageError where a variable that the network needs is missing or of another shape.
+    """
+    state = model.state_dict()
+    missing = [to_tf_name(name) for name in state if to_tf_name(name) not in variables]
+    if missing:
+        raise UsageError(f"the checkpoint lacks {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}")
+    model.load_state_dict({k: from_tf_array(k, variables[to_tf_name(k)], tuple(v.shape)) for k, v in state.items()})
+    used = {to_tf_name(name) for name in state}
+    return sorted(set(variables) - used)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TensorFlow's checkpoints: which network it is
+
+
+def is_trained(variables: Variables, name: str) -> bool:
+    """Return whether a variable that starts at zero took part in training.
+
+    The optimizer keeps moments of nothing else; in a checkpoint without any, such a variable has left zero.
+    """
+    if any(key.endswith("/Adam") for key in variables):
+        return f"{name}/Adam" in variables
+    return name in variables and bool(variables[name].any())
+
+
+def find_shape(variables: Variables, name: str, dimensions: int) -> tuple[int, ...]:
+    """Return the shape of a variable, zeros where it is missing or has another number of dimensions."""
+    shape = variables[name].shape if name in variables else ()
+    return shape if len(shape) == dimensions else (0,) * dimensions
+
+
+def infer_label_size(variables: Variables, network: str) -> int:
+    """Return the width of the labels a network was trained with, 0 where it was unconditional."""
+    if network == "MnistNet":  # takes the label as further planes of its input
+        return max(find_shape(variables, "context_0/c1_pre/cweight", 4)[2] - 1, 0)
+    layer = "context_0/c3" if network == "DspritesNet" else "context_0/res_optim_res_c2"
+    # One class (cond_size) has the shapes of an unconditional network, but only labels train `cb`.
+    return find_shape(variables, f"{layer}/g", 2)[0] or int(is_trained(variables, f"{layer}/cb"))
+
+
+def list_needed_shapes(config: models.ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of each TF1 variable that a network needs."""
+    with torch.device("meta"):
+        state = models.EnergyNetwork(config).state_dict()
+    return {to_tf_name(name): to_tf_shape(name, tuple(tensor.shape)) for name, tensor in state.items()}
+
+
+def list_mismatches(needed: dict[str, tuple[int, ...]], variables: Variables) -> list[str]:
+    """Return what speaks against a network: variables that it needs and are not there, or were trained besides."""
+    shapes = {name: array.shape for name, array in variables.items()}
+    lacking = [f"no {name} of shape {shape}" for name, shape in needed.items() if shapes.get(name) != shape]
+    moved = [name.removesuffix("/Adam") for name in variables if name.endswith("/Adam")]
+    return lacking + [f"a trained {name} besides" for name in moved if name not in needed]
+
+
+def infer_config(variables: Variables, *, swish_act: bool = False, label_size: int | None = None) -> models.ModelConfig:
+    """Return the config of the network whose variables these are, the largest of several that would do.
+
+    swish_act: not to be seen in variables; nor are spec_iter, spec_norm_val and downsample, which keep their defaults.
+    label_size: overrules what was found. Raises UsageError, naming how the closest network differs, where none matches.
+    """
+    if label_size is not None and label_size < 0:
+        raise UsageError(f"label_size is {label_size}, must be 0 (unconditional) or more")
+    first = "res_optim_res_c1" if "context_0/res_optim_res_c1/cweight" in variables else "c1"
+    num_filters = find_shape(variables, f"context_0/{first}/cweight", 4)[3]
+    if num_filters == 0:
+        raise UsageError(f"no convolution context_0/{first}/cweight: this is none of {', '.join(models.NETWORKS)}")
+    candidates = [
+        models.ModelConfig(
+            network,
+            image_shape=IMAGE_SHAPES.get(network, (3, 32, 32)),
+            num_filters=num_filters,
+            label_size=infer_label_size(variables, network) if label_size is None else label_size,
+            spec_norm="context_0/c1_pre/c_u" in variables,
+            use_attention=is_trained(variables, "context_0/atten/gamma"),
+            swish_act=swish_act,
+        )
+        for network in models.NETWORKS
+    ]
+    needed = {config: list_needed_shapes(config) for config in candidates}
+    against = {config: list_mismatches(needed[config], variables) for config in candidates}
+    best = min(candidates, key=lambda config: (len(against[config]), -len(needed[config])))
+    if against[best]:
+        raise UsageError(
+            f"the variables match no network; {best.network} with num_filters={num_filters} and "
+            f"label_size={best.label_size} comes closest, but there is {against[best][0]}"
+        )
+    return best
+
+
+def load_tf_energy(
+    prefix: str | pathlib.Path, *, swish_act: bool = False, label_size: int | None = None
+) -> models.EnergyNetwork:
+    """Return the network of a TF1 checkpoint in eval mode.
+
+    prefix: the path without `.index`. For the others, and what a checkpoint cannot tell, see `infer_config`.
+    """
+    variables = read_tf_checkpoint(prefix)
+    try:
+        model = models.EnergyNetwork(infer_config(variables, swish_act=swish_act, label_size=label_size))
+    except UsageError as error:
+        raise UsageError(f"{prefix}: {error}") from None
+    load_tf_variables(model, variables)
+    return model.eval()
+
+
+def read_adam_moments(
+    model: models.EnergyNetwork, variables: Variables
+) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+    """Return the optimizer's (first, second) moment of each parameter, by its name in the model, and the step count.
+
+    TensorFlow stores beta2 to the power of one more than the steps done, in float32: the count is exact at first,
+    and stops near 87,000, where beta2_power underflows and the bias correction has long been 1. Raises UsageError
+    for a checkpoint without, or with only some of the moments.
+    """
+    beta2, smallest = 0.999, float(np.finfo(np.float32).tiny)
+    power = variables.get("beta2_power", np.zeros(0))
+    if power.shape != () or not 0 <= power <= 1:
+        raise UsageError("the checkpoint has no beta2_power in 0…1: it was saved without its optimizer")
+    steps = round(math.log(max(float(power), smallest)) / math.log(beta2)) - 1
+    moments = {}
+    for name, parameter in model.named_parameters():
+        slots = [f"{to_tf_name(name)}/{slot}" for slot in ("Adam", "Adam_1")]
+        missing = [slot for slot in slots if slot not in variables]
+        if missing:
+            raise UsageError(f"the checkpoint lacks {missing[0]}, a moment of its optimizer")
+        first, second = (from_tf_array(name, variables[slot], tuple(parameter.shape)) for slot in slots)
+        moments[name] = first, second
+    return moments, max(steps, 0)
+
+
+def restore_tf_optimizer(optimizer: ClippedAdam, model: models.EnergyNetwork, variables: Variables) -> None:
+    """Set the optimizer of a model's parameters to where a TF1 checkpoint left it; errors as for `read_adam_moments`."""
+    moments, steps = read_adam_moments(model, variables)
+    for name, parameter in model.named_parameters():
+        first, second = (moment.to(parameter.device) for moment in moments[name])
+        optimizer.state[parameter] = {"m": first, "v": second}
+    for group in optimizer.param_groups:
+        group["t"] = steps
+
+
+def resume_tf(prefix: pathlib.Path, model: models.EnergyNetwork, optimizer: ClippedAdam) -> None:
+    """Load the weights and the optimizer of a TF1 checkpoint into a run that goes on from it.
+
+    Raises UsageError, naming what differs, where the checkpoint is of another network than `model`.
+    """
+    variables, wanted = read_tf_checkpoint(prefix), model.config
+    stored = infer_config(variables, swish_act=wanted.swish_act)
+    unseen = {name: getattr(wanted, name) for name in ("spec_iter", "spec_norm_val", "downsample")}
+    check_config(dataclasses.replace(stored, **unseen), wanted, prefix)
+    load_tf_variables(model, variables)
+    restore_tf_optimizer(optimizer, model, variables)

@@ -35,8 +35,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import readers
+from ebm.readers.tensorflow import Fault, read_fields, read_nested, read_varint, verify_checksum
 from errors import UsageError
-from tf_checkpoint import Fault, fields, nested, varint, verify
 from utils import Progress, dequantise
 
 CLASSES = 1000
@@ -125,7 +125,7 @@ class Record(NamedTuple):
         with open(self.path, "rb", buffering=0) as file:
             contents = os.pread(file.fileno(), self.size + 4, self.offset + 12)
         example, checksum = contents[: self.size], contents[self.size :]
-        verify(example, int.from_bytes(checksum, "little"), "the record")
+        verify_checksum(example, int.from_bytes(checksum, "little"), "the record")
         return parse_example(example)
 
 
@@ -147,14 +147,14 @@ class File(NamedTuple):
 def parse_example(message: bytes) -> tuple[bytes, int]:
     """Return the encoded image and the class, from 0 to 999, of a serialised tf.train.Example."""
     features = {}
-    for collection in nested(message, 1):
-        for entry in nested(collection, 1):  # an entry of a map: its key is field 1, its value field 2
-            pair = dict(fields(entry))
+    for collection in read_nested(message, 1):
+        for entry in read_nested(collection, 1):  # an entry of a map: its key is field 1, its value field 2
+            pair = dict(read_fields(entry))
             features[pair.get(1)] = pair.get(2)
     encoded = only_value(features.get(b"image/encoded"), kind=1)
     label = only_value(features.get(b"image/class/label"), kind=3)
     if isinstance(label, bytes):  # packed
-        label = varint(label, 0)[0]
+        label = read_varint(label, 0)[0]
     if not isinstance(encoded, bytes) or label is None:
         raise Fault("holds no image/encoded and image/class/label")
     if not 1 <= label <= CLASSES:
@@ -164,8 +164,8 @@ def parse_example(message: bytes) -> tuple[bytes, int]:
 
 def only_value(feature: int | bytes | None, kind: int) -> int | bytes | None:
     """Return the value of a tf.train.Feature, in its list of that kind: 1 bytes, 3 whole numbers; None without one."""
-    lists = nested(feature, kind) if isinstance(feature, bytes) else []
-    values = [value for number, value in fields(lists[0]) if number == 1] if lists else []
+    lists = read_nested(feature, kind) if isinstance(feature, bytes) else []
+    values = [value for number, value in read_fields(lists[0]) if number == 1] if lists else []
     return values[0] if values else None
 
 
@@ -234,7 +234,7 @@ def find_records(path: str) -> np.ndarray:
             end = os.fstat(file.fileno()).st_size
             while offset < end:
                 header = os.pread(file.fileno(), 12, offset)
-                verify(header[:8], int.from_bytes(header[8:], "little"), "a record's length")
+                verify_checksum(header[:8], int.from_bytes(header[8:], "little"), "a record's length")
                 size = int.from_bytes(header[:8], "little")
                 if offset + size + 16 > end:
                     raise Fault("is cut short")

@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from errors import UsageError
 
 Weights = dict[str, Tensor]  # "<layer>.<leaf>" -> tensor, what `EnergyNetwork.prepare` returns
 Activation = Callable[[Tensor], Tensor]
@@ -499,44 +496,3 @@ def spectral_norm_once(model: EnergyNetwork, dtype: torch.dtype | None = None) -
     """
     with torch.no_grad():
         return detach(model.prepare(), dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The names and layouts of TF1 checkpoints
-
-
-def tf_name(name: str) -> str:
-    """Return the TF1 variable of a state name: "stages.res_1.c1.weight" -> "context_0/res_1_res_c1/cweight"."""
-    stage, *child, leaf = name.removeprefix("stages.").split(".")
-    if stage == "atten" and child:
-        leaf = f"atten_{child[0]}" + {"weight": "weight", "u": "_u", "b": "_b1"}[leaf]
-    elif leaf in ("weight", "u"):
-        kind = "w" if stage.startswith("fc") else "c"
-        leaf = f"{kind}weight" if leaf == "weight" else f"{kind}_u"
-    scope = f"{stage}_res_{child[0]}" if child and stage != "atten" else stage
-    return f"context_0/{scope}/{leaf}"
-
-
-def from_tf_layout(name: str, array: np.ndarray, shape: torch.Size) -> Tensor:
-    """Return a TF1 array (HWIO kernels, (in, out) matrices, plain vectors) in the layout and shape of state `name`."""
-    if name.endswith(".weight"):
-        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.transpose()
-    elif array.ndim == 1 and len(shape) == 2 and shape[0] == 1:
-        array = array[None]  # unconditional tables are vectors there, and so are those of a one-dimensional label
-    if array.shape != tuple(shape):
-        raise UsageError(f"{tf_name(name)} has shape {array.shape}, the network's {name} has {tuple(shape)}")
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def load_tf_variables(model: EnergyNetwork, variables: Mapping[str, np.ndarray]) -> list[str]:
-    """Load TF1 variables into a model; return the names of those the network has no use for.
-
-    Raises UsageError where a variable that the network needs is missing or of another shape.
-    """
-    state = model.state_dict()
-    missing = [tf_name(name) for name in state if tf_name(name) not in variables]
-    if missing:
-        raise UsageError(f"the checkpoint lacks {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}")
-    model.load_state_dict({k: from_tf_layout(k, variables[tf_name(k)], v.shape) for k, v in state.items()})
-    used = {tf_name(name) for name in state}
-    return sorted(set(variables) - used)

@@ -393,9 +393,7 @@ class Trainer:
         A published TF1 checkpoint gives weights, optimizer and iteration. Raises UsageError where it does not fit.
         """
         if path.suffix != ".pt":
-            import tf_checkpoint
-
-            tf_checkpoint.resume(path, self.state.model, self.state.optimizer)
+            checkpoint.resume_tf(path, self.state.model, self.state.optimizer)
             self.state.iteration = int(path.name.removeprefix("model_"))
             self.state.start_ema()
             return

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import data
 import models
 from acceleration import LOSS_PRECISIONS, PRECISIONS, Acceleration, Chain
+from checkpoint import to_tf_name
 from imagenet import StreamedImages
 from optimizer import ClippedAdam
 from sampling import Energy, hmc, input_gradient, langevin
@@ -419,6 +420,6 @@ def statistics(state: State, options: Options, step: Step) -> dict[str, float]:
         figures["gamma"] = step.frozen["atten.gamma"].squeeze()
     for name, parameter in state.model.named_parameters():
         if parameter.grad is not None:
-            figures[f"max_grad/{models.tf_name(name).removeprefix('context_0/')}"] = parameter.grad.abs().max()
+            figures[f"max_grad/{to_tf_name(name).removeprefix('context_0/')}"] = parameter.grad.abs().max()
     values = torch.stack(list(figures.values())).tolist()  # one transfer
     return dict(zip(figures, values, strict=True)) | {"temp": float(options.temperature)}

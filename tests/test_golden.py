@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import models
 import sampling
 import training
@@ -36,7 +37,7 @@ def load_case(name):
         **{key: value for key, value in flags.items() if key != "cclass"},
     )
     model = models.build_model(config).eval()
-    models.load_tf_variables(model, variables)
+    checkpoint.load_tf_variables(model, variables)
 
     def ours(images):
         images = torch.from_numpy(images)
@@ -95,7 +96,7 @@ def test_network(name, fold):
     check_gradients(model, likelihood + regulariser + kl, case, "grad_cd_kl")
 
     state = model.state_dict()
-    ours = {models.tf_name(key): value for key, value in state.items() if key.endswith(".u")}
+    ours = {checkpoint.to_tf_name(key): value for key, value in state.items() if key.endswith(".u")}
     for name, first, norm in zip(case["u_names"], case["u_first"], case["u_norm"], strict=True):
         if str(name) in ours:
             assert_close(ours[str(name)].flatten()[0], first)
@@ -104,7 +105,7 @@ def test_network(name, fold):
 
 def check_gradients(model, loss, case, key):
     """Compare each variable's gradient by its norm and its projection on a fixed random direction."""
-    names = [models.tf_name(name) for name, _ in model.named_parameters()]
+    names = [checkpoint.to_tf_name(name) for name, _ in model.named_parameters()]
     gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
     ours = {name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
     assert set(ours) == {str(name) for name in case[f"{key}_names"]}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import checkpoint
 import models
 from errors import UsageError
 from models import ModelConfig
@@ -141,14 +142,16 @@ def test_tf_variables_are_strict():
         array = tensor.numpy()
         if name.endswith(".weight"):
             array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-        arrays[models.tf_name(name)] = array
-    assert models.load_tf_variables(make(CONFIGS[0], 1), {**arrays, "context_0/c1/b": arrays["context_0/fc5/b"]}) == [
-        "context_0/c1/b"
-    ]
+        arrays[checkpoint.to_tf_name(name)] = array
+    assert checkpoint.load_tf_variables(
+        make(CONFIGS[0], 1), {**arrays, "context_0/c1/b": arrays["context_0/fc5/b"]}
+    ) == ["context_0/c1/b"]
     with pytest.raises(UsageError, match="lacks context_0/fc5/b"):
-        models.load_tf_variables(model, {k: v for k, v in arrays.items() if k != "context_0/fc5/b"})
+        checkpoint.load_tf_variables(model, {k: v for k, v in arrays.items() if k != "context_0/fc5/b"})
     with pytest.raises(UsageError, match="context_0/c1/cweight has shape"):
-        models.load_tf_variables(model, {**arrays, "context_0/c1/cweight": arrays["context_0/c1/cweight"][:, :, :1]})
+        checkpoint.load_tf_variables(
+            model, {**arrays, "context_0/c1/cweight": arrays["context_0/c1/cweight"][:, :, :1]}
+        )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.05), (torch.bfloat16, 0.2)])

@@ -36,7 +36,7 @@ SMALL = {
     "sample.py": ["--num_steps=1", "--num=2"],
     "eval_inception.py": ["--num_steps=1", "--im_number=20", "--repeat_scale=1", "--real_number=100", "--nodownload"],
     "ais.py": ["--pdist=1,2", "--limit=4", "--batch_size=2"],
-    "tf_checkpoint.py": [],
+    "scripts/convert_checkpoint.py": [],
     "scripts/slim_checkpoint.py": [],
     "benchmarks/langevin.py": [
         "--networks=MnistNet",

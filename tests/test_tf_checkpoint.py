@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import checkpoint
+import convert_checkpoint
 import models
 import sampling
-import tf_checkpoint
+from ebm.readers import tensorflow
 from errors import UsageError
 from golden import recipe
 from optimizer import ClippedAdam
@@ -44,7 +45,7 @@ def test_every_variable(name):
     for variable in case["grad_cd_names"]:
         expected[f"{variable}/Adam"] = expected[f"{variable}/Adam_1"] = np.zeros_like(expected[str(variable)])
 
-    variables = tf_checkpoint.read_tf_checkpoint(REAL[name])
+    variables = tensorflow.read_tf_checkpoint(REAL[name])
     assert set(variables) == set(expected)
     for variable, array in expected.items():
         assert variables[variable].dtype == np.float32
@@ -91,7 +92,7 @@ def test_infer_config(name):
     """Breaks when network, width, labels (one class included), attention or normalisation is inferred wrongly."""
     variables, case = variables_of(name)
     flags = case.get("flags", {})
-    config = tf_checkpoint.infer_config(variables, swish_act=flags.get("swish_act", False))
+    config = checkpoint.infer_config(variables, swish_act=flags.get("swish_act", False))
     height, width, *channels = case["shape"]
     assert config == models.ModelConfig(
         case["net"],
@@ -108,26 +109,26 @@ def test_infer_conditional_mnist():
     """Breaks when the label planes in the first convolution are not counted."""
     variables, _ = variables_of("mnist")
     variables["context_0/c1_pre/cweight"] = np.zeros((3, 3, 11, 64), np.float32)
-    assert tf_checkpoint.infer_config(variables).label_size == 10
+    assert checkpoint.infer_config(variables).label_size == 10
 
 
 def test_infer_without_optimizer():
     """Breaks when a checkpoint without moments is not told by what training has moved away from zero."""
     variables, _ = variables_of("resnet32large_attention", slots=False)
-    assert not tf_checkpoint.infer_config(variables).use_attention
+    assert not checkpoint.infer_config(variables).use_attention
     variables["context_0/atten/gamma"] = np.array([0.1], np.float32)
-    assert tf_checkpoint.infer_config(variables).use_attention
+    assert checkpoint.infer_config(variables).use_attention
 
 
 def test_label_size_overrules():
     """Breaks when one class cannot be told from none by the user."""
     variables, _ = variables_of("dsprites", slots=False)
-    assert tf_checkpoint.infer_config(variables).label_size == 0
-    assert tf_checkpoint.infer_config(variables, label_size=1).label_size == 1
+    assert checkpoint.infer_config(variables).label_size == 0
+    assert checkpoint.infer_config(variables, label_size=1).label_size == 1
     with pytest.raises(UsageError, match=r"label_size=3 comes closest, but there is no .*shape"):
-        tf_checkpoint.infer_config(variables, label_size=3)
+        checkpoint.infer_config(variables, label_size=3)
     with pytest.raises(UsageError, match="label_size is -1"):
-        tf_checkpoint.infer_config(variables, label_size=-1)
+        checkpoint.infer_config(variables, label_size=-1)
 
 
 @pytest.mark.parametrize("slots", [True, False])
@@ -140,13 +141,13 @@ def test_infer_published_widths(network, num_filters, slots):
     with torch.device("meta"):
         model = models.EnergyNetwork(config)
     shapes = {
-        models.tf_name(name): tf_checkpoint.tf_shape(name, tuple(tensor.shape))
+        checkpoint.to_tf_name(name): checkpoint.to_tf_shape(name, tuple(tensor.shape))
         for name, tensor in model.state_dict().items()
     }
     if slots:
-        shapes |= {f"{models.tf_name(name)}/Adam": () for name, _ in model.named_parameters()}
+        shapes |= {f"{checkpoint.to_tf_name(name)}/Adam": () for name, _ in model.named_parameters()}
     variables = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-    assert tf_checkpoint.infer_config(variables) == config
+    assert checkpoint.infer_config(variables) == config
 
 
 def test_no_network_matches():
@@ -154,13 +155,13 @@ def test_no_network_matches():
     variables, _ = variables_of("resnet32larger")
     del variables["context_0/res_8b_res_c2/g"]
     with pytest.raises(UsageError, match=r"ResNet32Larger with num_filters=8 .*no context_0/res_8b_res_c2/g of shape"):
-        tf_checkpoint.infer_config(variables)  # though it has all of ResNet32Large
+        checkpoint.infer_config(variables)  # though it has all of ResNet32Large
     variables, _ = variables_of("resnet32larger")
     variables["context_0/res_9_res_c1/cweight/Adam"] = variables["context_0/c1_pre/cweight"]
     with pytest.raises(UsageError, match="there is a trained context_0/res_9_res_c1/cweight besides"):
-        tf_checkpoint.infer_config(variables)
+        checkpoint.infer_config(variables)
     with pytest.raises(UsageError, match="none of MnistNet, DspritesNet"):
-        tf_checkpoint.infer_config({"context_0/c1/cweight": np.zeros(3, np.float32)})
+        checkpoint.infer_config({"context_0/c1/cweight": np.zeros(3, np.float32)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def make_table(pairs, block_length=4, **options):
         table += block
     index = make_block(places)
     footer = varint(0) + varint(0) + varint(len(table)) + varint(len(index) - 5)
-    return table + index + footer.ljust(40, b"\0") + tf_checkpoint.MAGIC
+    return table + index + footer.ljust(40, b"\0") + tensorflow.MAGIC
 
 
 def make_entry(array, shard, offset, *, dtype=None, shape=None, extra=b""):
@@ -257,7 +258,7 @@ SMALL = {
 def test_round_trip(tmp_path, shards, gap):
     """Breaks when shared prefixes, blocks, shards, gaps between tensors, scalars or other types are misread."""
     write(tmp_path / "model_1", SMALL, shards=shards, gap=gap)
-    variables = tf_checkpoint.read_tf_checkpoint(tmp_path / "model_1")
+    variables = tensorflow.read_tf_checkpoint(tmp_path / "model_1")
     assert set(variables) == set(SMALL)
     for name, array in SMALL.items():
         np.testing.assert_array_equal(variables[name], array, strict=True)
@@ -303,10 +304,10 @@ def test_forged(tmp_path, name):
     options, expected = BAD_TABLES[name]
     write(tmp_path / "model_1", SMALL, **options)
     if expected is None:
-        assert tf_checkpoint.read_tf_checkpoint(tmp_path / "model_1") == {}
+        assert tensorflow.read_tf_checkpoint(tmp_path / "model_1") == {}
         return
     with pytest.raises(UsageError, match=expected) as caught:
-        tf_checkpoint.read_tf_checkpoint(tmp_path / "model_1")
+        tensorflow.read_tf_checkpoint(tmp_path / "model_1")
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
@@ -323,14 +324,14 @@ def test_wrong_files(tmp_path):
         if content is not None:
             index.write_bytes(content)
         with pytest.raises(UsageError, match=rf"model_1\.index {expected}"):
-            tf_checkpoint.read_tf_checkpoint(prefix)
+            tensorflow.read_tf_checkpoint(prefix)
     write(prefix, SMALL)
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(UsageError, match=r"data-00000-of-00001 is truncated: x reaches"):
-        tf_checkpoint.read_tf_checkpoint(prefix)
+        tensorflow.read_tf_checkpoint(prefix)
     data.unlink()
     with pytest.raises(UsageError, match=r"data-00000-of-00001 is missing"):
-        tf_checkpoint.read_tf_checkpoint(prefix)
+        tensorflow.read_tf_checkpoint(prefix)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,7 +359,7 @@ def damage(content, rng):
 @real
 def test_random_damage(tmp_path, name, suffix):
     """Breaks when damage gives anything but one line or the right tensors."""
-    right = tf_checkpoint.read_tf_checkpoint(REAL[name])
+    right = tensorflow.read_tf_checkpoint(REAL[name])
     shutil.copytree(REAL[name].parent, tmp_path, dirs_exist_ok=True)
     target = pathlib.Path(f"{tmp_path / REAL[name].name}.{suffix}")
     intact = target.read_bytes()
@@ -366,7 +367,7 @@ def test_random_damage(tmp_path, name, suffix):
     for _ in range(250):
         target.write_bytes(damage(intact, rng))
         try:
-            variables = tf_checkpoint.read_tf_checkpoint(tmp_path / REAL[name].name)
+            variables = tensorflow.read_tf_checkpoint(tmp_path / REAL[name].name)
         except UsageError as error:
             assert "\n" not in str(error)
             refused += 1
@@ -380,10 +381,10 @@ def test_random_damage(tmp_path, name, suffix):
 @real
 def test_random_forgery(tmp_path, name):
     """Breaks when damage behind a correct checksum raises anything else, or invents the content of a tensor."""
-    right = {array.tobytes() for array in tf_checkpoint.read_tf_checkpoint(REAL[name]).values()}
+    right = {array.tobytes() for array in tensorflow.read_tf_checkpoint(REAL[name]).values()}
     data = pathlib.Path(f"{REAL[name]}.data-00000-of-00001").read_bytes()
     (tmp_path / "model_1.data-00000-of-00001").write_bytes(data)
-    pairs = list(tf_checkpoint.table_items(pathlib.Path(f"{REAL[name]}.index").read_bytes()))
+    pairs = list(tensorflow.read_table(pathlib.Path(f"{REAL[name]}.index").read_bytes()))
     rng = random.Random(1)
     for _ in range(250):
         forged = list(pairs)
@@ -396,10 +397,10 @@ def test_random_forgery(tmp_path, name):
             block = seal(damage(block[:-5], rng))
             index = make_block([(b"z", varint(0) + varint(len(block) - 5))])
             footer = varint(0) + varint(0) + varint(len(block)) + varint(len(index) - 5)
-            table = block + index + footer.ljust(40, b"\0") + tf_checkpoint.MAGIC
+            table = block + index + footer.ljust(40, b"\0") + tensorflow.MAGIC
         (tmp_path / "model_1.index").write_bytes(table)
         try:
-            variables = tf_checkpoint.read_tf_checkpoint(tmp_path / "model_1")
+            variables = tensorflow.read_tf_checkpoint(tmp_path / "model_1")
         except UsageError as error:
             assert "\n" not in str(error)
         else:
@@ -412,7 +413,7 @@ def test_random_forgery(tmp_path, name):
 
 def trained_checkpoint(prefix, steps):
     """Write the dSprites checkpoint with random moments and the counters of `steps` steps; return its variables."""
-    variables = tf_checkpoint.read_tf_checkpoint(REAL["dsprites_cond_pos"])
+    variables = tensorflow.read_tf_checkpoint(REAL["dsprites_cond_pos"])
     rng = np.random.RandomState(0)
     for name, array in variables.items():
         if name.endswith(("/Adam", "/Adam_1")):
@@ -428,8 +429,8 @@ def trained_checkpoint(prefix, steps):
 def test_moments(tmp_path):
     """Breaks when moments are swapped, not brought into our layout, or the count of steps is off."""
     variables = trained_checkpoint(tmp_path / "model_7", steps=1000)
-    model = tf_checkpoint.load_tf_energy(tmp_path / "model_7")
-    moments, steps = tf_checkpoint.adam_moments(model, variables)
+    model = checkpoint.load_tf_energy(tmp_path / "model_7")
+    moments, steps = checkpoint.read_adam_moments(model, variables)
     assert steps == 1000
     assert set(moments) == {name for name, _ in model.named_parameters()}
     first, second = moments["stages.c2.weight"]
@@ -438,12 +439,12 @@ def test_moments(tmp_path):
 
     del variables["context_0/c3/gb/Adam_1"]
     with pytest.raises(UsageError, match="lacks context_0/c3/gb/Adam_1"):
-        tf_checkpoint.adam_moments(model, variables)
+        checkpoint.read_adam_moments(model, variables)
     for power in (np.array(1.5), np.array(-0.5), np.array(np.nan), np.zeros(2)):
         with pytest.raises(UsageError, match="no beta2_power"):
-            tf_checkpoint.adam_moments(model, {"beta2_power": power})
+            checkpoint.read_adam_moments(model, {"beta2_power": power})
     with pytest.raises(UsageError, match="no beta2_power"):
-        tf_checkpoint.adam_moments(model, {})
+        checkpoint.read_adam_moments(model, {})
 
 
 @pytest.mark.parametrize(
@@ -451,10 +452,10 @@ def test_moments(tmp_path):
 )
 def test_step_count(power, steps):
     """Breaks when the count is off by one, or an underflown power is an error."""
-    variables = tf_checkpoint.read_tf_checkpoint(REAL["dsprites_cond_pos"])
+    variables = tensorflow.read_tf_checkpoint(REAL["dsprites_cond_pos"])
     variables["beta2_power"] = np.array(power, np.float32)
-    model = tf_checkpoint.load_tf_energy(REAL["dsprites_cond_pos"])
-    assert tf_checkpoint.adam_moments(model, variables)[1] == steps
+    model = checkpoint.load_tf_energy(REAL["dsprites_cond_pos"])
+    assert checkpoint.read_adam_moments(model, variables)[1] == steps
 
 
 def test_convert(tmp_path, capsys):
@@ -462,11 +463,11 @@ def test_convert(tmp_path, capsys):
     variables = trained_checkpoint(tmp_path / "model_7", steps=30)
     target = tmp_path / "ours" / "model_7.pt"
     target.parent.mkdir()
-    assert tf_checkpoint.main(["--swish_act", str(tmp_path / "model_7"), str(target)]) == 0
+    assert convert_checkpoint.main(["--swish_act", str(tmp_path / "model_7"), str(target)]) == 0
     printed = capsys.readouterr().out
     assert "DspritesNet" in printed and "context_0/c2/cweight" in printed and "(4, 4, 8, 16)" in printed
 
-    original = tf_checkpoint.load_tf_energy(tmp_path / "model_7", swish_act=True)
+    original = checkpoint.load_tf_energy(tmp_path / "model_7", swish_act=True)
     converted = checkpoint.load_energy(target)
     assert converted.config == original.config
     assert dataclasses.asdict(converted.config)["swish_act"]
@@ -494,6 +495,6 @@ def test_convert(tmp_path, capsys):
 def test_mistakes_on_the_command_line(tmp_path, capsys, source, target, expected):
     """Breaks when a mistake is a traceback, or takes another exit status."""
     write(tmp_path / "model_2", {"x": SMALL["x"]})
-    assert tf_checkpoint.main([str(tmp_path / source), str(tmp_path / target)]) == 2
+    assert convert_checkpoint.main([str(tmp_path / source), str(tmp_path / target)]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and expected in message and message.count("\n") == 1

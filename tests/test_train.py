@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 
-import tf_checkpoint
+from ebm.readers.tensorflow import read_tf_checkpoint
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny networks: threads would only wait for each other
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -239,7 +239,7 @@ def test_goes_on_from_a_published_checkpoint(tmp_path):
     result = train(tmp_path, *flags, "--max_iter=8002", "--log_interval=1")
     assert result.returncode == 0, result.stderr
     assert "iterations: 8000 to 8002" in result.stdout
-    kernel = tf_checkpoint.read_tf_checkpoint(tmp_path / "tf" / "model_8000")["context_0/c1/cweight"]
+    kernel = read_tf_checkpoint(tmp_path / "tf" / "model_8000")["context_0/c1/cweight"]
     moved = load(tmp_path / "tf" / "model_8002.pt")["model"]["stages.c1.weight"] - kernel.transpose(3, 2, 0, 1)
     assert 0 < moved.abs().max() < 0.1 < kernel.std()
     result = train(tmp_path, *flags, "--max_iter=8002", "--noswish_act", "--num_filters=16", "--resume_iter=8000")

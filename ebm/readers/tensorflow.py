@@ -1,0 +1,236 @@
+"""Read what TensorFlow wrote, without TensorFlow: protobuf messages, masked checksums, and the tables of checkpoints.
+
+    variables = read_tf_checkpoint("cachedir/cifar10_cond/model_74700")  # name -> array
+
+A checkpoint is `model_<iter>.index`, a table of names and places in the format of LevelDB, beside its shards
+`model_<iter>.data-00000-of-00001`, the raw tensors. Files may come from strangers: every size, offset and checksum is
+verified, and time and memory stay in proportion to the length of the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from errors import UsageError
+
+
+class Fault(Exception):
+    """What is wrong with a file; `name_file_at_fault` adds which file it is."""
+
+
+@contextlib.contextmanager
+def name_file_at_fault(path: Path) -> Iterator[None]:
+    """Turn whatever is wrong with a file into one line that names it."""
+    try:
+        yield
+    except Fault as fault:
+        raise UsageError(f"{path} {fault}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes, numbers and messages: what both the table and its entries are made of
+
+
+def take_bytes(data: bytes, start: int, size: int) -> bytes:
+    """Return `size` bytes from `start`."""
+    if start + size > len(data):
+        raise Fault("is damaged: something in it reaches beyond its end")
+    return data[start : start + size]
+
+
+def read_varint(data: bytes, start: int) -> tuple[int, int]:
+    """Return the number at `start`, seven bits per byte and the lowest first, and where it ends."""
+    value = 0
+    for i, byte in enumerate(data[start : start + 10]):
+        value |= (byte & 0x7F) << 7 * i
+        if byte < 0x80:
+            return value, start + i + 1
+    raise Fault("is damaged: a number in it does not end")
+
+
+def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield (field number, value) of a protobuf message: numbers as int, nested messages as bytes."""
+    position = 0
+    while position < len(message):
+        key, position = read_varint(message, position)
+        if key & 7 == 0:
+            number, position = read_varint(message, position)
+            yield key >> 3, number
+        elif key & 7 == 2:
+            size, position = read_varint(message, position)
+            yield key >> 3, take_bytes(message, position, size)
+            position += size
+        elif key & 7 == 5:
+            yield key >> 3, int.from_bytes(take_bytes(message, position, 4), "little")
+            position += 4
+        else:
+            raise Fault(f"is damaged: a field of the unknown type {key & 7}")
+
+
+def read_numbers(message: bytes) -> dict[int, int]:
+    """Return the fields of a protobuf message that are numbers; where one is repeated, the last counts."""
+    return {field: value for field, value in read_fields(message) if isinstance(value, int)}
+
+
+def read_nested(message: bytes, field: int) -> list[bytes]:
+    """Return the nested messages of one field."""
+    return [value for number, value in read_fields(message) if number == field and isinstance(value, bytes)]
+
+
+def verify_checksum(data: bytes | np.ndarray, masked: int, what: str) -> None:
+    """Compare the CRC-32C of `data` with a stored one, which LevelDB masks: rotated by 15 bits, plus a constant."""
+    try:
+        import google_crc32c  # few runs read such files
+    except ImportError:
+        raise UsageError("checksums of TensorFlow's files need google-crc32c: pip install google-crc32c") from None
+    crc = google_crc32c.value(data)
+    if ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF != masked:
+        raise Fault(f"is damaged: {what} fails its checksum")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The index: its footer points to the index block, that to the data blocks, those hold (name, entry)
+
+MAGIC = bytes.fromhex("57fb808b247547db")
+FOOTER_SIZE = 48  # bytes: places of two blocks, padding, MAGIC
+MAX_INDEX_SIZE = 1 << 20  # bytes; published ones have some ten thousand
+MAX_NAME_SIZE = 1 << 10  # bytes; names share their beginnings, so a short file could spell out very long ones
+MAX_DIMENSIONS = 8
+DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8"}  # those of weights and counters, by their numbers in TensorFlow
+
+
+class Entry(NamedTuple):
+    """Where a tensor is, and what it is: `size` bytes from `offset` of a shard."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    size: int
+    checksum: int
+
+
+def read_block(table: bytes, place: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the (key, value) pairs of the block at `place` (offset, size); a key omits what it shares with the last."""
+    offset, position = read_varint(place, 0)
+    size, _ = read_varint(place, position)
+    content = take_bytes(table, offset, size)
+    trailer = take_bytes(table, offset + size, 5)  # compression, checksum of the content and of that byte
+    verify_checksum(content + trailer[:1], int.from_bytes(trailer[1:], "little"), "a block")
+    if trailer[0] != 0:
+        raise Fault("is compressed, which TensorFlow does not do by itself: save it again without compression")
+    restarts = int.from_bytes(content[-4:], "little")  # the length of an array behind the pairs, for binary search
+    end = len(content) - 4 * (restarts + 1)
+    if end <= 0:
+        raise Fault("is damaged: an empty block")
+    pairs = content[:end]
+
+    key, position = b"", 0
+    while position < end:
+        shared, position = read_varint(pairs, position)
+        added, position = read_varint(pairs, position)
+        size, position = read_varint(pairs, position)
+        if shared > len(key) or shared + added > MAX_NAME_SIZE:
+            raise Fault("is damaged: an impossible name")
+        key = key[:shared] + take_bytes(pairs, position, added)
+        yield key, take_bytes(pairs, position + added, size)
+        position += added + size
+
+
+def read_table(table: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield all (key, value) pairs of a table, whose keys increase."""
+    footer = table[-FOOTER_SIZE:]
+    if not footer.endswith(MAGIC):
+        raise Fault("is no index of a TensorFlow checkpoint, or its end is missing")
+    position = read_varint(footer, read_varint(footer, 0)[1])[1]  # behind the place of a block of remarks
+    last = None
+    for _, place in read_block(table, footer[position:]):
+        for key, value in read_block(table, place):
+            if last is not None and key <= last:
+                raise Fault("is damaged: its names are not in order")
+            yield key, value
+            last = key
+
+
+def parse_entry(key: bytes, message: bytes) -> Entry:
+    """Return one entry (TensorFlow's BundleEntryProto) whose size agrees with its shape."""
+    name = key.decode("ascii", errors="replace")
+    if not key.isascii() or not name.isprintable():
+        raise Fault(f"is damaged: an impossible name {key[:80]!r}")
+    values = read_numbers(message)
+    if values.get(1, 0) not in DTYPES:
+        raise Fault(f"holds {name} of TensorFlow's type {values.get(1, 0)}, this reader takes {sorted(DTYPES)}")
+    if read_nested(message, 7):
+        raise Fault(f"holds {name} in slices, which this reader does not take")
+    dtype = np.dtype(DTYPES[values[1]])
+    dimensions = [dimension for shape in read_nested(message, 2) for dimension in read_nested(shape, 2)]
+    if len(dimensions) > MAX_DIMENSIONS:
+        raise Fault(f"is damaged: {name} of {len(dimensions)} dimensions")
+    shape = tuple(read_numbers(dimension).get(1, 0) for dimension in dimensions)
+    size = values.get(5, 0)
+    if size == 0 or size != math.prod(shape) * dtype.itemsize:
+        raise Fault(f"is damaged: {name} of shape {shape} in {size} bytes")
+    return Entry(name, dtype, shape, values.get(3, 0), values.get(4, 0), size, values.get(6, 0))
+
+
+def read_index(path: Path) -> tuple[list[Entry], int]:
+    """Return the entries of an index, none overlapping, in the order of their places, and the number of shards."""
+    if not path.is_file():
+        raise Fault("is missing")
+    if path.stat().st_size > MAX_INDEX_SIZE:
+        raise Fault(f"has more than {MAX_INDEX_SIZE} bytes, too many for an index")
+    items = read_table(path.read_bytes())
+    key, header = next(items)  # TensorFlow's BundleHeaderProto
+    if key:
+        raise Fault("is damaged: it has no header")
+    if read_numbers(header).get(2, 0) != 0:
+        raise Fault("was written in big-endian order, which this reader does not take")
+    entries = sorted((parse_entry(*item) for item in items), key=lambda entry: (entry.shard, entry.offset))
+    for one, other in itertools.pairwise(entries):
+        if one.shard == other.shard and one.offset + one.size > other.offset:
+            raise Fault(f"is damaged: {one.name} and {other.name} overlap")
+    return entries, read_numbers(header).get(1, 0)
+
+
+def read_shard(path: Path, entries: Iterable[Entry]) -> dict[str, np.ndarray]:
+    """Return the tensors of a shard by their names."""
+    if not path.is_file():
+        raise Fault("is missing")
+    tensors = {}
+    with path.open("rb") as file:
+        length = path.stat().st_size
+        for entry in entries:
+            if entry.offset + entry.size > length:
+                raise Fault(f"is truncated: {entry.name} reaches beyond its end")
+            file.seek(entry.offset)
+            data = np.fromfile(file, np.uint8, entry.size)
+            verify_checksum(data, entry.checksum, entry.name)
+            tensors[entry.name] = data.view(entry.dtype).reshape(entry.shape)
+    return tensors
+
+
+def read_tf_checkpoint(prefix: str | Path) -> dict[str, np.ndarray]:
+    """Return every tensor of a TF1 checkpoint by its name.
+
+    prefix: the path without `.index`. Raises UsageError that names the file and what is wrong with it: missing,
+    truncated, a bad checksum, compressed, not a checkpoint.
+    """
+    index = Path(f"{prefix}.index")
+    with name_file_at_fault(index):
+        entries, shards = read_index(index)
+    variables: dict[str, np.ndarray] = {}
+    for number, group in itertools.groupby(entries, key=lambda entry: entry.shard):
+        shard = Path(f"{prefix}.data-{number:05d}-of-{shards:05d}")
+        with name_file_at_fault(shard):
+            variables |= read_shard(shard, group)
+    return variables

@@ -1,0 +1,73 @@
+"""Convert a TensorFlow checkpoint to this project's format, with its optimizer where it has one.
+
+    python scripts/convert_checkpoint.py cachedir/cifar10_cond/model_74700 cachedir/cifar10_cond/model_74700.pt
+    python scripts/convert_checkpoint.py --swish_act cachedir/imagenet128_cond/model_2238000 model_2238000.pt
+
+Every script reads TensorFlow's files as they are; converted, a checkpoint is one file that loads faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import checkpoint
+from ebm.readers.tensorflow import read_tf_checkpoint
+from errors import UsageError
+from optimizer import ClippedAdam
+
+
+def convert_checkpoint(
+    source: str | pathlib.Path, target: pathlib.Path, *, swish_act: bool = False, label_size: int | None = None
+) -> None:
+    """Write a TF1 checkpoint in our format, with its optimizer where it has one, and print what was found.
+
+    The iteration is the number that ends the name of `source`, 0 where there is none.
+    """
+    model = checkpoint.load_tf_energy(source, swish_act=swish_act, label_size=label_size)
+    variables = read_tf_checkpoint(source)
+    number = re.search(r"[0-9]+$", str(source))
+    state = {
+        "config": dataclasses.asdict(model.config),
+        "model": model.state_dict(),
+        "iteration": int(number[0]) if number else 0,
+    }
+    if "beta2_power" in variables:
+        optimizer = ClippedAdam(model.parameters())
+        checkpoint.restore_tf_optimizer(optimizer, model, variables)
+        state["optimizer"] = optimizer.state_dict()
+    try:
+        checkpoint.save(target, state)
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror}") from None
+
+    print(model.config)
+    names = {checkpoint.to_tf_name(name): name for name in model.state_dict()}
+    for name, array in sorted(variables.items()):
+        print(f"{name:<44} {array.shape!s:<20} {names.get(name, '')}".rstrip())
+    print(f"{source} -> {target}, iteration {state['iteration']}{'' if 'optimizer' in state else ', no optimizer'}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Convert a checkpoint as the command line says; return the exit status, 2 for a mistake of the user."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="TF1 checkpoint: the path without .index")
+    parser.add_argument("target", type=pathlib.Path, help="file to write, such as model_74700.pt")
+    parser.add_argument("--swish_act", action="store_true", help="the network was trained with --swish_act")
+    parser.add_argument("--label_size", type=int, help="width of its labels, 0: unconditional; by default inferred")
+    options = parser.parse_args(arguments)
+    try:
+        convert_checkpoint(options.source, options.target, swish_act=options.swish_act, label_size=options.label_size)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
