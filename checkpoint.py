@@ -347,7 +347,7 @@ def read_adam_moments(
 
 
 def restore_tf_optimizer(optimizer: ClippedAdam, model: models.EnergyNetwork, variables: Variables) -> None:
-    """Set the optimizer of a model's parameters to where a TF1 checkpoint left it; errors as for `read_adam_moments`."""
+    """Set the optimizer of a model to where a TF1 checkpoint left it. Raises as `read_adam_moments` does."""
     moments, steps = read_adam_moments(model, variables)
     for name, parameter in model.named_parameters():
         first, second = (moment.to(parameter.device) for moment in moments[name])
