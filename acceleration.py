@@ -30,7 +30,7 @@ PRECISIONS = {
 # Of the energies whose gradients go to the weights: those would underflow in fp16, whose smallest number is 6e-8.
 LOSS_PRECISIONS = PRECISIONS | {"fp16": torch.float32}
 # What makes chains fast, by flag, and how to do without.
-REMEDIES = {"precision": "--precision=tf32", "compile": "--nocompile", "cuda_graph": "--nocuda_graph"}
+REMEDIES = {"precision": "`precision`=tf32", "compile": "`compile`=False", "cuda_graph": "`cuda_graph`=False"}
 
 
 def set_tf32(allowed: bool) -> None:
@@ -142,7 +142,7 @@ class Acceleration:
             self.compiled = False
         else:
             self.captured = False
-        self.say(f"note: {problem}; going on as with {REMEDIES[flag]}")
+        self.say(f"note: {problem}; going on as with {REMEDIES[flag].replace('`', '')}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

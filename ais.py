@@ -17,91 +17,54 @@ Figures and, for several --pdist, a plot go to --logdir/<exp>/ais/.
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from absl import flags
+import torch
+from torch import Tensor
 
 import cli
-import evaluation
+import pictures
+from ebm.settings import AisSettings
 from errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from evaluation import Trained
-    from likelihood import Target
-    from sampling import Energy
-
-FLAGS = flags.FLAGS
-
-with cli.group("Main"):
-    evaluation.define_model_flags()
-    flags.DEFINE_integer("limit", 1000, "test images to look at, drawn at random", lower_bound=1)
-
-with cli.group("Annealing"):
-    flags.DEFINE_list("pdist", ["10"], "distributions from box to model; several, such as 10,100,1000, are compared")
-    flags.DEFINE_float("alr", None, "step size of HMC; default 0.0045 colour (0.0085 at rescale 8), 0.0065 grey", 0)
-    flags.DEFINE_integer("batch_size", 16, "chains, under each class if the model is conditioned on classes", 2)
-    flags.DEFINE_float("temperature", None, "factor of the energy; default as in training", lower_bound=0)
-    flags.DEFINE_float("rescale", None, "images are in [0, rescale]; default as in training", lower_bound=1e-6)
-    flags.DEFINE_integer("gauss_dim", 500, "dimensions of --dataset=gauss, whose precision is --temperature", 1)
-
-with cli.group("Data"):
-    evaluation.define_data_flags()
-
-with cli.group("Network (the checkpoint knows all but --swish_act of a TF1 file)"):
-    evaluation.define_network_flags()
+from evaluation import TrainedModel, choose_device, find_checkpoint, load_split, note_contradictions, open_model
+from likelihood import Target, figures_of, gauss_log_z, gauss_samples, log_z
+from reports import format_table, write_json
+from sampling import Energy, beyond
+from sandbox import Sandbox
+from utils import Progress
 
 
-def distributions() -> list[int]:
-    """Return the numbers of --pdist, ascending. Raises UsageError for what is no such list."""
-    if not FLAGS.pdist or not all(word.strip().isdecimal() and int(word) for word in FLAGS.pdist):
-        raise UsageError(f"--pdist={','.join(FLAGS.pdist)} must be positive numbers, such as 10,100,1000")
-    return sorted({int(word) for word in FLAGS.pdist})
-
-
-def gauss(device: torch.device) -> Target:
-    """Return the Gaussian around the middle of the box, of --gauss_dim dimensions and precision --temperature."""
-    import torch
-
-    from likelihood import Target, gauss_log_z, gauss_samples
-
-    precision, rescale = FLAGS.temperature or 1.0, FLAGS.rescale or 1.0
+def build_gauss(settings: AisSettings, device: torch.device) -> Target:
+    """Return the Gaussian around the middle of the box, of `gauss_dim` dimensions and precision `temperature`."""
+    precision, rescale = settings.temperature or 1.0, settings.rescale or 1.0
 
     def energy(x: Tensor) -> Tensor:
         return 0.5 * precision * (x - rescale / 2).square().sum(1)
 
-    shape = FLAGS.batch_size, FLAGS.gauss_dim
-    samples = gauss_samples(shape, precision, rescale, torch.Generator(device).manual_seed(FLAGS.seed + 1))
-    known = {"log Z": gauss_log_z(FLAGS.gauss_dim, precision, rescale)}
-    alr = 0.0085 if FLAGS.alr is None else FLAGS.alr
+    shape = settings.batch_size, settings.gauss_dim
+    samples = gauss_samples(shape, precision, rescale, torch.Generator(device).manual_seed(settings.seed + 1))
+    known = {"log Z": gauss_log_z(settings.gauss_dim, precision, rescale)}
+    alr = 0.0085 if settings.alr is None else settings.alr
     return Target({"gauss": energy}, shape[1:], {"gauss": 1.0}, None, samples, rescale, alr, known)
 
 
-def trained_model(device: torch.device) -> Target:
+def build_target(settings: AisSettings, device: torch.device) -> Target:
     """Return the density of the model that the flags name, and its energies of test images.
 
     Raises UsageError for what is missing, does not fit, or has no density.
     """
-    import torch
-
-    from likelihood import Target
-    from sampling import beyond
-    from sandbox import Sandbox
-
-    trained = evaluation.open_model(evaluation.find_checkpoint(), device)
+    trained = open_model(find_checkpoint(settings), device, swish_act=settings.swish_act, ema=settings.ema)
+    note_contradictions(settings, trained)
     model, path = trained.model, trained.path
-    temperature = trained.flags.get("temperature", 1.0) if FLAGS.temperature is None else FLAGS.temperature
-    rescale = trained.flags.get("rescale", 1.0) if FLAGS.rescale is None else FLAGS.rescale
+    temperature = trained.flags.get("temperature", 1.0) if settings.temperature is None else settings.temperature
+    rescale = trained.rescale if settings.rescale is None else settings.rescale
     usual = 0.0065 if model.config.image_shape[0] == 1 else 0.0085 if rescale == 8 else 0.0045
-    images, labels, said = load_test(trained, device)
+    images, labels, said = load_test(settings, trained, device)
     print(f"model: {path}, {model.config.network}, temperature {temperature:g}; {said}")
 
-    sandbox = Sandbox(model, torch.Generator(device).manual_seed(FLAGS.seed), rescale=rescale, batch_size=100)
+    sandbox = Sandbox(model, torch.Generator(device).manual_seed(settings.seed), rescale=rescale, batch_size=100)
     values = temperature * sandbox.energies(images, labels) + beyond(rescale * images, (0.0, rescale))
     classes = labels.argmax(1).tolist() if model.config.label_size else [None] * len(images)
 
@@ -121,53 +84,50 @@ def trained_model(device: torch.device) -> Target:
         values,
         None,
         rescale,
-        usual if FLAGS.alr is None else FLAGS.alr,
+        usual if settings.alr is None else settings.alr,
         {"checkpoint": str(path), "images": said, "temperature": temperature},
     )
 
 
-def load_test(trained: Trained, device: torch.device) -> tuple[Tensor, Tensor, str]:
+def load_test(settings: AisSettings, trained: TrainedModel, device: torch.device) -> tuple[Tensor, Tensor, str]:
     """Return test images in [0, 1], label vectors (of width 0 where there are none), and in words what they are.
 
     Raises UsageError where they do not fit the model, or are not dequantised.
     """
-    import torch
-
-    dataset, label_size = evaluation.load_split("test", trained, device), trained.model.config.label_size
+    dataset, label_size = load_split("test", trained, settings, device), trained.model.config.label_size
     if dataset.name == "dsprites":
-        raise UsageError("--dataset=dsprites has black and white pixels without noise: a density says nothing of them")
+        raise UsageError("`dataset`=dsprites has black and white pixels without noise: a density says nothing of them")
     if label_size not in (0, dataset.label_size):
-        raise UsageError(f"--dataset={dataset.name} has {dataset.label_size} classes, the model takes {label_size}")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(FLAGS.seed))[: FLAGS.limit]
-    images, labels = dataset.batch(order.to(device), torch.Generator(device).manual_seed(FLAGS.seed))
+        raise UsageError(f"`dataset`={dataset.name} has {dataset.label_size} classes, the model takes {label_size}")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))[: settings.limit]
+    images, labels = dataset.batch(order.to(device), torch.Generator(device).manual_seed(settings.seed))
     if labels is None or not label_size:
         labels = images.new_zeros(len(images), 0)
     return images, labels, f"{len(images)} of {len(dataset)} test images of {dataset.name}"
 
 
-def main() -> None:
-    numbers = distributions()
-    import torch
-
-    import pictures
-    from likelihood import figures_of, log_z
-    from utils import Progress
-
-    device = evaluation.start()
-    target = gauss(device) if FLAGS.dataset == "gauss" else trained_model(device)
-    folder = pathlib.Path(FLAGS.logdir) / ("gauss" if FLAGS.dataset == "gauss" else FLAGS.exp) / "ais"
-    contents: dict[str, Any] = {"flags": cli.values(), "alr": target.alr, "rescale": target.rescale} | target.about
+def main(settings: AisSettings) -> None:
+    numbers = sorted(set(settings.pdist))
+    device = choose_device(settings.device)
+    is_gauss = settings.dataset == "gauss"
+    target = build_gauss(settings, device) if is_gauss else build_target(settings, device)
+    folder = pathlib.Path(settings.logdir) / ("gauss" if is_gauss else settings.exp) / "ais"
+    contents: dict[str, Any] = {
+        "flags": cli.to_dict(settings),
+        "alr": target.alr,
+        "rescale": target.rescale,
+    } | target.about
     if target.values is not None:
         mean, std = target.values.mean().item(), target.values.std(correction=0).item()
         contents |= {"−T·E of test images": -mean, "its std": std}
     contents |= {"bounds": {}, "by class": {}}
     progress = Progress(2 * sum(numbers) * len(target.energies), what="HMC move")
     for number in numbers:
-        generator = torch.Generator(device).manual_seed(FLAGS.seed)
+        generator = torch.Generator(device).manual_seed(settings.seed)
         brackets = {
             name: log_z(
                 energy,
-                (FLAGS.batch_size, *target.shape),
+                (settings.batch_size, *target.shape),
                 num_distributions=number,
                 step_size=target.alr,
                 bounds=(0.0, target.rescale),
@@ -184,11 +144,10 @@ def main() -> None:
             name: {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in bracket._asdict().items()}
             for name, bracket in brackets.items()
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "ais.json").write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / "ais.json", contents)
     progress.close()
     shown = {name: contents[name] for name in ("log Z", "−T·E of test images", "its std") if name in contents}
-    print(cli.table(shown | contents["bounds"]))
+    print(format_table(shown | contents["bounds"]))
     if target.samples is None:
         print("note: log Z ≤, log p ≥ and bits/dim ≤ suppose that chains reached the model: trust them only where")
         print("they stay as they are with ten times the --pdist; the other bounds hold in any case")
@@ -210,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, AisSettings, __doc__)

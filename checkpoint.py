@@ -92,11 +92,11 @@ def find(folder: pathlib.Path, resume_iter: str) -> pathlib.Path:
     Raises UsageError naming what was looked for and what there is.
     """
     if not folder.is_dir():
-        raise UsageError(f"no experiment folder {folder}; check --exp and where experiments are kept")
+        raise UsageError(f"no experiment folder {folder}; check `exp` and where experiments are kept")
     there = iterations(folder)
     if resume_iter == "latest":
         if not there:
-            raise UsageError(f"no checkpoint in {folder}; train one first, or check --exp")
+            raise UsageError(f"no checkpoint in {folder}; train one first, or check `exp`")
         resume_iter = str(there[-1])
     prefix = folder / f"model_{resume_iter}"
     if prefix.with_name(f"{prefix.name}.pt").exists():
@@ -104,7 +104,7 @@ def find(folder: pathlib.Path, resume_iter: str) -> pathlib.Path:
     if prefix.with_name(f"{prefix.name}.index").exists():
         return prefix
     has = f"it has {', '.join(map(str, there[-8:]))}" if there else "it has none"
-    raise UsageError(f"no checkpoint model_{resume_iter} in {folder} ({has}); choose one with --resume_iter")
+    raise UsageError(f"no checkpoint model_{resume_iter} in {folder} ({has}); choose one with `resume_iter`")
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def check_config(stored: models.ModelConfig, wanted: models.ModelConfig, path: p
     mine, theirs = dataclasses.asdict(wanted), dataclasses.asdict(stored)
     differ = [f"{name} is {theirs[name]} there and {mine[name]} here" for name in mine if mine[name] != theirs[name]]
     if differ:
-        raise UsageError(f"{path} is of another network: {'; '.join(differ)}; change the flags or use another --exp")
+        raise UsageError(f"{path} is of another network: {'; '.join(differ)}; change the flags or use another `exp`")
 
 
 def load_energy(
@@ -149,19 +149,19 @@ def load_energy(
 ) -> models.EnergyNetwork:
     """Return the network of `cachedir/<exp>/model_<iter>` in eval mode, from our format or TensorFlow's.
 
-    swish_act: for a TF1 checkpoint, which cannot tell. ema: with the averaged weights of a run with --ema_decay. Raises
+    swish_act: for a TF1 checkpoint, which cannot tell. ema: with the averaged weights of a run with `ema_decay`. Raises
     UsageError for a missing, damaged or foreign file, and where there are no averaged weights.
     """
     prefix = pathlib.Path(prefix)
     path = prefix if prefix.suffix == ".pt" else prefix.with_name(f"{prefix.name}.pt")
     if not path.exists() and prefix.with_name(f"{prefix.name}.index").exists():
         if ema:
-            raise UsageError(f"{prefix} has no averaged weights, being a TensorFlow checkpoint; leave out --ema")
+            raise UsageError(f"{prefix} has no averaged weights, being a TensorFlow checkpoint; leave out `ema`")
         return load_tf_energy(prefix, swish_act=swish_act).to(device)
     state = load(path)
     model = models.EnergyNetwork(config_of(state, path))
     if ema and not state.get("ema"):
-        raise UsageError(f"{path} has no averaged weights; leave out --ema, or train with --ema_decay")
+        raise UsageError(f"{path} has no averaged weights; leave out `ema`, or train with `ema_decay`")
     load_state(model, state["ema" if ema else "model"], path)
     return model.eval().to(device)
 

@@ -1,7 +1,6 @@
 """The tasks of ebm_combine.py on concept models of sprites, and how right the concepts in their images are.
 
-    run = Run(options, concepts, generator, folder)
-    figures = conceptcombine(run)
+    figures = combine_concepts(Run(settings, models, labels, weights, sprites, generator, folder))
 
 A concept is a latent of dSprites that a model is conditioned on: size, shape, pos or rot. What an image shows is read
 off the nearest of all sprites, `dsprites.nearest`.
@@ -15,28 +14,25 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import composition
 import dsprites
-import models
 import pictures
 from acceleration import products_in
 from composition import Expression, Joined, Name, Weighted
+from concept_models import ConceptModel, split_name
+from dsprites import CONCEPTS
+from ebm.settings import CombineSettings
 from errors import UsageError
 from sampling import Energy, input_gradient
 from training import label_energies, noise_images
 from utils import Progress
 
-COLUMNS = {"shape": [0], "size": [1], "rot": [2], "pos": [3, 4]}  # of latents (N, 5)
-UNITS = {"size": "steps", "shape": "share wrong", "pos": "pixels", "rot": "degrees"}
-TOLERANCES = {"size": 1.0, "shape": 0.0, "pos": 2.0, "rot": 10.0}  # of what counts as right, in these units
 SAME_AFTER = (90.0, 180.0, 360.0)  # degrees by which a square, ellipse or heart turns into itself
-LABEL_SIZES = {"size": 1, "shape": 3, "pos": 2, "rot": 2}
-LABEL_RANGES = {"size": (0.5, 1.0), "shape": (0.0, 1.0), "pos": (0.0, 1.0), "rot": (-1.0, 1.0)}
 LABEL_NOISE = 0.03
 ROWS = 10  # of a picture
 TRIED = 16  # images at once whose energies under all labels are compared
@@ -44,41 +40,12 @@ TRIED = 16  # images at once whose energies under all labels are compared
 Figures = dict[str, Any]  # by name, or rows of them by name
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to run a task: each field is the flag of ebm_combine.py with the same name, explained in its --help."""
-
-    seed: int = 0
-    limit: int | None = None
-    batch_size: int = 256
-    combine: str = "alternate"
-    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    num_steps: int = 20
-    step_lr: float = 500.0
-    label_lr: float = 1.0
-    first_noise: float = 0.0
-    first_step_lr: float = 0.0
-    restarts: int = 1
-    precision: str = "float32"
-    train: bool = False
-    joint_shape: bool = False
-    joint_rot: bool = False
-    break_steps: int = 300
-    lr: float = 1e-3
-    frac: float = 0.0
-    plot_curve: bool = False
-    num_filters: int = 64
-    spec_norm: bool = True
-    swish_act: bool = True
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # How right the concepts in images are
 
 
-def errors(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Return how far latents (N, 5) of images are from their targets: for each concept (N,), in UNITS.
+def measure_errors(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Return how far latents (N, 5) of images are from their targets: for each concept (N,), in its unit.
 
     A rotation counts modulo the symmetry of the shape found: an image of a square cannot show more of it.
     """
@@ -93,41 +60,22 @@ def errors(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
     }
 
 
-def right(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def judge_latents(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Return whether each concept of latents (N, 5) is within its tolerance of the target's, (N,)."""
-    return {name: tolerable(error, name) for name, error in errors(found, targets).items()}
+    return {name: is_tolerable(error, name) for name, error in measure_errors(found, targets).items()}
 
 
-def tolerable(error: Tensor, condition: str) -> Tensor:
+def is_tolerable(error: Tensor, condition: str) -> Tensor:
     """Return whether errors (N,) of a concept, in its unit, count as right."""
-    return error <= TOLERANCES[condition] + 1e-3
+    return error <= CONCEPTS[condition].tolerance + 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Concept models, and the targets that name their labels
 
 
-class Concept(NamedTuple):
-    """A trained model with the weights of its chains; condition: the latent of sprites its labels tell, or None."""
-
-    model: models.EnergyNetwork
-    weights: models.Weights
-    condition: str | None = None
-
-    def energy(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the energies (N,) of images (N, C, H, W) under labels (N, label_size)."""
-        return self.model.energy(self.weights, images, labels)
-
-
-def split_name(name: str) -> tuple[str, int]:
-    """Return the concept and the target of a name in an expression: ("pos", 2) for pos2, ("pos", 1) for pos."""
-    match = re.fullmatch(r"(.*?)([1-9]\d*)?", name)
-    assert match is not None, "any text matches"
-    return match[1], int(match[2] or 1)
-
-
-def fixed_latents(name: str, condition: str, text: str) -> dict[int, float]:
-    """Return the latents, by column, that a label of --labels fixes: heart · 0.7 · 0.2,0.8 · 90 (degrees)."""
+def read_label(name: str, condition: str, text: str) -> dict[int, float]:
+    """Return the latents, by column, that a label of `labels` fixes: heart · 0.7 · 0.2,0.8 · 90 (degrees)."""
     values = text.split(",")
     if condition == "shape" and text in dsprites.SHAPES:
         return {0: dsprites.SHAPES.index(text) + 1.0}
@@ -135,14 +83,14 @@ def fixed_latents(name: str, condition: str, text: str) -> dict[int, float]:
         numbers = [float(value) for value in values]
     except ValueError:
         numbers = []
-    low, high = LABEL_RANGES[condition] if condition != "rot" else (-math.inf, math.inf)
-    inside = all(low <= number <= high for number in numbers)
-    if condition == "shape" or len(numbers) != len(COLUMNS[condition]) or not inside:
-        wanted = {"shape": " or ".join(dsprites.SHAPES), "size": "0.5 to 1", "pos": "x,y, 0 to 1", "rot": "degrees"}
-        raise UsageError(f"--labels={name}={text}: expected {wanted[condition]}")
+    concept = CONCEPTS[condition]
+    low, high = concept.label_range if condition != "rot" else (-math.inf, math.inf)
+    is_inside = all(low <= number <= high for number in numbers)
+    if condition == "shape" or len(numbers) != len(concept.columns) or not is_inside:
+        raise UsageError(f"`labels`={name}={text}: expected {concept.example}")
     if condition == "rot":
         numbers = [math.radians(numbers[0] % 360)]
-    return dict(zip(COLUMNS[condition], numbers, strict=True))
+    return dict(zip(concept.columns, numbers, strict=True))
 
 
 @dataclasses.dataclass
@@ -152,8 +100,10 @@ class Run:
     sprites: all of dSprites in the published order, drawn or read from the file. folder: takes the files.
     """
 
-    options: Options
-    concepts: Mapping[str, Concept]
+    settings: CombineSettings
+    concepts: Mapping[str, ConceptModel]
+    given_labels: Mapping[str, str]  # by name, as people write them
+    weights: Mapping[str, float]  # of energies, by name
     sprites: dsprites.Sprites
     generator: torch.Generator
     folder: Path
@@ -171,7 +121,7 @@ class Run:
     @functools.cached_property
     def draws(self) -> torch.Generator:
         """What chooses sprites: the same ones on every device."""
-        return torch.Generator().manual_seed(self.options.seed)
+        return torch.Generator().manual_seed(self.settings.seed)
 
     def choose(self, candidates: Tensor, number: int) -> Tensor:
         """Return this many of the candidates (M,), drawn evenly with repetition."""
@@ -180,16 +130,16 @@ class Run:
     def targets(self, count: int, number: int) -> Tensor:
         """Return the sprites (count, number), as indices, whose latents are the labels of names 1, 2, … of a concept.
 
-        Drawn from all sprites, but for the latents that --labels fixes, to the nearest on dSprites' grid.
+        Drawn from all sprites, but for the latents that `labels` fixes, to the nearest on dSprites' grid.
         """
         chosen = []
         for place in range(1, count + 1):
             latents = self.sprites.latents
             allowed = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
-            for name, text in self.options.labels.items():
+            for name, text in self.given_labels.items():
                 condition = self.condition(name)
                 if condition and split_name(name)[1] == place:
-                    for column, value in fixed_latents(name, condition, text).items():
+                    for column, value in read_label(name, condition, text).items():
                         distance = (latents[:, column] - value).abs()
                         allowed &= distance < distance.min() + 1e-4
             chosen.append(self.choose(allowed.nonzero()[:, 0], number))
@@ -200,13 +150,13 @@ class Run:
         if name in self.concepts:
             return self.concepts[name].condition
         base = split_name(name)[0]
-        if base not in LABEL_SIZES:
-            raise UsageError(f"--labels={name}=…: no model of this name; there are {', '.join(self.concepts)}")
+        if base not in CONCEPTS:
+            raise UsageError(f"`labels`={name}=…: no model of this name; there are {', '.join(self.concepts)}")
         return base
 
     def labels(self, name: str, targets: Tensor) -> Tensor | None:
         """Return the labels (N, label_size) of a name, given latents (count, N, 5); None: it takes no labels."""
-        concept, given = self.concepts[name], self.options.labels.get(name)
+        concept, given = self.concepts[name], self.given_labels.get(name)
         size = concept.model.config.label_size
         if concept.condition:
             return dsprites.label_vectors(targets[split_name(name)[1] - 1], concept.condition)
@@ -218,7 +168,7 @@ class Run:
         except (ValueError, IndexError):
             row = torch.empty(0)
         if len(row) != size:
-            raise UsageError(f"--labels={name}={given or '…'}: give a class below {size}, or {size} numbers by commas")
+            raise UsageError(f"`labels`={name}={given or '…'}: give a class below {size}, or {size} numbers by commas")
         return row.to(targets.device).expand(targets.shape[1], -1)
 
     def energy(self, expression: Expression, targets: Tensor) -> Energy:
@@ -232,9 +182,9 @@ class Run:
         Of each image's chains, `restarts` of them, that with the lowest energy is taken, the sum over the expressions.
         """
         images = []
-        for part in targets.split(self.options.batch_size, 1):
+        for part in targets.split(self.settings.batch_size, 1):
             energies = [self.energy(expression, part) for expression in expressions]
-            chains = torch.stack([self.chain(energies, part.shape[1], progress) for _ in range(self.options.restarts)])
+            chains = torch.stack([self.chain(energies, part.shape[1], progress) for _ in range(self.settings.restarts)])
             with torch.no_grad():
                 totals = torch.stack([torch.stack([energy(chain) for energy in energies]).sum(0) for chain in chains])
             images.append(chains[totals.argmin(0), torch.arange(part.shape[1], device=chains.device)])
@@ -244,24 +194,24 @@ class Run:
         """Return where chains from noise end that visit the energies in turn: this many images (N, C, H, W)."""
         config = next(iter(self.concepts.values())).model.config
         noise = noise_images((number, *config.image_shape), self.generator, network=config.network)
-        with products_in(self.options.precision):
+        with products_in(self.settings.precision):
             end = composition.chain(
                 energies,
                 noise,
-                num_steps=self.options.num_steps,
-                step_lr=self.options.step_lr,
-                first_noise_std=self.options.first_noise,
-                first_step_lr=self.options.first_step_lr,
+                num_steps=self.settings.num_steps,
+                step_lr=self.settings.step_lr,
+                first_noise_std=self.settings.first_noise,
+                first_step_lr=self.settings.first_step_lr,
                 generator=self.generator,
                 progress=progress,
             )
-        return finite(end)
+        return check_finite(end)
 
 
-def finite(x: Tensor) -> Tensor:
+def check_finite(x: Tensor) -> Tensor:
     """Return what a chain gave; raise UsageError where it is not finite."""
     if not x.isfinite().all():
-        raise UsageError("the chain diverged, its values are not finite; lower --step_lr")
+        raise UsageError("the chain diverged, its values are not finite; lower `step_lr`")
     return x
 
 
@@ -269,8 +219,8 @@ def finite(x: Tensor) -> Tensor:
 # Combination
 
 
-def plans_of(combine: str, names: list[str], weights: Mapping[str, float]) -> dict[str, list[Expression]]:
-    """Return by title what chains follow: energies that they visit in turn. What --combine asks for comes first.
+def build_plans(combine: str, names: list[str], weights: Mapping[str, float]) -> dict[str, list[Expression]]:
+    """Return by title what chains follow: energies that they visit in turn. What `combine` asks for comes first.
 
     For alternate and sum the first two concepts follow, the first three and so on, and each concept alone; weights, by
     name, multiply their energies.
@@ -287,32 +237,32 @@ def plans_of(combine: str, names: list[str], weights: Mapping[str, float]) -> di
     return {title: [Joined("&", tuple(plan))] for title, plan in alternating.items()}
 
 
-def conceptcombine(run: Run) -> Figures:
+def combine_concepts(run: Run) -> Figures:
     """Sample from noise under several concepts at once; each concept alone and the first ones together beside them."""
-    plans = plans_of(run.options.combine, list(run.concepts), run.options.weights)
-    number = run.options.limit or run.options.batch_size
+    plans = build_plans(run.settings.combine, list(run.concepts), run.weights)
+    number = run.settings.limit or run.settings.batch_size
     index = run.targets(max(split_name(name)[1] for name in run.concepts), number)
     targets = run.sprites.latents[index]  # (count, N, 5)
 
-    parts = -(-number // run.options.batch_size)
-    rounds = run.options.num_steps * run.options.restarts * parts * len(plans)
+    parts = -(-number // run.settings.batch_size)
+    rounds = run.settings.num_steps * run.settings.restarts * parts * len(plans)
     progress = Progress(rounds, what="rounds of the chains")
     samples = {title: run.generate(plan, targets, progress) for title, plan in plans.items()}
     generated = next(iter(samples.values()))
     aims = [run.images(aim[:ROWS]) for aim in index]
     sprites = any(concept.condition for concept in run.concepts.values())
     columns = {"target" if k == 0 else f"target {k + 1}": aim for k, aim in enumerate(aims) if sprites}
-    pictures.save_panel({"generated": generated[:ROWS]} | columns, run.path(picture_name(run)), scale=2)
+    pictures.save_panel({"generated": generated[:ROWS]} | columns, run.path(name_picture(run)), scale=2)
     if not sprites:
         return {"images": number}
     return accuracies(run, samples, plans, targets, run.images(index[0]))
 
 
-def picture_name(run: Run) -> str:
+def name_picture(run: Run) -> str:
     """Return the name of the picture: the reference's for its concepts, else after the expression."""
-    if run.options.combine in ("alternate", "sum"):
+    if run.settings.combine in ("alternate", "sum"):
         return "_".join(["im", *("condscale" if name == "size" else f"cond{name}" for name in run.concepts)]) + ".png"
-    return f"im_{re.sub(r'[^A-Za-z0-9_]+', '_', run.options.combine).strip('_')}.png"
+    return f"im_{re.sub(r'[^A-Za-z0-9_]+', '_', run.settings.combine).strip('_')}.png"
 
 
 def accuracies(
@@ -335,7 +285,7 @@ def accuracies(
     aims = {name: targets[split_name(name)[1] - 1] for name in known}
 
     def truths(latents: Tensor) -> dict[str, Tensor]:
-        return {name: right(latents, aims[name])[condition] for name, condition in known.items()}
+        return {name: judge_latents(latents, aims[name])[condition] for name, condition in known.items()}
 
     def fulfil(plan: Sequence[Expression], latents: Tensor) -> Tensor | None:
         """Return which images fulfil the expressions, (N,); None where a name says nothing about sprites."""
@@ -345,18 +295,18 @@ def accuracies(
 
     def jointly(plan: Sequence[Expression], latents: Tensor) -> float | None:
         fulfilled = fulfil(plan, latents)
-        return None if fulfilled is None else share(fulfilled)
+        return None if fulfilled is None else compute_share(fulfilled)
 
     plan = next(iter(plans.values()))
     by_chance = found[0].roll(1, 0)  # what other images show: how often a target is met unseen
     figures: Figures = {}
     for name, condition in known.items():
-        error = errors(found[0], aims[name])[condition]
-        figures[f"{name} / {UNITS[condition]}"] = {
+        error = measure_errors(found[0], aims[name])[condition]
+        figures[f"{name} / {CONCEPTS[condition].unit}"] = {
             "mean error": error.mean().item(),
             "median": error.median().item(),
-            "right": share(truths(found[0])[name]),
-            "by chance": share(truths(by_chance)[name]),
+            "right": compute_share(truths(found[0])[name]),
+            "by chance": compute_share(truths(by_chance)[name]),
         }
     figures["jointly"] = {
         "mean error": None,
@@ -366,28 +316,28 @@ def accuracies(
     }
     for place, (title, plan) in enumerate(plans.items()):
         taken = {name for expression in plan for name in expression.names}
-        row = {name: share(truth) if name in taken else None for name, truth in truths(found[place]).items()}
+        row = {name: compute_share(truth) if name in taken else None for name, truth in truths(found[place]).items()}
         figures[f"right, {title}"] = row | {"jointly": jointly(plan, found[place]), "off sprites": off[place]}
     if len(targets) == 1:
-        row = {name: share(truth) for name, truth in truths(found[-1]).items()}
+        row = {name: compute_share(truth) for name, truth in truths(found[-1]).items()}
         plan = next(iter(plans.values()))
         figures["right, real sprites"] = row | {"jointly": jointly(plan, found[-1]), "off sprites": off[-1]}
         if (fulfilled := fulfil(plan, found[0])) is not None:
-            figures["jointly, by the target's shape"] = by_shape(fulfilled, targets[0])
+            figures["jointly, by the target's shape"] = split_by_shape(fulfilled, targets[0])
     if len(plans) > 1:
         plot_joint(run, figures)
     return figures
 
 
-def share(truths: Tensor) -> float:
+def compute_share(truths: Tensor) -> float:
     """Return the share of true values."""
     return truths.double().mean().item()
 
 
-def by_shape(truths: Tensor, latents: Tensor) -> dict[str, float | None]:
+def split_by_shape(truths: Tensor, latents: Tensor) -> dict[str, float | None]:
     """Return the share of true values (N,) among the latents (N, 5) of each shape, None where there are none."""
     parts = {name: truths[latents[:, 0] == k] for k, name in enumerate(dsprites.SHAPES, 1)}
-    return {name: share(part) if len(part) else None for name, part in parts.items()}
+    return {name: compute_share(part) if len(part) else None for name, part in parts.items()}
 
 
 def plot_joint(run: Run, figures: Figures) -> None:
@@ -406,15 +356,15 @@ def plot_joint(run: Run, figures: Figures) -> None:
 # Labels of images
 
 
-def labeldiscover(run: Run) -> Figures:
+def discover_labels(run: Run) -> Figures:
     """Infer labels of real images: noise and gradient steps on the label, from anywhere in its range.
 
     Beside that the labels of lowest energy, of all that sprites have, but for positions, which are too many to try.
     """
-    number = run.options.limit or 30 * run.options.batch_size
+    number = run.settings.limit or 30 * run.settings.batch_size
     index = run.targets(1, number)[0]
     latents = run.sprites.latents[index]
-    steps = run.options.num_steps
+    steps = run.settings.num_steps
     searches = sum(concept.condition != "pos" for concept in run.concepts.values())
     progress = Progress((len(run.concepts) + searches) * number, what="labels")
     figures, judged, panels = {}, {}, {}
@@ -422,9 +372,9 @@ def labeldiscover(run: Run) -> Figures:
         condition = concept.condition
         assert condition, "main takes concepts only"
         true = dsprites.label_vectors(latents, condition)
-        low, high = LABEL_RANGES[condition]
+        low, high = CONCEPTS[condition].label_range
         stages = []  # per part the labels before and after every step, (steps + 1, n, label_size)
-        for part in index.split(run.options.batch_size):
+        for part in index.split(run.settings.batch_size):
             energy = functools.partial(concept.energy, run.images(part))
             uniform = torch.rand((len(part), true.shape[1]), generator=run.generator, device=true.device)
             label = low + (high - low) * uniform
@@ -432,33 +382,35 @@ def labeldiscover(run: Run) -> Figures:
             for _ in range(steps):
                 label = label + LABEL_NOISE * torch.randn(label.shape, generator=run.generator, device=label.device)
                 gradient = input_gradient(energy, label)
-                label = finite((label - run.options.label_lr * gradient).clamp(low, high))
+                label = check_finite((label - run.settings.label_lr * gradient).clamp(low, high))
                 stages[-1].append(label)
             progress.update(progress.done + len(label))
         labels = [torch.cat(stage) for stage in zip(*stages, strict=True)]
-        trace = [label_errors(label, latents, condition) for label in labels]
-        figures[f"{name} / {UNITS[condition]}"] = {
+        trace = [measure_label_errors(label, latents, condition) for label in labels]
+        figures[f"{name} / {CONCEPTS[condition].unit}"] = {
             "mean error": trace[-1].mean().item(),
             "at the start": trace[0].mean().item(),
-            "right": share(tolerable(trace[-1], condition)),
+            "right": compute_share(is_tolerable(trace[-1], condition)),
             "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
         }
         if condition != "pos":
-            lowest = lowest_labels(run, concept, index, progress)
-            truths = tolerable(label_errors(lowest, latents, condition), condition)
-            judged[f"{name}, lowest energy"] = {"right": share(truths), **by_shape(truths, latents)}
-        panels[f"{name} / {UNITS[condition]}"] = {name: (range(steps + 1), [error.mean().item() for error in trace])}
+            lowest = find_lowest_labels(run, concept, index, progress)
+            truths = is_tolerable(measure_label_errors(lowest, latents, condition), condition)
+            judged[f"{name}, lowest energy"] = {"right": compute_share(truths), **split_by_shape(truths, latents)}
+        panels[f"{name} / {CONCEPTS[condition].unit}"] = {
+            name: (range(steps + 1), [error.mean().item() for error in trace])
+        }
     pictures.plot_lines(panels, run.path("errors.png"), xlabel="steps on the label")
     return figures | judged
 
 
-def lowest_labels(run: Run, concept: Concept, index: Tensor, progress: Progress) -> Tensor:
+def find_lowest_labels(run: Run, concept: ConceptModel, index: Tensor, progress: Progress) -> Tensor:
     """Return the labels (N, label_size) under which sprites (N,) have the lowest energy, of all that sprites have.
 
     concept: conditioned on one latent, that is not on positions. progress: counts sprites.
     """
     assert concept.condition, "main takes concepts only"
-    column = COLUMNS[concept.condition][0]
+    column = CONCEPTS[concept.condition].columns[0]
     values = torch.tensor(list(dsprites.LATENTS.values())[column], device=index.device)
     latents = values.new_ones(len(values), len(dsprites.LATENTS))
     latents[:, column] = values
@@ -471,12 +423,12 @@ def lowest_labels(run: Run, concept: Concept, index: Tensor, progress: Progress)
     return labels[torch.cat(lowest)]
 
 
-def label_errors(labels: Tensor, latents: Tensor, condition: str) -> Tensor:
-    """Return how far labels (N, label_size) are from those of latents (N, 5), (N,), as `errors` counts."""
+def measure_label_errors(labels: Tensor, latents: Tensor, condition: str) -> Tensor:
+    """Return how far labels (N, label_size) are from those of latents (N, 5), (N,), as `measure_errors` counts."""
     found = latents.clone()
     if condition == "shape":
         labels = labels.argmax(1, keepdim=True) + 1.0
     elif condition == "rot":
         labels = torch.atan2(labels[:, 1:], labels[:, :1])
-    found[:, COLUMNS[condition]] = labels
-    return errors(found, latents)[condition]
+    found[:, list(CONCEPTS[condition].columns)] = labels
+    return measure_errors(found, latents)[condition]

@@ -124,7 +124,7 @@ class Parser:
     def fail(self, expected: str) -> NoReturn:
         match = self.matches[self.place]
         caret = " " * match.start(match.lastgroup or 0) + "^"
-        raise UsageError(f"--combine: expected {expected}, not {self.token or 'the end'}\n  {self.text}\n  {caret}")
+        raise UsageError(f"`combine`: expected {expected}, not {self.token or 'the end'}\n  {self.text}\n  {caret}")
 
     def whole(self) -> Expression:
         expression = self.mixture()

@@ -1,21 +1,22 @@
 """Data sets by name, batches of them on the device, and what can be done to a batch.
 
     dataset = data.load_dataset("cifar10", device="cuda")
-    batches = data.Batches(len(dataset), batch_size=128, seed=0, device="cuda")
+    batches = data.Batches(len(dataset), batch_size=128, seed=0, device=dataset.index_device)
     images, labels = dataset.batch(batches.next(), generator)  # (128, 3, 32, 32) in [0, 1], one-hot (128, 10)
 
 A data set lies in memory as bytes, on the device that trains: a batch is an index, a cast and a little noise there, and
-no other process takes part. Only sprites are drawn, or unpacked from bits, batch by batch.
+no other process takes part. Sprites are drawn, or unpacked from bits, batch by batch; images of 128x128 pixels are
+decoded by processes that work ahead.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.util
+import functools
 import pathlib
-import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,32 +25,65 @@ from torch.nn import functional as F
 import dsprites
 import imagenet
 import readers
+from ebm.readers.downloads import import_torchvision
 from errors import UsageError
-from imagenet import StreamedImages
 from utils import dequantise
 
-NAMES = (
-    "digits",
-    "mnist",
-    "fashion_mnist",
-    "cifar10",
-    "svhn",
-    "cifar100",
-    "textures",
-    "folder",
-    "dsprites",
-    "imagenet",
-    "imagenetfull",
-)
+
+class Dataset(Protocol):
+    """Images with their labels, wherever they lie."""
+
+    @property
+    def name(self) -> str:
+        """The name in DATASETS, or that of a folder."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The class of each image (N,) int64, or a vector for each (N, label_size) float.
+
+        None where images have none, or have them on the disk only.
+        """
+
+    @property
+    def label_size(self) -> int:
+        """Width of the label vectors of a batch, 0 where there are none."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, none where labels are no classes."""
+
+    @property
+    def noise(self) -> str:
+        """How a batch gets its values in [0, 1] from bytes, see `StoredImages`."""
+
+    @property
+    def index_device(self) -> torch.device:
+        """Where an index of images should lie."""
+
+    def __len__(self) -> int: ...
+
+    def raw(self, index: Tensor) -> Tensor:
+        """Return the images (n, C, H, W) of an index (n,) int64 as they are stored, uint8."""
+
+    def batch(
+        self, index: Tensor, generator: torch.Generator | None, rescale: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the images (n, C, H, W) in [0, rescale] and label vectors (n, label_size) of an index (n,) int64."""
+
+    def prefetch(self, index: Tensor) -> None:
+        """Begin to read the images of an index that a later `batch` will ask for, where they are on the disk."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Images with their labels.
+class StoredImages:
+    """A data set in memory.
 
-    images: uint8 (N, C, H, W), or sprites that are drawn when indexed. labels: the class of each image (N,) int64, or a
-    vector for each (N, label_size) float, or None. noise: how a batch gets its values in [0, 1] from bytes, by "steps",
-    (byte + U(0, 1))/256, "centred", byte/255 + U(−1/512, 1/512), or with "none", byte/255.
+    images: uint8 (N, C, H, W), or sprites that are drawn when indexed. noise: how a batch gets its values in [0, 1]
+    from bytes, by "steps", (byte + U(0, 1))/256, "centred", byte/255 + U(−1/512, 1/512), or with "none", byte/255.
     """
 
     name: str
@@ -63,24 +97,28 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
         _, channels, height, width = self.images.shape
         return channels, height, width
 
     @property
     def label_size(self) -> int:
-        """Width of the label vectors of a batch, 0 where there are none."""
         if self.labels is None:
             return 0
         return self.labels.shape[1] if self.labels.ndim == 2 else len(self.class_names)
 
+    @property
+    def index_device(self) -> torch.device:
+        return self.images.device
+
     def prefetch(self, index: Tensor) -> None:
-        """Do nothing, where StreamedImages begins to read an index's images: they are in memory."""
+        """Do nothing: the images are in memory."""
+
+    def raw(self, index: Tensor) -> Tensor:
+        return self.images[index.to(self.index_device)]
 
     def batch(
         self, index: Tensor, generator: torch.Generator | None, rescale: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the images (n, C, H, W) in [0, rescale] and label vectors (n, label_size) of an index (n,) int64."""
         stored = self.images[index]
         if self.noise == "steps":
             images = dequantise(stored, generator, rescale)
@@ -93,6 +131,39 @@ class Dataset:
             return images, None
         labels = self.labels[index]
         return images, labels if labels.ndim == 2 else F.one_hot(labels, self.label_size).float()
+
+
+# ---- data sets by name ----
+
+
+class Request(NamedTuple):
+    """What is asked of a data set, see `load_dataset`."""
+
+    name: str
+    split: str
+    root: pathlib.Path
+    device: torch.device
+    path: pathlib.Path | None
+    image_size: int | None
+    channels: int | None
+    condition: str | None
+    subset: str | None
+    workers: int
+    download: bool
+
+    def need_path(self) -> pathlib.Path:
+        """Return the path of a data set that cannot do without; raise UsageError where it was not given."""
+        if self.path is None:
+            setting = DATASETS[self.name].path_setting
+            raise UsageError(f"`dataset`={self.name} needs `{setting}`, the folder where it lies")
+        return self.path
+
+
+class Source(NamedTuple):
+    """Where a data set comes from."""
+
+    load: Callable[[Request], Dataset]
+    path_setting: str | None = None  # the setting that says where it lies, where that is not `datadir`
 
 
 def load_dataset(
@@ -108,8 +179,8 @@ def load_dataset(
     subset: str | None = None,
     workers: int = 4,
     download: bool = True,
-) -> Dataset | StreamedImages:
-    """Load one of NAMES, its "train" or "test" split, onto the device.
+) -> Dataset:
+    """Load one of DATASETS, its "train" or "test" split, onto the device.
 
     digits: scikit-learn's 1,797 digits, a tenth of each class for the test. mnist, fashion_mnist, cifar10, cifar100,
     svhn, textures: torchvision's files below `root`, downloaded where there are none. folder: the images below `path`,
@@ -121,140 +192,132 @@ def load_dataset(
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, must be 'train' or 'test'")
-    if name not in NAMES:
-        raise UsageError(f"--dataset={name} is unknown; use one of {', '.join(NAMES)}")
+    if name not in DATASETS:
+        raise UsageError(f"`dataset`={name} is unknown; use one of {', '.join(DATASETS)}")
     if name != "dsprites" and (condition or subset):
-        raise UsageError(f"--cond_*, --d*_only and --dsprites_restrict are for --dataset=dsprites, not {name}")
+        raise UsageError(f"a condition or a subset of sprites is for `dataset`=dsprites, not {name}")
     if name != "folder" and (image_size or channels):
-        raise UsageError(f"--image_size and --channels are for --dataset=folder; {name} has its own")
-    if name == "dsprites":
-        return load_sprites(path, torch.device(device), condition, subset)
-    if name == "folder":
-        images, labels, class_names = readers.read_folder(
-            given(path, name, "--data_path"), split=split, image_size=image_size, channels=channels, workers=workers
-        )
-    elif name == "imagenetfull":
-        return imagenet.open_imagenet(given(path, name, "--imagenet_datadir"), split, device=device, workers=workers)
-    elif name == "imagenet":
-        images, labels, class_names = imagenet.read_imagenet32(given(path, name, "--imagenet_path"), split)
-    elif name == "digits":
-        images, labels, class_names = readers.read_digits(split)
-    else:
-        images, labels, class_names = read_or_download(name, pathlib.Path(root), split, download, workers)
-    if labels is not None:
-        labels = labels.to(device)
-    noise = "centred" if name in ("imagenet", "svhn", "cifar100", "textures") else "steps"  # as in the reference
-    return Dataset(name, images.to(device), labels, class_names, noise)
+        raise UsageError(f"`image_size` and `channels` are for `dataset`=folder; {name} has its own")
+    place = None if path is None else pathlib.Path(path)
+    where = pathlib.Path(root), torch.device(device)
+    return DATASETS[name].load(
+        Request(name, split, *where, place, image_size, channels, condition, subset, workers, download)
+    )
 
 
-def given(path: str | pathlib.Path | None, name: str, flag: str) -> pathlib.Path:
-    """Return a path that a data set cannot do without."""
-    if path is None:
-        raise UsageError(f"--dataset={name} needs {flag}, the folder where it lies")
-    return pathlib.Path(path)
+def store(request: Request, contents: readers.Contents, noise: str = "steps") -> Dataset:
+    """Return what was read as a data set on the device."""
+    images, labels, class_names = contents
+    labels = None if labels is None else labels.to(request.device)
+    return StoredImages(request.name, images.to(request.device), labels, class_names, noise)
 
 
-def load_sprites(
-    path: str | pathlib.Path | None, device: torch.device, condition: str | None, subset: str | None
-) -> Dataset:
-    """Return dSprites, drawn or from the published file; labels are the subset's own, else the shape."""
-    bits = None
-    if path is None:
+def load_digits(request: Request) -> Dataset:
+    """Load scikit-learn's digits."""
+    return store(request, readers.read_digits(request.split))
+
+
+def load_folder(request: Request) -> Dataset:
+    """Load a folder of images."""
+    folder = request.need_path()
+    contents = readers.read_folder(
+        folder,
+        split=request.split,
+        image_size=request.image_size,
+        channels=request.channels,
+        workers=request.workers,
+    )
+    return store(request, contents)
+
+
+def load_imagenet32(request: Request) -> Dataset:
+    """Load ImageNet at 32x32 pixels."""
+    return store(request, imagenet.read_imagenet32(request.need_path(), request.split), "centred")  # as the reference
+
+
+def open_imagenet(request: Request) -> Dataset:
+    """Open ImageNet at 128x128 pixels, which is read batch by batch."""
+    return imagenet.open_imagenet(request.need_path(), request.split, device=request.device, workers=request.workers)
+
+
+def load_sprites(request: Request) -> Dataset:
+    """Load dSprites, drawn or from the published file; labels are the subset's own, else the shape."""
+    condition, subset, bits = request.condition, request.subset, None
+    if request.path is None:
         latents = dsprites.latents_of(torch.arange(dsprites.SIZE))
         latents = latents[dsprites.in_subset(latents, subset)]
     else:
-        latents, bits = dsprites.read_published(path, lambda latents: dsprites.in_subset(latents, subset))
+        latents, bits = dsprites.read_published(request.path, lambda latents: dsprites.in_subset(latents, subset))
         if not len(latents):
-            raise UsageError(f"--dsprites_path={path} holds no sprite of the chosen subset")
+            raise UsageError(f"`dsprites_path`={request.path} holds no sprite of the chosen subset")
     repeats = -(-10_000 // len(latents))  # few sprites are repeated, as in the reference, to fill a batch
-    latents = latents.repeat(repeats, 1).to(device)
-    bits = None if bits is None else bits.repeat(repeats, 1).to(device)
+    latents = latents.repeat(repeats, 1).to(request.device)
+    bits = None if bits is None else bits.repeat(repeats, 1).to(request.device)
     sprites = dsprites.Sprites(latents, bits)
     condition = condition or (subset if subset in ("pos", "size", "rot") else "shape")
     if condition == "shape":
-        return Dataset("dsprites", sprites, latents[:, 0].long() - 1, dsprites.SHAPES, noise="none")
+        return StoredImages("dsprites", sprites, latents[:, 0].long() - 1, dsprites.SHAPES, noise="none")
     labels = dsprites.label_vectors(latents, condition)
     if subset == condition == "pos":
         labels = labels + 0.5  # as the reference labels this subset
-    return Dataset("dsprites", sprites, labels, noise="none")
+    return StoredImages("dsprites", sprites, labels, noise="none")
 
 
-# ---- data sets that torchvision knows how to download ----
+# torchvision.datasets, where to put the files, split
+Download = Callable[[ModuleType, pathlib.Path, str], object]
 
 
-def read_or_download(name: str, root: pathlib.Path, split: str, download: bool, workers: int) -> readers.Contents:
-    """Read a data set that torchvision knows, after a download where its files are missing and that is allowed."""
+def load_torchvision(
+    request: Request,
+    *,
+    read: Callable[[pathlib.Path, str, int], readers.Contents],
+    download: Download,
+    noise: str = "steps",
+) -> Dataset:
+    """Load one of torchvision's data sets, after a download where its files are missing and that is allowed."""
+    where = request.root, request.split, request.workers
     try:
-        return read_stored(name, root, split, workers)
+        return store(request, read(*where), noise)
     except FileNotFoundError as error:
-        missing = f"--dataset={name}: {error.filename} is missing"
-    remedy = "put the files there, or set --datadir to where they are"
-    if not download:
+        missing = f"`dataset`={request.name}: {error.filename} is missing"
+    remedy = "put the files there, or set `datadir` to where they are"
+    if not request.download:
         raise UsageError(f"{missing}; {remedy}")
     try:
-        download_with_torchvision(name, root, split)
+        download(import_torchvision().datasets, request.root, request.split)
     except Exception as error:  # no network, a broken download, no torchvision
         reason = " ".join(str(error).split())
         raise UsageError(f"{missing} and cannot be downloaded ({reason}); {remedy}") from error
-    return read_stored(name, root, split, workers)
+    return store(request, read(*where), noise)
 
 
-def read_stored(name: str, root: pathlib.Path, split: str, workers: int) -> readers.Contents:
-    """Read the files of one of torchvision's data sets, in the layout it gives them below `root`."""
-    if name == "mnist":
-        return *readers.read_idx_pair(root / "MNIST/raw", split), readers.DIGITS
-    if name == "fashion_mnist":
-        return *readers.read_idx_pair(root / "FashionMNIST/raw", split), readers.CLOTHES
-    if name == "cifar10":
-        files = [f"data_batch_{k}" for k in range(1, 6)] if split == "train" else ["test_batch"]
-        return readers.read_cifar(root / "cifar-10-batches-py", files, "batches.meta", "labels", "label_names")
-    if name == "cifar100":
-        return readers.read_cifar(root / "cifar-100-python", [split], "meta", "fine_labels", "fine_label_names")
-    if name == "svhn":
-        return readers.read_svhn(root / f"{split}_32x32.mat")
-    return readers.read_textures(root / "dtd/dtd/images", workers)
+def from_torchvision(
+    read: Callable[[pathlib.Path, str, int], readers.Contents], download: Download, noise: str = "steps"
+) -> Source:
+    """Return the source of one of torchvision's data sets."""
+    return Source(functools.partial(load_torchvision, read=read, download=download, noise=noise))
 
 
-def download_with_torchvision(name: str, root: pathlib.Path, split: str) -> None:
-    """Let torchvision download a data set and unpack it below `root`."""
-    datasets = import_torchvision().datasets
-    {
-        "mnist": lambda: datasets.MNIST(root, download=True),
-        "fashion_mnist": lambda: datasets.FashionMNIST(root, download=True),
-        "cifar10": lambda: datasets.CIFAR10(root, download=True),
-        "cifar100": lambda: datasets.CIFAR100(root, download=True),
-        "svhn": lambda: datasets.SVHN(root, split=split, download=True),
-        "textures": lambda: datasets.DTD(root, download=True),
-    }[name]()
-
-
-def import_torchvision() -> ModuleType:
-    """Import torchvision, also where its compiled operators do not load, as beside a torch of another build.
-
-    Its Python parts then only need these operators to be declared, before the import.
-    """
-    found = importlib.util.find_spec("torchvision")
-    if found is not None and found.origin and "torchvision" not in sys.modules:
-        with contextlib.suppress(OSError):
-            for library in pathlib.Path(found.origin).parent.glob("_C.*"):
-                torch.ops.load_library(library)
-        if not hasattr(torch.ops.torchvision, "nms"):
-            declare_operators()
-    return importlib.import_module("torchvision")
-
-
-_declared: list[torch.library.Library] = []  # a declaration lasts as long as its library object
-
-
-def declare_operators() -> None:
-    """Declare the compiled operators of torchvision, with nothing to run behind them."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms", "qroi_align"):
-        library.define(f"{name}() -> ()")
-    for name in ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"):
-        library.define(f"{name}() -> ()")
-        library.define(f"_{name}_backward() -> ()")
-    _declared.append(library)
+# The one list of data sets. Noise is "centred" where the reference has it so.
+DATASETS = {
+    "digits": Source(load_digits),
+    "mnist": from_torchvision(readers.read_mnist, lambda sets, root, _: sets.MNIST(root, download=True)),
+    "fashion_mnist": from_torchvision(
+        readers.read_fashion_mnist, lambda sets, root, _: sets.FashionMNIST(root, download=True)
+    ),
+    "cifar10": from_torchvision(readers.read_cifar10, lambda sets, root, _: sets.CIFAR10(root, download=True)),
+    "imagenet": Source(load_imagenet32, "imagenet_path"),
+    "imagenetfull": Source(open_imagenet, "imagenet_datadir"),
+    "dsprites": Source(load_sprites, "dsprites_path"),
+    "folder": Source(load_folder, "data_path"),
+    "svhn": from_torchvision(
+        readers.read_svhn, lambda sets, root, split: sets.SVHN(root, split=split, download=True), "centred"
+    ),
+    "cifar100": from_torchvision(
+        readers.read_cifar100, lambda sets, root, _: sets.CIFAR100(root, download=True), "centred"
+    ),
+    "textures": from_torchvision(readers.read_textures, lambda sets, root, _: sets.DTD(root, download=True), "centred"),
+}
 
 
 # ---- batches, and changes to them on the device ----
@@ -278,7 +341,7 @@ class Batches:
     ):
         if batch_size * world > size:
             several = f" on {world} workers" if world > 1 else ""
-            raise UsageError(f"--batch_size={batch_size}{several} is more than the {size} images of the data set")
+            raise UsageError(f"`batch_size`={batch_size}{several} is more than the {size} images of the data set")
         self.size, self.batch_size, self.rank, self.world, self.device = size, batch_size, rank, world, device
         self.load_state_dict({"seed": seed, "epoch": 0, "position": 0})
 
@@ -333,7 +396,7 @@ def cutout(
     """
     n, _, height, width = images.shape
     if size > min(height, width):
-        raise UsageError(f"--cutout_mask_size={size} is larger than the images of {height}x{width}")
+        raise UsageError(f"`cutout_mask_size`={size} is larger than the images of {height}x{width}")
     lowest = 0 if inside else -(size // 2)
 
     def covered(side: int) -> Tensor:

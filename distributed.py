@@ -82,22 +82,22 @@ def choose_engine(backend: str, launch: Launch, horovod_problem: Callable[[], st
     Raises UsageError for a backend that cannot run here.
     """
     if backend not in BACKENDS:
-        raise UsageError(f"--backend={backend} is unknown; use one of {', '.join(BACKENDS)}")
+        raise UsageError(f"`backend`={backend} is unknown; use one of {', '.join(BACKENDS)}")
     launcher, size = launch.launcher, launch.size
-    asked = f"--backend={backend}"
+    asked = f"backend={backend}"
     if backend == "none":
         if size > 1:
             raise UsageError(
-                f"--backend=none with {size} workers: each would train alone and overwrite the files of the others; "
+                f"`backend`=none with {size} workers: each would train alone and overwrite the files of the others; "
                 f"start one process without {launcher}, or drop the flag"
             )
         return "none", asked
     if backend == "auto" and size == 1:
         return "none", "one worker"
     if backend == "torch" and launcher == "horovodrun":
-        raise UsageError("--backend=torch under horovodrun: start the workers with mpiexec or torchrun")
+        raise UsageError("`backend`=torch under horovodrun: start the workers with mpiexec or torchrun")
     if backend == "horovod" and launcher == "torchrun":
-        raise UsageError("--backend=horovod under torchrun: start the workers with mpiexec or horovodrun")
+        raise UsageError("`backend`=horovod under torchrun: start the workers with mpiexec or horovodrun")
     if backend == "torch":
         return "torch", asked
     if launcher == "torchrun":
@@ -106,7 +106,7 @@ def choose_engine(backend: str, launch: Launch, horovod_problem: Callable[[], st
     if not problem:
         return "horovod", asked if backend == "horovod" else f"started by {launcher}"
     if backend == "horovod" or launcher == "horovodrun":
-        raise UsageError(f"{problem}; run scripts/install_horovod.sh, or start with mpiexec and --backend=torch")
+        raise UsageError(f"{problem}; run scripts/install_horovod.sh, or start with mpiexec and `backend`=torch")
     return "torch", f"started by {launcher}, {problem}"
 
 
@@ -121,19 +121,19 @@ def choose_device(name: str, launch: Launch) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device={name} is unknown; use auto, cpu or cuda") from None
+        raise UsageError(f"`device`={name} is unknown; use auto, cpu or cuda") from None
     if device.type != "cuda":
         return device
     gpus = torch.cuda.device_count()
     if launch.local_size > gpus > 1:
         raise UsageError(
             f"{launch.local_size} worker(s) on this machine but {gpus} GPU(s): "
-            "start at most one worker per GPU, or use --device=cpu"
+            "start at most one worker per GPU, or use `device`=cpu"
         )
     if device.index is not None and launch.local_size > 1:
-        raise UsageError(f"--device={name} would put every worker on one GPU; use --device=cuda")
+        raise UsageError(f"`device`={name} would put every worker on one GPU; use `device`=cuda")
     if (device.index or 0) >= gpus:
-        raise UsageError(f"--device={name}: there are {gpus} GPU(s) here, counted from 0")
+        raise UsageError(f"`device`={name}: there are {gpus} GPU(s) here, counted from 0")
     own = launch.local_rank if gpus > 1 else 0
     return torch.device("cuda", own if device.index is None else device.index)
 
@@ -144,7 +144,7 @@ def refuse_shared_gpu(identities: Sequence[str]) -> None:
         first = identities.index(identity)
         if first != rank:
             raise UsageError(
-                f"ranks {first} and {rank} would share one GPU: start at most one worker per GPU, or use --device=cpu"
+                f"ranks {first} and {rank} would share one GPU: start at most one worker per GPU, or use `device`=cpu"
             )
 
 

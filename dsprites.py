@@ -15,7 +15,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,25 @@ LATENTS = {
     "y": tuple(k / 31 for k in range(32)),
 }
 SIZE = math.prod(map(len, LATENTS.values()))  # 737,280 sprites
+
+
+class Concept(NamedTuple):
+    """A latent of sprites that a model can be conditioned on: its labels, and when an image of it counts as right."""
+
+    columns: tuple[int, ...]  # of latents (N, 5)
+    label_size: int  # see `label_vectors`
+    label_range: tuple[float, float]
+    example: str  # how people write a label
+    unit: str  # of errors
+    tolerance: float  # of an error that still counts as right, in this unit
+
+
+CONCEPTS = {  # in the order in which the reference visits them
+    "size": Concept((1,), 1, (0.5, 1.0), "0.5 to 1", "steps", 1.0),
+    "shape": Concept((0,), 3, (0.0, 1.0), " or ".join(SHAPES), "share wrong", 0.0),
+    "pos": Concept((3, 4), 2, (0.0, 1.0), "x,y, 0 to 1", "pixels", 2.0),
+    "rot": Concept((2,), 2, (-1.0, 1.0), "degrees", "degrees", 10.0),
+}
 
 _turned, _middle = LATENTS["orientation"][15], LATENTS["x"][16]
 SUBSETS = {  # the latents that stay fixed in each of the reference's restricted sets
@@ -217,7 +236,7 @@ def read_published(
     Raises UsageError where the file is missing, damaged or another one.
     """
     if not os.path.exists(path):
-        raise UsageError(f"--dsprites_path={path}: no such file; without the flag sprites are drawn")
+        raise UsageError(f"`dsprites_path`={path}: no such file; without the flag sprites are drawn")
     try:
         with np.load(path) as file, zipfile.ZipFile(path) as archive, archive.open("imgs.npy") as stream:
             latents = torch.from_numpy(file["latents_values"][:, 1:]).float()  # the colour is always white
@@ -225,7 +244,7 @@ def read_published(
             return latents[mask], torch.from_numpy(read_bits(stream, mask.numpy()))
     except Exception as error:  # whatever goes wrong here, the file is at fault
         reason = " ".join(str(error).split())
-        raise UsageError(f"--dsprites_path={path} is damaged, or not the dSprites file: {reason}") from error
+        raise UsageError(f"`dsprites_path`={path} is damaged, or not the dSprites file: {reason}") from error
 
 
 def read_bits(stream: IO[bytes], mask: np.ndarray) -> np.ndarray:

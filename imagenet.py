@@ -58,10 +58,10 @@ def read_imagenet32(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor, t
     found = {name: find_batch(folder, name) for name in names}
     paths = [path for path in found.values() if path is not None]
     if not paths:
-        raise UsageError(f"--imagenet_path={folder} holds no {names[0]} or {names[0]}.npz; unpack the archives there")
+        raise UsageError(f"`imagenet_path`={folder} holds no {names[0]} or {names[0]}.npz; unpack the archives there")
     if len(paths) < len(names):
         missing = ", ".join(name for name, path in found.items() if path is None)
-        print(f"note: --imagenet_path={folder} lacks {missing}; the data set is what there is")
+        print(f"note: imagenet_path={folder} lacks {missing}; the data set is what there is")
     parts = [read_batch(path) for path in paths]
     classes = torch.cat([part_classes for _, part_classes in parts])
     images = torch.empty(len(classes), 3, 32, 32, dtype=torch.uint8)  # 4 GB, filled as the parts are given back
@@ -194,7 +194,7 @@ class TFRecords(Sequence[Place]):
         progress.close()
         self.places = np.concatenate(parts)  # (N, 3): file, offset, size
         if not len(self.places):
-            raise UsageError(f"--imagenet_datadir={folder}: its {prefix} files hold no records; replace them")
+            raise UsageError(f"`imagenet_datadir`={folder}: its {prefix} files hold no records; replace them")
 
     def __len__(self) -> int:
         return len(self.places)
@@ -218,7 +218,7 @@ def read_counts(folder: pathlib.Path, prefix: str) -> dict[str, int | None]:
         counts = {path.name: None for path in sorted(folder.iterdir()) if re.fullmatch(pattern, path.name)}
         where = folder
     if not counts:
-        raise UsageError(f"{where} knows no files {prefix}-NNNNN-of-NNNNN; set --imagenet_datadir to where they are")
+        raise UsageError(f"{where} knows no files {prefix}-NNNNN-of-NNNNN; set `imagenet_datadir` to where they are")
     return counts
 
 
@@ -262,7 +262,7 @@ class ClassFolders(Sequence[Place]):
         empty = [name for name, part in zip(self.class_names, parts, strict=True) if not part]
         if not parts or empty:
             place = folder / empty[0] if empty else folder
-            raise UsageError(f"--imagenet_datadir: {place} holds no images; every folder in {folder} is a class")
+            raise UsageError(f"`imagenet_datadir`: {place} holds no images; every folder in {folder} is a class")
         self.classes = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         self.names = np.array([name for part in parts for name in part])
 
@@ -369,7 +369,7 @@ class DecodeWorker:
 
 
 class StreamedImages:
-    """A data set like data.Dataset whose images are read and decoded batch by batch, by so many worker processes.
+    """A `data.Dataset` whose images are read and decoded batch by batch, by so many worker processes.
 
     workers: 0 decodes in a thread of this process. A damaged image is named in a note, and the one after it takes its
     place; after MAX_BAD of them, or where all are damaged, UsageError is raised.
@@ -377,6 +377,9 @@ class StreamedImages:
 
     name = "imagenetfull"
     image_shape = (3, SIDE, SIDE)
+    labels: Tensor | None = None  # they are on the disk
+    noise = "steps"
+    index_device = torch.device("cpu")  # an index on a GPU would wait for all work there
 
     def __init__(
         self,
@@ -404,10 +407,7 @@ class StreamedImages:
         return len(self.class_names)
 
     def prefetch(self, index: Tensor) -> None:
-        """Start to decode the images of an index (n,) that `batch` will be asked for; the oldest of many are dropped.
-
-        An index on a GPU would wait for all work there: better keep it on the CPU.
-        """
+        """Start to decode the images of an index (n,) that a `batch` will ask for; the oldest of many are dropped."""
         numbers = tuple(index.tolist())
         if numbers in self.pending:
             return
@@ -418,13 +418,23 @@ class StreamedImages:
 
     def batch(self, index: Tensor, generator: torch.Generator | None, rescale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return the images (n, 3, 128, 128) in [0, rescale] and one-hot labels (n, label_size) of an index (n,)."""
+        stored, labels = self.decode_batch(index)
+        return dequantise(stored, generator, rescale), F.one_hot(labels, self.label_size).float()
+
+    def raw(self, index: Tensor) -> Tensor:
+        """Return the images uint8 (n, 3, 128, 128) of an index (n,)."""
+        return self.decode_batch(index)[0]
+
+    def decode_batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images uint8 (n, 3, 128, 128) and classes (n,) of an index (n,), on the device."""
         self.prefetch(index)
         numbers = tuple(index.tolist())
         futures = zip(numbers, self.pending.pop(numbers), strict=True)
         good = [self.replace_bad(number, future.result()) for number, future in futures]
-        stored = self.to_device(torch.from_numpy(np.stack([image for image, _ in good])))
-        labels = self.to_device(torch.tensor([label for _, label in good]))
-        return dequantise(stored, generator, rescale), F.one_hot(labels, self.label_size).float()
+        return (
+            self.to_device(torch.from_numpy(np.stack([image for image, _ in good]))),
+            self.to_device(torch.tensor([label for _, label in good])),
+        )
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Return a tensor where batches belong; a GPU fetches it while the CPU goes on, which takes pinned memory."""
@@ -473,7 +483,7 @@ def open_imagenet(
     folders, below `train` and `val` or, without a split, right there. Raises UsageError where it holds neither.
     """
     if not folder.is_dir():
-        raise UsageError(f"--imagenet_datadir={folder}: no such folder")
+        raise UsageError(f"`imagenet_datadir`={folder}: no such folder")
     if (folder / "index.json").exists() or next(folder.glob("*-of-*"), None):
         records = TFRecords(folder, "train" if split == "train" else "validation")
         return StreamedImages(records, NUMBERS, device=device, workers=workers)
@@ -483,6 +493,6 @@ def open_imagenet(
     else:
         where = folder if split == "train" else None
     if where is None:
-        raise UsageError(f"--imagenet_datadir={folder} has no validation images; put class folders below {folder}/val")
+        raise UsageError(f"`imagenet_datadir`={folder} has no validation images; put class folders below {folder}/val")
     files = ClassFolders(where)
     return StreamedImages(files, files.class_names, device=device, workers=workers)

@@ -16,60 +16,25 @@ import pathlib
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-from absl import flags
+import numpy as np
+import torch
+from torch import Tensor
 
+import checkpoint
 import cli
-import evaluation
+import models
+import pictures
+from acceleration import PRECISIONS, products_in
+from ebm.settings import DemoSettings
 from errors import UsageError
+from evaluation import choose_device, note_contradictions, open_model
+from models import spectral_norm_once
+from sampling import langevin
+from training import noise_images
+from utils import Progress
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from torch import Tensor
-
-    import models
-
-FLAGS = flags.FLAGS
 FPS = 20  # frames per second
-
-with cli.group("Main"):
-    flags.DEFINE_string("exp", "default", "name of the experiment, the model's folder below --logdir")
-    flags.DEFINE_string("resume_iter", "latest", "iteration of the checkpoint, 'best' or 'latest'")
-    flags.DEFINE_string("logdir", "cachedir", "where experiments are kept")
-    flags.DEFINE_bool("ema", False, "take the averaged weights of a run with --ema_decay")
-    flags.DEFINE_string("savedir", "sandbox_cachedir", "where the pictures go, to a folder named as the experiment")
-    flags.DEFINE_integer("seed", 0, "of classes, noise and chains", lower_bound=0)
-    flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "where to compute; auto takes a GPU if there is one")
-
-with cli.group("Sampling"):
-    flags.DEFINE_integer("num_steps", 200, "Langevin steps", lower_bound=1)
-    flags.DEFINE_float("step_lr", 180.0, "step size of the gradient in a Langevin step", lower_bound=0)
-    flags.DEFINE_integer("batch_size", 16, "images, in a grid as square as possible", lower_bound=1)
-    flags.DEFINE_string("classes", None, "numbers from 0 or names, commas between; repeated to fill the grid")
-    flags.DEFINE_string("class_names", None, "a text file with the classes' names, one per line in their order")
-    flags.DEFINE_integer("every", 1, "Langevin steps per frame", lower_bound=1)
-    evaluation.define_precision_flag()
-
-with cli.group("Network (the checkpoint knows all but --swish_act of a TF1 file)"):
-    flags.DEFINE_bool("swish_act", False, "the network of a TF1 checkpoint was trained with swish")
-    flags.DEFINE_bool("cclass", True, "accepted for old commands")
-    flags.DEFINE_bool("spec_norm", True, "accepted for old commands")
-    flags.DEFINE_bool("use_attention", False, "accepted for old commands")
-
-
-def note_flags(config: models.ModelConfig) -> None:
-    """Say which flags contradict the network of the checkpoint, and so have no effect."""
-    there = {
-        "swish_act": config.swish_act,
-        "cclass": config.label_size > 0,
-        "spec_norm": config.spec_norm,
-        "use_attention": config.use_attention,
-    }
-    for name, value in there.items():
-        if FLAGS[name].present and FLAGS[name].value != value:
-            print(f"note: --{name}={FLAGS[name].value} has no effect: the checkpoint's network has {name}={value}")
 
 
 def read_names(path: pathlib.Path, classes: int) -> list[str]:
@@ -78,9 +43,9 @@ def read_names(path: pathlib.Path, classes: int) -> list[str]:
         names = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no text in UTF-8"
-        raise UsageError(f"--class_names={path} cannot be read: {reason}") from None
+        raise UsageError(f"`class_names`={path} cannot be read: {reason}") from None
     if len(names) != classes:
-        raise UsageError(f"--class_names={path} has {len(names)} lines and the network {classes} classes; one per line")
+        raise UsageError(f"`class_names`={path} has {len(names)} lines and the network {classes} classes; one per line")
     return names
 
 
@@ -91,35 +56,33 @@ def find_class(word: str, names: Sequence[str], classes: int) -> int:
     """
     if word.isdecimal():
         if int(word) >= classes:
-            raise UsageError(f"--classes: there is no class {word}; the network has 0 to {classes - 1}")
+            raise UsageError(f"`classes`: there is no class {word}; the network has 0 to {classes - 1}")
         return int(word)
     if not names:
-        remedy = f"give numbers from 0 to {classes - 1}, or --class_names=FILE"
-        raise UsageError(f"--classes: {word!r} cannot be looked up, no names are known here; {remedy}")
+        remedy = f"give numbers from 0 to {classes - 1}, or `class_names`=FILE"
+        raise UsageError(f"`classes`: {word!r} cannot be looked up, no names are known here; {remedy}")
     numbers: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         for synonym in name.casefold().split(","):
             numbers.setdefault(synonym.strip(), []).append(number)
     found = numbers.get(word.casefold(), [])
     if len(found) > 1:
-        raise UsageError(f"--classes: {word!r} is the name of the classes {', '.join(map(str, found))}; give a number")
+        raise UsageError(f"`classes`: {word!r} is the name of the classes {', '.join(map(str, found))}; give a number")
     if not found:
         near = ", ".join(difflib.get_close_matches(word.casefold(), numbers, 3))
-        raise UsageError(f"--classes: no class is called {word!r}" + (f"; did you mean {near}?" if near else ""))
+        raise UsageError(f"`classes`: no class is called {word!r}" + (f"; did you mean {near}?" if near else ""))
     return found[0]
 
 
-def choose_classes(names: Sequence[str], classes: int) -> list[int]:
-    """Return the class of each image: those of --classes, repeated, or random ones."""
-    import torch
-
-    number = FLAGS.batch_size
-    if FLAGS.classes is None:
-        return torch.randint(classes, (number,), generator=torch.Generator().manual_seed(FLAGS.seed)).tolist()
-    chosen = [find_class(word.strip(), names, classes) for word in FLAGS.classes.split(",")]
-    if len(chosen) > number:
-        raise UsageError(f"--classes names {len(chosen)} and --batch_size={number} is less; raise it")
-    return [chosen[i % len(chosen)] for i in range(number)]
+def choose_classes(settings: DemoSettings, names: Sequence[str], classes: int) -> list[int]:
+    """Return the class of each image: those of `classes`, repeated, or random ones."""
+    number = settings.batch_size
+    if settings.classes is None:
+        return torch.randint(classes, (number,), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    given = [find_class(word.strip(), names, classes) for word in settings.classes.split(",")]
+    if len(given) > number:
+        raise UsageError(f"`classes` names {len(given)} and `batch_size`={number} is less; raise it")
+    return [given[i % len(given)] for i in range(number)]
 
 
 def chain(
@@ -139,10 +102,6 @@ def chain(
     Images start as noise; labels are (number, label_size) or None. The network's images are in [0, rescale]. dtype:
     what its energies are computed in.
     """
-    from models import spectral_norm_once
-    from sampling import langevin
-    from training import noise_images
-
     shape = (number, *model.config.image_shape)
     x = noise_images(shape, generator, network=model.config.network, rescale=rescale)
     weights = spectral_norm_once(model, dtype)
@@ -182,58 +141,47 @@ def save_mp4(frames: Sequence[np.ndarray], path: pathlib.Path) -> pathlib.Path |
     return path
 
 
-def main() -> None:
-    import torch
-
-    import checkpoint
-    import distributed
-    import pictures
-    from acceleration import PRECISIONS, products_in, set_tf32
-    from utils import Progress, keep_freed_memory
-
-    keep_freed_memory()
-    set_tf32(False)  # but in the chain
-    device = distributed.choose_device(FLAGS.device, distributed.Launch())
-    path = checkpoint.find(pathlib.Path(FLAGS.logdir) / FLAGS.exp, FLAGS.resume_iter)
-    model = checkpoint.load_energy(path, swish_act=FLAGS.swish_act, ema=FLAGS.ema, device=device)
-    saved = checkpoint.load(path) if path.suffix == ".pt" else {}
-    config = model.config
-    note_flags(config)
+def main(settings: DemoSettings) -> None:
+    device = choose_device(settings.device)
+    path = checkpoint.find(pathlib.Path(settings.logdir) / settings.exp, settings.resume_iter)
+    trained = open_model(path, device, swish_act=settings.swish_act, ema=settings.ema)
+    note_contradictions(settings, trained)
+    config = trained.model.config
     if config.network == "DspritesNet" and 0 < config.label_size < 3:
         raise UsageError(f"{path} is conditioned on a size, position or rotation; ebm_combine.py shows such models")
-    if FLAGS.classes and not config.label_size:
-        raise UsageError(f"--classes: {path} has no classes; leave it out")
-    folder = pathlib.Path(FLAGS.savedir) / FLAGS.exp
+    if settings.classes and not config.label_size:
+        raise UsageError(f"`classes`: {path} has no classes; leave it out")
+    folder = pathlib.Path(settings.savedir) / settings.exp
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--savedir={FLAGS.savedir}: cannot make {folder} ({error.strerror})") from None
+        raise UsageError(f"`savedir`={settings.savedir}: cannot make {folder} ({error.strerror})") from None
 
-    columns = math.ceil(math.sqrt(FLAGS.batch_size))
+    columns = math.ceil(math.sqrt(settings.batch_size))
     labels = None
     if config.label_size:
-        names = saved.get("class_names", ())
-        if FLAGS.class_names:
-            names = read_names(pathlib.Path(FLAGS.class_names), config.label_size)
-        classes = choose_classes(names, config.label_size)
+        names: Sequence[str] = trained.class_names
+        if settings.class_names:
+            names = read_names(pathlib.Path(settings.class_names), config.label_size)
+        classes = choose_classes(settings, names, config.label_size)
         labels = torch.nn.functional.one_hot(torch.tensor(classes), config.label_size).float().to(device)
-        for row in range(0, FLAGS.batch_size, columns):
+        for row in range(0, settings.batch_size, columns):
             said = [f"{number} {names[number]}" if names else str(number) for number in classes[row : row + columns]]
             print(f"classes of row {row // columns + 1}: {', '.join(said)}")
 
-    progress = Progress(FLAGS.num_steps, what="Langevin step")
+    progress = Progress(settings.num_steps, what="Langevin step")
     frames = []
-    with products_in(FLAGS.precision):
+    with products_in(settings.precision):
         for done, images in chain(
-            model,
+            trained.model,
             labels,
-            FLAGS.batch_size,
-            num_steps=FLAGS.num_steps,
-            every=FLAGS.every,
-            step_lr=FLAGS.step_lr,
-            rescale=saved.get("flags", {}).get("rescale", 1.0),
-            generator=torch.Generator(device).manual_seed(FLAGS.seed),
-            dtype=PRECISIONS[FLAGS.precision],
+            settings.batch_size,
+            num_steps=settings.num_steps,
+            every=settings.every,
+            step_lr=settings.step_lr,
+            rescale=trained.rescale,
+            generator=torch.Generator(device).manual_seed(settings.seed),
+            dtype=PRECISIONS[settings.precision],
         ):
             frames.append(pictures.grid(images, columns=columns, padding=0))
             progress.update(done)
@@ -246,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, DemoSettings, __doc__)

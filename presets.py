@@ -6,6 +6,8 @@ in minutes and made the models in `cachedir/`.
 
 from __future__ import annotations
 
+from dsprites import CONCEPTS
+
 CIFAR10 = "--dataset=cifar10 --num_steps=60 --batch_size=128 --step_lr=10 --proj_norm=0.01 --zero_kl --replay_batch"
 IMAGENET = "--exp=imagenet_cond --replay_batch --cclass --zero_kl"
 SPRITES = "--dataset=dsprites --cclass --zero_kl --replay_batch --step_lr=500"
@@ -13,7 +15,6 @@ SPRITES = "--dataset=dsprites --cclass --zero_kl --replay_batch --step_lr=500"
 # takes a third of the time on a CPU with AMX; elsewhere --precision=float32 is faster.
 SPRITES_CPU = f"{SPRITES} --num_steps=10 --batch_size=16 --lr=3e-2 --ema_decay=0.99 --precision=bf16 --compile"
 SMALL_CPU = "--cclass --zero_kl --replay_batch --num_steps=20 --step_lr=100 --batch_size=32 --lr=1e-2"
-CONCEPTS = ("pos", "rot", "shape", "size")
 
 PRESETS = {
     "cifar10_uncond": f"--exp=cifar10_uncond {CIFAR10} --large_model",

@@ -30,11 +30,12 @@ from torch.nn import functional as F
 import checkpoint
 import metrics
 import models
-from data import import_torchvision
+from data import Dataset
+from ebm.readers.downloads import import_torchvision
+from ebm.settings import PoolSettings
 from errors import UsageError
-from imagenet import StreamedImages
 from sampling import clip_gradient, langevin, langevin_step
-from sandbox import AnyDataset, out_of_memory
+from sandbox import out_of_memory
 from training import noise_images
 from utils import Progress
 
@@ -60,27 +61,6 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 # Images
 
 
-@dataclasses.dataclass(frozen=True)
-class Chains:
-    """How images are drawn: each field is the flag of eval_inception.py with the same name, for images in [0, 1].
-
-    noise_scale: standard deviation of a Langevin step's noise. repeat_scale: a pool lasts 2·repeat_scale rounds. nomix:
-    the last rounds, in which no chain starts again or gets a new label.
-    """
-
-    num_steps: int = 20
-    step_lr: float = 10.0
-    proj_norm: float = 0.05
-    noise_scale: float = 0.005
-    batch_size: int = 512
-    repeat_scale: int = 100
-    nomix: int = 10
-
-    @property
-    def rounds(self) -> int:
-        return 2 * self.repeat_scale
-
-
 def energy_of(model: models.EnergyNetwork, rescale: float = 1.0, dtype: torch.dtype | None = None) -> LabelledEnergy:
     """Return the energy of a trained model, its weights prepared once, of this type (None: as they are).
 
@@ -96,21 +76,31 @@ def energy_of(model: models.EnergyNetwork, rescale: float = 1.0, dtype: torch.dt
 
 def pool_images(
     energies: Sequence[LabelledEnergy],
-    number: int,
     config: models.ModelConfig,
-    chains: Chains,
+    settings: PoolSettings,
     *,
+    step_lr: float,
+    proj_norm: float,
     generator: torch.Generator,
     progress: Progress,
 ) -> Tensor:
-    """Return `number` images, uint8 (number, C, H, W) on the CPU, 1,000 from a pool of chains at a time.
+    """Return `im_number` images, uint8 (N, C, H, W) on the CPU, 1,000 from a pool of chains at a time.
 
-    energies: of the ensemble. config: of its networks. progress: counts rounds, of which there are `chains.rounds` a
-    pool. Raises UsageError where a chain diverges.
+    energies: of the ensemble, of images in [0, 1]. config: of its networks. step_lr, proj_norm: for these gradients.
+    progress: counts rounds, of which there are `settings.rounds` a pool. Raises UsageError where a chain diverges.
     """
-    pools = []
+    pools, number = [], settings.im_number
     for start in range(0, number, POOL):
-        images = run_pool(energies, min(POOL, number - start), config, chains, generator=generator, progress=progress)
+        images = run_pool(
+            energies,
+            min(POOL, number - start),
+            config,
+            settings,
+            step_lr=step_lr,
+            proj_norm=proj_norm,
+            generator=generator,
+            progress=progress,
+        )
         pools.append(to_bytes(finite(images)).cpu())
     return torch.cat(pools)
 
@@ -119,8 +109,10 @@ def run_pool(
     energies: Sequence[LabelledEnergy],
     size: int,
     config: models.ModelConfig,
-    chains: Chains,
+    settings: PoolSettings,
     *,
+    step_lr: float,
+    proj_norm: float,
     generator: torch.Generator,
     progress: Progress,
 ) -> Tensor:
@@ -140,21 +132,21 @@ def run_pool(
         return F.one_hot(torch.randint(classes, (n,), generator=generator, device=device), classes).float()
 
     images, labels = noise(size), labels_of(size)
-    batch_size = min(chains.batch_size, size)
-    for round_ in range(chains.rounds):
+    batch_size = min(settings.batch_size, size)
+    for round_ in range(settings.rounds):
         chosen = torch.randperm(size, generator=generator, device=device)[:batch_size]
         x, y = images[chosen], labels[chosen]
-        if round_ < chains.rounds - chains.nomix:
+        if round_ < settings.rounds - settings.nomix:
             chance = torch.rand(2, batch_size, generator=generator, device=device)
             x = torch.where((chance[0] < RESTARTED).view(-1, 1, 1, 1), noise(batch_size), x)
             y = torch.where((chance[1] < RELABELLED).view(-1, 1), labels_of(batch_size), y)
         images[chosen] = langevin(
             functools.partial(energies[round_ % len(energies)], labels=y),
             x,
-            num_steps=chains.num_steps,
-            step_lr=chains.step_lr,
-            noise_std=chains.noise_scale,
-            proj_norm=chains.proj_norm,
+            num_steps=settings.num_steps,
+            step_lr=step_lr,
+            noise_std=settings.noise_scale,
+            proj_norm=proj_norm,
             generator=generator,
         )
         labels[chosen] = y
@@ -214,7 +206,7 @@ def within_memory(batch_size: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise UsageError(f"memory cannot hold chains of --batch_size={batch_size}; lower it") from None
+        raise UsageError(f"memory cannot hold chains of `batch_size`={batch_size}; lower it") from None
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -269,7 +261,7 @@ class Inception:
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], file)
         except (RuntimeError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:150]
-            raise UsageError(f"--inception_weights holds another network than Inception ({reason} …)") from None
+            raise UsageError(f"`inception_weights` holds another network than Inception ({reason} …)") from None
         self.network, self.identity, self.device = network.to(device), identity, device
 
     @torch.no_grad()
@@ -286,7 +278,7 @@ def find_inception(download: bool = True) -> pathlib.Path:
     path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if path.exists():
         return path
-    reason = "--nodownload"
+    reason = "`download`=False"
     if download:
         print(f"downloading {INCEPTION_URL}", flush=True)
         try:
@@ -297,7 +289,7 @@ def find_inception(download: bool = True) -> pathlib.Path:
             reason = " ".join(str(error).split())
     raise UsageError(
         f"no Inception weights: they are not in {path} and not downloaded ({reason}); "
-        f"put {INCEPTION_URL} there, or give the file with --inception_weights"
+        f"put {INCEPTION_URL} there, or give the file with `inception_weights`"
     )
 
 
@@ -309,17 +301,17 @@ def read_inception(path: str | pathlib.Path, sha256: str = INCEPTION_SHA256) -> 
     try:
         contents = pathlib.Path(path).read_bytes()
     except OSError as error:
-        raise UsageError(f"--inception_weights={path} cannot be read ({error.strerror})") from None
+        raise UsageError(f"`inception_weights`={path} cannot be read ({error.strerror})") from None
     found = hashlib.sha256(contents).hexdigest()
     if not found.startswith(sha256.lower()):
         raise UsageError(
-            f"--inception_weights={path} has SHA-256 {found[:16]}… instead of {sha256[:16]}…: "
-            f"get {INCEPTION_URL}, or say with --inception_sha256 which file you mean"
+            f"`inception_weights`={path} has SHA-256 {found[:16]}… instead of {sha256[:16]}…: "
+            f"get {INCEPTION_URL}, or say with `inception_sha256` which file you mean"
         )
     try:
         state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        raise UsageError(f"--inception_weights={path} is damaged or holds more than tensors; not loaded") from None
+        raise UsageError(f"`inception_weights`={path} is damaged or holds more than tensors; not loaded") from None
     return state, found
 
 
@@ -359,11 +351,11 @@ class Reference:
 
     name: str
     splits: str
-    datasets: Sequence[AnyDataset]
+    datasets: Sequence[Dataset]
     numbers: Tensor
 
     @classmethod
-    def of(cls, name: str, splits: str, datasets: Sequence[AnyDataset], most: int) -> Reference:
+    def of(cls, name: str, splits: str, datasets: Sequence[Dataset], most: int) -> Reference:
         """All images of the splits, or `most` at random: always the same ones."""
         order = torch.randperm(sum(map(len, datasets)), generator=torch.Generator().manual_seed(0))
         return cls(name, splits, datasets, order[:most].sort().values)
@@ -382,14 +374,12 @@ class Reference:
             own = numbers[(numbers >= first) & (numbers < first + len(dataset))] - first
             first += len(dataset)
             for index in own.split(BATCH):
-                if isinstance(dataset, StreamedImages):
-                    yield to_bytes(dataset.batch(index, torch.Generator(dataset.device))[0])
-                elif len(index):
-                    yield dataset.images[index.to(dataset.images.device)]
+                if len(index):
+                    yield dataset.raw(index)
 
     def classes(self) -> Tensor | None:
         """The class (N,) of each image, None where there are none, or where images are read from the disk."""
-        labels = [getattr(dataset, "labels", None) for dataset in self.datasets]
+        labels = [dataset.labels for dataset in self.datasets]
         if any(part is None or part.ndim > 1 for part in labels):
             return None
         return torch.cat(labels)[self.numbers.to(labels[0].device)]  # type: ignore[arg-type, union-attr]
@@ -431,7 +421,7 @@ def classifier_of(reference: Reference, cache: pathlib.Path, device: torch.devic
     if classes is None:
         raise UsageError(
             f"{reference.name} has no classes in memory to train a classifier on, to compare samples in its features; "
-            "colour images can be compared with --features=inception"
+            "colour images can be compared with `features`=inception"
         )
 
     def train() -> dict[str, Any]:

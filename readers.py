@@ -58,6 +58,30 @@ def read_digits(split: str) -> Contents:
     return images[chosen], classes.long()[chosen], DIGITS
 
 
+# ---- torchvision's data sets, in the layout it gives their files below `root` ----
+
+
+def read_mnist(root: pathlib.Path, split: str, workers: int) -> Contents:
+    """Read MNIST."""
+    return *read_idx_pair(root / "MNIST/raw", split), DIGITS
+
+
+def read_fashion_mnist(root: pathlib.Path, split: str, workers: int) -> Contents:
+    """Read Fashion-MNIST."""
+    return *read_idx_pair(root / "FashionMNIST/raw", split), CLOTHES
+
+
+def read_cifar10(root: pathlib.Path, split: str, workers: int) -> Contents:
+    """Read CIFAR-10."""
+    files = [f"data_batch_{k}" for k in range(1, 6)] if split == "train" else ["test_batch"]
+    return read_cifar(root / "cifar-10-batches-py", files, "batches.meta", "labels", "label_names")
+
+
+def read_cifar100(root: pathlib.Path, split: str, workers: int) -> Contents:
+    """Read CIFAR-100."""
+    return read_cifar(root / "cifar-100-python", [split], "meta", "fine_labels", "fine_label_names")
+
+
 # ---- MNIST and its like: IDX files ----
 
 
@@ -151,10 +175,11 @@ class PickledArray:
         self.array = self.array.copy()  # writable
 
 
-def read_svhn(path: pathlib.Path) -> Contents:
-    """Read a MATLAB file of SVHN, where X is (32, 32, 3, N) and the digit 0 is labelled 10."""
+def read_svhn(root: pathlib.Path, split: str, workers: int) -> Contents:
+    """Read SVHN: a MATLAB file where X is (32, 32, 3, N) and the digit 0 is labelled 10."""
     from scipy.io import loadmat
 
+    path = root / f"{split}_32x32.mat"
     path.stat()
     with reading(path):
         contents = loadmat(str(path))
@@ -181,9 +206,9 @@ def read_folder(
     from PIL import Image, ImageOps
 
     if channels not in (None, 1, 3):
-        raise UsageError(f"--channels={channels} must be 1 (grey) or 3 (colour)")
+        raise UsageError(f"`channels`={channels} must be 1 (grey) or 3 (colour)")
     if not folder.is_dir():
-        raise UsageError(f"--data_path={folder}: no such folder")
+        raise UsageError(f"`data_path`={folder}: no such folder")
     if (folder / "train").is_dir() and (folder / "test").is_dir():
         folder = folder / split
     paths, classes, class_names = list_folder(folder)
@@ -194,7 +219,7 @@ def read_folder(
         if image_size:
             return ImageOps.fit(image, (image_size, image_size))
         if image.size != size:
-            raise UsageError(f"{folder} holds images of {size} and of {image.size} pixels; choose one --image_size")
+            raise UsageError(f"{folder} holds images of {size} and of {image.size} pixels; choose one `image_size`")
         return image
 
     return decode(paths, "L" if grey else "RGB", fit, workers), classes, class_names
@@ -247,8 +272,9 @@ def decode(paths: list[pathlib.Path], mode: str, change: Callable[[Image.Image],
     return torch.cat(images).contiguous()
 
 
-def read_textures(folder: pathlib.Path, workers: int) -> Contents:
-    """Read the upper left 32x32 pixels of all the Describable Textures, without a split, as the reference did."""
+def read_textures(root: pathlib.Path, split: str, workers: int) -> Contents:
+    """Read the upper left 32x32 pixels of all the Describable Textures, for either split, as the reference did."""
+    folder = root / "dtd/dtd/images"
     if not folder.is_dir():
         raise FileNotFoundError(2, "no such folder", str(folder))
     paths, classes, class_names = list_folder(folder)

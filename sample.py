@@ -17,37 +17,25 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
+import numpy as np
+import torch
 
 import cli
-import evaluation
+import pictures
+import quality
+from acceleration import PRECISIONS, products_in
+from ebm.settings import SampleSettings
 from errors import UsageError
+from evaluation import choose_device, find_checkpoint, note_contradictions, open_model
+from utils import Progress
 
-FLAGS = flags.FLAGS
 GRID = 400  # images of the grid at most
 
-with cli.group("Main"):
-    evaluation.define_model_flags()
-    flags.DEFINE_integer("num", 100, "images", lower_bound=1)
-    flags.DEFINE_string("label", None, "class of all images, by number or name; default one class after the other")
-    flags.DEFINE_bool("folder", False, "write every image as a PNG, too")
 
-with cli.group("Sampling"):
-    flags.DEFINE_integer("num_steps", None, "Langevin steps; default as the run's own samples, or 200", lower_bound=0)
-    flags.DEFINE_float("step_lr", None, "step size of the gradient; default the model's in training, or 10", 0)
-    flags.DEFINE_float("proj_norm", 0.0, "clip the gradient elementwise to this; 0: no clip", lower_bound=0)
-    flags.DEFINE_float("noise_scale", 0.005, "standard deviation of a step's noise", lower_bound=0)
-    flags.DEFINE_integer("batch_size", 100, "images at a time", lower_bound=1)
-    evaluation.define_precision_flag()
-
-with cli.group("Network (the checkpoint knows all but --swish_act of a TF1 file)"):
-    evaluation.define_network_flags()
-
-
-def class_of(word: str, names: Sequence[str], classes: int) -> int:
+def find_class(word: str, names: Sequence[str], classes: int) -> int:
     """Return the number of a class given by number or name. Raises UsageError for what is neither."""
     if not classes:
-        raise UsageError(f"--label={word}: the model knows no classes; leave it out")
+        raise UsageError(f"`label`={word}: the model knows no classes; leave it out")
     if word.isdecimal() and int(word) < classes:
         return int(word)
     numbers = {name.casefold(): number for number, name in enumerate(names)}
@@ -55,59 +43,54 @@ def class_of(word: str, names: Sequence[str], classes: int) -> int:
         return numbers[word.casefold()]
     near = difflib.get_close_matches(word.casefold(), numbers, 3)
     known = f"did you mean {', '.join(near)}?" if near else f"use 0 to {classes - 1}" + (" or a name" if names else "")
-    raise UsageError(f"--label={word} is no class of this model; {known}")
+    raise UsageError(f"`label`={word} is no class of this model; {known}")
 
 
-def main() -> None:
-    import numpy as np
-    import torch
-
-    import pictures
-    import quality
-    from acceleration import PRECISIONS, products_in
-    from utils import Progress
-
-    device = evaluation.start()
-    saved = evaluation.open_model(evaluation.find_checkpoint(), device)
-    model, path, trained, config = saved.model, saved.path, saved.flags, saved.model.config
+def main(settings: SampleSettings) -> None:
+    device = choose_device(settings.device)
+    trained = open_model(find_checkpoint(settings), device, swish_act=settings.swish_act, ema=settings.ema)
+    note_contradictions(settings, trained)
+    model, path, config = trained.model, trained.path, trained.model.config
     if config.network == "DspritesNet" and 0 < config.label_size < 3:
         raise UsageError(f"{path} is conditioned on a size, position or rotation; ebm_combine.py shows such models")
-    classes, rescale = config.label_size, trained.get("rescale", 1.0)
-    chosen = torch.arange(FLAGS.num) % max(classes, 1)
-    if FLAGS.label is not None:
-        chosen.fill_(class_of(FLAGS.label, saved.class_names, classes))
-    num_steps = trained.get("sample_steps") or 10 * trained.get("num_steps", 20)
-    num_steps = num_steps if FLAGS.num_steps is None else FLAGS.num_steps
-    step_lr = trained.get("step_lr", 10.0) if FLAGS.step_lr is None else FLAGS.step_lr
-    print(
-        f"model: {path}; {FLAGS.num} images, {num_steps} Langevin steps of {step_lr:g}, seed {FLAGS.seed}, on {device}"
-    )
+    classes, rescale = config.label_size, trained.rescale
+    numbers = torch.arange(settings.num) % max(classes, 1)
+    if settings.label is not None:
+        numbers.fill_(find_class(settings.label, trained.class_names, classes))
+    num_steps = trained.flags.get("sample_steps") or 10 * trained.flags.get("num_steps", 20)
+    num_steps = num_steps if settings.num_steps is None else settings.num_steps
+    step_lr = trained.choose_step_lr(settings.step_lr)
+    steps = f"{num_steps} Langevin steps of {step_lr:g}"
+    print(f"model: {path}; {settings.num} images, {steps}, seed {settings.seed}, on {device}")
 
-    progress = Progress(num_steps * -(-FLAGS.num // FLAGS.batch_size), what="Langevin step")
-    with quality.within_memory(FLAGS.batch_size), products_in(FLAGS.precision):
+    progress = Progress(num_steps * -(-settings.num // settings.batch_size), what="Langevin step")
+    with quality.within_memory(settings.batch_size), products_in(settings.precision):
         images = quality.fresh_images(
-            quality.energy_of(model, rescale, PRECISIONS[FLAGS.precision]),
-            torch.eye(classes)[chosen].to(device) if classes else torch.zeros(FLAGS.num, 0, device=device),
+            quality.energy_of(model, rescale, PRECISIONS[settings.precision]),
+            torch.eye(classes)[numbers].to(device) if classes else torch.zeros(settings.num, 0, device=device),
             config,
             num_steps=num_steps,
             step_lr=step_lr / rescale,  # gradients to images in [0, 1] are `rescale` times the network's
-            noise_std=FLAGS.noise_scale,
-            proj_norm=FLAGS.proj_norm * rescale,
-            seed=FLAGS.seed,
-            batch_size=FLAGS.batch_size,
+            noise_std=settings.noise_scale,
+            proj_norm=settings.proj_norm * rescale,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
             progress=progress,
         )
     progress.close()
 
-    folder = pathlib.Path(FLAGS.logdir) / FLAGS.exp / "sample"
-    shown, columns = images[:GRID] / 255, 10 if classes == 10 else min(20, max(1, round(min(FLAGS.num, GRID) ** 0.5)))
+    folder = pathlib.Path(settings.logdir) / settings.exp / "sample"
+    shown, columns = (
+        images[:GRID] / 255,
+        10 if classes == 10 else min(20, max(1, round(min(settings.num, GRID) ** 0.5))),
+    )
     scale = max(1, 64 // images.shape[3])
     print(f"wrote {pictures.save_grid(shown, folder / 'samples.png', columns=columns, scale=scale)}")
     pixels = images.permute(0, 2, 3, 1).numpy()
-    arrays: dict[str, Any] = {"images": pixels} | ({"labels": chosen.numpy()} if classes else {})
+    arrays: dict[str, Any] = {"images": pixels} | ({"labels": numbers.numpy()} if classes else {})
     np.savez_compressed(folder / "samples.npz", **arrays)
     print(f"wrote {folder / 'samples.npz'}")
-    if FLAGS.folder:
+    if settings.folder:
         for path in (folder / "images").glob("[0-9]*.png"):  # those of a run with more of them
             path.unlink()
         for i, image in enumerate(pixels):
@@ -116,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, SampleSettings, __doc__)

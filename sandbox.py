@@ -24,12 +24,10 @@ import models
 from acceleration import PRECISIONS, products_in
 from data import Dataset
 from errors import UsageError
-from imagenet import StreamedImages
 from sampling import Energy, input_gradient, langevin
 from training import class_logits
 from utils import Progress
 
-AnyDataset = Dataset | StreamedImages
 Restriction = Callable[[Tensor, Tensor], Tensor]  # (images, where their chains started) -> allowed images
 
 
@@ -190,10 +188,10 @@ class Sandbox:
             result = self.unless_out_of_memory(function, part)
             if result is None:
                 if part.stop - done == 1:
-                    raise UsageError("memory cannot hold the computation of a single image; try --device=cpu")
+                    raise UsageError("memory cannot hold the computation of a single image; try `device`=cpu")
                 self.generator.set_state(noise)
                 self.batch_size //= 2
-                progress.say(f"note: memory is short, going on with --batch_size={self.batch_size}")
+                progress.say(f"note: memory is short, going on with batch_size={self.batch_size}")
                 continue
             if not result.isfinite().all():
                 raise UsageError(
@@ -397,14 +395,12 @@ def fitted(images: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
     return images.expand(-1, channels, -1, -1)
 
 
-def stored(dataset: AnyDataset, index: Tensor) -> Tensor:
-    """Return the images (n, C, H, W) of an index (n,) in [0, 1] as they are; streamed ones come dequantised."""
-    if isinstance(dataset, StreamedImages):
-        return dataset.batch(index, torch.Generator(dataset.device))[0]
-    return dataset.images[index.to(dataset.images.device)].float().div(255)
+def read_images(dataset: Dataset, index: Tensor) -> Tensor:
+    """Return the images (n, C, H, W) of an index (n,) in [0, 1], as they are stored."""
+    return dataset.raw(index).float().div(255)
 
 
-def nearest(queries: Tensor, dataset: AnyDataset, count: int, *, block: int = 1024) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, dataset: Dataset, count: int, *, block: int = 1024) -> tuple[Tensor, Tensor]:
     """Return the L2 distances (Q, count), ascending, and indices of the images nearest to queries (Q, C, H, W).
 
     All images are searched, `block` at a time: memory holds that many and Q·block distances. Distances are sums of
@@ -414,7 +410,7 @@ def nearest(queries: Tensor, dataset: AnyDataset, count: int, *, block: int = 10
     distances = flat.new_zeros(len(flat), 0)
     indices = torch.zeros_like(distances, dtype=torch.long)
     for places in torch.arange(len(dataset), device=flat.device).split(block):
-        found = torch.cdist(flat, stored(dataset, places).flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+        found = torch.cdist(flat, read_images(dataset, places).flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
         distances, order = torch.cat([distances, found], 1).sort(1)
         indices = torch.cat([indices, places.expand(len(flat), -1)], 1).gather(1, order)[:, :count]
         distances = distances[:, :count]
@@ -445,7 +441,7 @@ def hessian_directions(energy: Energy, image: Tensor, count: int, generator: tor
 
     begin = torch.randn(x.numel(), generator=generator, device=generator.device).cpu().double().numpy()
     if not gradient.requires_grad or not product(begin).any():
-        raise UsageError("the Hessian of this energy is zero, its network is piecewise linear: use --nohessian")
+        raise UsageError("the Hessian of this energy is zero, its network is piecewise linear: use `hessian`=False")
     operator = LinearOperator((len(begin), len(begin)), matvec=product, dtype=np.float64)
     values, vectors = eigsh(operator, k=count, v0=begin, tol=1e-3)
     order = np.argsort(-np.abs(values))

@@ -17,10 +17,9 @@ import checkpoint
 import metrics
 import pictures
 from data import Dataset
+from ebm.settings import SandboxSettings
 from errors import UsageError
-from imagenet import StreamedImages
 from sandbox import (
-    AnyDataset,
     Attack,
     Sandbox,
     feature_directions,
@@ -28,18 +27,18 @@ from sandbox import (
     hessian_directions,
     in_lower_half,
     nearest,
+    read_images,
     salt_and_pepper,
-    stored,
     within_ball,
 )
 from training import noise_images
 from utils import Progress
 
-MOST = 50_000  # images a task looks at, unless --limit says otherwise,
+MOST = 50_000  # images a task looks at, unless `limit` says otherwise,
 MOST_PIXELS = 500_000_000  # and their pixels: 2 GB as floats
 ROWS = 20  # of a picture
 LONG = 50  # rounds of a long chain, 1,000 steps by default
-SHADES = 255  # --lival, --l2val and --refine are in units of 1/255
+SHADES = 255  # `lival`, `l2val` and `refine` are in units of 1/255
 DIRECTIONS = 3  # along which task latent moves an image
 LATENT_STEP = 4.0  # length of a move, in units of images, L2
 
@@ -53,23 +52,6 @@ PAPER_AUROC = {
     "interpolation": "0.70",
     "random": "1.0 ? (uniform noise)",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to run a task: each field is the flag of ebm_sandbox.py with the same name, explained in its --help."""
-
-    seed: int = 0
-    limit: int | None = None
-    lnorm: str = "-1"
-    lival: float = 8.0
-    l2val: float = 40.0
-    pgd: int = 0
-    adaptive: int = 0
-    refine: float = 8.0
-    labelgrid: bool = False
-    train: bool = True
-    hessian: bool = True
 
 
 class Examples(NamedTuple):
@@ -104,9 +86,9 @@ class Run:
     """
 
     sandbox: Sandbox
-    options: Options
-    load: Callable[[str], AnyDataset]
-    load_mix: Callable[[str], AnyDataset]
+    settings: SandboxSettings
+    load: Callable[[str], Dataset]
+    load_mix: Callable[[str], Dataset]
     mixes: Sequence[str]
     folder: Path
     names: tuple[str, ...] = ()
@@ -116,22 +98,21 @@ class Run:
     @property
     def refine(self) -> float:
         """Radius of the L∞ ball in which Langevin dynamics refines an image to be classified."""
-        return self.options.refine / SHADES
+        return self.settings.refine / SHADES
 
     def rows(self, number: int) -> int:
-        """Return how many images to look at: --limit, or this number."""
-        return self.options.limit or number
+        """Return how many images to look at: `limit`, or this number."""
+        return self.settings.most_images or number
 
     def all(self) -> int:
-        """Return how many images to look at where all would be best: --limit, or as many as memory surely holds."""
+        """Return how many images to look at where all would be best: `limit`, or as many as memory surely holds."""
         return self.rows(min(MOST, MOST_PIXELS // math.prod(self.sandbox.model.config.image_shape)))
 
-    def pick(self, dataset: AnyDataset, number: int, what: str) -> Tensor:
+    def pick(self, dataset: Dataset, number: int, what: str) -> Tensor:
         """Return the indices of `number` images, in random order: the same for the same seed."""
         number = min(number, len(dataset))
-        noise = "steps" if isinstance(dataset, StreamedImages) else dataset.noise
-        self.used[what] = f"{number} of {len(dataset)} images of {dataset.name}, dequantisation: {noise}"
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.options.seed))
+        self.used[what] = f"{number} of {len(dataset)} images of {dataset.name}, dequantisation: {dataset.noise}"
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.settings.seed))
         return order[:number].to(self.sandbox.device)
 
     def examples(self, split: str, number: int) -> Examples:
@@ -150,7 +131,7 @@ class Run:
         if not names:
             given = "on labels that are no classes" if self.sandbox.classes else "on nothing"
             raise UsageError(
-                f"--task={needed_by} needs a model conditioned on classes, this one is conditioned {given}"
+                f"`task`={needed_by} needs a model conditioned on classes, this one is conditioned {given}"
             )
         return names
 
@@ -199,18 +180,18 @@ class Run:
 
 
 def label(run: Run) -> Report:
-    """Classify test images by −E(x, y), attacked if asked; with --labelgrid attacked in balls of growing radius."""
+    """Classify test images by −E(x, y), attacked if asked; with `labelgrid` attacked in balls of growing radius."""
     run.class_names("label")
-    return label_grid(run) if run.options.labelgrid else classification(run)
+    return label_grid(run) if run.settings.labelgrid else classification(run)
 
 
 def labelfinetune(run: Run) -> Report:
     """Train one epoch on the cross-entropy of the class logits, or load what was so trained, then classify."""
     run.class_names("labelfinetune")
     sandbox, path = run.sandbox, run.folder / "model_supervised.pt"
-    if not run.options.train:
+    if not run.settings.train:
         if not path.exists():
-            raise UsageError(f"--notrain classifies with {path}, which is missing; run once with --train")
+            raise UsageError(f"`train`=False classifies with {path}, which is missing; run once with `train`")
         run.sandbox = dataclasses.replace(sandbox, model=checkpoint.load_energy(path, device=sandbox.device))
         run.sandbox.bias = checkpoint.load(path)["bias"].to(sandbox.device)
         return classification(run)
@@ -224,7 +205,7 @@ def classification(run: Run) -> Report:
     """Accuracy on test images by −E(x, y), as they are and refined; the same on attacked images."""
     examples = run.examples("test", run.all())
     images, classes = examples.images, examples.classes
-    attack = attack_of(run.options)
+    attack = attack_of(run.settings)
     attacked = run.sandbox.attack(images, classes, attack, run.refine)
     figures: dict[str, object] = {"attack": str(attack), "refinement": refinement(run)}
     figures |= accuracies(run, "clean", images, classes)
@@ -243,36 +224,36 @@ def classification(run: Run) -> Report:
 
 def label_grid(run: Run) -> Report:
     """Accuracy on attacked images over the radius of the ball: L∞ 0 … 30/255, or L2 0 … 95/255."""
-    if not run.options.pgd:
-        raise UsageError("--labelgrid needs an attack; give its number of steps with --pgd")
+    if not run.settings.pgd:
+        raise UsageError("`labelgrid` needs an attack; give its number of steps with `pgd`")
     examples = run.examples("test", run.all())
     images, classes = examples.images, examples.classes
-    radii = list(range(31) if run.options.lnorm == "-1" else range(0, 100, 5))
+    radii = list(range(31) if run.settings.lnorm == "-1" else range(0, 100, 5))
     passes = 3 if run.sandbox.num_steps else 2
     progress = Progress(passes * len(radii) * len(images), what="grid")
     rows = {}
     for radius in radii:
-        attacked = run.sandbox.attack(images, classes, attack_of(run.options, radius), run.refine, progress=progress)
+        attacked = run.sandbox.attack(images, classes, attack_of(run.settings, radius), run.refine, progress=progress)
         rows[f"{radius}/255"] = accuracies(run, "attacked", attacked, classes, progress)
     curves = {name: [row[name] for row in rows.values()] for name in rows["0/255"]}
     run.array("accuracies", torch.tensor([radii, *curves.values()]))
     lines = {name: (radii, values) for name, values in curves.items()}
-    xlabel = f"radius of the {'L∞' if run.options.lnorm == '-1' else 'L2'} ball / (1/255)"
+    xlabel = f"radius of the {'L∞' if run.settings.lnorm == '-1' else 'L2'} ball / (1/255)"
     pictures.plot_lines({"accuracy": lines}, run.path("accuracies.png"), xlabel=xlabel)
-    largest = {"attack in the largest ball": str(attack_of(run.options, radii[-1]))}
+    largest = {"attack in the largest ball": str(attack_of(run.settings, radii[-1]))}
     return Report({**largest, "refinement": refinement(run), **rows})
 
 
-def attack_of(options: Options, radius: float | None = None) -> Attack:
+def attack_of(settings: SandboxSettings, radius: float | None = None) -> Attack:
     """Return the attack that the flags describe, or the same in a ball of another radius, in units of 1/255."""
-    norm, usual = ("li", options.lival) if options.lnorm == "-1" else ("l2", options.l2val)
-    return Attack(norm, (usual if radius is None else radius) / SHADES, options.pgd, options.adaptive)
+    norm, usual = ("li", settings.lival) if settings.lnorm == "-1" else ("l2", settings.l2val)
+    return Attack(norm, (usual if radius is None else radius) / SHADES, settings.pgd, settings.adaptive)
 
 
 def refinement(run: Run) -> str:
     """Return in words how images are refined before they are classified."""
     steps = run.sandbox.num_steps
-    return f"{steps} Langevin steps under each class, L∞ ball of {run.options.refine:g}/255" if steps else "none"
+    return f"{steps} Langevin steps under each class, L∞ ball of {run.settings.refine:g}/255" if steps else "none"
 
 
 def accuracies(
@@ -305,13 +286,18 @@ def energyeval(run: Run) -> Report:
 
 def memorised(run: Run, train_scores: np.ndarray, test_scores: np.ndarray) -> tuple[float | None, str]:
     """Return how well scores, higher like training, tell training from test images: as AUROC, and in words."""
-    train, test = run.load("train"), run.load("test")
-    if isinstance(train, Dataset) and isinstance(test, Dataset):
-        seen, unseen = train.images, test.images
-        if not isinstance(seen, Tensor) or not isinstance(unseen, Tensor) or torch.equal(seen, unseen):
-            return None, "train and test are the same images: this data set has no split"
+    if have_same_images(run.load("train"), run.load("test")):
+        return None, "train and test are the same images: this data set has no split"
     auroc = metrics.auroc(train_scores, test_scores)
     return auroc, f"AUROC of train against test {auroc:.3f} (0.5: alike, 1: memorised)"
+
+
+def have_same_images(one: Dataset, other: Dataset) -> bool:
+    """Return whether two data sets are the same images, by a thousand of them."""
+    if len(one) != len(other):
+        return False
+    some = torch.arange(0, len(one), max(1, len(one) // 1_000))
+    return torch.equal(one.raw(some), other.raw(some))
 
 
 def diagnose(run: Run) -> Report:
@@ -455,7 +441,7 @@ def crossclass(run: Run) -> Report:
     target = pool.first(run.rows(ROWS))
     differs = (target.classes[:, None] != pool.classes).float()
     if not differs.any(1).all():
-        raise UsageError("--task=crossclass needs images of at least two classes; use another --dataset")
+        raise UsageError("`task`=crossclass needs images of at least two classes; use another `dataset`")
     start = pool.images[differs.multinomial(1, generator=run.sandbox.generator)[:, 0]]
     stages = list(run.sandbox.stages(start, target.labels, rounds=10, progress="crossclass"))
     run.panel("crossclass", numbered(run, stages) | {"class": target.images})
@@ -479,7 +465,7 @@ def cycleclass(run: Run) -> Report:
 def democlass(run: Run) -> Report:
     """Sample 5 images of each class from noise, 10 rounds of Langevin dynamics; of 10 classes where there are more."""
     names = run.class_names("democlass")
-    chosen = torch.randperm(len(names), generator=torch.Generator().manual_seed(run.options.seed))[:10].sort().values
+    chosen = torch.randperm(len(names), generator=torch.Generator().manual_seed(run.settings.seed))[:10].sort().values
     labels = torch.eye(len(names))[chosen.repeat_interleave(5)].to(run.sandbox.device)
     samples = run.sandbox.chain(run.noise(len(labels)), labels, rounds=10, progress="democlass")
     run.panel("democlass", {names[k]: five for k, five in zip(chosen.tolist(), samples.split(5), strict=True)})
@@ -491,7 +477,7 @@ def nearestneighbor(run: Run) -> Report:
     train, rows = run.load("train"), run.rows(10)
     samples = run.sandbox.chain(run.noise(rows), run.sample_labels(rows), rounds=10, progress="nearestneighbor")
     distances, indices = nearest(torch.cat([samples, run.examples("test", rows).images]), train, 5)
-    neighbours = stored(train, indices[:rows].flatten()).view(rows, -1, *train.image_shape)
+    neighbours = read_images(train, indices[:rows].flatten()).view(rows, -1, *train.image_shape)
     columns = {f"nearest {k + 1}": neighbours[:, k] for k in range(neighbours.shape[1])}
     run.panel("neighbours", {"sample": samples, **columns})
     closest = {"samples": distances[:rows, 0], "test images": distances[rows:, 0]}
@@ -517,9 +503,9 @@ def latent(run: Run) -> Report:
 
 
 def directions(run: Run, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values (3,) and directions (3, C, H, W) of the energy's Hessian, or with --nohessian of the features."""
+    """Return values (3,) and directions (3, C, H, W) of the energy's Hessian, or of the features."""
     sandbox = run.sandbox
-    if run.options.hessian:
+    if run.settings.hessian:
         energy = functools.partial(sandbox.energy, labels=label)
         return hessian_directions(energy, image, DIRECTIONS, sandbox.generator)
     return feature_directions(functools.partial(sandbox.features, labels=label), image, DIRECTIONS)

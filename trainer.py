@@ -21,11 +21,10 @@ import metrics
 import pictures
 from acceleration import products_in
 from distributed import GradientAverager, Workers
+from ebm.settings import TrainSettings
 from errors import UsageError
-from imagenet import StreamedImages
 from models import EnergyNetwork, Weights, spectral_norm_once
 from training import (
-    Options,
     State,
     Step,
     energy_under,
@@ -75,8 +74,8 @@ class Trainer:
     def __init__(
         self,
         state: State,
-        options: Options,
-        dataset: data.Dataset | StreamedImages,
+        settings: TrainSettings,
+        dataset: data.Dataset,
         workers: Workers,
         folder: pathlib.Path,
         cadence: Cadence,
@@ -88,7 +87,7 @@ class Trainer:
         measure: tuple[metrics.ClassifierDistance, float] | None = None,
         max_rollbacks: int | None = 10,
     ):
-        self.state, self.options, self.dataset, self.workers = state, options, dataset, workers
+        self.state, self.settings, self.dataset, self.workers = state, settings, dataset, workers
         self.folder, self.cadence, self.flags, self.seed = folder, cadence, flags, seed
         self.num_samples, self.sample_steps, self.measure = num_samples, sample_steps, measure
         self.leads = workers.rank == 0
@@ -117,9 +116,9 @@ class Trainer:
         state.model.train()
         with self.signals():
             while state.iteration < cadence.stop:
-                images, labels = next_batch(state, self.options, self.dataset)
+                images, labels = next_batch(state, self.settings, self.dataset)
                 with products_in(state.acceleration.precision):
-                    step = train_step(state, self.options, images, labels, gradients.finish)
+                    step = train_step(state, self.settings, images, labels, gradients.finish)
                 if self.healthy(step):
                     self.keep_records(step)
                 if workers.any(self.stopping is not None):
@@ -173,7 +172,7 @@ class Trainer:
         state, cadence = self.state, self.cadence
         saves = state.iteration % cadence.save == 0 or state.iteration == cadence.stop
         if state.iteration % guard.CHECK_INTERVAL == 0 or saves:
-            cause = self.guard.cause(state, step, self.options.bounds)
+            cause = self.guard.cause(state, step, self.settings.bounds)
             if self.workers.any(cause is not None):
                 self.roll_back(cause or "another worker diverged")
                 return False
@@ -196,7 +195,7 @@ class Trainer:
         if self.rollbacks > self.max_rollbacks:
             raise UsageError(
                 f"the run diverged at iteration {failed} ({cause}) after {self.max_rollbacks} rollbacks; "
-                "lower --lr or --step_lr, or raise --num_steps, then --resume_iter=latest"
+                "lower `lr` or `step_lr`, or raise `num_steps`, then `resume_iter`=latest"
             )
         self.guard.roll_back(state)
         self.chains = None
@@ -220,7 +219,7 @@ class Trainer:
     def record(self, step: Step) -> None:
         """Write this iteration's figures to the log and the console."""
         with products_in(self.state.acceleration.precision):
-            figures = statistics(self.state, self.options, step)
+            figures = statistics(self.state, self.settings, step)
         if self.log is not None:
             self.log.scalars(self.state.iteration, figures)
             self.progress.text = f"e_pos {figures['e_pos']:+.4f} e_neg {figures['e_neg']:+.4f}"
@@ -228,7 +227,7 @@ class Trainer:
     def test(self, step: Step) -> None:
         """Draw where chains start, where they end and real images; measure fresh chains, keep the best model."""
         if self.log is not None:
-            iteration, rescale = self.state.iteration, self.options.rescale
+            iteration, rescale = self.state.iteration, self.settings.rescale
             shown = {"start": step.start, "sample": step.samples, "real": step.images}
             columns = {name: images[:PANELS] / rescale for name, images in shown.items()}
             path = pictures.save_panel(columns, self.folder / "pictures" / f"panel_{iteration}.png", scale=self.zoom)
@@ -244,7 +243,7 @@ class Trainer:
         iteration = self.state.iteration
         chains = self.fresh_chains(PANELS if self.measure is None else self.num_samples)
         with self.evaluation() as (model, weights), torch.no_grad():
-            energy = energy_under(model, self.options, weights, step.labels)
+            energy = energy_under(model, self.settings, weights, step.labels)
             found = {"data": energy(step.images), "negatives": energy(step.samples)}
         found["long_chains"] = chains.energies
         energies = {name: values.double().cpu().numpy() for name, values in found.items()}
@@ -308,12 +307,12 @@ class Trainer:
         Same seed, same images at each iteration. Classes follow one another; labels that are no classes are those of
         random data. The chains run as those of training do; energies are those of float32.
         """
-        chains, config, options = self.chains, self.state.model.config, self.options
+        chains, config, settings = self.chains, self.state.model.config, self.settings
         if chains is not None and (chains.iteration, len(chains.images)) == (self.state.iteration, number):
             return chains
         acceleration, size, total = self.state.acceleration, 250, number
         if acceleration.compiled:  # for the shape of training's chains: whole batches of that, of which `number` count
-            size = options.num_chains or options.batch_size
+            size = settings.num_chains or settings.batch_size
             total = math.ceil(number / size) * size
         generator = torch.Generator(self.workers.device).manual_seed(self.seed + 1_000_003)
         labels = None
@@ -324,18 +323,18 @@ class Trainer:
             else:
                 index = torch.randint(len(self.dataset), (total,), generator=generator, device=generator.device)
                 labels = self.dataset.batch(index, generator)[1]
-        noise = noise_images((total, *config.image_shape), generator, network=config.network, rescale=options.rescale)
-        options = dataclasses.replace(options, num_steps=self.sample_steps, zero_kl=True)
+        noise = noise_images((total, *config.image_shape), generator, network=config.network, rescale=settings.rescale)
+        settings = dataclasses.replace(settings, num_steps=self.sample_steps, zero_kl=True)
         ends: list[Tensor] = []
         energies: list[Tensor] = []
         with self.evaluation() as (model, weights):
-            chain = langevin_chain(model, options, generator)
+            chain = langevin_chain(model, settings, generator)
             for start in noise.split(size):
                 under = None if labels is None else labels[len(ends) * size :][: len(start)]
                 ends.append(acceleration.run(chain, weights, start, under, generator, repeated=False))
-                energies.append(energy_under(model, options, weights, under)(ends[-1]))
-        images = torch.cat(ends)[:number] / options.rescale
-        moved = (images - noise[:number] / options.rescale).abs().mean().item()
+                energies.append(energy_under(model, settings, weights, under)(ends[-1]))
+        images = torch.cat(ends)[:number] / settings.rescale
+        moved = (images - noise[:number] / settings.rescale).abs().mean().item()
         self.chains = Chains(self.state.iteration, images, torch.cat(energies)[:number], moved)
         return self.chains
 
@@ -403,7 +402,7 @@ class Trainer:
         self.state.load_shared(contents)
         stored, kept = bool(contents.get("ema")), self.state.ema is not None
         if stored and not kept:
-            self.workers.print(f"note: {path} has averaged weights, which end here; --ema_decay would go on with them")
+            self.workers.print(f"note: {path} has averaged weights, which end here; ema_decay would go on with them")
         elif kept and not stored:
             self.workers.print(f"note: {path} has no averaged weights; the average starts with its weights")
         self.best = contents.get("best", self.best)
@@ -448,6 +447,6 @@ class Trainer:
         """Save and end the process with the status that is usual for its signal."""
         self.save()
         number = self.stopping or signal.SIGTERM
-        self.progress.say(f"stopped by {signal.Signals(number).name}; go on with --resume_iter=latest")
+        self.progress.say(f"stopped by {signal.Signals(number).name}; go on with resume_iter=latest")
         self.workers.close()
         raise SystemExit(128 + number)

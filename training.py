@@ -15,58 +15,12 @@ import data
 import models
 from acceleration import LOSS_PRECISIONS, PRECISIONS, Acceleration, Chain
 from checkpoint import to_tf_name
-from imagenet import StreamedImages
+from ebm.settings import TrainSettings
 from optimizer import ClippedAdam
 from sampling import Energy, hmc, input_gradient, langevin
 from utils import ReplayBuffer
 
-OBJECTIVES = ("cd", "logsumexp", "softplus")
 REPLAY_SIZE = 10_000  # images a buffer holds
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to train: each field is the flag of train.py with the same name, explained in its --help."""
-
-    batch_size: int = 256
-    single: bool = False
-    augment: bool = False
-    mixup: bool = False
-    cutout: bool = False
-    cutout_inside: bool = False
-    cutout_prob: float = 1.0
-    cutout_mask_size: int = 16
-    rescale: float = 1.0
-    datasource: str = "random"
-    num_chains: int | None = None
-    num_steps: int = 20
-    step_lr: float = 1.0
-    noise_scale: float = 1.0
-    proj_norm: float = 0.0
-    proj_norm_type: str = "li"
-    replay_batch: bool = False
-    replay_rate: float = 0.95
-    pcd: bool = False
-    hmc: bool = False
-    objective: str = "cd"
-    zero_kl: bool = False
-    ml_coeff: float = 1.0
-    l2_coeff: float = 1.0
-    mismatch: float = 0.0
-    temperature: float = 1.0
-    model_cclass: bool = False
-    spec_eval: bool = False
-    ema_decay: float = 0.0
-
-    @property
-    def noise_std(self) -> float:
-        """Standard deviation of a Langevin step's noise, in units of the images."""
-        return 0.005 * self.rescale * self.noise_scale
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The range of the images."""
-        return 0.0, self.rescale
 
 
 @dataclasses.dataclass
@@ -78,8 +32,8 @@ class State:
     buffer: ReplayBuffer
     batches: data.Batches
     generator: torch.Generator
-    previous: Tensor | None = None  # the last end points, where --pcd starts from them
-    ema: models.EnergyNetwork | None = None  # the moving average of the weights, with --ema_decay
+    previous: Tensor | None = None  # the last end points, where `pcd` starts from them
+    ema: models.EnergyNetwork | None = None  # the moving average of the weights, with `ema_decay`
     acceleration: Acceleration = dataclasses.field(default_factory=Acceleration)
     iteration: int = 0
 
@@ -168,42 +122,42 @@ class Step(NamedTuple):
     acceptance: Tensor | None  # share of the HMC moves that were accepted
 
 
-def train_step(state: State, options: Options, images: Tensor, labels: Tensor | None, average: Callable) -> Step:
+def train_step(state: State, settings: TrainSettings, images: Tensor, labels: Tensor | None, average: Callable) -> Step:
     """Make one training iteration on images (batch_size, C, H, W) and labels (batch_size, label_size) or None.
 
     average() makes the gradients of all workers their mean.
     """
     # The weights are normalised once: the chain, the loss and the update all see the same ones.
-    weights = state.model.prepare(update_u=not options.spec_eval)
+    weights = state.model.prepare(update_u=not settings.spec_eval)
     frozen = models.detach(weights)
     learned = models.cast(weights, LOSS_PRECISIONS[state.acceleration.precision])
 
     # Negatives: chains from noise or from the replay buffer, down the energy. With the KL term the gradient flows
     # back through the whole chain into the weights that made it.
-    chains = slice(options.num_chains)
+    chains = slice(settings.num_chains)
     chain_labels = None if labels is None else labels[chains]
-    start = chain_start(state, options, images[chains])
-    samples, acceptance = draw_negatives(state, options, frozen if options.zero_kl else learned, start, chain_labels)
-    remember(state, options, samples.detach())
+    start = chain_start(state, settings, images[chains])
+    samples, acceptance = draw_negatives(state, settings, frozen if settings.zero_kl else learned, start, chain_labels)
+    remember(state, settings, samples.detach())
 
     # Loss: energy down on data, up on negatives; the KL term moves the chain's end points down the frozen energy.
     positive_labels, label_entropy = labels, None
-    if options.model_cclass:
+    if settings.model_cclass:
         positive_labels, label_entropy = infer_labels(state.model, frozen, images, state.generator)
-    e_data = energy_under(state.model, options, learned, positive_labels)(images)
-    e_pos, e_neg = e_data[chains], energy_under(state.model, options, learned, chain_labels)(samples.detach())
+    e_data = energy_under(state.model, settings, learned, positive_labels)(images)
+    e_pos, e_neg = e_data[chains], energy_under(state.model, settings, learned, chain_labels)(samples.detach())
     contrast = functools.partial(
-        contrastive_loss, objective=options.objective, ml_coeff=options.ml_coeff, l2_coeff=options.l2_coeff
+        contrastive_loss, objective=settings.objective, ml_coeff=settings.ml_coeff, l2_coeff=settings.l2_coeff
     )
     loss_ml, regulariser = contrast(e_pos, e_neg)
     loss_kl = loss_ml.new_zeros(())
-    if not options.zero_kl:
+    if not settings.zero_kl:
         loss_kl = state.model.energy(models.detach(learned), samples, chain_labels).mean()
     loss = loss_ml + regulariser + loss_kl
     e_wrong = None
-    if options.mismatch:  # images under the labels of others are negatives, too (Reed et al. 2016, section 4.2)
-        e_wrong = energy_under(state.model, options, learned, labels)(images.roll(1, 0))
-        loss = loss + options.mismatch * sum(contrast(e_data, e_wrong))
+    if settings.mismatch:  # images under the labels of others are negatives, too (Reed et al. 2016, section 4.2)
+        e_wrong = energy_under(state.model, settings, learned, labels)(images.roll(1, 0))
+        loss = loss + settings.mismatch * sum(contrast(e_data, e_wrong))
 
     # Update
     state.optimizer.zero_grad()
@@ -211,7 +165,7 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
     average()
     state.optimizer.step()
     state.iteration += 1
-    state.update_ema(options.ema_decay)
+    state.update_ema(settings.ema_decay)
     return Step(
         images=images[chains],
         start=start,
@@ -230,10 +184,10 @@ def train_step(state: State, options: Options, images: Tensor, labels: Tensor | 
 
 
 def energy_under(
-    model: models.EnergyNetwork, options: Options, weights: models.Weights, labels: Tensor | None
+    model: models.EnergyNetwork, settings: TrainSettings, weights: models.Weights, labels: Tensor | None
 ) -> Energy:
     """Return the energy that chains descend and that the loss contrasts, of images under these labels."""
-    return lambda x: options.temperature * model.energy(weights, x, labels)
+    return lambda x: settings.temperature * model.energy(weights, x, labels)
 
 
 def contrastive_loss(
@@ -253,7 +207,7 @@ def contrastive_loss(
     elif objective == "softplus":
         likelihood = F.softplus(e_pos - e_neg).mean()
     else:
-        raise ValueError(f"objective is {objective!r}, must be one of {OBJECTIVES}")
+        raise ValueError(f"unknown objective {objective!r}")
     return ml_coeff * likelihood, l2_coeff * (e_pos.square().mean() + e_neg.square().mean())
 
 
@@ -264,86 +218,86 @@ def noise_images(shape: tuple[int, ...], generator: torch.Generator, *, network:
     return rescale * torch.rand(shape, generator=generator, device=generator.device)
 
 
-def chain_start(state: State, options: Options, images: Tensor) -> Tensor:
+def chain_start(state: State, settings: TrainSettings, images: Tensor) -> Tensor:
     """Return where this iteration's chains start, shaped like the batch of data."""
     generator = state.generator
-    if options.pcd and state.previous is not None:
+    if settings.pcd and state.previous is not None:
         return state.previous
-    near = {"random": 0, "default": len(images), "both": len(images) // 2}[options.datasource]
+    near = {"random": 0, "default": len(images), "both": len(images) // 2}[settings.datasource]
     starts = []
     if near:
         starts.append(images[:near] + 0.3 * torch.randn(images[:near].shape, generator=generator, device=images.device))
     if near < len(images):
         shape, network = (len(images) - near, *images.shape[1:]), state.model.config.network
-        starts.append(noise_images(shape, generator, network=network, rescale=options.rescale))
+        starts.append(noise_images(shape, generator, network=network, rescale=settings.rescale))
     start = torch.cat(starts)
-    if options.replay_batch and len(state.buffer) > len(images):
-        stored = state.buffer.sample(len(images), generator, options.rescale)
-        replayed = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < options.replay_rate
+    if settings.replay_batch and len(state.buffer) > len(images):
+        stored = state.buffer.sample(len(images), generator, settings.rescale)
+        replayed = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < settings.replay_rate
         start = torch.where(replayed, stored, start)
     return start
 
 
 def draw_negatives(
-    state: State, options: Options, weights: models.Weights, start: Tensor, labels: Tensor | None
+    state: State, settings: TrainSettings, weights: models.Weights, start: Tensor, labels: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the end points of this iteration's chains, and the share of HMC moves that were accepted, or None.
 
-    weights: where --zero_kl is off, those that the gradient through the chain flows back into.
+    weights: where `zero_kl` is off, those that the gradient through the chain flows back into.
     """
-    if options.zero_kl and not options.hmc:
-        chain = langevin_chain(state.model, options, state.generator)
+    if settings.zero_kl and not settings.hmc:
+        chain = langevin_chain(state.model, settings, state.generator)
         return state.acceleration.run(chain, weights, start, labels, state.generator, repeated=True), None
-    if options.hmc:
+    if settings.hmc:
         weights = models.cast(weights, PRECISIONS[state.acceleration.precision])
-    return run_chain(energy_under(state.model, options, weights, labels), start, options, state.generator)
+    return run_chain(energy_under(state.model, settings, weights, labels), start, settings, state.generator)
 
 
-def langevin_chain(model: models.EnergyNetwork, options: Options, generator: torch.Generator) -> Chain:
+def langevin_chain(model: models.EnergyNetwork, settings: TrainSettings, generator: torch.Generator) -> Chain:
     """Return the chain of a run as a function of its weights, start and labels; it holds no part of the run's state."""
 
     def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
-        return run_chain(energy_under(model, options, weights, labels), x, options, generator, compiled)[0]
+        return run_chain(energy_under(model, settings, weights, labels), x, settings, generator, compiled)[0]
 
     return chain
 
 
 def run_chain(
-    energy: Energy, x: Tensor, options: Options, generator: torch.Generator, compiled: bool = False
+    energy: Energy, x: Tensor, settings: TrainSettings, generator: torch.Generator, compiled: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return the end points of the chains that training uses, by Langevin steps, or noise and HMC moves.
 
     With them comes the share of HMC moves that were accepted, or None. compiled: Langevin steps are.
     """
-    if options.hmc:
+    if settings.hmc:
         accepted = []
-        for _ in range(options.num_steps):
-            x = x + options.noise_std * torch.randn(x.shape, generator=generator, device=x.device)
+        for _ in range(settings.num_steps):
+            x = x + settings.noise_std * torch.randn(x.shape, generator=generator, device=x.device)
             x, moved = hmc(energy, x, step_size=15.0, num_steps=10, generator=generator)
-            x = x.clamp(*options.bounds)
+            x = x.clamp(*settings.bounds)
             accepted.append(moved.float().mean())
         return x, torch.stack(accepted).mean() if accepted else None
     end = langevin(
         energy,
         x,
-        num_steps=options.num_steps,
-        step_lr=options.step_lr * options.rescale,
-        noise_std=options.noise_std,
-        proj_norm=options.proj_norm,
-        proj_norm_type=options.proj_norm_type,
-        bounds=options.bounds,
+        num_steps=settings.num_steps,
+        step_lr=settings.step_lr * settings.rescale,
+        noise_std=settings.noise_std,
+        proj_norm=settings.proj_norm,
+        proj_norm_type=settings.proj_norm_type,
+        bounds=settings.bounds,
         generator=generator,
-        differentiable=not options.zero_kl,
+        differentiable=not settings.zero_kl,
         compiled=compiled,
     )
     return end, None
 
 
-def remember(state: State, options: Options, samples: Tensor) -> None:
+def remember(state: State, settings: TrainSettings, samples: Tensor) -> None:
     """Keep the end points for the chains of later iterations."""
-    if options.replay_batch:
-        state.buffer.push(samples, options.rescale)
-    if options.pcd:
+    if settings.replay_batch:
+        state.buffer.push(samples, settings.rescale)
+    if settings.pcd:
         state.previous = samples
 
 
@@ -370,32 +324,32 @@ def label_energies(energy: Callable[[Tensor, Tensor], Tensor], images: Tensor, l
     return energy(images.repeat_interleave(m, 0), labels.repeat(n, 1)).view(n, m)
 
 
-def next_batch(state: State, options: Options, dataset: data.Dataset | StreamedImages) -> tuple[Tensor, Tensor | None]:
+def next_batch(state: State, settings: TrainSettings, dataset: data.Dataset) -> tuple[Tensor, Tensor | None]:
     """Return the next images (N, C, H, W) in [0, rescale] and labels (N, label_size) or None."""
     index = state.batches.next()
-    if options.single:
+    if settings.single:
         index = torch.zeros_like(index)
     else:
         dataset.prefetch(state.batches.following())
-    images, labels = dataset.batch(index, state.generator, options.rescale)
-    if options.augment:
+    images, labels = dataset.batch(index, state.generator, settings.rescale)
+    if settings.augment:
         images = data.augment(images, state.generator)
-    if options.cutout:
+    if settings.cutout:
         images = data.cutout(
             images,
             state.generator,
-            probability=options.cutout_prob,
-            size=options.cutout_mask_size,
-            inside=options.cutout_inside,
+            probability=settings.cutout_prob,
+            size=settings.cutout_mask_size,
+            inside=settings.cutout_inside,
         )
-    if options.mixup:
+    if settings.mixup:
         images = data.mixup(images, state.generator)
     return images, labels if state.model.config.label_size else None
 
 
-def statistics(state: State, options: Options, step: Step) -> dict[str, float]:
+def statistics(state: State, settings: TrainSettings, step: Step) -> dict[str, float]:
     """Return the figures of an iteration under the reference's names; this reads values back from the device."""
-    energy = energy_under(state.model, options, step.frozen, step.labels)
+    energy = energy_under(state.model, settings, step.frozen, step.labels)
     figures = {
         "e_pos": step.e_pos.mean(),
         "e_pos_std": step.e_pos.std(correction=0),
@@ -422,4 +376,4 @@ def statistics(state: State, options: Options, step: Step) -> dict[str, float]:
         if parameter.grad is not None:
             figures[f"max_grad/{to_tf_name(name).removeprefix('context_0/')}"] = parameter.grad.abs().max()
     values = torch.stack(list(figures.values())).tolist()  # one transfer
-    return dict(zip(figures, values, strict=True)) | {"temp": float(options.temperature)}
+    return dict(zip(figures, values, strict=True)) | {"temp": float(settings.temperature)}

@@ -28,21 +28,23 @@ import models
 import pictures
 import training
 from acceleration import PRECISIONS, Acceleration, products_in
-from combine import Figures, Options, Run
+from combine import Figures, Run
+from dsprites import CONCEPTS
+from ebm.settings import CombineSettings, TrainSettings
 from optimizer import ClippedAdam
 from sampling import langevin
 from utils import Progress, ReplayBuffer
 
 LEARNING_RATE = 1e-3  # of the generator
 REPLAY_RATE = 0.05  # of the chains start from earlier end points
-FRACTIONS = tuple(k / 10 for k in range(11))  # of the unseen combinations that --plot_curve trains on
+FRACTIONS = tuple(k / 10 for k in range(11))  # of the unseen combinations that `plot_curve` trains on
 
 Sampler = Callable[[Tensor], Tensor]  # latents (N, 5) -> images (N, 1, 64, 64)
 
 
-def other_concept(options: Options) -> str:
+def other_concept(settings: CombineSettings) -> str:
     """Return what varies besides the position."""
-    return "shape" if options.joint_shape else "rot" if options.joint_rot else "size"
+    return "shape" if settings.joint_shape else "rot" if settings.joint_rot else "size"
 
 
 def slices(latents: Tensor, other: str) -> tuple[Tensor, Tensor]:
@@ -95,16 +97,16 @@ class Product(models.EnergyNetwork):
 
 def new_product(run: Run, other: str) -> Product:
     """Return untrained networks of position and the other concept."""
-    options, generator = run.options, torch.Generator().manual_seed(run.options.seed)
+    settings, generator = run.settings, torch.Generator().manual_seed(run.settings.seed)
     parts = []
     for concept in ("pos", other):
         config = models.ModelConfig(
             "DspritesNet",
             image_shape=(1, dsprites.SIDE, dsprites.SIDE),
-            num_filters=options.num_filters,
-            label_size=combine.LABEL_SIZES[concept],
-            spec_norm=options.spec_norm,
-            swish_act=options.swish_act,
+            num_filters=settings.num_filters or 64,
+            label_size=CONCEPTS[concept].label_size,
+            spec_norm=settings.spec_norm is not False,
+            swish_act=settings.swish_act is not False,
         )
         parts.append(models.build_model(config, generator))
     return Product(parts).to(run.generator.device)
@@ -112,26 +114,26 @@ def new_product(run: Run, other: str) -> Product:
 
 def train_product(run: Run, product: Product, seen: Tensor, other: str) -> None:
     """Train the networks together: contrastive divergence with the KL term, 5 % of the chains from earlier ones."""
-    options = training.Options(num_steps=run.options.num_steps, step_lr=run.options.step_lr, pcd=True)
+    settings = TrainSettings(num_steps=run.settings.num_steps, step_lr=run.settings.step_lr, pcd=True)
     state = training.State(
         model=product,
-        optimizer=ClippedAdam(product.parameters(), lr=run.options.lr),
+        optimizer=ClippedAdam(product.parameters(), lr=run.settings.lr),
         buffer=ReplayBuffer(training.REPLAY_SIZE, product.config.image_shape, run.generator.device),
-        batches=data.Batches(len(seen), run.options.batch_size, run.options.seed, device=run.generator.device),
+        batches=data.Batches(len(seen), run.settings.batch_size, run.settings.seed, device=run.generator.device),
         generator=run.generator,
-        acceleration=Acceleration(run.options.precision),
+        acceleration=Acceleration(run.settings.precision),
     )
-    progress = Progress(run.options.break_steps, what="training of the energy")
-    for iteration in range(1, run.options.break_steps + 1):
+    progress = Progress(run.settings.break_steps, what="training of the energy")
+    for iteration in range(1, run.settings.break_steps + 1):
         index = seen[state.batches.next()]
         state.previous = chain_start(state)  # with `pcd` the chains start there
         labels = labels_of(run.sprites.latents[index], other)
-        with products_in(run.options.precision):
-            step = training.train_step(state, options, run.images(index), labels, average=lambda: None)
+        with products_in(run.settings.precision):
+            step = training.train_step(state, settings, run.images(index), labels, average=lambda: None)
         state.buffer.push(step.samples)
         if iteration % 10 == 0:
             progress.text = f"e_pos {step.e_pos.mean():+.4f} e_neg {step.e_neg.mean():+.4f}"
-            combine.finite(step.loss)
+            combine.check_finite(step.loss)
         progress.update(iteration)
     product.eval()
 
@@ -148,36 +150,36 @@ def chain_start(state: training.State) -> Tensor:
 
 def product_sampler(run: Run, product: Product, other: str) -> Sampler:
     """Return what samples images for latents, by chains from noise as in training."""
-    weights = models.spectral_norm_once(product, PRECISIONS[run.options.precision])
+    weights = models.spectral_norm_once(product, PRECISIONS[run.settings.precision])
 
     def sample(latents: Tensor) -> Tensor:
         labels = labels_of(latents, other)
         noise = training.noise_images((len(latents), *product.config.image_shape), run.generator, network="DspritesNet")
-        with products_in(run.options.precision):
+        with products_in(run.settings.precision):
             chain = langevin(
                 lambda x: product.energy(weights, x, labels),
                 noise,
-                num_steps=run.options.num_steps,
-                step_lr=run.options.step_lr,
+                num_steps=run.settings.num_steps,
+                step_lr=run.settings.step_lr,
                 generator=run.generator,
             )
-        return combine.finite(chain)
+        return combine.check_finite(chain)
 
     return sample
 
 
 def trained_product(run: Run, seen: Tensor, other: str) -> Product:
     """Return the trained networks, kept from an earlier run or trained now and kept as models that any script loads."""
-    paths = [run.folder / concept / f"model_{run.options.break_steps}.pt" for concept in ("pos", other)]
-    if not run.options.train and all(path.exists() for path in paths):
-        print(f"trained before: {', '.join(map(str, paths))}; --train trains anew")
+    paths = [run.folder / concept / f"model_{run.settings.break_steps}.pt" for concept in ("pos", other)]
+    if not run.settings.train and all(path.exists() for path in paths):
+        print(f"trained before: {', '.join(map(str, paths))}; train=True trains anew")
         return Product([checkpoint.load_energy(path, device=run.generator.device) for path in paths])
     product = new_product(run, other)
     train_product(run, product, seen, other)
     for concept, path, network in zip(("pos", other), paths, product.networks, strict=True):
         contents = {"config": dataclasses.asdict(network.config), "model": network.state_dict()}
-        flags = {"dataset": "dsprites", f"cond_{concept}": True, "step_lr": run.options.step_lr}
-        checkpoint.save(path, contents | {"iteration": run.options.break_steps, "flags": flags})
+        flags = {"dataset": "dsprites", f"cond_{concept}": True, "step_lr": run.settings.step_lr}
+        checkpoint.save(path, contents | {"iteration": run.settings.break_steps, "flags": flags})
         run.files.append(path)
     return product
 
@@ -234,9 +236,9 @@ def matched_generator(label_size: int, count: int, seed: int) -> Generator:
 def train_generator(run: Run, generator: Generator, trained: Tensor, other: str) -> Sampler:
     """Train a generator on sprites, given as indices, by their mean squared error; return what samples from it."""
     optimizer = torch.optim.Adam(generator.parameters(), lr=LEARNING_RATE)
-    batches = data.Batches(len(trained), run.options.batch_size, run.options.seed, device=trained.device)
-    progress = Progress(run.options.break_steps, what="training of the generator")
-    for iteration in range(1, run.options.break_steps + 1):
+    batches = data.Batches(len(trained), run.settings.batch_size, run.settings.seed, device=trained.device)
+    progress = Progress(run.settings.break_steps, what="training of the generator")
+    for iteration in range(1, run.settings.break_steps + 1):
         index = trained[batches.next()]
         images = generator(labels_of(run.sprites.latents[index], other))
         loss = nn.functional.mse_loss(images, run.images(index))
@@ -254,7 +256,7 @@ def train_generator(run: Run, generator: Generator, trained: Tensor, other: str)
 
 def shuffled(run: Run, index: Tensor) -> Tensor:
     """Return an index (N,) in random order, the same for the same seed."""
-    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(run.options.seed))
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(run.settings.seed))
     return index[order.to(index.device)]
 
 
@@ -263,14 +265,14 @@ def measure(run: Run, samplers: Mapping[str, Sampler], seen: Tensor, unseen: Ten
 
     MSE: of images to the true ones; then the share that is right in position, in the other concept and in both.
     """
-    number = run.options.limit or run.options.batch_size
+    number = run.settings.limit or run.settings.batch_size
     sets = {"unseen": shuffled(run, unseen)[:number], "seen": shuffled(run, seen)[:number]}
     progress = Progress(len(samplers) * sum(map(len, sets.values())), what="images")
     samples = {}
     for name, sampler in samplers.items():
         for kind, index in sets.items():
             parts = []
-            for part in index.split(run.options.batch_size):
+            for part in index.split(run.settings.batch_size):
                 parts.append(sampler(run.sprites.latents[part]))
                 progress.update(progress.done + len(part))
             samples[name, kind] = torch.cat(parts)
@@ -281,12 +283,12 @@ def measure(run: Run, samplers: Mapping[str, Sampler], seen: Tensor, unseen: Ten
     found = dsprites.nearest(torch.cat(list(samples.values())))[0].split([len(images) for images in samples.values()])
     figures: Figures = {}
     for ((name, kind), images), latents in zip(samples.items(), found, strict=True):
-        truths = combine.right(latents, run.sprites.latents[sets[kind]])
+        truths = combine.judge_latents(latents, run.sprites.latents[sets[kind]])
         figures[f"{name}, {kind}"] = {
             "MSE": squared_error(images, run.images(sets[kind])),
-            "pos right": combine.share(truths["pos"]),
-            f"{other} right": combine.share(truths[other]),
-            "jointly": combine.share(truths["pos"] & truths[other]),
+            "pos right": combine.compute_share(truths["pos"]),
+            f"{other} right": combine.compute_share(truths[other]),
+            "jointly": combine.compute_share(truths["pos"] & truths[other]),
         }
     return figures
 
@@ -299,13 +301,13 @@ def squared_error(images: Tensor, true: Tensor) -> float:
 def new_generator(run: Run, other: str) -> Generator:
     """Return an untrained generator with as many parameters as the two energy networks."""
     product = new_product(run, other)
-    generator = matched_generator(product.config.label_size, parameters(product), run.options.seed)
+    generator = matched_generator(product.config.label_size, parameters(product), run.settings.seed)
     return generator.to(run.generator.device)
 
 
-def gentest(run: Run) -> Figures:
+def compare_models(run: Run) -> Figures:
     """Train two energy models, and the generator, on two slices; sample the combinations that are in neither."""
-    other = other_concept(run.options)
+    other = other_concept(run.settings)
     seen, unseen = slices(run.sprites.latents, other)
     product, generator = trained_product(run, seen, other), new_generator(run, other)
     samplers = {
@@ -313,28 +315,28 @@ def gentest(run: Run) -> Figures:
         "generator": train_generator(run, generator, seen, other),
     }
     figures = measure(run, samplers, seen, unseen, other)
-    true = run.images(shuffled(run, unseen)[: run.options.batch_size])
+    true = run.images(shuffled(run, unseen)[: run.settings.batch_size])
     figures["MSE of black images"] = squared_error(torch.zeros_like(true), true)
     for name, network in (("energy", product), ("generator", generator)):
         figures[f"parameters, {name}"] = parameters(network)
     return figures
 
 
-def genbaseline(run: Run) -> Figures:
-    """Train the generator on the slices and on a share of the other combinations, --frac, or all shares in turn.
+def measure_generator(run: Run) -> Figures:
+    """Train the generator on the slices and on a share of the other combinations, `frac`, or all shares in turn.
 
     The combinations that are measured are the last to be trained on: up to a share of 0.8 or so they are unseen.
     """
-    other = other_concept(run.options)
+    other = other_concept(run.settings)
     seen, unseen = slices(run.sprites.latents, other)
-    fractions = FRACTIONS if run.options.plot_curve else (run.options.frac,)
+    fractions = FRACTIONS if run.settings.plot_curve else (run.settings.frac,)
     samplers = {}
     for fraction in fractions:
         trained = torch.cat([seen, shuffled(run, unseen).flip(0)[: round(fraction * len(unseen))]])
         samplers[f"{fraction:.0%}"] = train_generator(run, new_generator(run, other), trained, other)
     figures = measure(run, samplers, seen, unseen, other)
     energy = energy_figures(run)
-    if run.options.plot_curve:
+    if run.settings.plot_curve:
         plot_curve(run, fractions, figures, energy)
     return figures | energy
 
@@ -343,7 +345,7 @@ def energy_figures(run: Run) -> Figures:
     """Return what gentest measured of the energy models on the same slices, if it has run."""
     path = run.folder.parents[1] / "gentest" / run.folder.name / "gentest.json"
     if not path.exists():
-        print(f"note: no figures of the energy models beside these; --task=gentest writes {path}")
+        print(f"note: no figures of the energy models beside these; task=gentest writes {path}")
         return {}
     figures = json.loads(path.read_text())["figures"]
     return {name: row for name, row in figures.items() if name.startswith("energy, ")}

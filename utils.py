@@ -70,12 +70,12 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the images over; a buffer of another capacity keeps the newest that fit."""
-        images, position = state["images"], state["position"]
-        if len(images) > len(self.images):
-            images = torch.cat([images[position:], images[:position]])[-len(self.images) :]
+        images, position, capacity = state["images"], state["position"], len(self.images)
+        if len(images) > capacity:
+            images = torch.cat([images[position:], images[:position]])[len(images) - capacity :]
             position = 0
         self.size = len(images)
-        self.position = position if self.size == len(self.images) else self.size
+        self.position = position if self.size == capacity else self.size
         self.images[: self.size] = images.to(self.images.device)
 
 

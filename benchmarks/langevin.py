@@ -16,53 +16,59 @@ convolutions in TF32; torchebm samples from the network with its weights frozen 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from absl import flags
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import acceleration
 import cli
 import models
 import pictures
 import sampling
 import timing
+from acceleration import PRECISIONS, REMEDIES, Acceleration, products_in, set_kernel_choice, set_tf32
+from cli import flag
 from errors import UsageError
 from utils import keep_freed_memory
 
-FLAGS = flags.FLAGS
 STEP_LR = 10.0
 THEIRS = ("plain", "torchebm")  # names of what others write begin so
-PADDED = 8  # channels that the images are padded to, in a variant
+PADDED_CHANNELS = 8  # channels that the images are padded to, in a variant
 
-with cli.group("Benchmark"):
-    cli.define_choices("networks", ["MnistNet", "DspritesNet", "ResNet32"], ["all", *timing.NETWORKS], "which networks")
-    flags.DEFINE_integer("num_filters", None, "their width; default that of the published commands", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 16, "images per step", lower_bound=1)
-    flags.DEFINE_integer("steps", 3, "Langevin steps per timing", lower_bound=1)
-    flags.DEFINE_integer("rounds", 5, "timings per variant", lower_bound=1)
-    flags.DEFINE_enum("device", "cpu", ["cpu", "cuda"], "where to compute")
-    cli.define_choices("precisions", ["float32"], cli.PRECISIONS, "number types of this project's chains")
-    flags.DEFINE_boolean("compile", False, "also time the compiled step")
-    flags.DEFINE_boolean(
-        "changes",
+
+@dataclasses.dataclass(frozen=True)
+class Settings(timing.BenchmarkDevice):
+    """Benchmark"""
+
+    networks: tuple[str, ...] = flag(
+        ("MnistNet", "DspritesNet", "ResNet32"), "which networks", choices=("all", *timing.NETWORKS)
+    )
+    num_filters: int | None = flag(None, "their width; default that of the published commands", at_least=1)
+    batch_size: int = flag(16, "images per step", at_least=1)
+    steps: int = flag(3, "Langevin steps per timing", at_least=1)
+    rounds: int = flag(5, "timings per variant", at_least=1)
+    precisions: tuple[str, ...] = flag(("float32",), "number types of this project's chains", choices=tuple(PRECISIONS))
+    compile: bool = flag(False, "also time the compiled step")
+    changes: bool = flag(
         True,
         "also time changes to the fastest way, in the first number type: pooling not folded, images padded to 8 "
         "channels, input biases as maps",
     )
-    flags.DEFINE_boolean("compile_only", False, "only compile all steps, which fills torch's cache, and leave")
-    flags.DEFINE_integer("limit_size", None, "rows and columns of the product; default 2048 on a CPU, 8192 on a GPU", 1)
-    flags.DEFINE_string("output", "", "also write the figures to this JSON file, and a plot beside it")
+    compile_only: bool = flag(False, "only compile all steps, which fills torch's cache, and leave")
+    limit_size: int | None = flag(
+        None, "rows and columns of the product; default 2048 on a CPU, 8192 on a GPU", at_least=1
+    )
+    output: str = flag("", "also write the figures to this JSON file, and a plot beside it")
 
 
 class Variant(NamedTuple):
@@ -84,10 +90,10 @@ def plain_energy(model: models.EnergyNetwork, weights: models.Weights, x: Tensor
     return x.squeeze(1)
 
 
-def plain_chain(model: models.EnergyNetwork, x: Tensor, autocast: torch.dtype | None = None) -> None:
+def run_plain_chain(model: models.EnergyNetwork, x: Tensor, steps: int, autocast: torch.dtype | None = None) -> None:
     """Normalise at every step, let the weights require gradients, and call backward()."""
     with timing.pytorch_defaults(), torch.autocast(x.device.type, autocast, enabled=autocast is not None):
-        for _ in range(FLAGS.steps):
+        for _ in range(steps):
             x = (x + 0.005 * torch.randn_like(x)).detach().requires_grad_()
             weights = model.prepare(fold=False, memory_format=torch.contiguous_format)
             plain_energy(model, weights, x).sum().backward()
@@ -95,7 +101,7 @@ def plain_chain(model: models.EnergyNetwork, x: Tensor, autocast: torch.dtype | 
             x = (x - STEP_LR * x.grad).clamp(0, 1)
 
 
-def torchebm_chain(model: models.EnergyNetwork, x: Tensor) -> None:
+def run_torchebm_chain(model: models.EnergyNetwork, x: Tensor, steps: int) -> None:
     """Let torchebm's LangevinDynamics sample from the network, its weights normalised once."""
     from torchebm.core import BaseModel
     from torchebm.samplers import LangevinDynamics
@@ -109,19 +115,19 @@ def torchebm_chain(model: models.EnergyNetwork, x: Tensor) -> None:
             weights = models.detach(model.prepare(fold=False, memory_format=torch.contiguous_format))
         energy = Energy(device=x.device)
         sampler = LangevinDynamics(energy, step_size=STEP_LR, noise_scale=1e-3, clamp=(0, 1), device=x.device)
-        sampler.sample(x=x, n_steps=FLAGS.steps)
+        sampler.sample(x=x, n_steps=steps)
 
 
 # ---- this project's ways, and changes to them that are worth a measurement ----
 
 
-def frozen_weights(model: models.EnergyNetwork, fold: bool = True) -> models.Weights:
+def freeze_weights(model: models.EnergyNetwork, fold: bool = True) -> models.Weights:
     """Return what a chain needs: normalised anew, pooling folded into the kernels or not."""
     with torch.no_grad():
         return models.detach(model.prepare(fold=fold))
 
 
-def our_chain(
+def make_chain(
     energy: Callable[[models.Weights, Tensor], Tensor],
     prepare: Callable[[], models.Weights],
     x: Tensor,
@@ -132,25 +138,25 @@ def our_chain(
     steps: int,
 ) -> Callable[[], object]:
     """Return a chain as train.py runs it: weights prepared anew, then the steps."""
-    own_acceleration = acceleration.Acceleration(precision, compiled, captured, asked=frozenset(acceleration.REMEDIES))
+    acceleration = Acceleration(precision, compiled, captured, asked=frozenset(REMEDIES))
     generator = torch.Generator(x.device).manual_seed(0)
 
     def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
         own = functools.partial(energy, weights)
         return sampling.langevin(own, x, num_steps=steps, step_lr=STEP_LR, generator=generator, compiled=compiled)
 
-    return lambda: own_acceleration.run(chain, prepare(), x, None, generator, repeated=True)
+    return lambda: acceleration.run(chain, prepare(), x, None, generator, repeated=True)
 
 
-class Padded:
-    """Images and the first kernel get channels of zeros, up to PADDED of them."""
+class PaddedImages:
+    """Images and the first kernel get channels of zeros, up to PADDED_CHANNELS of them."""
 
     def __init__(self, model: models.EnergyNetwork):
         self.model = model
-        self.channels = 0, 0, 0, 0, 0, PADDED - model.config.image_shape[0]
+        self.channels = 0, 0, 0, 0, 0, PADDED_CHANNELS - model.config.image_shape[0]
 
     def prepare(self) -> models.Weights:
-        weights = frozen_weights(self.model)
+        weights = freeze_weights(self.model)
         kernel = F.pad(weights["c1_pre.kernel"], self.channels)
         return weights | {"c1_pre.kernel": kernel.contiguous(memory_format=torch.channels_last)}
 
@@ -161,7 +167,7 @@ class Padded:
         return x.squeeze(1).to(images.dtype)
 
 
-class Mapped(nn.Module):
+class ConvWithBiasMap(nn.Module):
     """A convolution whose input bias is a map added after it, since conv(x + b) = conv(x) + conv(b)."""
 
     def __init__(self, conv: models.Conv):
@@ -185,55 +191,56 @@ class BiasMaps:
         for module in list(self.twin.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, models.Conv) and child.gb is not None:
-                    module._modules[name] = Mapped(child)
+                    module._modules[name] = ConvWithBiasMap(child)
         self.energy = self.twin.energy
 
     def prepare(self) -> models.Weights:
-        weights = frozen_weights(self.model)
+        weights = freeze_weights(self.model)
         with torch.no_grad():
             self.energy(weights, weights["fc5.bias"].new_zeros(1, *self.model.config.image_shape))
         return weights
 
 
-def our_variants(model: models.EnergyNetwork, x: Tensor, precision: str, steps: int) -> dict[str, Callable[[], object]]:
-    """Return by name this project's chains that the flags ask for: all ways, then changes to the last, the fastest."""
-    captures = [False, True] if x.device.type == "cuda" and not FLAGS.compile_only else [False]
-    compiles = [False, True] if FLAGS.compile or FLAGS.compile_only else [False]
-    prepare = functools.partial(frozen_weights, model)
+def make_chains(
+    settings: Settings, model: models.EnergyNetwork, x: Tensor, precision: str
+) -> dict[str, Callable[[], object]]:
+    """Return by name the chains of this project that are asked for: all ways, then changes to the last, the fastest."""
+    captures = [False, True] if x.device.type == "cuda" and not settings.compile_only else [False]
+    compiles = [False, True] if settings.compile or settings.compile_only else [False]
+    prepare = functools.partial(freeze_weights, model)
     chains = {}
     for captured in captures:
         for compiled in compiles:
             make = functools.partial(
-                our_chain, x=x, precision=precision, steps=steps, captured=captured, compiled=compiled
+                make_chain, x=x, precision=precision, steps=settings.steps, captured=captured, compiled=compiled
             )
             fastest = ", ".join(captured * ["captured"] + compiled * ["compiled"]) or "eager"
             chains[fastest] = make(model.energy, prepare)
-    if FLAGS.changes and precision == FLAGS.precisions[0]:
-        padded, mapped = Padded(model), BiasMaps(model)
+    if settings.changes and precision == settings.precisions[0]:
+        padding, maps = PaddedImages(model), BiasMaps(model)
         chains[f"{fastest}, not folded"] = make(model.energy, functools.partial(prepare, fold=False))
-        chains[f"{fastest}, {PADDED} channels"] = make(padded.energy, padded.prepare)
+        chains[f"{fastest}, {PADDED_CHANNELS} channels"] = make(padding.energy, padding.prepare)
         if any(".input_bias" in name for name in prepare()):
-            chains[f"{fastest}, bias maps"] = make(mapped.energy, mapped.prepare)
+            chains[f"{fastest}, bias maps"] = make(maps.energy, maps.prepare)
     return chains
 
 
 # ---- timing ----
 
 
-def variants_of(model: models.EnergyNetwork, x: Tensor) -> list[Variant]:
+def list_variants(settings: Settings, model: models.EnergyNetwork, x: Tensor) -> list[Variant]:
     """Return everything that is measured on a network."""
     on_gpu = x.device.type == "cuda"
     usual = "tf32" if on_gpu else "float32"  # in PyTorch's convolutions
-    variants = [Variant("plain loop", usual, functools.partial(plain_chain, model, x))]
+    variants = [Variant("plain loop", usual, functools.partial(run_plain_chain, model, x, settings.steps))]
     if on_gpu:
-        autocast = functools.partial(plain_chain, model, x, torch.bfloat16)
+        autocast = functools.partial(run_plain_chain, model, x, settings.steps, torch.bfloat16)
         variants.append(Variant("plain loop, autocast", "bf16", autocast))
     if importlib.util.find_spec("torchebm"):
-        variants.append(Variant("torchebm", usual, functools.partial(torchebm_chain, model, x)))
-    for precision in FLAGS.precisions:
-        variants += [
-            Variant(name, precision, run) for name, run in our_variants(model, x, precision, FLAGS.steps).items()
-        ]
+        variants.append(Variant("torchebm", usual, functools.partial(run_torchebm_chain, model, x, settings.steps)))
+    for precision in settings.precisions:
+        chains = make_chains(settings, model, x, precision)
+        variants += [Variant(name, precision, run) for name, run in chains.items()]
     return variants
 
 
@@ -244,42 +251,42 @@ def count_operations(model: models.EnergyNetwork, x: Tensor) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def gradient_error(model: models.EnergyNetwork, x: Tensor, precision: str) -> float:
+def measure_gradient_error(model: models.EnergyNetwork, x: Tensor, precision: str) -> float:
     """Return by what share gradients to images are off in a number type, the median over images, against float64."""
     exact_model = copy.deepcopy(model).double()
-    exact = sampling.input_gradient(functools.partial(exact_model.energy, frozen_weights(exact_model)), x.double())
-    weights = models.cast(frozen_weights(model), acceleration.PRECISIONS[precision])
-    with acceleration.products_in(precision):
+    exact = sampling.input_gradient(functools.partial(exact_model.energy, freeze_weights(exact_model)), x.double())
+    weights = models.cast(freeze_weights(model), PRECISIONS[precision])
+    with products_in(precision):
         rounded = sampling.input_gradient(functools.partial(model.energy, weights), x)
     return ((rounded - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).median().item()
 
 
-def measure(name: str, limits: dict[str, float]) -> list[dict[str, Any]]:
+def measure_network(settings: Settings, name: str, limits: dict[str, float]) -> list[dict[str, Any]]:
     """Return a row of figures for each variant on one network."""
-    model = timing.build_network(name, FLAGS.num_filters, FLAGS.device)
-    x = timing.random_images(model, FLAGS.batch_size, FLAGS.device)
+    model = timing.build_network(name, settings.num_filters, settings.device)
+    x = timing.draw_images(model, settings.batch_size, settings.device)
     memory: dict[Variant, float | None] = {}
-    for variant in variants_of(model, x):
+    for variant in list_variants(settings, model, x):
         try:  # the first run compiles, captures and chooses kernels
-            if FLAGS.device == "cuda":
-                memory[variant] = timing.peak_memory(variant.run, FLAGS.device)
+            if settings.device == "cuda":
+                memory[variant] = timing.measure_peak_memory(variant.run, settings.device)
             else:  # which keeps what variants before freed, so that it would tell little
                 variant.run()
                 memory[variant] = None
         except (UsageError, ImportError, torch.OutOfMemoryError) as error:
             print(f"{name}, {variant.name}, {variant.precision}: left out, {str(error).splitlines()[0]}", flush=True)
-    best = timing.best_seconds({variant: variant.run for variant in memory}, FLAGS.rounds, FLAGS.device)
+    best = timing.measure_best_seconds({variant: variant.run for variant in memory}, settings.rounds, settings.device)
     plain = next((seconds for variant, seconds in best.items() if variant.name == "plain loop"), float("nan"))
-    work = count_operations(model, x) * FLAGS.steps
-    errors = {precision: gradient_error(model, x[:8], precision) for precision in FLAGS.precisions}
+    work = count_operations(model, x) * settings.steps
+    errors = {precision: measure_gradient_error(model, x[:8], precision) for precision in settings.precisions}
     return [
         {
             "network": name,
             "variant": variant.name,
             "precision": variant.precision,
-            "ms per step": 1e3 * seconds / FLAGS.steps,
+            "ms per step": 1e3 * seconds / settings.steps,
             "times plain": plain / seconds,
-            "images per s": FLAGS.batch_size * FLAGS.steps / seconds,
+            "images per s": settings.batch_size * settings.steps / seconds,
             "GFLOP/s": work / seconds,
             "of limit": work / seconds / limits[variant.precision],
             "limit GFLOP/s": limits[variant.precision],
@@ -290,35 +297,35 @@ def measure(name: str, limits: dict[str, float]) -> list[dict[str, Any]]:
     ]
 
 
-def compile_all(names: list[str]) -> None:
+def compile_steps(settings: Settings, names: Sequence[str]) -> None:
     """Compile the steps of all variants that are compiled, as chains of one step."""
     for name in names:
-        model = timing.build_network(name, FLAGS.num_filters, FLAGS.device)
-        x = timing.random_images(model, FLAGS.batch_size, FLAGS.device)
-        for precision in FLAGS.precisions:
-            for way, run in our_variants(model, x, precision, steps=1).items():
+        model = timing.build_network(name, settings.num_filters, settings.device)
+        x = timing.draw_images(model, settings.batch_size, settings.device)
+        for precision in settings.precisions:
+            for way, run in make_chains(dataclasses.replace(settings, steps=1), model, x, precision).items():
                 if "compiled" in way:
                     run()
-        print(f"compiled: {name} in {', '.join(FLAGS.precisions)}", flush=True)
+        print(f"compiled: {name} in {', '.join(settings.precisions)}", flush=True)
 
 
-def main() -> None:
+def main(settings: Settings) -> None:
     keep_freed_memory()  # as train.py does; it helps all variants alike
-    acceleration.set_tf32(False)
-    if FLAGS.compile or FLAGS.compile_only:
+    set_tf32(False)
+    if settings.compile or settings.compile_only:
         import torch._dynamo
 
         torch._dynamo.config.recompile_limit = 100  # a step for each variant, number type and network
-    names = list(timing.NETWORKS) if "all" in FLAGS.networks else FLAGS.networks
-    if FLAGS.compile_only:
-        compile_all(names)
+    names = tuple(timing.NETWORKS) if "all" in settings.networks else settings.networks
+    if settings.compile_only:
+        compile_steps(settings, names)
         return
-    acceleration.set_kernel_choice(deterministic=False)
-    used = {*FLAGS.precisions, "tf32", "bf16"} if FLAGS.device == "cuda" else {*FLAGS.precisions, "float32"}
-    limits = {precision: timing.matrix_rate(precision, FLAGS.device, FLAGS.limit_size) for precision in sorted(used)}
+    set_kernel_choice(deterministic=False)
+    types = {*settings.precisions, "tf32", "bf16"} if settings.device == "cuda" else {*settings.precisions, "float32"}
+    limits = {name: timing.measure_matrix_rate(name, settings.device, settings.limit_size) for name in sorted(types)}
     rows: list[dict[str, Any]] = []
     for name in names:
-        rows += measure(name, limits)
+        rows += measure_network(settings, name, limits)
         for row in (row for row in rows if row["network"] == name):
             print(
                 "{network:13} {variant:33} {precision:7} {ms per step:8.2f} ms  {times plain:6.2f}x  "
@@ -329,23 +336,23 @@ def main() -> None:
                 + (f"  {row['peak MB']:.0f} MB" if row["peak MB"] is not None else ""),
                 flush=True,
             )
-        if FLAGS.output:
-            write(rows)
+        if settings.output:
+            write_figures(settings, rows)
 
 
-def write(rows: list[dict[str, Any]]) -> None:
+def write_figures(settings: Settings, rows: list[dict[str, Any]]) -> None:
     """Write the rows so far as JSON, and as bars."""
-    described = timing.describe(FLAGS.device)
-    path = cli.write_rows(FLAGS.output, rows, operations="of direct convolutions, not folded", **described)
+    machine = timing.describe_machine(settings.device)
+    path = timing.write_rows(settings, rows, operations="of direct convolutions, not folded", **machine)
     bars: dict[str, dict[str, float]] = {}  # of several number types the fastest variant each
     for row in rows:
-        every = len(FLAGS.precisions) == 1 or row["variant"].startswith(THEIRS)
+        every = len(settings.precisions) == 1 or row["variant"].startswith(THEIRS)
         bar = bars.setdefault(row["variant"] if every else f"this project, {row['precision']}", {})
         bar[row["network"]] = max(row["of limit"], bar.get(row["network"], 0))
-    title = f"a Langevin step, batch {FLAGS.batch_size}, {described['hardware']}"
+    title = f"a Langevin step, batch {settings.batch_size}, {machine['hardware']}"
     plot = pictures.plot_bars(bars, path.with_suffix(".png"), ylabel="share of the matrix-product rate", title=title)
     print(f"wrote {path} and {plot}")
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__ or "")
+    cli.run(main, Settings, __doc__)

@@ -9,112 +9,122 @@ run; the best of --rounds counts. A training run needs batch size times iteratio
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 
-from absl import flags
+import numpy as np
+import torch
+from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import cli
+import imagenet
+import timing
+from cli import flag
+from ebm.readers.downloads import import_torchvision
 
-FLAGS = flags.FLAGS
-
-with cli.group("Benchmark"):
-    flags.DEFINE_list("workers", "1,2", "numbers of decode workers")
-    flags.DEFINE_integer("batch_size", 16, "images per batch", lower_bound=1)
-    flags.DEFINE_integer("batches", 30, "batches per timing", lower_bound=1)
-    flags.DEFINE_integer("rounds", 3, "timings per variant", lower_bound=1)
-    flags.DEFINE_integer("width", 500, "of a JPEG, in pixels", lower_bound=1)
-    flags.DEFINE_integer("height", 375, "of a JPEG, in pixels", lower_bound=1)
-    flags.DEFINE_integer("files", 64, "JPEGs to make", lower_bound=1)
-    flags.DEFINE_string("output", "", "also write the figures to this JSON file")
+Loader = tuple[Callable[[], object], Callable[[], None]]  # what gives the next batch, and what ends the workers
 
 
-def make_jpegs(folder: pathlib.Path) -> float:
+@dataclasses.dataclass(frozen=True)
+class Settings(timing.BenchmarkOutput):
+    """Benchmark"""
+
+    workers: tuple[int, ...] = flag((1, 2), "numbers of decode workers", at_least=1)
+    batch_size: int = flag(16, "images per batch", at_least=1)
+    batches: int = flag(30, "batches per timing", at_least=1)
+    rounds: int = flag(3, "timings per variant", at_least=1)
+    width: int = flag(500, "of a JPEG, in pixels", at_least=1)
+    height: int = flag(375, "of a JPEG, in pixels", at_least=1)
+    files: int = flag(64, "JPEGs to make", at_least=1)
+
+
+def make_jpegs(settings: Settings, folder: pathlib.Path) -> float:
     """Write pictures with detail at all scales, like photographs, to two class folders; return the mean size in kB."""
-    import numpy as np
-    from PIL import Image
-
     generator = np.random.default_rng(0)
-    size = FLAGS.width, FLAGS.height
-    for number in range(FLAGS.files):
-        picture = np.full((FLAGS.height, FLAGS.width, 3), 128.0)
+    size = settings.width, settings.height
+    for number in range(settings.files):
+        picture = np.full((settings.height, settings.width, 3), 128.0)
         for scale in (2, 4, 8, 16, 32, 64, 128):  # pixels between independent values
-            noise = generator.normal(128, 30, (FLAGS.height // scale + 2, FLAGS.width // scale + 2, 3))
+            noise = generator.normal(128, 30, (settings.height // scale + 2, settings.width // scale + 2, 3))
             layer = Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
             picture += (np.asarray(layer) - 128.0) * (scale / 32) ** 0.3
         path = folder / f"class_{number % 2}" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=95)
-    return sum(path.stat().st_size for path in folder.glob("*/*")) / FLAGS.files / 1000
+    return sum(path.stat().st_size for path in folder.glob("*/*")) / settings.files / 1000
 
 
-def main() -> None:
-    import torch
+def start_own_loader(settings: Settings, folder: pathlib.Path, workers: int) -> Loader:
+    """Return a loader of this project."""
+    dataset = imagenet.open_imagenet(folder, "train", workers=workers)
+    generator = torch.Generator().manual_seed(0)
 
-    import data
-    import imagenet
+    def draw_index() -> torch.Tensor:
+        return torch.randint(settings.files, (settings.batch_size,), generator=generator)
 
-    torchvision = data.import_torchvision()
+    ahead = [draw_index() for _ in range(3)]
+
+    def read_batch() -> object:
+        for index in ahead:
+            dataset.prefetch(index)
+        ahead.append(draw_index())
+        return dataset.batch(ahead.pop(0), generator)
+
+    return read_batch, dataset.close
+
+
+def start_torchvision_loader(settings: Settings, folder: pathlib.Path, workers: int) -> Loader:
+    """Return a DataLoader of torchvision's ImageFolder."""
+    torchvision = import_torchvision()
     transforms = torchvision.transforms
+    change = [transforms.Resize(imagenet.SIDE), transforms.CenterCrop(imagenet.SIDE), transforms.ToTensor()]
+    images = torchvision.datasets.ImageFolder(folder, transforms.Compose(change))
+    sampler = torch.utils.data.RandomSampler(images, replacement=True, num_samples=2**20)
+    loader = torch.utils.data.DataLoader(images, settings.batch_size, sampler=sampler, num_workers=workers)
+    batches = iter(loader)  # whose workers end with it
+    return lambda: next(batches), lambda: None
 
-    def ours(folder: pathlib.Path, workers: int) -> tuple[Callable[[], object], Callable[[], None]]:
-        """Return what gives the next batch, and what ends the workers."""
-        dataset = imagenet.open_imagenet(folder, "train", workers=workers)
-        generator = torch.Generator().manual_seed(0)
-        ahead = [torch.randint(FLAGS.files, (FLAGS.batch_size,), generator=generator) for _ in range(3)]
 
-        def batch() -> object:
-            for index in ahead:
-                dataset.prefetch(index)
-            ahead.append(torch.randint(FLAGS.files, (FLAGS.batch_size,), generator=generator))
-            return dataset.batch(ahead.pop(0), generator)
-
-        return batch, dataset.close
-
-    def theirs(folder: pathlib.Path, workers: int) -> tuple[Callable[[], object], Callable[[], None]]:
-        change = [transforms.Resize(imagenet.SIDE), transforms.CenterCrop(imagenet.SIDE), transforms.ToTensor()]
-        images = torchvision.datasets.ImageFolder(folder, transforms.Compose(change))
-        sampler = torch.utils.data.RandomSampler(images, replacement=True, num_samples=2**20)
-        loader = torch.utils.data.DataLoader(images, FLAGS.batch_size, sampler=sampler, num_workers=workers)
-        batches = iter(loader)  # whose workers end with it
-        return lambda: next(batches), lambda: None
-
+def main(settings: Settings) -> None:
+    import_torchvision()  # fails here where there is none, not after the JPEGs are made
+    starts = {"this project": start_own_loader, "torchvision": start_torchvision_loader}
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        kilobytes = make_jpegs(folder)
-        print(f"{FLAGS.files} JPEGs of {FLAGS.width}x{FLAGS.height} pixels, {kilobytes:.0f} kB on average")
+        kilobytes = make_jpegs(settings, folder)
+        print(f"{settings.files} JPEGs of {settings.width}x{settings.height} pixels, {kilobytes:.0f} kB on average")
         places = imagenet.ClassFolders(folder)
-        begun = time.process_time()
+        start_time = time.process_time()
         for place in places:
             imagenet.decode(place)
-        processor = 1000 * (time.process_time() - begun) / len(places)
+        processor = 1000 * (time.process_time() - start_time) / len(places)
         print(f"one image takes {processor:.2f} ms of a processor: at best {1000 / processor:.0f} images/s per worker")
-        for workers in map(int, FLAGS.workers):
-            best = {"this project": 0.0, "torchvision": 0.0}
-            for _ in range(FLAGS.rounds):
-                for variant, start in (("this project", ours), ("torchvision", theirs)):
-                    batch, stop = start(folder, workers)
+        for workers in settings.workers:
+            best = dict.fromkeys(starts, 0.0)
+            for _ in range(settings.rounds):
+                for variant, start in starts.items():
+                    read_batch, stop = start(settings, folder, workers)
                     for _ in range(4):  # the workers start
-                        batch()
-                    begun = time.perf_counter()
-                    for _ in range(FLAGS.batches):
-                        batch()
-                    rate = FLAGS.batch_size * FLAGS.batches / (time.perf_counter() - begun)
+                        read_batch()
+                    start_time = time.perf_counter()
+                    for _ in range(settings.batches):
+                        read_batch()
+                    rate = settings.batch_size * settings.batches / (time.perf_counter() - start_time)
                     best[variant] = max(best[variant], rate)
                     stop()
             for variant, rate in best.items():
                 row = {"variant": variant, "workers": workers, "images per s": rate, "per worker": rate / workers}
                 rows.append(row)
                 print(f"{variant:13} {workers:3} workers {rate:7.0f} images/s {rate / workers:7.0f} each", flush=True)
-    if FLAGS.output:
+    if settings.output:
         measured = {"torch": torch.__version__, "kilobytes": kilobytes, "processor ms": processor}
-        print(f"wrote {cli.write_rows(FLAGS.output, rows, **measured)}")
+        print(f"wrote {timing.write_rows(settings, rows, **measured)}")
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, Settings, __doc__)

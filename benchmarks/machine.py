@@ -6,38 +6,39 @@ python benchmarks/machine.py --device=cuda --output=benchmarks/machine.json
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
-
-from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import cli
 import timing
-
-FLAGS = flags.FLAGS
-
-with cli.group("Benchmark"):
-    flags.DEFINE_enum("device", "cpu", ["cpu", "cuda"], "where to compute")
-    cli.define_choices("precisions", ["float32", "bf16"], cli.PRECISIONS, "number types of the products")
-    flags.DEFINE_integer("size", None, "rows and columns of a matrix; default 2048 on a CPU, 8192 on a GPU", 1)
-    flags.DEFINE_string("output", "", "also write the figures to this JSON file")
+from acceleration import PRECISIONS
+from cli import flag
 
 
-def main() -> None:
-    described = timing.describe(FLAGS.device)
-    print(", ".join(f"{name} {value}" for name, value in described.items()))
+@dataclasses.dataclass(frozen=True)
+class Settings(timing.BenchmarkDevice):
+    """Benchmark"""
+
+    precisions: tuple[str, ...] = flag(("float32", "bf16"), "number types of the products", choices=tuple(PRECISIONS))
+    size: int | None = flag(None, "rows and columns of a matrix; default 2048 on a CPU, 8192 on a GPU", at_least=1)
+
+
+def main(settings: Settings) -> None:
+    machine = timing.describe_machine(settings.device)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
     rows = []
-    for precision in FLAGS.precisions:
-        rate = timing.matrix_rate(precision, FLAGS.device, FLAGS.size)
+    for precision in settings.precisions:
+        rate = timing.measure_matrix_rate(precision, settings.device, settings.size)
         rows.append({"what": f"product in {precision}", "GFLOP/s": rate})
         print(f"product in {precision:8} {rate:10.3g} GFLOP/s", flush=True)
-    rate = timing.copy_rate(FLAGS.device)
+    rate = timing.measure_copy_rate(settings.device)
     rows.append({"what": "copy", "GB/s": rate})
     print(f"{'copy':19} {rate:10.0f} GB/s")
-    if FLAGS.output:
-        print(f"wrote {cli.write_rows(FLAGS.output, rows, **described)}")
+    if settings.output:
+        print(f"wrote {timing.write_rows(settings, rows, **machine)}")
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__ or "")
+    cli.run(main, Settings, __doc__)

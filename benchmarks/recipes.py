@@ -13,6 +13,7 @@ distance, averaged over the second half of each run.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 import shlex
@@ -20,14 +21,15 @@ import statistics
 import subprocess
 import sys
 
-from absl import flags
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import cli
+import pictures
+import timing
+from acceleration import PRECISIONS
+from cli import flag
 from errors import UsageError
 from utils import read_series
 
-FLAGS = flags.FLAGS
 TRAIN = pathlib.Path(__file__).resolve().parent.parent / "train.py"
 RECIPES = {
     "lr 3e-4, as published": "--lr=3e-4",
@@ -41,32 +43,36 @@ RECIPES = {
 }
 PANELS = {"feature_distance": "classifier Fréchet distance", "e_pos_std": "std of E(x) of data"}  # on logarithmic axes
 
-with cli.group("Benchmark"):
-    flags.DEFINE_string("preset", "digits_cpu", "the settings that all runs share")
-    flags.DEFINE_string("train_flags", "", "more flags of train.py for all of them")
-    flags.DEFINE_integer("recipes", len(RECIPES), "train by the first so many", lower_bound=1)
-    cli.define_choices("precisions", [], cli.PRECISIONS, "compare these number types instead")
-    flags.DEFINE_integer("seeds", 1, "train so often by each, from other seeds", lower_bound=1)
-    flags.DEFINE_integer("max_iter", 400, "iterations of a run", lower_bound=1)
-    flags.DEFINE_integer("test_interval", 50, "iterations between measurements", lower_bound=1)
-    flags.DEFINE_string("logdir", "cachedir/recipes", "where the runs go")
-    flags.DEFINE_string("output", "", "also write the figures to this JSON file, and a plot beside it")
+
+@dataclasses.dataclass(frozen=True)
+class Settings(timing.BenchmarkOutput):
+    """Benchmark"""
+
+    preset: str = flag("digits_cpu", "the settings that all runs share")
+    train_flags: str = flag("", "more flags of train.py for all of them")
+    recipes: int = flag(len(RECIPES), "train by the first so many", at_least=1)
+    precisions: tuple[str, ...] = flag((), "compare these number types instead", choices=tuple(PRECISIONS))
+    seeds: int = flag(1, "train so often by each, from other seeds", at_least=1)
+    max_iter: int = flag(400, "iterations of a run", at_least=1)
+    test_interval: int = flag(50, "iterations between measurements", at_least=1)
+    logdir: str = flag("cachedir/recipes", "where the runs go")
+    output: str = flag("", "also write the figures to this JSON file, and a plot beside it")
 
 
-def train(exp: str, recipe: str, seed: int) -> pathlib.Path:
+def train_recipe(settings: Settings, exp: str, recipe: str, seed: int) -> pathlib.Path:
     """Train by one recipe and return the folder of the run; raise UsageError where training fails."""
-    words = [f"--preset={FLAGS.preset}", f"--logdir={FLAGS.logdir}", f"--exp={exp}", f"--seed={seed}"]
-    words += [f"--max_iter={FLAGS.max_iter}", f"--test_interval={FLAGS.test_interval}", "--quality"]
+    words = [f"--preset={settings.preset}", f"--logdir={settings.logdir}", f"--exp={exp}", f"--seed={seed}"]
+    words += [f"--max_iter={settings.max_iter}", f"--test_interval={settings.test_interval}", "--quality"]
     words += ["--num_samples=200", "--sample_steps=100", "--precision=float32"]
-    words += [*shlex.split(FLAGS.train_flags), *shlex.split(recipe)]
+    words += [*shlex.split(settings.train_flags), *shlex.split(recipe)]
     print(f"python train.py {shlex.join(words)}", flush=True)
     status = subprocess.run([sys.executable, str(TRAIN), *words], check=False).returncode
     if status:
         raise UsageError(f"training by {recipe} ended with status {status}, see above")
-    return pathlib.Path(FLAGS.logdir) / exp
+    return pathlib.Path(settings.logdir) / exp
 
 
-def joined(folders: list[pathlib.Path], key: str) -> tuple[list[float], list[float]]:
+def join_series(folders: list[pathlib.Path], key: str) -> tuple[list[float], list[float]]:
     """Return a logged number of several runs as one line, which breaks off between them."""
     x: list[float] = []
     y: list[float] = []
@@ -76,48 +82,49 @@ def joined(folders: list[pathlib.Path], key: str) -> tuple[list[float], list[flo
     return x, y
 
 
-def settled(folder: pathlib.Path) -> float:
+def average_log_distance(folder: pathlib.Path) -> float:
     """Return the mean logarithm of the second half of a run's distances."""
     distances = read_series(folder, "feature_distance")[1]
     return statistics.fmean(map(math.log, distances[len(distances) // 2 :]))
 
 
-def compare(runs: dict[str, list[pathlib.Path]]) -> None:
+def print_comparison(runs: dict[str, list[pathlib.Path]]) -> None:
     """Print how far every recipe's distances are from those of the first."""
     import scipy.stats
 
-    (first, *others), outcomes = runs, {name: list(map(settled, folders)) for name, folders in runs.items()}
+    first, *others = runs
+    outcomes = {name: list(map(average_log_distance, folders)) for name, folders in runs.items()}
     for name in others:
         ratio = math.exp(statistics.fmean(outcomes[name]) - statistics.fmean(outcomes[first]))
         p = scipy.stats.ttest_rel(outcomes[name], outcomes[first]).pvalue
         print(f"{name}: distance {ratio:.2f} times that of {first} over the second half, p = {p:.2f}")
 
 
-def main() -> None:
-    import pictures
-
-    recipes = {name: f"--precision={name}" for name in FLAGS.precisions} or dict(list(RECIPES.items())[: FLAGS.recipes])
+def main(settings: Settings) -> None:
+    recipes = dict(list(RECIPES.items())[: settings.recipes])
+    if settings.precisions:
+        recipes = {name: f"--precision={name}" for name in settings.precisions}
     runs = {
-        name: [train(f"{number}_{seed}", recipe, seed) for seed in range(FLAGS.seeds)]
+        name: [train_recipe(settings, f"{number}_{seed}", recipe, seed) for seed in range(settings.seeds)]
         for number, (name, recipe) in enumerate(recipes.items())
     }
-    if FLAGS.seeds > 1:
-        compare(runs)
-    if FLAGS.output:
+    if settings.seeds > 1:
+        print_comparison(runs)
+    if settings.output:
         rows = []
         for name, folders in runs.items():
             for seed, folder in enumerate(folders):
                 iterations, distances = read_series(folder, "feature_distance")
                 row = {"recipe": name, "flags": recipes[name], "seed": seed}
                 rows.append(row | {"iterations": iterations, "distances": distances})
-        path = cli.write_rows(FLAGS.output, rows)
+        path = timing.write_rows(settings, rows)
         curves = {
-            label: {name: joined(folders, key) for name, folders in runs.items()} for key, label in PANELS.items()
+            label: {name: join_series(folders, key) for name, folders in runs.items()} for key, label in PANELS.items()
         }
-        title = f"{FLAGS.preset} {FLAGS.train_flags}"
+        title = f"{settings.preset} {settings.train_flags}"
         plot = pictures.plot_lines(curves, path.with_suffix(".png"), xlabel="iteration", title=title, log=True)
         print(f"wrote {path} and {plot}")
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__ or "")
+    cli.run(main, Settings, __doc__)

@@ -1,22 +1,28 @@
-"""What the benchmarks share: networks, timing, memory, a machine's limits and versions, PyTorch's own settings."""
+"""What the benchmarks share: flags, files, networks, timing, memory, a machine's limits, PyTorch's own settings."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+import cli
 import models
 from acceleration import PRECISIONS, products_in, set_tf32
+from cli import flag
+from errors import UsageError
+from reports import write_json
 
-SIZES = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product that sets a limit; less is launch-bound on a GPU
-COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
+# Rows and columns of the matrix product that sets a limit; less is launch-bound on a GPU.
+MATRIX_SIZES = {"cpu": 2048, "cuda": 8192}
+COPY_SIZES = {"cpu": 2**28, "cuda": 2**31}  # bytes
 
 # network -> shape of its images, filters
 NETWORKS = {
@@ -29,8 +35,49 @@ NETWORKS = {
     "ResNet128": ((3, 128, 128), 64),
 }
 
-Run = Callable[[], object]
+Action = Callable[[], object]  # what is timed
 Key = TypeVar("Key")
+
+
+# ---- flags and files ----
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkOutput:
+    """Benchmark"""
+
+    output: str = flag("", "also write the figures to this JSON file")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkDevice(BenchmarkOutput):
+    """Benchmark"""
+
+    device: str = flag("cpu", "where to compute", choices=tuple(MATRIX_SIZES))
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkNetwork(BenchmarkDevice):
+    """Benchmark"""
+
+    network: str = flag("ResNet32", "which network", choices=tuple(NETWORKS))
+    num_filters: int | None = flag(None, "its width; default that of the published commands", at_least=1)
+    precision: str = flag("float32", "as in train.py", choices=tuple(PRECISIONS))
+
+
+def write_rows(settings: BenchmarkOutput, rows: Sequence[Mapping[str, Any]], **described: object) -> pathlib.Path:
+    """Write a benchmark's rows, its settings and what else describes them to the file `output`; return its path.
+
+    Raises UsageError where it cannot be written.
+    """
+    contents = {"settings": described | cli.to_dict(settings), "rows": rows}
+    try:
+        return write_json(pathlib.Path(settings.output), contents)
+    except UsageError as error:
+        raise UsageError(f"`output`={error}") from None  # which begins with the path
+
+
+# ---- networks and images ----
 
 
 def build_network(name: str, num_filters: int | None, device: str) -> models.EnergyNetwork:
@@ -45,30 +92,33 @@ def build_network(name: str, num_filters: int | None, device: str) -> models.Ene
     return model.to(device)
 
 
-def random_images(model: models.EnergyNetwork, number: int, device: str) -> Tensor:
-    """Return noise (number, C, H, W) in [0, 1] of the network's shape."""
+def draw_images(model: models.EnergyNetwork, number: int, device: str) -> Tensor:
+    """Return images of noise (number, C, H, W) in [0, 1], of the shape that a network takes."""
     return torch.rand(number, *model.config.image_shape, device=device)
 
 
-def timed(run: Run, device: str) -> float:
+# ---- time and memory ----
+
+
+def measure_seconds(run: Action, device: str) -> float:
     """Return the seconds that a run takes, to the end of what it queues."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
-def best_seconds(runs: Mapping[Key, Run], rounds: int, device: str) -> dict[Key, float]:
+def measure_best_seconds(runs: Mapping[Key, Action], rounds: int, device: str) -> dict[Key, float]:
     """Return by key the least seconds of so many rounds, in which the runs take turns."""
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():
-            best[name] = min(best[name], timed(run, device))
+            best[name] = min(best[name], measure_seconds(run, device))
     return best
 
 
-def peak_memory(run: Run, device: str) -> float:
+def measure_peak_memory(run: Action, device: str) -> float:
     """Return how many MB a run takes at its peak, beyond what this process holds before.
 
     On a GPU that is what torch reserves, so that a captured graph's pool counts, in a second run, since the first tries
@@ -76,51 +126,55 @@ def peak_memory(run: Run, device: str) -> float:
     """
     if device == "cpu":
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = resident_memory("VmRSS")
+        before = read_resident_memory("VmRSS")
         run()
-        return resident_memory("VmHWM") - before
+        return read_resident_memory("VmHWM") - before
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    timed(run, device)
+    measure_seconds(run, device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    timed(run, device)
+    measure_seconds(run, device)
     return (torch.cuda.max_memory_reserved() - before) / 1e6
 
 
-def resident_memory(field: str) -> float:
+def read_resident_memory(field: str) -> float:
     """Return a line of what Linux says of this process's memory, in MB."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
 
 
-def matrix_rate(precision: str, device: str, size: int | None = None) -> float:
+# ---- the machine ----
+
+
+def measure_matrix_rate(precision: str, device: str, size: int | None = None) -> float:
     """Return the GFLOP/s of the product of two square matrices of random numbers, of this type, the best of many."""
-    size = size or SIZES[device]
+    size = size or MATRIX_SIZES[device]
     a, b = (torch.randn(size, size, device=device).to(PRECISIONS[precision]) for _ in range(2))
     best, end = float("inf"), time.monotonic() + 0.5
     with products_in(precision):
-        timed(lambda: a @ b, device)
+        measure_seconds(lambda: a @ b, device)
         while time.monotonic() < end:  # an idle GPU takes its time to reach its clock rate
-            best = min(best, timed(lambda: a @ b, device))
-        return 2 * size**3 / 1e9 / min(best, timed(lambda: a @ b, device))
+            best = min(best, measure_seconds(lambda: a @ b, device))
+        return 2 * size**3 / 1e9 / min(best, measure_seconds(lambda: a @ b, device))
 
 
-def copy_rate(device: str, rounds: int = 3) -> float:
+def measure_copy_rate(device: str, rounds: int = 3) -> float:
     """Return the GB/s of a copy within the device's memory, counting bytes read and written."""
-    source, target = (torch.zeros(COPIED[device], dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * COPIED[device] / 1e9 / best_seconds({"copy": lambda: target.copy_(source)}, rounds, device)["copy"]
+    source, target = (torch.zeros(COPY_SIZES[device], dtype=torch.uint8, device=device) for _ in range(2))
+    seconds = measure_best_seconds({"copy": lambda: target.copy_(source)}, rounds, device)["copy"]
+    return 2 * COPY_SIZES[device] / 1e9 / seconds
 
 
-def describe(device: str) -> dict[str, Any]:
+def describe_machine(device: str) -> dict[str, Any]:
     """Return the versions that figures depend on, and what they are measured on."""
-    described = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     if device == "cuda":
-        described |= {"hardware": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-        described |= {"cudnn": torch.backends.cudnn.version()}
+        facts |= {"hardware": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        facts |= {"cudnn": torch.backends.cudnn.version()}
     else:
-        described["hardware"] = f"{torch.get_num_threads()} CPU threads"
-    return described
+        facts["hardware"] = f"{torch.get_num_threads()} CPU threads"
+    return facts
 
 
 @contextlib.contextmanager

@@ -14,11 +14,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import checkpoint
-from cli import PATHS
+from data import DATASETS
 from errors import UsageError
 
 KEPT = ("config", "iteration", "flags", "class_names")
-PLACES = {"exp", "logdir", "datadir", *PATHS.values()}
+PLACES = {"exp", "logdir", "datadir", *(source.path_setting for source in DATASETS.values())}
 
 
 def main() -> None:

@@ -1,29 +1,24 @@
 """What makes chains fast gives the plain chain's images, and gives way where it fails: what a CPU can show of it."""
 
 import contextlib
+import dataclasses
 import gc
 import json
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
 
 import acceleration
-import cli
 import models
 import sampling
-import training
 from acceleration import Acceleration, CannotCapture
+from conftest import ENVIRONMENT, ROOT, SHAPE, make_state, make_trainer, run_python, train_on_noise
+from ebm.settings import ChainPrecision, TrainSettings
 from errors import UsageError
 from sampling import CannotCompile
-from test_ema import make_trainer
-from test_train import ENVIRONMENT, ROOT
-from test_training import SHAPE, make_state
-from training import Options
 
-PLAIN = Options(num_steps=3, step_lr=10.0, batch_size=8, num_chains=6, zero_kl=True, replay_batch=True)
+PLAIN = TrainSettings(num_steps=3, step_lr=10.0, batch_size=8, num_chains=6, zero_kl=True, replay_batch=True)
 
 
 def call_again(function, generator):
@@ -36,13 +31,9 @@ def call_again(function, generator):
 
 def samples_of(own_acceleration, iterations=3):
     """Return the state after a run's iterations and the end points (iterations, 6, 1, 28, 28) of its chains."""
-    state, draws, ends = make_state(), torch.Generator().manual_seed(1), []
+    state = make_state()
     state.acceleration = own_acceleration
-    for _ in range(iterations):
-        images = torch.rand(8, *SHAPE, generator=draws)
-        labels = torch.eye(3)[torch.randint(3, (8,), generator=draws)]
-        ends.append(training.train_step(state, PLAIN, images, labels, lambda: None).samples)
-    return state, torch.stack(ends)
+    return state, train_on_noise(state, PLAIN, iterations)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +66,11 @@ def test_a_captured_chain_ends_with_its_run(monkeypatch):
 
 def test_precisions_of_the_command_line():
     """Breaks when --precision offers what chains do not know, or leaves one out."""
-    assert list(acceleration.PRECISIONS) == cli.PRECISIONS
+    offered = [
+        {field.name: field.metadata["flag"].choices for field in dataclasses.fields(kind)}["precision"]
+        for kind in (TrainSettings, ChainPrecision)
+    ]
+    assert offered == [("auto", *acceleration.PRECISIONS), tuple(acceleration.PRECISIONS)]
 
 
 def test_chains_drawn_during_training_run_as_training_does(monkeypatch, tmp_path):
@@ -96,7 +91,7 @@ def test_chains_drawn_during_training_run_as_training_does(monkeypatch, tmp_path
         state = make_state(precision=precision)
         state.acceleration.compiled = True
         run = make_trainer(state, tmp_path, [])
-        run.options = Options(num_steps=1, num_chains=4, batch_size=8, step_lr=100.0)
+        run.settings = TrainSettings(num_steps=1, num_chains=4, batch_size=8, step_lr=100.0)
         chains = run.fresh_chains(6)
         images.append(chains.images)
         assert chains.energies.shape == (6,)
@@ -125,8 +120,8 @@ def fail_to_capture(function, generator):
 @pytest.mark.parametrize(
     ("wanted", "told"),
     [
-        ({"compiled": True}, ["cannot be compiled (no compiler); going on as with --nocompile"]),
-        ({"captured": True}, ["cannot be captured as a CUDA graph (not permitted); going on as with --nocuda_graph"]),
+        ({"compiled": True}, ["cannot be compiled (no compiler); going on as with compile=False"]),
+        ({"captured": True}, ["cannot be captured as a CUDA graph (not permitted); going on as with cuda_graph=False"]),
         ({"compiled": True, "captured": True}, ["CUDA graph", "compiled"]),
     ],
 )
@@ -144,8 +139,8 @@ def test_what_fails_is_given_up(monkeypatch, expected, wanted, told):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"compiled": True}, r"cannot be compiled \(no compiler\); run with --nocompile"),
-        ({"captured": True}, r"CUDA graph \(not permitted\); run with --nocuda_graph"),
+        ({"compiled": True}, r"cannot be compiled \(no compiler\); run with `compile`=False"),
+        ({"captured": True}, r"CUDA graph \(not permitted\); run with `cuda_graph`=False"),
     ],
 )
 def test_what_was_asked_for_and_fails_ends_the_run(monkeypatch, wanted, message):
@@ -172,11 +167,11 @@ def test_fp16_that_overflows(monkeypatch, asked, captured):
     chosen = Acceleration("fp16", captured=captured, asked=names, say=said.append)
     arguments = {"one": torch.ones(())}, torch.zeros(2), None, torch.Generator()
     if asked:
-        with pytest.raises(UsageError, match="not finite in fp16; run with --precision=tf32"):
+        with pytest.raises(UsageError, match="not finite in fp16; run with `precision`=tf32"):
             chosen.run(overflow_in_fp16, *arguments, repeated=True)
     else:
         assert chosen.run(overflow_in_fp16, *arguments, repeated=True).tolist() == [1.0, 1.0]
-        assert chosen.precision == "tf32" and "going on as with --precision=tf32" in said[0]
+        assert chosen.precision == "tf32" and "going on as with precision=tf32" in said[0]
 
 
 @pytest.mark.slow
@@ -209,11 +204,9 @@ def test_a_compiler_that_is_switched_off():
         print(chosen.run(chain, {}, torch.ones(1, 2), None, torch.Generator(), repeated=True).tolist())
     """
     environment = ENVIRONMENT | {"TORCH_COMPILE_DISABLE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
+    result = run_python("-c", program, cwd=ROOT, env=environment, check=True)
     note, end = result.stdout.splitlines()
-    assert "cannot be compiled" in note and "going on as with --nocompile" in note
+    assert "cannot be compiled" in note and "going on as with compile=False" in note
     assert json.loads(end) == [[pytest.approx(0.8), pytest.approx(0.8)]]
 
 

@@ -1,20 +1,16 @@
 """Bounds of log Z and of the log-likelihood: densities whose integral is known, and the script on both kinds."""
 
-import dataclasses
 import itertools
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 
-import checkpoint
 import models
+from conftest import ROOT, make_model, run_python, write_checkpoint
 from likelihood import Bracket, Target, figures_of, gauss_log_z, gauss_samples, log_z
 from sampling import SPILL, anneal, beyond, box_images
-from test_train import ENVIRONMENT, ROOT
 
 
 def gaussian(precision, rescale):
@@ -105,8 +101,7 @@ def test_bits_per_dimension_in_closed_form():
 
 
 def ais(folder, *flags):
-    command = [sys.executable, str(ROOT / "ais.py"), f"--logdir={folder}/out", f"--modeldir={folder}", *flags]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, cwd=folder)
+    return run_python(ROOT / "ais.py", f"--logdir={folder}/out", f"--modeldir={folder}", *flags, cwd=folder)
 
 
 def test_script_on_the_gaussian(tmp_path):
@@ -127,14 +122,12 @@ def test_script_on_a_model(tmp_path):
 
     The network's last layer is 0 but for a bias: at temperature 3 the energy is 3·0.5 for every image and class.
     """
-    config = models.ModelConfig("MnistNet", (1, 28, 28), num_filters=4, label_size=10)
-    model = models.build_model(config, torch.Generator().manual_seed(0))
+    model = make_model(models.ModelConfig("MnistNet", (1, 28, 28), num_filters=4, label_size=10))
     with torch.no_grad():
         model.stages["fc5"].weight.zero_()
         model.stages["fc5"].b.fill_(0.5)
-    state = {"config": dataclasses.asdict(config), "model": model.state_dict(), "iteration": 1}
     flags = {"dataset": "digits", "temperature": 3.0, "rescale": 2.0}
-    checkpoint.save(tmp_path / "digits" / "model_1.pt", state | {"flags": flags})
+    write_checkpoint(tmp_path / "digits" / "model_1.pt", model, flags=flags)
     result = ais(tmp_path, "--exp=digits", "--pdist=2", "--limit=3", "--batch_size=2")
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out/digits/ais/ais.json").read_text())

@@ -9,21 +9,14 @@ import torch
 
 import checkpoint
 import models
+from conftest import CONFIG, Bomb, flip_bit, make_model, write_checkpoint
 from errors import UsageError
-
-CONFIG = models.ModelConfig("MnistNet", (1, 28, 28), num_filters=4)
-
-
-def write(path, config=CONFIG, seed=0, iteration=1):
-    model = models.build_model(config, torch.Generator().manual_seed(seed))
-    state = {"config": dataclasses.asdict(config), "model": model.state_dict(), "iteration": iteration}
-    checkpoint.save(path, state)
-    return model
+from utils import ReplayBuffer
 
 
 def test_round_trip(tmp_path):
     """Breaks when a loaded network has other weights or config, is in training mode, or its folder is not made."""
-    model = write(tmp_path / "new" / "model_7.pt")
+    model = write_checkpoint(tmp_path / "new" / "model_7.pt")
     loaded = checkpoint.load_energy(tmp_path / "new" / "model_7")
     images = torch.rand(2, 1, 28, 28)
     assert torch.equal(loaded(images), model.eval()(images))
@@ -33,7 +26,7 @@ def test_round_trip(tmp_path):
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     """Breaks when a save that fails half way destroys the checkpoint before it, or leaves its pieces behind."""
     path = tmp_path / "model_7.pt"
-    write(path)
+    write_checkpoint(path)
     before = path.read_bytes()
 
     def full_disk(state, file):
@@ -42,7 +35,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
-        write(path, seed=1)
+        write_checkpoint(path, make_model(seed=1))
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["model_7.pt"]
 
@@ -50,7 +43,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_find(tmp_path):
     """Breaks when `latest` sorts names as text, takes half-written files, or a missing one is not explained."""
     for iteration in (90, 1000):
-        write(tmp_path / f"model_{iteration}.pt")
+        write_checkpoint(tmp_path / f"model_{iteration}.pt")
     (tmp_path / ".model_2000.pt.tmp").write_bytes(b"half")
     (tmp_path / "model_best.pt").write_bytes(b"")
     assert checkpoint.find(tmp_path, "latest").name == "model_1000.pt"
@@ -64,16 +57,21 @@ def test_find(tmp_path):
         checkpoint.find(tmp_path / "empty", "latest")
 
 
+def test_a_buffer_of_no_images_takes_over_a_full_one():
+    """Breaks when a run without --replay_batch, whose buffer is empty, cannot load a checkpoint with one."""
+    full, none = ReplayBuffer(3, (1, 2, 2)), ReplayBuffer(0, (1, 2, 2))
+    for level in (0.2, 0.4):  # the ring's oldest image is not its first
+        full.push(torch.full((2, 1, 2, 2), level))
+    none.load_state_dict(full.state_dict())
+    assert len(full) == 3 and len(none) == none.position == 0 and none.images.shape == (0, 1, 2, 2)
+
+
 def test_code_in_a_pickle_does_not_run(tmp_path):
     """Breaks when a checkpoint may execute what it holds."""
     witness = tmp_path / "witness"
-
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(witness),)
-
-    torch.save({"config": Attack(), "model": {}, "iteration": 1}, tmp_path / "model_1.pt")
-    (tmp_path / "model_2.pt").write_bytes(pickle.dumps(Attack()))
+    bomb = Bomb(os.mkdir, str(witness))
+    torch.save({"config": bomb, "model": {}, "iteration": 1}, tmp_path / "model_1.pt")
+    (tmp_path / "model_2.pt").write_bytes(pickle.dumps(bomb))
     for name in ("model_1", "model_2"):
         with pytest.raises(UsageError, match="model_"):
             checkpoint.load_energy(tmp_path / name)
@@ -84,7 +82,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
 def test_truncated_file(tmp_path, cut):
     """Breaks when half a checkpoint is loaded, or gives a traceback of torch's."""
     path = tmp_path / "model_1.pt"
-    write(path)
+    write_checkpoint(path)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(UsageError, match=r"model_1\.pt"):
         checkpoint.load(path)
@@ -93,10 +91,8 @@ def test_truncated_file(tmp_path, cut):
 def test_flipped_bytes_are_noticed(tmp_path):
     """Breaks when a damaged tensor is loaded as if nothing had happened: torch itself does not compare checksums."""
     path = tmp_path / "model_1.pt"
-    write(path)
-    whole = path.read_bytes()
-    middle = len(whole) // 2  # inside a tensor's bytes
-    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    write_checkpoint(path)
+    flip_bit(path, path.stat().st_size // 2)  # inside a tensor's bytes
     with pytest.raises(UsageError, match="damaged"):
         checkpoint.load(path)
 

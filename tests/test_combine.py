@@ -1,8 +1,8 @@
 """Combination: expressions and chains in closed form, sprites recognised exactly, every task end to end, its flags."""
 
+import dataclasses
 import json
 import math
-import pathlib
 import signal
 import subprocess
 import sys
@@ -18,20 +18,20 @@ import composition
 import data
 import dsprites
 import models
+import reports
 import training
 import unseen
-from combine import Concept, Options, Run
+from combine import Run
 from composition import parse
+from concept_models import ConceptModel
+from conftest import ROOT, Planted, make_generator, make_model, make_progress, run_commands, write_checkpoint
+from dsprites import CONCEPTS
+from ebm.settings import CombineSettings, TrainSettings
 from errors import UsageError
 from optimizer import ClippedAdam
-from utils import Progress, ReplayBuffer
+from utils import ReplayBuffer
 
-ROOT = pathlib.Path(__file__).parents[1]
-SIZES = {"size": 1, "shape": 3, "pos": 2, "rot": 2}
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+SIZES = {name: concept.label_size for name, concept in CONCEPTS.items()}
 
 
 # ---- expressions ----
@@ -100,7 +100,7 @@ def test_mistakes_in_expressions(text, place, message):
     with pytest.raises(UsageError) as error:
         parse(text)
     first, shown, caret = str(error.value).split("\n")
-    assert first.startswith("--combine: ") and message in first
+    assert first.startswith("`combine`: ") and message in first
     assert shown == f"  {text}" and caret == " " * (place + 2) + "^"
 
 
@@ -116,7 +116,7 @@ QUADRATIC = {
 def end_of_chain(energies, start=0.9, **settings):
     """Return where a chain without noise ends, in every pixel."""
     x = torch.full((2, 1, 3, 3), start)
-    settings = {"num_steps": 200, "step_lr": 0.1, "noise_std": 0.0, "generator": generator()} | settings
+    settings = {"num_steps": 200, "step_lr": 0.1, "noise_std": 0.0, "generator": make_generator()} | settings
     end = composition.chain(energies, x, **settings)
     assert end.max() - end.min() < 1e-6
     return end.mean().item()
@@ -153,7 +153,7 @@ def test_alternating_chain():
 def test_gradient_is_taken_before_the_noise():
     """Breaks when the noise moves the point whose gradient is taken: half of it would be gone after this step."""
     x = torch.full((100, 1, 4, 4), 0.5)
-    end = composition.chain([composed("a")], x, num_steps=1, step_lr=0.5 / K1, generator=generator())
+    end = composition.chain([composed("a")], x, num_steps=1, step_lr=0.5 / K1, generator=make_generator())
     offset = end - (0.5 + A) / 2
     assert offset.mean().item() == pytest.approx(0, abs=1e-3)
     assert offset.std().item() == pytest.approx(0.005, rel=0.06)
@@ -173,10 +173,10 @@ def small_grid(monkeypatch):
 def test_nearest_is_exact(small_grid):
     """Breaks when another sprite is nearer than the one found, for sprites with much noise and for no sprites."""
     every = dsprites.render(*small_grid.latents.unbind(1))
-    clean = every[torch.randint(len(every), (6,), generator=generator())]
-    noisy = clean + 0.7 * torch.randn(clean.shape, generator=generator(1))
+    clean = every[torch.randint(len(every), (6,), generator=make_generator())]
+    noisy = clean + 0.7 * torch.randn(clean.shape, generator=make_generator(1))
     blurred = torch.nn.functional.avg_pool2d(clean, 9, stride=1, padding=4)
-    queries = torch.cat([clean, noisy, blurred, torch.rand(3, 1, 64, 64, generator=generator(2))])
+    queries = torch.cat([clean, noisy, blurred, torch.rand(3, 1, 64, 64, generator=make_generator(2))])
     latents, distances = dsprites.nearest(queries)
     brute = torch.cdist(queries.flatten(1).double(), every.flatten(1).double())
     torch.testing.assert_close(distances.double(), brute.amin(1), rtol=1e-5, atol=1e-4)
@@ -186,11 +186,11 @@ def test_nearest_is_exact(small_grid):
 
 def test_real_sprites_are_right():
     """Breaks when a rendered sprite, on the whole grid, is taken for another one or not called right."""
-    latents = dsprites.latents_of(torch.randint(dsprites.SIZE, (24,), generator=generator(5)))
+    latents = dsprites.latents_of(torch.randint(dsprites.SIZE, (24,), generator=make_generator(5)))
     images = dsprites.render(*latents.unbind(1))
     found, distances = dsprites.nearest(images)
     assert torch.equal(dsprites.render(*found.unbind(1)), images) and distances.max() == 0
-    assert all(truth.all() for truth in combine.right(found, latents).values())
+    assert all(truth.all() for truth in combine.judge_latents(found, latents).values())
 
 
 def test_errors_and_tolerances():
@@ -201,7 +201,8 @@ def test_errors_and_tolerances():
         found = target.clone()
         for name, value in changes.items():
             found[:, list(dsprites.LATENTS).index(name)] = value
-        return combine.errors(found, target)[concept].item(), combine.right(found, target)[concept].item()
+        how_far, is_right = combine.measure_errors(found, target), combine.judge_latents(found, target)
+        return how_far[concept].item(), is_right[concept].item()
 
     def turned(shape, degrees):
         return error("rot", shape=shape, orientation=0.5 + math.radians(degrees))
@@ -221,32 +222,31 @@ def test_errors_and_tolerances():
 def test_shares_by_shape():
     """Breaks when a share is of other images than those of its shape, or one of none is a number."""
     latents = torch.tensor([[1.0, 0.5, 0, 0, 0], [1.0, 0.6, 0, 0, 0], [3.0, 0.5, 0, 0, 0]])
-    shares = combine.by_shape(torch.tensor([True, False, True]), latents)
+    shares = combine.split_by_shape(torch.tensor([True, False, True]), latents)
     assert shares == {"square": 0.5, "ellipse": None, "heart": 1.0}
 
 
 # ---- tasks ----
 
 
-class Planted:
-    """A concept model whose energy is a given function of images and labels."""
-
-    def __init__(self, energy, label_size):
-        self.config = models.ModelConfig("DspritesNet", (1, 64, 64), 8, label_size)
-        self.energy = lambda weights, images, labels: energy(images, labels)
+def plant(energy, label_size, condition):
+    """Return a concept whose energy is a given function of images and labels."""
+    model = Planted(energy, models.ModelConfig("DspritesNet", (1, 64, 64), 8, label_size))
+    return ConceptModel(model, {}, condition)  # type: ignore[arg-type]
 
 
-def run_on(concepts, sprites, folder, **options):
+def run_on(concepts, sprites, folder, labels=None, weights=None, **settings):
     defaults = {"batch_size": 8, "num_steps": 2, "num_filters": 4, "break_steps": 3}
-    return Run(Options(**defaults | options), concepts, sprites, generator(), folder)  # type: ignore[arg-type]
+    chosen = CombineSettings(**defaults | settings)
+    return Run(chosen, concepts, labels or {}, weights or {}, sprites, make_generator(), folder)
 
 
 def tiny():
     """Return four untrained concept models."""
     concepts = {}
     for name, size in SIZES.items():
-        model = models.build_model(models.ModelConfig("DspritesNet", (1, 64, 64), 4, size), generator(size))
-        concepts[name] = Concept(model, models.spectral_norm_once(model), name)
+        model = make_model(models.ModelConfig("DspritesNet", (1, 64, 64), 4, size), size)
+        concepts[name] = ConceptModel(model, models.spectral_norm_once(model), name)
     return concepts
 
 
@@ -259,7 +259,7 @@ def drawn_to(sprites, offset=None):
     def planted(condition):
         def energy(images, labels):
             latents = torch.tensor([[3.0, 0.7, 0.0, 0.0, 0.0]]).repeat(len(images), 1)
-            columns = combine.COLUMNS[condition]
+            columns = list(CONCEPTS[condition].columns)
             if condition == "shape":
                 labels = labels.argmax(1, keepdim=True) + 1.0
             elif condition == "rot":
@@ -269,7 +269,7 @@ def drawn_to(sprites, offset=None):
                 latents += offset
             return (images - dsprites.render(*latents.unbind(1))).square().flatten(1).sum(1) / 2
 
-        return Concept(Planted(energy, SIZES[condition]), {}, condition)  # type: ignore[arg-type]
+        return plant(energy, SIZES[condition], condition)
 
     return {condition: planted(condition) for condition in ("size", "shape", "pos", "rot")}
 
@@ -280,7 +280,7 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
     Each energy has one mode, a sprite that has the label's concept; alone, each concept must come out right.
     """
     run = run_on(drawn_to(small_grid), small_grid, tmp_path, limit=20, step_lr=1.0)
-    figures = combine.conceptcombine(run)
+    figures = combine.combine_concepts(run)
     for name in SIZES:
         assert figures[f"right, {name}"][name] == figures[f"right, {name}"]["jointly"] == 1.0
         assert figures["right, real sprites"][name] == 1.0
@@ -310,7 +310,7 @@ def test_steps_fall_from_the_first_rounds_to_the_last():
     ends = [
         composition.chain(
             [slope], torch.ones(1, 1, 8, 8), num_steps=n, step_lr=0.25, first_step_lr=2.0, noise_std=0.0,
-            generator=generator(),
+            generator=make_generator(),
         ).mean().item()
         for n in (1, 5, 10)
     ]  # fmt: skip
@@ -328,7 +328,7 @@ def test_noise_falls_from_the_first_rounds_to_the_last():
 
     x = torch.full((4, 1, 64, 64), 0.5)
     noise = {"noise_std": 0.005, "first_noise_std": 0.04}
-    end = composition.chain([flat], x, num_steps=10, step_lr=1.0, generator=generator(), **noise)
+    end = composition.chain([flat], x, num_steps=10, step_lr=1.0, generator=make_generator(), **noise)
     stds = [(new - old).std().item() for old, new in zip(seen, [*seen[1:], end], strict=True)]
     assert stds == pytest.approx([0.04, 0.035, 0.03, 0.025, 0.02, 0.015, 0.01, 0.005, 0.005, 0.005], rel=0.03)
 
@@ -345,10 +345,10 @@ def test_weights(small_grid, tmp_path, combine_, mode):
         return lambda images, labels: (images - value).square().flatten(1).sum(1) / 2
 
     values = {"size": 0.2, "pos": 0.8}
-    concepts = {name: Concept(Planted(around(value), SIZES[name]), {}, name) for name, value in values.items()}
+    concepts = {name: plant(around(value), SIZES[name], name) for name, value in values.items()}
     run = run_on(concepts, small_grid, tmp_path, combine=combine_, weights={"pos": 3.0}, num_steps=60, step_lr=0.2)
-    plans = combine.plans_of(run.options.combine, list(concepts), run.options.weights)
-    images = run.generate(plans["size & pos"], torch.zeros(1, 2, 5) + 1, Progress(60, what="rounds", quiet=True))
+    plans = combine.build_plans(run.settings.combine, list(concepts), run.weights)
+    images = run.generate(plans["size & pos"], torch.zeros(1, 2, 5) + 1, make_progress(60))
     assert images.mean().item() == pytest.approx(mode, abs=1e-3)
 
 
@@ -361,10 +361,10 @@ def test_first_round_is_as_asked_for(small_grid, tmp_path):
     def around(images, labels):
         return (images - 0.5).square().flatten(1).sum(1) / 2
 
-    concepts = {"size": Concept(Planted(around, SIZES["size"]), {}, "size")}
+    concepts = {"size": plant(around, SIZES["size"], "size")}
     run = run_on(concepts, small_grid, tmp_path, num_steps=1, step_lr=0.0, first_step_lr=1.0, first_noise=0.1)
-    plans = combine.plans_of(run.options.combine, list(concepts), run.options.weights)
-    images = run.generate(plans["size"], torch.zeros(1, 2, 5) + 1, Progress(1, what="rounds", quiet=True))
+    plans = combine.build_plans(run.settings.combine, list(concepts), run.weights)
+    images = run.generate(plans["size"], torch.zeros(1, 2, 5) + 1, make_progress(1))
     assert images.mean().item() == pytest.approx(0.5, abs=0.01)
     assert images.std().item() == pytest.approx(0.1, rel=0.05)
 
@@ -377,8 +377,8 @@ def test_restarts_keep_the_lowest_energy(small_grid, tmp_path):
     run = run_on(drawn_to(small_grid), small_grid, tmp_path, limit=5, num_steps=0, restarts=4)
     plan = [composition.parse("size"), composition.parse("pos")]
     targets = small_grid.latents[run.targets(1, 5)]
-    images = run.generate(plan, targets, Progress(1, what="rounds", quiet=True))
-    again = generator()
+    images = run.generate(plan, targets, make_progress(1))
+    again = make_generator()
     starts = [training.noise_images((5, 1, 64, 64), again, network="DspritesNet") for _ in range(4)]
     totals = torch.stack([run.energy(composition.parse("size & pos"), targets)(start) for start in starts])
     assert len(totals.argmin(0).unique()) > 1
@@ -396,7 +396,7 @@ def test_expression_with_two_targets(small_grid, tmp_path):
     concepts = {"pos": concept, "pos2": concept}
     options = {"combine": "1e-6*pos & pos2", "labels": labels, "step_lr": 1.0, "limit": 4}
     run = run_on(concepts, small_grid, tmp_path, **options)
-    figures = combine.conceptcombine(run)
+    figures = combine.combine_concepts(run)
     assert figures["pos2 / pixels"]["right"] == 1.0 and figures["pos / pixels"]["right"] == 0.0
     assert figures["jointly"]["right"] == 0.0
     latents = small_grid.latents[run.targets(2, 5)]
@@ -416,21 +416,21 @@ def test_models_of_other_labels(small_grid, tmp_path):
         seen.append(labels)
         return images.square().flatten(1).sum(1)
 
-    other = Concept(Planted(energy, 5), {}, None)  # type: ignore[arg-type]
+    other = plant(energy, 5, None)
     for label, row in (("3", [0.0, 0.0, 0.0, 1.0, 0.0]), ("1,2,3,4,5.5", [1.0, 2.0, 3.0, 4.0, 5.5])):
         run = run_on({"net": other}, small_grid, tmp_path, combine="net", labels={"net": label}, limit=2)
-        assert combine.conceptcombine(run) == {"images": 2}
+        assert combine.combine_concepts(run) == {"images": 2}
         assert seen[-1].tolist() == [row, row]
     for label in ("5", "heart", "1,2"):
         with pytest.raises(UsageError, match="a class below 5, or 5 numbers"):
-            combine.conceptcombine(run_on({"net": other}, small_grid, tmp_path, combine="net", labels={"net": label}))
+            combine.combine_concepts(run_on({"net": other}, small_grid, tmp_path, combine="net", labels={"net": label}))
 
 
 @pytest.mark.parametrize("text", ["shape=cube", "size=big", "size=2", "pos=0.5", "pos=0,nan", "rot=1,0", "cube=1"])
 def test_mistakes_in_labels(text, small_grid, tmp_path):
     """Breaks when a label that cannot be read is passed over."""
     name, value = text.split("=")
-    with pytest.raises(UsageError, match=f"--labels={name}="):
+    with pytest.raises(UsageError, match=f"`labels`={name}="):
         run_on(tiny(), small_grid, tmp_path, labels={name: value}).targets(1, 1)
 
 
@@ -448,12 +448,12 @@ def test_labeldiscover_finds_labels(small_grid, tmp_path):
         def energy(images, labels):
             return 2 * (labels - true.repeat_interleave(len(labels) // len(true), 0)).square().sum(1)
 
-        return Concept(Planted(energy, SIZES[name]), {}, name)  # type: ignore[arg-type]
+        return plant(energy, SIZES[name], name)
 
     run = run_on({name: planted(name) for name in SIZES}, small_grid, tmp_path, limit=5, num_steps=1, label_lr=0.25)
-    figures = combine.labeldiscover(run)
+    figures = combine.discover_labels(run)
     for name in SIZES:
-        row = figures[f"{name} / {combine.UNITS[name]}"]
+        row = figures[f"{name} / {CONCEPTS[name].unit}"]
         assert row["right"] == 1.0 and row["error of the label"] < 1e-5, name
         assert row["mean error"] < 0.1 <= row["at the start"], name
         if name != "pos":
@@ -466,10 +466,10 @@ def test_untrained_models_go_through(small_grid, tmp_path):
     """Breaks when a real network does not fit a task, or figures are not what JSON holds."""
     for how in ("sum", "shape & ~0.5*size"):
         used = tiny() if how == "sum" else {name: tiny()[name] for name in ("shape", "size")}
-        figures = combine.conceptcombine(run_on(used, small_grid, tmp_path, combine=how, limit=3))
+        figures = combine.combine_concepts(run_on(used, small_grid, tmp_path, combine=how, limit=3))
         assert json.dumps(figures, allow_nan=False) and 0 <= figures["jointly"]["right"] <= 1
     assert (tmp_path / "im_shape_0_5_size.png").exists()
-    json.dumps(combine.labeldiscover(run_on(tiny(), small_grid, tmp_path, limit=3)), allow_nan=False)
+    json.dumps(combine.discover_labels(run_on(tiny(), small_grid, tmp_path, limit=3)), allow_nan=False)
 
 
 # ---- unseen combinations ----
@@ -492,9 +492,9 @@ def test_slices(other, values):
 
 def test_product_adds_energies():
     """Breaks when a network of a product gets another's weights or labels, or is left out of training."""
-    parts = [models.build_model(models.ModelConfig("DspritesNet", (1, 64, 64), 4, n), generator(n)) for n in (2, 1)]
+    parts = [make_model(models.ModelConfig("DspritesNet", (1, 64, 64), 4, n), n) for n in (2, 1)]
     product = unseen.Product(parts)
-    images, labels = torch.rand(3, 1, 64, 64, generator=generator()), torch.rand(3, 3, generator=generator())
+    images, labels = torch.rand(3, 1, 64, 64, generator=make_generator()), torch.rand(3, 3, generator=make_generator())
     expected = parts[0](images, labels[:, :2]) + parts[1](images, labels[:, 2:])
     torch.testing.assert_close(product(images, labels), expected)
     product(images, labels).sum().backward()
@@ -528,7 +528,7 @@ def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch):
     """Breaks when a task stops half-way, does not keep what it trained, or does not show the other's figures."""
     folder = tmp_path / "gentest" / "pos_size"
     run = run_on({}, small_grid, folder, limit=6)
-    figures = unseen.gentest(run)
+    figures = unseen.compare_models(run)
     assert {"energy, unseen", "energy, seen", "generator, unseen", "generator, seen"} < set(figures)
     assert json.dumps(figures, allow_nan=False) and all(path.exists() for path in run.files)
     (folder / "gentest.json").write_text(json.dumps({"figures": figures}))
@@ -538,10 +538,10 @@ def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch):
     moved = [(a - b).abs().max() for a, b in zip(kept.parameters(), start.parameters(), strict=True)]
     assert kept.config.label_size == 2 and max(moved) > 1e-4
     monkeypatch.setattr(unseen, "train_product", None)  # trained models are loaded, not trained again
-    unseen.gentest(run_on({}, small_grid, folder, limit=2, break_steps=3))
+    unseen.compare_models(run_on({}, small_grid, folder, limit=2, break_steps=3))
 
     run = run_on({}, small_grid, tmp_path / "genbaseline" / "pos_size", limit=4, plot_curve=True, break_steps=1)
-    curve = unseen.genbaseline(run)
+    curve = unseen.measure_generator(run)
     assert curve["energy, unseen"] == figures["energy, unseen"] and "100%, seen" in curve
     stored = np.load(run.folder / "curve.npy")
     np.testing.assert_allclose(stored[0], np.arange(11) / 10)
@@ -553,7 +553,7 @@ def test_chains_of_joint_training_start_from_noise_and_5_percent_replay(small_gr
     product = unseen.new_product(run_on({}, small_grid, tmp_path), "size")
     buffer = ReplayBuffer(10, (1, 64, 64))
     batches = data.Batches(2000, 2000, 0)
-    state = training.State(product, ClippedAdam(product.parameters()), buffer, batches, generator())
+    state = training.State(product, ClippedAdam(product.parameters()), buffer, batches, make_generator())
     noise = unseen.chain_start(state)
     assert noise.mean().item() == pytest.approx(0.5, abs=0.01) and noise.std().item() == pytest.approx(0.5, abs=0.01)
     buffer.push(torch.full((10, 1, 64, 64), 0.25))
@@ -563,29 +563,18 @@ def test_chains_of_joint_training_start_from_noise_and_5_percent_replay(small_gr
 
 # ---- the command line ----
 
-DRIVER = """
-import contextlib, io, json, sys
-from absl import flags
-import cli, dsprites, ebm_combine
-from errors import UsageError
+# A small grid of sprites, and instead of training a line that says which command would train.
+SETUP = """
+import concept_models, dsprites
 places = (0.0, 16 / 31, 1.0)
 dsprites.LATENTS |= {"x": places, "y": places}
 dsprites.SIZE = 3 * 6 * 40 * 9
-results = []
-for words in json.load(sys.stdin):
-    for name in flags.FLAGS:
-        flags.FLAGS[name].unparse()
-    commands = []
-    ebm_combine.run_to_end = lambda command: commands.append(command[1:]) or (7 if "--max_iter=7" in command else 0)
-    printed, error = io.StringIO(), None
-    with contextlib.redirect_stdout(printed):
-        try:
-            cli.parse(["ebm_combine.py", *words], "")
-            ebm_combine.main()
-        except UsageError as mistake:
-            error = str(mistake)
-    results.append([printed.getvalue(), error, commands])
-print(json.dumps(results))
+
+def run_to_end(command):
+    print("started " + json.dumps(command[1:]))
+    return 7 if "--max_iter=7" in command else 0
+
+concept_models.run_to_end = run_to_end
 """
 
 COMMANDS = {
@@ -620,18 +609,19 @@ def commands(tmp_path_factory):
     root = tmp_path_factory.mktemp("combine")
     for name, size in SIZES.items():
         config = models.ModelConfig("DspritesNet", (1, 64, 64), 4, size, swish_act=True)
-        state = {"config": config.__dict__, "model": models.build_model(config, generator()).state_dict()}
         exp = "my_shape" if name == "shape" else f"dsprites_cond_{name}"
-        state |= {"flags": {f"cond_{name}": True}, "iteration": 5} | ({} if name == "rot" else {"optimizer": {}})
-        checkpoint.save(root / exp / "model_5.pt", state)
+        contents = {"flags": {f"cond_{name}": True}} | ({} if name == "rot" else {"optimizer": {}})
+        write_checkpoint(root / exp / "model_5.pt", make_model(config), 5, **contents)
     given = ["--limit=2", "--num_steps=1", f"--logdir={root}", f"--savedir={root}/out", "--device=cpu"]
     # A shell's words; what is given last counts.
-    words = [[*given, *text.split()] for text in COMMANDS.values()]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER], input=json.dumps(words), cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return root, dict(zip(COMMANDS, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    words = {name: [*given, *text.split()] for name, text in COMMANDS.items()}
+    done = run_commands("ebm_combine", words, SETUP, timeout=300)
+    return root, {name: (printed, error, find_started(printed)) for name, (printed, error) in done.items()}
+
+
+def find_started(printed):
+    """Return the commands that were started, as SETUP has them printed."""
+    return [json.loads(line.removeprefix("started ")) for line in printed.splitlines() if line.startswith("started ")]
 
 
 def test_published_command(commands):
@@ -665,7 +655,7 @@ def test_missing_models(commands):
     assert "--task=train" in first and len(lines) == 3
     for line, name, exp in zip(lines, ("size", "shape", "rot"), (None, "dsprites_cond_shape", "gone"), strict=True):
         assert line.startswith(f"  {name}: no ")
-        assert f"--cond_{name} --replay_batch -cclass" in line and f"--exp={exp or 'dsprites_cond_size'}" in line
+        assert f"python train.py --preset=dsprites_{name} --exp={exp or 'dsprites_cond_size'}" in line
     assert "there is 5" in lines[0] and "model_6" in lines[0]
 
 
@@ -700,8 +690,12 @@ def test_training_all_four(commands):
     assert error is None and len(ran) == 4
     for (script, *words), name in zip(ran, ("size", "shape", "pos", "rot"), strict=True):
         exp = "new_shape" if name == "shape" else f"dsprites_cond_{name}"
-        published = "--dataset=dsprites --exp={} --zero_kl --num_steps=20 --step_lr=500.0 --swish_act --cond_{} "
-        assert " ".join(words).startswith(published.format(exp, name) + "--replay_batch -cclass ")
+        published = f"--dataset=dsprites --exp={exp} --zero_kl --num_steps=20 --step_lr=500.0 --swish_act --cond_{name}"
+        places = [f"--logdir={root}", "--device=cpu", "--dsprites_path=some.npz", "--max_iter=9"]
+        places += ["--resume_iter=latest"] if "--resume_iter=latest" in words else []
+        meant = [*published.split(), "--replay_batch", "-cclass", *places]
+        asked, wanted = (cli.parse(["train.py", *flags], TrainSettings) for flags in (words, meant))
+        assert dataclasses.replace(asked, preset=None) == wanted
         assert script.endswith("train.py") and words[-1] == "--max_iter=9"
         assert f"--logdir={root}" in words and "--dsprites_path=some.npz" in words
         assert ("--resume_iter=latest" in words) == (name in ("size", "pos"))
@@ -720,7 +714,7 @@ def test_table():
         "       long name",
         "c         0.5000",
     ]
-    assert cli.table(rows) == "\n".join(lines)
+    assert reports.format_table(rows) == "\n".join(lines)
 
 
 def test_a_signal_lets_training_save():
@@ -730,7 +724,7 @@ def test_a_signal_lets_training_save():
         "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), print('saved', flush=True), sys.exit(143))); "
         "print('ready', flush=True); time.sleep(60)"
     )
-    parent = f"import sys, ebm_combine; sys.exit(ebm_combine.run_to_end([sys.executable, '-c', {child!r}]))"
+    parent = f"import sys, concept_models; sys.exit(concept_models.run_to_end([sys.executable, '-c', {child!r}]))"
     with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)

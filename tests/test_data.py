@@ -1,12 +1,12 @@
 """Data sets in their real file formats, batches of them, what is done to a batch, and what a user can get wrong."""
 
-import gzip
 import itertools
 import os
 import pathlib
 import pickle
 import pickletools
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,17 +16,9 @@ from PIL import Image
 import data
 import dsprites
 import readers
+from conftest import Bomb, draw_bytes, encode_idx, make_generator, write_mnist, write_sprites
+from ebm.readers import downloads
 from errors import UsageError
-from test_dsprites import write_published
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random_bytes(*shape, seed=0):
-    return torch.randint(256, shape, dtype=torch.uint8, generator=generator(seed))
-
 
 # ---- batches from bytes ----
 
@@ -35,7 +27,7 @@ def test_dequantised_in_steps():
     """Breaks if a byte leaves its step of 1/256, fills it unevenly, or rescale is applied to only one of both."""
     images = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(-1, 1, 28, 28)
     for rescale in (1.0, 8.0):
-        batch, labels = data.Dataset("steps", images, None).batch(torch.arange(256), generator(), rescale)
+        batch, labels = data.StoredImages("steps", images, None).batch(torch.arange(256), make_generator(), rescale)
         noise = batch / rescale * 256 - images
         assert labels is None
         assert batch.shape == (256, 1, 28, 28)
@@ -48,7 +40,7 @@ def test_dequantised_in_steps():
 def test_dequantised_around_the_value():
     """Breaks if the noise of svhn, cifar100 and textures is not U(−1/512, 1/512) around byte/255."""
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(-1, 3, 32, 32)
-    batch, _ = data.Dataset("centred", images, None, noise="centred").batch(torch.arange(3), generator(), 2.0)
+    batch, _ = data.StoredImages("centred", images, None, noise="centred").batch(torch.arange(3), make_generator(), 2.0)
     noise = batch / 2 - torch.tensor([0.0, 0.2, 1.0]).view(3, 1, 1, 1)
     assert noise.abs().max().item() == pytest.approx(1 / 512, rel=0.01)
     assert noise.mean().item() == pytest.approx(0, abs=3e-5)
@@ -56,8 +48,8 @@ def test_dequantised_around_the_value():
 
 def test_batch_follows_its_index():
     """Breaks if images and labels of a batch are of other numbers than asked for, or classes are not one-hot."""
-    images = random_bytes(5, 3, 4, 4)
-    dataset = data.Dataset("five", images, torch.tensor([2, 0, 1, 1, 2]), ("a", "b", "c"), noise="none")
+    images = draw_bytes(5, 3, 4, 4)
+    dataset = data.StoredImages("five", images, torch.tensor([2, 0, 1, 1, 2]), ("a", "b", "c"), noise="none")
     batch, labels = dataset.batch(torch.tensor([4, 1, 1]), None)
     assert torch.equal((batch * 255).round().to(torch.uint8), images[[4, 1, 1]])
     assert labels is not None
@@ -67,9 +59,9 @@ def test_batch_follows_its_index():
 
 def test_same_generator_same_batch():
     """Breaks if a batch draws from anything but the generator it is given."""
-    dataset = data.Dataset("twice", random_bytes(9, 1, 8, 8), None)
+    dataset = data.StoredImages("twice", draw_bytes(9, 1, 8, 8), None)
     index = torch.arange(9)
-    assert torch.equal(dataset.batch(index, generator(3))[0], dataset.batch(index, generator(3))[0])
+    assert torch.equal(dataset.batch(index, make_generator(3))[0], dataset.batch(index, make_generator(3))[0])
 
 
 # ---- digits ----
@@ -96,28 +88,6 @@ def test_digits():
 
 
 # ---- files in torchvision's formats ----
-
-
-def idx_file(array):
-    """Return an array of bytes as an IDX file."""
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.numpy().tobytes()
-
-
-def write_mnist(folder, *, compressed=False, count=7):
-    """Write the four files of MNIST; return images and classes by split."""
-    folder.mkdir(parents=True)
-    contents = {}
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        images = random_bytes(count, 28, 28, seed=len(prefix))
-        classes = torch.arange(count, dtype=torch.uint8) % 10
-        contents[split] = images, classes
-        for array, name in ((images, "images-idx3"), (classes, "labels-idx1")):
-            path = folder / f"{prefix}-{name}-ubyte"
-            if compressed:
-                path.with_name(path.name + ".gz").write_bytes(gzip.compress(idx_file(array)))
-            else:
-                path.write_bytes(idx_file(array))
-    return contents
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -156,7 +126,7 @@ def write_cifar(folder, *, python2=True, meta="batches.meta", label_key="labels"
     folder.mkdir(parents=True)
     images, classes = [], []
     for n, file in enumerate(files):
-        rows = random_bytes(4, 3072, seed=n)
+        rows = draw_bytes(4, 3072, seed=n)
         labels = [n % 3, 2, 0, 1]
         write_pickle(folder / file, {"batch_label": file, "data": rows.numpy(), label_key: labels}, python2)
         images.append(rows.view(4, 3, 32, 32))  # red, green and blue follow one another
@@ -188,13 +158,18 @@ def test_cifar100(tmp_path):
     assert dataset.noise == "centred"
 
 
-def test_svhn(tmp_path):
-    """Breaks if the axes of the MATLAB file are taken in another order, or label 10 is not the digit 0."""
+def write_svhn(path):
+    """Write three images of the digits 0, 1 and 9 as a MATLAB file of SVHN; return them (3, 3, 32, 32)."""
     from scipy.io import savemat
 
-    images = random_bytes(3, 3, 32, 32)
-    stored = {"X": images.permute(2, 3, 1, 0).numpy(), "y": np.array([[10], [1], [9]], np.uint8)}
-    savemat(tmp_path / "test_32x32.mat", stored)
+    images = draw_bytes(3, 3, 32, 32)
+    savemat(path, {"X": images.permute(2, 3, 1, 0).numpy(), "y": np.array([[10], [1], [9]], np.uint8)})
+    return images
+
+
+def test_svhn(tmp_path):
+    """Breaks if the axes of the MATLAB file are taken in another order, or label 10 is not the digit 0."""
+    images = write_svhn(tmp_path / "test_32x32.mat")
     dataset = data.load_dataset("svhn", root=tmp_path, split="test")
     assert torch.equal(torch.as_tensor(dataset.images), images)
     assert dataset.labels is not None
@@ -204,7 +179,7 @@ def test_svhn(tmp_path):
 
 def test_textures(tmp_path):
     """Breaks if anything but the upper left 32x32 pixels is taken."""
-    pixels = random_bytes(50, 40, 3)
+    pixels = draw_bytes(50, 40, 3)
     folder = tmp_path / "dtd/dtd/images/banded"
     folder.mkdir(parents=True)
     Image.fromarray(pixels.numpy()).save(folder / "banded_0001.png")
@@ -213,22 +188,33 @@ def test_textures(tmp_path):
     assert (dataset.class_names, dataset.noise) == (("banded",), "centred")
 
 
+def stand_in_torchvision(**datasets):
+    """Return what stands in for the module torchvision, with these data sets."""
+    return SimpleNamespace(datasets=SimpleNamespace(**datasets))
+
+
 def test_missing_files_are_downloaded(tmp_path, monkeypatch):
     """Breaks if missing files do not lead to a download, or what it brings is not read."""
     asked = []
 
-    def download(name, root, split):
-        asked.append((name, root, split))
+    def download_mnist(root, **settings):
+        asked.append((root, settings))
         write_mnist(root / "MNIST/raw")
 
-    monkeypatch.setattr(data, "download_with_torchvision", download)
+    def download_svhn(root, **settings):
+        asked.append((root, settings))
+        write_svhn(root / "test_32x32.mat")
+
+    stand_in = stand_in_torchvision(MNIST=download_mnist, SVHN=download_svhn)
+    monkeypatch.setattr(data, "import_torchvision", lambda: stand_in)
     assert len(data.load_dataset("mnist", root=tmp_path)) == 7
-    assert asked == [("mnist", tmp_path, "train")]
+    assert len(data.load_dataset("svhn", split="test", root=tmp_path)) == 3
+    assert asked == [(tmp_path, {"download": True}), (tmp_path, {"split": "test", "download": True})]
 
 
 def test_torchvision():
     """Breaks if torchvision does not import beside this torch, with its operators or without."""
-    torchvision = data.import_torchvision()
+    torchvision = downloads.import_torchvision()
     assert torchvision.utils.make_grid(torch.zeros(2, 3, 4, 4)).shape[0] == 3
     assert torchvision.datasets.FashionMNIST.mirrors
 
@@ -240,7 +226,7 @@ def write_images(folder, count, size=(5, 4), mode="RGB", seed=0):
     """Write PNG images of random pixels; return them (count, C, H, W)."""
     folder.mkdir(parents=True, exist_ok=True)
     width, height = size
-    pixels = random_bytes(count, height, width, len(mode), seed=seed)
+    pixels = draw_bytes(count, height, width, len(mode), seed=seed)
     if mode == "L":
         pixels = pixels[:, :, :, :1]
     for n, image in enumerate(pixels):
@@ -278,7 +264,7 @@ def test_folder_without_classes(tmp_path):
     dataset = data.load_dataset("folder", path=tmp_path)
     assert torch.equal(torch.as_tensor(dataset.images), images)
     assert (dataset.labels, dataset.label_size, dataset.class_names) == (None, 0, ())
-    assert dataset.batch(torch.tensor([0]), generator())[1] is None
+    assert dataset.batch(torch.tensor([0]), make_generator())[1] is None
 
 
 def test_image_size_and_channels(tmp_path):
@@ -301,7 +287,7 @@ def test_conditions():
     sizes = {"shape": 3, "size": 1, "pos": 2, "rot": 2, None: 3}
     for condition, size in sizes.items():
         dataset = data.load_dataset("dsprites", condition=condition)
-        images, labels = dataset.batch(index, generator(), 2.0)
+        images, labels = dataset.batch(index, make_generator(), 2.0)
         latents = dsprites.latents_of(index)
         assert torch.equal(images, 2 * dsprites.render(*latents.unbind(1)))
         assert labels is not None
@@ -329,7 +315,7 @@ def test_restricted_sprites():
 def test_sprites_of_the_published_file(tmp_path):
     """Breaks if the file's images are not used, or a subset that it lacks is not refused."""
     path = tmp_path / "dsprites.npz"
-    write_published(path, torch.arange(100))
+    write_sprites(path, torch.arange(100))
     dataset = data.load_dataset("dsprites", path=path, condition="pos")
     assert isinstance(dataset.images, dsprites.Sprites) and dataset.images.bits is not None
     images, labels = dataset.batch(torch.tensor([33, 133]), None)
@@ -384,7 +370,7 @@ def test_resume():
 def test_single_batch_fits():
     """Breaks if a batch of the whole data set is refused, or one image more accepted."""
     assert len(data.Batches(10, 5, seed=0, world=2).next()) == 5
-    with pytest.raises(UsageError, match="--batch_size=5 on 3 workers is more than the 14 images"):
+    with pytest.raises(UsageError, match="`batch_size`=5 on 3 workers is more than the 14 images"):
         data.Batches(14, 5, seed=0, world=3)
 
 
@@ -393,15 +379,15 @@ def test_single_batch_fits():
 
 def test_augment_shifts_and_mirrors():
     """Breaks if a result is not a crop of the padded image or its mirror image, or one of these never comes."""
-    image = torch.rand(2, 6, 7, generator=generator()) + 0.1
-    results = data.augment(image.expand(3000, -1, -1, -1), generator(1), crop_padding=2)
+    image = torch.rand(2, 6, 7, generator=make_generator()) + 0.1
+    results = data.augment(image.expand(3000, -1, -1, -1), make_generator(1), crop_padding=2)
     padded = torch.nn.functional.pad(image, [2] * 4)
     crops = torch.stack([padded[:, i : i + 6, j : j + 7] for i in range(5) for j in range(5)])
     wanted = torch.cat([crops, crops.flip(3)])
     equal = (results[:, None] == wanted).flatten(2).all(2)
     assert (equal.sum(1) == 1).all()
     assert (equal.sum(0) > 20).all()  # 60 of each expected
-    plain = data.augment(image.expand(100, -1, -1, -1), generator(1), crop_padding=0, flip=False)
+    plain = data.augment(image.expand(100, -1, -1, -1), make_generator(1), crop_padding=0, flip=False)
     assert torch.equal(plain, image.expand(100, -1, -1, -1))
 
 
@@ -409,21 +395,21 @@ def test_augment_shifts_and_mirrors():
 def test_cutout(size):
     """Breaks if the square has another size, leaves the image when it must not, or never touches the border."""
     images = torch.ones(4000, 3, 9, 11)
-    black = data.cutout(images, generator(), size=size, inside=True) == 0
+    black = data.cutout(images, make_generator(), size=size, inside=True) == 0
     assert (black.sum((1, 2, 3)) == 3 * size * size).all()
     assert black[:, 0, 0, 0].any() and black[:, 0, -1, -1].any()
-    black = data.cutout(images, generator(), size=size) == 0
+    black = data.cutout(images, make_generator(), size=size) == 0
     assert black.sum((1, 2, 3)).max() == 3 * size * size
     assert black.sum((1, 2, 3)).min() == 3 * ((size + 1) // 2) ** 2  # the centre in a corner
     assert torch.equal(black[:, 0], black[:, 2])
-    half = data.cutout(images, generator(), size=size, probability=0.5).flatten(1).min(1).values
+    half = data.cutout(images, make_generator(), size=size, probability=0.5).flatten(1).min(1).values
     assert half.mean().item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_mixup():
     """Breaks if images are not mixed with a permutation of the batch, or weights are not uniform in [0, 1]."""
     n = 1000
-    mixed = data.mixup(torch.eye(n).view(n, n, 1, 1), generator())[:, :, 0, 0]
+    mixed = data.mixup(torch.eye(n).view(n, n, 1, 1), make_generator())[:, :, 0, 0]
     own = mixed.diagonal()
     assert torch.allclose(mixed.sum(0), own + (mixed.sum(0) - own))
     assert torch.allclose(mixed.sum(1), torch.ones(n))
@@ -437,18 +423,11 @@ def test_mixup():
 # ---- what a user can get wrong ----
 
 
-class Bomb:
-    """Unpickling it sets an environment variable."""
-
-    def __reduce__(self):
-        return exec, ("import os; os.environ['DATA_BOMB'] = '1'",)
-
-
 def damage(root, kind):
     """Write data below root with one thing wrong; return what to load, and what the message must name."""
     mnist, cifar = root / "MNIST/raw", root / "cifar-10-batches-py"
     if kind == "missing":
-        return {"name": "mnist", "download": False}, r"MNIST.raw.train-images-idx3-ubyte is missing; .*--datadir"
+        return {"name": "mnist", "download": False}, r"MNIST.raw.train-images-idx3-ubyte is missing; .*`datadir`"
     if kind == "truncated":
         write_mnist(mnist)
         path = mnist / "train-images-idx3-ubyte"
@@ -470,7 +449,7 @@ def damage(root, kind):
         return {"name": "mnist"}, "no IDX file of bytes"
     if kind == "class 10":
         write_mnist(mnist)
-        (mnist / "train-labels-idx1-ubyte").write_bytes(idx_file(torch.arange(4, 11, dtype=torch.uint8)))
+        (mnist / "train-labels-idx1-ubyte").write_bytes(encode_idx(torch.arange(4, 11, dtype=torch.uint8)))
         return {"name": "mnist"}, "train-labels-idx1-ubyte is damaged .*classes up to 10"
     if kind == "empty file":
         write_mnist(mnist)
@@ -478,11 +457,12 @@ def damage(root, kind):
         return {"name": "mnist"}, "train-labels-idx1-ubyte is damaged"
     if kind == "other count":
         write_mnist(mnist)
-        (mnist / "train-labels-idx1-ubyte").write_bytes(idx_file(torch.zeros(8, dtype=torch.uint8)))
+        (mnist / "train-labels-idx1-ubyte").write_bytes(encode_idx(torch.zeros(8, dtype=torch.uint8)))
         return {"name": "mnist"}, r"labels \(8,\) do not fit images \(7, 28, 28\)"
     if kind == "code in a pickle":
         write_cifar(cifar, files=[f"data_batch_{n}" for n in range(1, 6)])
-        (cifar / "data_batch_3").write_bytes(pickle.dumps({"data": Bomb(), "labels": [0]}))
+        bomb = Bomb(exec, "import os; os.environ['DATA_BOMB'] = '1'")
+        (cifar / "data_batch_3").write_bytes(pickle.dumps({"data": bomb, "labels": [0]}))
         return {"name": "cifar10"}, "data_batch_3 is damaged .*builtins.exec has no place in a data file"
     if kind == "objects in a pickle":
         write_cifar(cifar, files=[f"data_batch_{n}" for n in range(1, 6)])
@@ -495,7 +475,7 @@ def damage(root, kind):
         return {"name": "cifar10"}, "data_batch_5 is damaged"
     if kind == "class without a name":
         write_cifar(cifar, files=[f"data_batch_{n}" for n in range(1, 6)])
-        write_pickle(cifar / "data_batch_2", {"data": random_bytes(1, 3072).numpy(), "labels": [3]})
+        write_pickle(cifar / "data_batch_2", {"data": draw_bytes(1, 3072).numpy(), "labels": [3]})
         return {"name": "cifar10"}, "data_batch_2 is damaged .*class without a name"
     if kind == "MATLAB":
         (root / "train_32x32.mat").write_bytes(b"MATLAB" * 99)
@@ -506,7 +486,7 @@ def damage(root, kind):
 def damage_folder(root, kind):
     """The same for --dataset=folder."""
     if kind == "no folder":
-        return {"name": "folder", "path": root / "nowhere"}, "--data_path=.*nowhere: no such folder"
+        return {"name": "folder", "path": root / "nowhere"}, "`data_path`=.*nowhere: no such folder"
     if kind == "empty folder":
         return {"name": "folder", "path": root}, "holds no images"
     write_images(root / "cat", 2)
@@ -527,7 +507,7 @@ def damage_folder(root, kind):
         return {"name": "folder", "path": root}, "beside subfolders"
     assert kind == "two sizes"
     write_images(root / "dog", 1, size=(9, 9))
-    return {"name": "folder", "path": root}, r"images of \(5, 4\) and of \(9, 9\) pixels; choose one --image_size"
+    return {"name": "folder", "path": root}, r"images of \(5, 4\) and of \(9, 9\) pixels; choose one `image_size`"
 
 
 @pytest.mark.parametrize(
@@ -568,11 +548,11 @@ def test_bad_files(tmp_path, kind):
 def test_no_network(tmp_path, monkeypatch):
     """Breaks if a failed download is not answered with what is missing, why, and what to do, in one line."""
 
-    def fail(*_):
+    def fail(*arguments, **settings):
         raise OSError("Name or service\nnot known")
 
-    monkeypatch.setattr(data, "download_with_torchvision", fail)
-    wanted = r"train-images-idx3-ubyte is missing and cannot be downloaded \(Name or service not known\); .*--datadir"
+    monkeypatch.setattr(data, "import_torchvision", lambda: stand_in_torchvision(FashionMNIST=fail))
+    wanted = r"train-images-idx3-ubyte is missing and cannot be downloaded \(Name or service not known\); .*`datadir`"
     with pytest.raises(UsageError, match=wanted):
         data.load_dataset("fashion_mnist", root=tmp_path)
 
@@ -580,13 +560,13 @@ def test_no_network(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "imagenot"}, "--dataset=imagenot is unknown; use one of digits, mnist"),
-        ({"name": "digits", "condition": "pos"}, "--cond_.* are for --dataset=dsprites, not digits"),
-        ({"name": "mnist", "subset": "size"}, "--d.*_only .*are for --dataset=dsprites, not mnist"),
-        ({"name": "digits", "image_size": 32}, "--image_size and --channels are for --dataset=folder"),
-        ({"name": "folder"}, "--dataset=folder needs --data_path"),
-        ({"name": "folder", "path": pathlib.Path(), "channels": 2}, "--channels=2 must be 1"),
-        ({"name": "dsprites", "path": "nowhere.npz"}, "--dsprites_path=nowhere.npz: no such file"),
+        ({"name": "imagenot"}, "`dataset`=imagenot is unknown; use one of digits, mnist"),
+        ({"name": "digits", "condition": "pos"}, "a condition .* is for `dataset`=dsprites, not digits"),
+        ({"name": "mnist", "subset": "size"}, "a subset .*is for `dataset`=dsprites, not mnist"),
+        ({"name": "digits", "image_size": 32}, "`image_size` and `channels` are for `dataset`=folder"),
+        ({"name": "folder"}, "`dataset`=folder needs `data_path`"),
+        ({"name": "folder", "path": pathlib.Path(), "channels": 2}, "`channels`=2 must be 1"),
+        ({"name": "dsprites", "path": "nowhere.npz"}, "`dsprites_path`=nowhere.npz: no such file"),
     ],
 )
 def test_what_does_not_go_together(arguments, message):
@@ -597,8 +577,8 @@ def test_what_does_not_go_together(arguments, message):
 
 def test_cutout_larger_than_the_image():
     """Breaks if the square is silently made smaller."""
-    with pytest.raises(UsageError, match="--cutout_mask_size=16 is larger than the images of 8x8"):
-        data.cutout(torch.ones(1, 1, 8, 8), generator())
+    with pytest.raises(UsageError, match="`cutout_mask_size`=16 is larger than the images of 8x8"):
+        data.cutout(torch.ones(1, 1, 8, 8), make_generator())
 
 
 def test_folder_reads_no_format_that_runs_a_program(tmp_path):

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 import distributed
+from conftest import ROOT, WORKERS, skip_without_horovod
 from distributed import Launch
 from errors import UsageError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMEOUT = 3.0  # seconds until the watch ends a job here
 DEADLINE = 100.0  # seconds after which a test gives up on a job
 
@@ -32,7 +32,6 @@ MPI = Launch("mpiexec", 1, 2, 1, 2)
 HOROVODRUN = Launch("horovodrun", 1, 2, 1, 2)
 TORCHRUN = Launch("torchrun", 1, 2, 1, 2)
 ALONE = Launch()
-BINARIES = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def horovod_works() -> str:
@@ -93,12 +92,12 @@ def test_launch_is_read_from_the_environment(environment: dict[str, str], launch
         ("auto", HOROVODRUN, horovod_works, "horovod", "started by horovodrun"),
         ("auto", TORCHRUN, must_not_ask, "torch", "started by torchrun"),
         ("auto", MPI._replace(rank=0, size=1), must_not_ask, "none", "one worker"),
-        ("horovod", MPI, horovod_works, "horovod", "--backend=horovod"),
-        ("horovod", ALONE, horovod_works, "horovod", "--backend=horovod"),
-        ("torch", MPI, must_not_ask, "torch", "--backend=torch"),
-        ("torch", TORCHRUN, must_not_ask, "torch", "--backend=torch"),
-        ("torch", ALONE, must_not_ask, "torch", "--backend=torch"),
-        ("none", ALONE, must_not_ask, "none", "--backend=none"),
+        ("horovod", MPI, horovod_works, "horovod", "backend=horovod"),
+        ("horovod", ALONE, horovod_works, "horovod", "backend=horovod"),
+        ("torch", MPI, must_not_ask, "torch", "backend=torch"),
+        ("torch", TORCHRUN, must_not_ask, "torch", "backend=torch"),
+        ("torch", ALONE, must_not_ask, "torch", "backend=torch"),
+        ("none", ALONE, must_not_ask, "none", "backend=none"),
     ],
 )
 def test_engine_choice(backend: str, launch: Launch, problem: Callable[[], str], engine: str, why: str) -> None:
@@ -138,9 +137,9 @@ def test_one_gpu_per_worker(monkeypatch: pytest.MonkeyPatch) -> None:
             distributed.choose_device(name, four)
     with pytest.raises(UsageError, match="every worker on one GPU"):
         distributed.choose_device("cuda:1", MPI)
-    with pytest.raises(UsageError, match="--device=cuda:2"):
+    with pytest.raises(UsageError, match="`device`=cuda:2"):
         distributed.choose_device("cuda:2", ALONE)
-    with pytest.raises(UsageError, match="--device=gpu is unknown"):
+    with pytest.raises(UsageError, match="`device`=gpu is unknown"):
         distributed.choose_device("gpu", ALONE)
 
 
@@ -168,7 +167,7 @@ def test_alone() -> None:
     with workers.busy():
         pass
 
-    assert str(workers) == "1 worker on cpu, no data parallelism (--backend=none)"
+    assert str(workers) == "1 worker on cpu, no data parallelism (backend=none)"
     assert tensor.tolist() == [1.0, 2.0]
     assert layer.weight.grad is not None and layer.weight.grad.tolist() == [[1.0, 2.0]]
     assert workers.gather({"a": 1}) == [{"a": 1}]
@@ -242,16 +241,15 @@ def start_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartJob]:
     """Start `start_job("mpiexec torch", "agree")`: a launcher, an engine and a scenario; kill what is left."""
     jobs = []
     names = {name for _, variables in distributed._LAUNCHERS for name in variables.split()}
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= {"PATH": BINARIES, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment = {name: value for name, value in WORKERS.items() if name not in names}
+    environment |= {"PYTHONPATH": str(ROOT)}
 
     def start(way: str, scenario: str) -> Job:
         launcher, engine = way.split()
-        if shutil.which(launcher, path=BINARIES) is None:
+        if shutil.which(launcher, path=WORKERS["PATH"]) is None:
             pytest.skip(f"no {launcher} here: {distributed.INSTALL}")
-        if engine == "horovod" and (problem := distributed._horovod_problem(MPI, torch.device("cpu"))):
-            pytest.skip(f"{problem}: run scripts/install_horovod.sh")
+        if engine == "horovod":
+            skip_without_horovod()
         output = tmp_path_factory.mktemp("job") / "output"
         command = [*LAUNCHERS[launcher], __file__, engine, scenario, str(output)]
         with output.open("w") as file:
@@ -275,7 +273,7 @@ def results(request: pytest.FixtureRequest, start_job: StartJob) -> list[dict[st
     status, text = job.finish()
     assert status == 0, text
     name = "Horovod" if "horovod" in request.param else "torch.distributed"
-    assert text.count(f"2 workers on cpu, {name} (--backend=") == 1, text  # the start-up line, printed once
+    assert text.count(f"2 workers on cpu, {name} (backend=") == 1, text  # the start-up line, printed once
     return [torch.load(f"{job.output}.{rank}", weights_only=True) for rank in range(2)]
 
 

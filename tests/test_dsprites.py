@@ -1,7 +1,6 @@
 """Sprites against real frames of the dataset, and the published file's format."""
 
 import os
-import pathlib
 import struct
 import zipfile
 
@@ -10,9 +9,10 @@ import pytest
 import torch
 
 import dsprites
+from conftest import GOLDEN, SPRITE_BOMB, write_sprites
 from errors import UsageError
 
-FRAMES = pathlib.Path(__file__).parent / "golden" / "dsprites_frames.npz"
+FRAMES = GOLDEN / "dsprites_frames.npz"
 
 
 def frame_latents():
@@ -96,28 +96,11 @@ def test_label_vectors():
         assert torch.allclose(dsprites.label_vectors(latents, condition), torch.tensor([label]), atol=1e-6)
 
 
-class Bomb:
-    """Unpickling it sets an environment variable."""
-
-    def __reduce__(self):
-        return exec, ("import os; os.environ['DSPRITES_BOMB'] = '1'",)
-
-
-def write_published(path, index, **changes):
-    """Write sprites of these numbers as the published file holds them; its metadata is a pickle. Return the images."""
-    latents = dsprites.latents_of(torch.as_tensor(index))
-    images = dsprites.render(*latents.unbind(1))
-    values = np.concatenate([np.ones((len(latents), 1)), latents.double().numpy()], 1)
-    arrays = {"metadata": np.array(Bomb(), dtype=object), "imgs": images[:, 0].to(torch.uint8).numpy()}
-    np.savez_compressed(path, **(arrays | {"latents_values": values} | changes))
-    return images
-
-
 def test_published_file(tmp_path):
     """Breaks if rows and latents get out of step, also over the parts the file is read in, or metadata is unpickled."""
     path = tmp_path / "dsprites.npz"
     index = torch.arange(0, dsprites.SIZE, 149)  # 4,949: more than one part
-    images = write_published(path, index)
+    images = write_sprites(path, index)
     latents, bits = dsprites.read_published(path)
     assert torch.allclose(latents, dsprites.latents_of(index))
     assert torch.equal(dsprites.unpack(bits), images)
@@ -129,7 +112,7 @@ def test_published_file(tmp_path):
 
 def test_sprites_are_the_same_drawn_or_read(tmp_path):
     """Breaks if images from bits and from latents differ in anything: values, shape or kind."""
-    write_published(tmp_path / "dsprites.npz", range(0, dsprites.SIZE, 7919))
+    write_sprites(tmp_path / "dsprites.npz", range(0, dsprites.SIZE, 7919))
     latents, bits = dsprites.read_published(tmp_path / "dsprites.npz")
     index = torch.tensor([3, 3, 0, 50])
     read, drawn = dsprites.Sprites(latents, bits)[index], dsprites.Sprites(latents)[index]
@@ -159,11 +142,11 @@ def damage(path, kind):
     elif kind == "no images":
         np.savez(path, latents_values=np.zeros((4, 6)))
     elif kind == "other size":
-        write_published(path, range(4), imgs=np.zeros((4, 32, 32), np.uint8))
+        write_sprites(path, range(4), imgs=np.zeros((4, 32, 32), np.uint8))
     elif kind == "other count":
-        write_published(path, range(4), imgs=np.zeros((3, 64, 64), np.uint8))
+        write_sprites(path, range(4), imgs=np.zeros((3, 64, 64), np.uint8))
     elif kind == "pickled":
-        write_published(path, range(4), latents_values=np.array([Bomb()], dtype=object))
+        write_sprites(path, range(4), latents_values=np.array([SPRITE_BOMB], dtype=object))
 
 
 @pytest.mark.parametrize(
@@ -183,9 +166,9 @@ def damage(path, kind):
 def test_bad_file(tmp_path, kind, reason):
     """Breaks if a bad file is read, runs code, or is answered with anything but one line that names it."""
     path = tmp_path / "dsprites.npz"
-    write_published(path, range(0, dsprites.SIZE, 2000))
+    write_sprites(path, range(0, dsprites.SIZE, 2000))
     damage(path, kind)
-    with pytest.raises(UsageError, match=rf"--dsprites_path=.*dsprites\.npz.*{reason}") as error:
+    with pytest.raises(UsageError, match=rf"`dsprites_path`=.*dsprites\.npz.*{reason}") as error:
         dsprites.read_published(path)
     assert "\n" not in str(error.value)
     assert "DSPRITES_BOMB" not in os.environ

@@ -1,21 +1,14 @@
 """The averaged weights: their closed form, in checkpoints and rollbacks, in samples, and on request in scripts."""
 
-import subprocess
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 import checkpoint
-import trainer
 import training
+from conftest import GOLDEN, ROOT, SHAPE, is_same_state, make_state, make_trainer, run_python, write_checkpoint
+from ebm.settings import TrainSettings
 from errors import UsageError
 from guard import DivergenceGuard
-from test_checkpoint import write
-from test_train import ENVIRONMENT, ROOT, equal
-from test_training import SHAPE, make_state
-from training import Options
 
 
 def with_average(label_size=3):
@@ -29,7 +22,7 @@ def steps(state, decay, number):
     seen = []
     for _ in range(number):
         images = torch.rand(4, *SHAPE, generator=state.generator)
-        options = Options(zero_kl=True, num_steps=1, batch_size=4, ema_decay=decay)
+        options = TrainSettings(zero_kl=True, num_steps=1, batch_size=4, ema_decay=decay)
         training.train_step(state, options, images, torch.eye(3)[torch.arange(4) % 3], lambda: None)
         seen.append([parameter.detach().clone() for parameter in state.model.parameters()])
     return seen
@@ -51,8 +44,8 @@ def test_training_does_not_see_it():
     plain, averaged = make_state(), with_average()
     steps(plain, 0.0, 2)
     steps(averaged, 0.9, 2)
-    assert equal(plain.model.state_dict(), averaged.model.state_dict())
-    assert equal(plain.own(), averaged.own()) and plain.shared()["ema"] is None
+    assert is_same_state(plain.model.state_dict(), averaged.model.state_dict())
+    assert is_same_state(plain.own(), averaged.own()) and plain.shared()["ema"] is None
 
 
 def test_a_rollback_restores_it():
@@ -62,9 +55,9 @@ def test_a_rollback_restores_it():
     before = {name: tensor.clone() for name, tensor in state.ema.state_dict().items()}
     guard.remember(state)
     steps(state, 0.5, 1)
-    assert not equal(before, state.ema.state_dict())
+    assert not is_same_state(before, state.ema.state_dict())
     guard.roll_back(state)
-    assert equal(before, state.ema.state_dict())
+    assert is_same_state(before, state.ema.state_dict())
 
 
 def test_a_state_without_average_starts_one():
@@ -72,7 +65,7 @@ def test_a_state_without_average_starts_one():
     state, other = with_average(), make_state()
     steps(other, 0.0, 1)
     state.load_shared(other.shared())
-    assert equal(state.ema.state_dict(), other.model.state_dict())
+    assert is_same_state(state.ema.state_dict(), other.model.state_dict())
 
 
 def test_load_energy(tmp_path):
@@ -82,20 +75,12 @@ def test_load_energy(tmp_path):
         state.ema.stages["c1"].weight.mul_(2).add_(1)
     checkpoint.save(tmp_path / "model_1.pt", state.shared())
     for ema, model in ((True, state.ema), (False, state.model)):
-        assert equal(checkpoint.load_energy(tmp_path / "model_1", ema=ema).state_dict(), model.state_dict())
-    write(tmp_path / "model_2.pt")
-    published = ROOT / "tests/golden/tf_checkpoints/dsprites_cond_pos/model_8000"
+        assert is_same_state(checkpoint.load_energy(tmp_path / "model_1", ema=ema).state_dict(), model.state_dict())
+    write_checkpoint(tmp_path / "model_2.pt")
+    published = GOLDEN / "tf_checkpoints/dsprites_cond_pos/model_8000"
     for path in (tmp_path / "model_2", published):
-        with pytest.raises(UsageError, match=r"has no averaged weights.*--ema"):
+        with pytest.raises(UsageError, match=r"has no averaged weights.*`ema`"):
             checkpoint.load_energy(path, ema=True)
-
-
-def make_trainer(state, folder, said):
-    workers = SimpleNamespace(rank=0, size=1, device="cpu", print=said.append)
-    dataset = SimpleNamespace(class_names=("a", "b", "c"))
-    cadence, options = trainer.Cadence(stop=1), Options(num_steps=1)
-    settings = {"flags": {}, "seed": 0, "num_samples": 3, "sample_steps": 1}
-    return trainer.Trainer(state, options, dataset, workers, folder, cadence, **settings)
 
 
 def test_samples_are_of_the_averaged_weights(tmp_path):
@@ -124,8 +109,7 @@ def test_a_run_says_where_an_average_starts_or_ends(tmp_path):
 @pytest.mark.parametrize("script", ["ebm_sandbox.py", "imagenet_demo.py"])
 def test_scripts_take_it_on_request(tmp_path, script):
     """Breaks when --ema does not reach the checkpoint: this one has no averaged weights."""
-    write(tmp_path / "exp" / "model_1.pt")
+    write_checkpoint(tmp_path / "exp" / "model_1.pt")
     folder = "--modeldir" if script == "ebm_sandbox.py" else "--logdir"
-    command = [sys.executable, str(ROOT / script), "--exp=exp", f"{folder}={tmp_path}", "--ema"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    result = run_python(ROOT / script, "--exp=exp", f"{folder}={tmp_path}", "--ema")
     assert result.returncode == 2 and "model_1.pt has no averaged weights" in result.stderr

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -11,13 +10,19 @@ import time
 import pytest
 import torch
 
-import distributed
-from test_train import ENVIRONMENT, ROOT, SMALL, equal, load
+from conftest import (
+    BINARIES,
+    ENVIRONMENT,
+    ROOT,
+    SMALL_RUN,
+    WORKERS,
+    is_same_state,
+    load_state,
+    run_python,
+    skip_without_horovod,
+)
 
 pytestmark = pytest.mark.slow
-BIN = pathlib.Path(sys.executable).parent
-WORKERS = ENVIRONMENT | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-WORKERS |= {"PATH": f"{BIN}:{os.environ['PATH']}"}
 
 KILLS = 20
 KILLED_AT_RANDOM = """
@@ -28,6 +33,7 @@ sys.path.insert(0, root)
 import torch
 torch.set_num_threads(1)
 import checkpoint, cli, data, distributed, metrics, pictures, train, trainer, utils
+from ebm.settings import TrainSettings
 from sklearn.datasets import load_digits
 from torch.utils.tensorboard import SummaryWriter
 
@@ -38,7 +44,7 @@ def start(exp, *more):
         os.dup2(out, 1); os.dup2(out, 2)
         sys.argv = ["train.py", f"--logdir={logdir}", f"--exp={exp}", *flags, *more]
         try:
-            cli.run(train.main, "")
+            cli.run(train.main, TrainSettings, "")
         except SystemExit as leaving:
             os._exit(leaving.code or 0)
         except BaseException:
@@ -72,15 +78,12 @@ for exp, more in (("killed", ["--resume_iter=latest"]), ("whole", [])):
 
 def test_killed_at_random_moments(tmp_path):
     """Breaks when some moment of a kill, in the middle of a save too, leaves a run that does not resume bit for bit."""
-    program = [sys.executable, "-c", KILLED_AT_RANDOM, str(ROOT), str(tmp_path), *SMALL]
-    program += ["--save_interval=1", "--num_steps=1", "--test_interval=1000000"]
-    result = subprocess.run(
-        program, env=ENVIRONMENT | {"KILLS": str(KILLS)}, capture_output=True, text=True, check=False
-    )
+    flags = [*SMALL_RUN, "--save_interval=1", "--num_steps=1", "--test_interval=1000000"]
+    result = run_python("-c", KILLED_AT_RANDOM, ROOT, tmp_path, *flags, env=ENVIRONMENT | {"KILLS": str(KILLS)})
     printed = (tmp_path / "killed.out").read_text()
     assert result.returncode == 0, result.stderr + printed[-2000:]
     last = f"model_{max(int(path.stem[6:]) for path in (tmp_path / 'whole').glob('model_*.pt'))}.pt"
-    assert equal(load(tmp_path / "killed" / last), load(tmp_path / "whole" / last))
+    assert is_same_state(load_state(tmp_path / "killed" / last), load_state(tmp_path / "whole" / last))
     assert (tmp_path / "killed" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
     assert not list((tmp_path / "killed").glob(".*tmp"))
 
@@ -95,6 +98,7 @@ root, output, backend = sys.argv[1:]
 sys.path.insert(0, root)
 import torch
 import data, distributed, models, training
+from ebm.settings import TrainSettings
 from optimizer import ClippedAdam
 from utils import ReplayBuffer
 
@@ -110,7 +114,7 @@ model = models.build_model(models.ModelConfig("MnistNet", (1, 28, 28), 4, 10), t
 gradients = distributed.GradientAverager(workers, model.parameters())
 state = training.State(model, ClippedAdam(model.parameters(), lr=1e-3), ReplayBuffer(0, (1, 28, 28)),
     data.Batches(len(dataset), count, 0, workers.rank, workers.size), torch.Generator().manual_seed(0))
-options = training.Options(batch_size=count, num_steps=3, step_lr=10.0, zero_kl=True)
+options = TrainSettings(batch_size=count, num_steps=3, step_lr=10.0, zero_kl=True)
 for _ in range(20):
     images, labels = training.next_batch(state, options, dataset)
     training.train_step(state, options, images, labels, gradients.finish)
@@ -126,6 +130,7 @@ root, output, *flags = sys.argv[1:]
 sys.path.insert(0, root)
 import torch
 import cli, train, trainer
+from ebm.settings import TrainSettings
 run = trainer.Trainer.run
 def run_and_gather(self):
     run(self)
@@ -134,46 +139,42 @@ def run_and_gather(self):
         torch.save(states, output)
 trainer.Trainer.run = run_and_gather
 sys.argv = ["train.py", *flags]
-cli.run(train.main, "")
+cli.run(train.main, TrainSettings, "")
 """
-
-
-def require(engine):
-    if engine == "horovod" and distributed._horovod_problem(distributed.Launch("mpiexec"), torch.device("cpu")):
-        pytest.skip("Horovod is not installed: run scripts/install_horovod.sh")
 
 
 def two_workers(*command):
     return subprocess.run(
-        [BIN / "mpiexec", "-n", "2", "--oversubscribe", sys.executable, *map(str, command)],
+        [BINARIES / "mpiexec", "-n", "2", "--oversubscribe", sys.executable, *map(str, command)],
         env=WORKERS, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 
 @pytest.fixture(params=["horovod", "torch"])
 def engine(request):
-    require(request.param)
+    if request.param == "horovod":
+        skip_without_horovod()
     return request.param
 
 
 def test_two_workers_do_what_one_does(tmp_path, engine):
     """Breaks when gradients are summed instead of averaged, clipped before, or the workers see other images."""
-    alone = subprocess.run([sys.executable, "-c", SAME_NOISE, ROOT, tmp_path / "one", "none"], env=WORKERS, check=False)
+    alone = run_python("-c", SAME_NOISE, ROOT, tmp_path / "one", "none", env=WORKERS)
     both = two_workers("-c", SAME_NOISE, ROOT, tmp_path / "two", engine)
-    assert alone.returncode == both.returncode == 0, both.stderr
-    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    assert alone.returncode == both.returncode == 0, alone.stderr + both.stderr
+    one, two = load_state(tmp_path / "one"), load_state(tmp_path / "two")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_all_workers_hold_the_same_weights(tmp_path, engine):
     """Breaks when workers drift apart, though each has chains, replays and noise of its own."""
-    flags = [*SMALL, f"--logdir={tmp_path}", f"--backend={engine}", "--exp=w", "--max_iter=50"]
+    flags = [*SMALL_RUN, f"--logdir={tmp_path}", f"--backend={engine}", "--exp=w", "--max_iter=50"]
     result = two_workers("-c", AGREE, ROOT, tmp_path / "states", *flags)
     assert result.returncode == 0, result.stderr
-    first, second = load(tmp_path / "states")
-    assert equal(first, second)
-    own = load(tmp_path / "w" / "model_50.pt")["workers"]
+    first, second = load_state(tmp_path / "states")
+    assert is_same_state(first, second)
+    own = load_state(tmp_path / "w" / "model_50.pt")["workers"]
     assert len(own) == 2 and not torch.equal(own[0]["buffer"]["images"], own[1]["buffer"]["images"])
     assert result.stdout.count("iteration 50/50") == 1
 
@@ -182,24 +183,26 @@ def test_workers_resume(tmp_path):
     """Breaks when a worker's own state is lost, or another number of workers is refused or not told."""
 
     def job(*more):
-        flags = [*SMALL, f"--logdir={tmp_path}", "--backend=torch", "--save_interval=6", *more]
+        flags = [*SMALL_RUN, f"--logdir={tmp_path}", "--backend=torch", "--save_interval=6", *more]
         result = two_workers(ROOT / "train.py", *flags)
         assert result.returncode == 0, result.stderr
 
     job("--exp=whole", "--max_iter=12")
     job("--exp=halves", "--max_iter=6")
     job("--exp=halves", "--max_iter=12", "--resume_iter=latest")
-    assert equal(load(tmp_path / "whole" / "model_12.pt"), load(tmp_path / "halves" / "model_12.pt"))
-    alone = [sys.executable, ROOT / "train.py", *SMALL, f"--logdir={tmp_path}", "--exp=halves", "--max_iter=14"]
-    result = subprocess.run([*alone, "--resume_iter=12"], env=WORKERS, capture_output=True, text=True, check=False)
+    assert is_same_state(
+        load_state(tmp_path / "whole" / "model_12.pt"), load_state(tmp_path / "halves" / "model_12.pt")
+    )
+    flags = [*SMALL_RUN, f"--logdir={tmp_path}", "--exp=halves", "--max_iter=14", "--resume_iter=12"]
+    result = run_python(ROOT / "train.py", *flags, env=WORKERS)
     assert result.returncode == 0, result.stderr
     assert "holds the state of 2 workers and this run has 1" in result.stdout
 
 
 def test_a_worker_that_dies_ends_the_job(tmp_path, engine):
     """Breaks when the others wait for ever for a dead worker, nobody says which it was, or the run does not resume."""
-    flags = [*SMALL, f"--logdir={tmp_path}", f"--backend={engine}", "--exp=d", "--save_interval=2"]
-    command = [BIN / "mpiexec", "-n", "2", "--oversubscribe", sys.executable, ROOT / "train.py", *flags]
+    flags = [*SMALL_RUN, f"--logdir={tmp_path}", f"--backend={engine}", "--exp=d", "--save_interval=2"]
+    command = [BINARIES / "mpiexec", "-n", "2", "--oversubscribe", sys.executable, ROOT / "train.py", *flags]
     with subprocess.Popen(
         [*command, "--max_iter=100000"], env=WORKERS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

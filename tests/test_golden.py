@@ -3,7 +3,6 @@
 The files of tests/golden hold what the TensorFlow 1 graph computed; weights and inputs come from seeds (recipe.py).
 """
 
-import pathlib
 import zlib
 
 import numpy as np
@@ -14,10 +13,10 @@ import checkpoint
 import models
 import sampling
 import training
+from conftest import GOLDEN
 from golden import recipe
 from optimizer import ClippedAdam
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz") if "net" in path.stem or path.stem[:5] in ("mnist", "dspri"))
 CASES = [case for case in CASES if case != "dsprites_frames"]
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,15 +15,25 @@ import pictures
 import quality
 import training
 from acceleration import Acceleration
+from conftest import (
+    ENVIRONMENT,
+    ROOT,
+    SMALL_RUN,
+    is_same_state,
+    load_state,
+    make_model,
+    make_progress,
+    run_python,
+    train_on_noise,
+)
+from ebm.settings import TrainSettings
 from optimizer import ClippedAdam
-from test_train import ENVIRONMENT, ROOT, SMALL, equal, load
-from training import Options
-from utils import Progress, ReplayBuffer
+from utils import ReplayBuffer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
-PLAIN = Options(num_steps=5, step_lr=10.0, batch_size=8, zero_kl=True, replay_batch=True)
+PLAIN = TrainSettings(num_steps=5, step_lr=10.0, batch_size=8, zero_kl=True, replay_batch=True)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +44,7 @@ def exact_products():
 
 def build_model(network, shape):
     """Return a network that residual branches and labels have an effect on, which they begin without."""
-    model = models.build_model(models.ModelConfig(network, shape, 8, label_size=3), torch.Generator().manual_seed(0))
+    model = make_model(models.ModelConfig(network, shape, 8, label_size=3))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -62,13 +70,8 @@ def make_state(network="MnistNet", shape=GREY, seed=0, **ways):
 
 def train(state, iterations=3, options=PLAIN, seed=1):
     """Train on random images; return the end points of the chains (iterations, 8, C, H, W)."""
-    draws, ends = torch.Generator("cuda").manual_seed(seed), []
-    for _ in range(iterations):
-        images = torch.rand(8, *state.model.config.image_shape, generator=draws, device="cuda")
-        labels = torch.eye(3, device="cuda")[torch.randint(3, (8,), generator=draws, device="cuda")]
-        with acceleration.products_in(state.acceleration.precision):
-            ends.append(training.train_step(state, options, images, labels, lambda: None).samples)
-    return torch.stack(ends)
+    with acceleration.products_in(state.acceleration.precision):
+        return train_on_noise(state, options, iterations, seed)
 
 
 def assert_close(found, expected, tolerance=1e-3):
@@ -188,7 +191,7 @@ def test_same_seed_same_images_whatever_the_batch_size():
     """Breaks when noise drawn on the GPU belongs to the batch instead of the image."""
     model = models.build_model(models.ModelConfig("MnistNet", GREY, 4, label_size=3)).cuda()
     energy, labels = quality.energy_of(model), torch.eye(3, device="cuda").repeat(4, 1)
-    settings = {"num_steps": 3, "step_lr": 10.0, "progress": Progress(1, what="", quiet=True)}
+    settings = {"num_steps": 3, "step_lr": 10.0, "progress": make_progress()}
     whole, parts = (quality.fresh_images(energy, labels, model.config, batch_size=n, **settings) for n in (12, 5))
     assert (whole.int() - parts.int()).abs().float().mean() < 0.1
     assert (whole[0] != whole[3]).any()
@@ -199,8 +202,7 @@ def test_same_seed_same_images_whatever_the_batch_size():
 
 def run(logdir, *flags, launcher=(), status=0):
     """Run train.py and return what it printed."""
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), f"--logdir={logdir}", *SMALL, *flags]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=logdir, check=False, env=ENVIRONMENT)
+    result = run_python(*launcher, ROOT / "train.py", f"--logdir={logdir}", *SMALL_RUN, *flags, cwd=logdir)
     assert (result.returncode == 0) == (status == 0), result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -226,7 +228,9 @@ def test_deterministic_runs_resume_bit_for_bit(tmp_path):
     run(tmp_path, "--exp=whole", "--max_iter=10", *flags)
     run(tmp_path, "--exp=halves", "--max_iter=5", *flags)
     run(tmp_path, "--exp=halves", "--max_iter=10", "--resume_iter=latest", *flags)
-    assert equal(load(tmp_path / "whole" / "model_10.pt"), load(tmp_path / "halves" / "model_10.pt"))
+    assert is_same_state(
+        load_state(tmp_path / "whole" / "model_10.pt"), load_state(tmp_path / "halves" / "model_10.pt")
+    )
 
 
 def test_a_checkpoint_moves_to_a_gpu_and_back(tmp_path):
@@ -235,7 +239,7 @@ def test_a_checkpoint_moves_to_a_gpu_and_back(tmp_path):
     for device, last in (("cuda", 4), ("cpu", 6)):
         flags = [f"--device={device}", f"--max_iter={last}", "--nocompile", "--resume_iter=latest"]
         assert "noise starts afresh" in run(tmp_path, "--exp=moves", *flags)
-    assert load(tmp_path / "moves" / "model_6.pt")["iteration"] == 6
+    assert load_state(tmp_path / "moves" / "model_6.pt")["iteration"] == 6
 
 
 def test_two_ranks_on_one_gpu_are_refused(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from conftest import SHAPE, make_state
 from guard import USUAL, DivergenceGuard
-from test_training import SHAPE, make_state
 from training import Step
 
 

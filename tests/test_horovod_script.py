@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
-import torch
 
-import distributed
+from conftest import ENVIRONMENT, ROOT, skip_without_horovod
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "install_horovod.sh"
+SCRIPT = ROOT / "scripts" / "install_horovod.sh"
 
 
 def run(**settings: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | settings
+    environment = ENVIRONMENT | {"PYTHON": sys.executable} | settings
     return subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
 def test_second_run_does_nothing() -> None:
     """Breaks when the script builds or installs again what already works."""
-    if problem := distributed._horovod_problem(distributed.Launch("mpiexec"), torch.device("cpu")):
-        pytest.skip(f"{problem}: run scripts/install_horovod.sh")
+    skip_without_horovod()
     result = run(CXX="no-such-compiler")
     assert result.returncode == 0, result.stderr
     assert "nothing to do" in result.stdout

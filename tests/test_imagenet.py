@@ -1,16 +1,13 @@
 """ImageNet in the formats it comes in, on small files written here: pickles, .npz, TFRecords, class folders."""
 
-import functools
 import io
 import json
 import os
 import pathlib
-import pickle
 import signal
 import subprocess
 import sys
 import time
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +18,22 @@ import data
 import imagenet
 import models
 import training
+from conftest import (
+    IMAGENET_BATCHES,
+    ROOT,
+    Bomb,
+    draw_imagenet_batch,
+    draw_noise,
+    encode_example,
+    encode_field,
+    encode_image,
+    encode_noise,
+    flip_bit,
+    make_model,
+    write_pickle,
+    write_records,
+)
+from ebm.settings import TrainSettings
 from errors import UsageError
 from imagenet import SIDE, open_imagenet, read_imagenet32
 from optimizer import ClippedAdam
@@ -32,20 +45,6 @@ pytest.importorskip("google_crc32c")
 # ---------------------------------------------------------------------------------------------------------------------
 # 32x32
 
-BATCHES = [f"train_data_batch_{k}" for k in range(1, 11)]
-
-
-def contents(seed: int, n: int = 3) -> dict[str, Any]:
-    """One file as the authors wrote it: rows of 3x32x32 bytes, a list of labels from 1, the mean image."""
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
-    return {"data": rows, "labels": rng.integers(1, 1001, n).tolist(), "mean": rows.mean(0)}
-
-
-def write_pickle(path: pathlib.Path, value: object) -> None:
-    """As Python 3.5 and numpy 1 wrote them, whose module names have no underscore."""
-    path.write_bytes(pickle.dumps(value, protocol=3).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
-
 
 def write_npz(path: pathlib.Path, value: dict) -> None:
     np.savez(path.with_suffix(".npz"), **value)
@@ -56,8 +55,8 @@ def write_npz(path: pathlib.Path, value: dict) -> None:
 def test_training_set_of_ten_files(tmp_path, write, below) -> None:
     """Red if files are missed or sorted as text (1, 10, 2), pixels permuted, or the labels not lowered by 1."""
     (tmp_path / below).mkdir(exist_ok=True)
-    files = [contents(seed) for seed in range(10)]
-    for name, value in zip(BATCHES, files, strict=True):
+    files = [draw_imagenet_batch(seed) for seed in range(10)]
+    for name, value in zip(IMAGENET_BATCHES, files, strict=True):
         write(tmp_path / below / name, value)
     images, classes, names = read_imagenet32(tmp_path, "train")
     assert images.dtype == torch.uint8
@@ -69,7 +68,7 @@ def test_training_set_of_ten_files(tmp_path, write, below) -> None:
 
 def test_validation_set(tmp_path) -> None:
     """Red if the validation set is another file than val_data, or the extreme labels 1 and 1000 are refused."""
-    write_pickle(tmp_path / "val_data", contents(0, n=2) | {"labels": [1, 1000]})
+    write_pickle(tmp_path / "val_data", draw_imagenet_batch(0, n=2) | {"labels": [1, 1000]})
     images, classes, _ = read_imagenet32(tmp_path, "test")
     assert images.shape == (2, 3, 32, 32)
     assert classes.tolist() == [0, 999]
@@ -77,10 +76,10 @@ def test_validation_set(tmp_path) -> None:
 
 def test_what_is_missing_is_said(tmp_path, capsys) -> None:
     """Red if a training set with files missing passes without a word, or none at all is no clear error."""
-    with pytest.raises(UsageError, match=r"--imagenet_path=.* holds no train_data_batch_1"):
+    with pytest.raises(UsageError, match=r"`imagenet_path`=.* holds no train_data_batch_1"):
         read_imagenet32(tmp_path, "train")
-    for name in BATCHES[:8]:
-        write_pickle(tmp_path / name, contents(0))
+    for name in IMAGENET_BATCHES[:8]:
+        write_pickle(tmp_path / name, draw_imagenet_batch(0))
     assert len(read_imagenet32(tmp_path, "train")[0]) == 24
     assert "lacks train_data_batch_9, train_data_batch_10" in capsys.readouterr().out
 
@@ -99,7 +98,7 @@ def test_what_is_missing_is_said(tmp_path, capsys) -> None:
 @pytest.mark.parametrize("write", [write_pickle, write_npz])
 def test_wrong_contents(tmp_path, write, change, message) -> None:
     """Red if labels out of range, or images of another size or type, are taken for ImageNet."""
-    write(tmp_path / "val_data", contents(0) | change)
+    write(tmp_path / "val_data", draw_imagenet_batch(0) | change)
     with pytest.raises(UsageError, match=rf"val_data\S* is damaged.*{message}"):
         read_imagenet32(tmp_path, "test")
 
@@ -107,15 +106,11 @@ def test_wrong_contents(tmp_path, write, change, message) -> None:
 def test_no_file_runs_code(tmp_path) -> None:
     """Red if a pickle, or a pickled object in an .npz, is executed; either would make the witness."""
     witness = tmp_path / "witness"
-
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(witness),)
-
-    write_pickle(tmp_path / "val_data", contents(0) | {"mean": Attack()})
+    bomb = Bomb(os.mkdir, str(witness))
+    write_pickle(tmp_path / "val_data", draw_imagenet_batch(0) | {"mean": bomb})
     with pytest.raises(UsageError, match="mkdir has no place"):
         read_imagenet32(tmp_path, "test")
-    write_npz(tmp_path / "val_data", contents(0) | {"labels": np.array([Attack()] * 3)})
+    write_npz(tmp_path / "val_data", draw_imagenet_batch(0) | {"labels": np.array([bomb] * 3)})
     with pytest.raises(UsageError, match="allow_pickle"):
         read_imagenet32(tmp_path, "test")
     assert not witness.exists()
@@ -123,7 +118,7 @@ def test_no_file_runs_code(tmp_path) -> None:
 
 def test_damaged_files_are_refused_in_one_line(tmp_path) -> None:
     """Red if a file that is cut short, or noise, ends in anything but one line that names it."""
-    write_pickle(tmp_path / "val_data", contents(0))
+    write_pickle(tmp_path / "val_data", draw_imagenet_batch(0))
     whole = (tmp_path / "val_data").read_bytes()
     for damaged in (whole[:-100], whole[:50], b"", b"PK\3\4" + bytes(100), bytes(range(256))):
         for name in ("val_data", "val_data.npz"):
@@ -138,57 +133,8 @@ def test_damaged_files_are_refused_in_one_line(tmp_path) -> None:
 # 128x128: TFRecords
 
 
-def encode(image: np.ndarray, kind: str = "PNG") -> bytes:
-    """Encode pixels uint8 (H, W, 3)."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, kind, quality=95)
-    return file.getvalue()
-
-
-def noise(seed: int) -> np.ndarray:
-    """Pixels of an image that keeps its values when it is cut out: its shorter side is SIDE already."""
-    return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE + 40, 3), dtype=np.uint8)
-
-
-@functools.cache
-def noise_file(seed: int, kind: str = "PNG") -> bytes:
-    return encode(noise(seed), kind)
-
-
 def middle(seed: int) -> np.ndarray:
-    return noise(seed)[:, 20:-20].transpose(2, 0, 1)
-
-
-def varint(number: int) -> bytes:
-    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
-
-
-def message(number: int, value: bytes) -> bytes:
-    """A protobuf field that holds bytes or a message."""
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def example(encoded: bytes, label: int) -> bytes:
-    """A tf.train.Example as ImageNet's TFRecords hold them."""
-    features = {
-        b"image/height": message(3, message(1, varint(375))),
-        b"image/class/label": message(3, message(1, varint(label))),
-        b"image/encoded": message(1, message(1, encoded)),
-    }
-    return message(1, b"".join(message(1, message(1, key) + message(2, value)) for key, value in features.items()))
-
-
-def write_records(path: pathlib.Path, records: list[bytes]) -> list[int]:
-    """Write a TFRecord file with TensorBoard's writer; return where each record starts."""
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    with path.open("wb") as file:
-        offsets = []
-        for record in records:
-            offsets.append(file.tell())
-            RecordWriter(file).write(record)
-            file.flush()
-    return offsets
+    return draw_noise(seed)[:, 20:-20].transpose(2, 0, 1)
 
 
 COUNTS = (3, 4, 2)
@@ -196,14 +142,14 @@ COUNTS = (3, 4, 2)
 
 @pytest.fixture
 def records(tmp_path) -> pathlib.Path:
-    """Nine images in three files and index.json; image i is noise(i) of label i + 1."""
+    """Nine images in three files and index.json; image i is draw_noise(i) of label i + 1."""
     seed, names = 0, {}
     for file, count in enumerate(COUNTS):
         names[f"train-{file:05}-of-00003"] = count
         seeds = range(seed, seed + count)
-        write_records(tmp_path / f"train-{file:05}-of-00003", [example(noise_file(i), i + 1) for i in seeds])
+        write_records(tmp_path / f"train-{file:05}-of-00003", [encode_example(encode_noise(i), i + 1) for i in seeds])
         seed += count
-    write_records(tmp_path / "validation-00000-of-00001", [example(noise_file(100), 1000)])
+    write_records(tmp_path / "validation-00000-of-00001", [encode_example(encode_noise(100), 1000)])
     names["validation-00000-of-00001"] = 1
     (tmp_path / "index.json").write_text(json.dumps({"record_counts": names}))
     return tmp_path
@@ -220,7 +166,7 @@ def assert_is(dataset: imagenet.StreamedImages, index: list[int], expected: list
 
 
 def test_example_written_by_protobuf() -> None:
-    """Red if the parser's idea of tf.train.Example, shared by `example` above, is not that of the real one."""
+    """Red if the parser's idea of tf.train.Example, shared by `encode_example`, is not that of the real one."""
     serialised = (
         b"\n\x9d\x01\n\x1b\n\x11image/class/label\x12\x06\x1a\x04\n\x02\xac\x02\n#\n\x12image/class/synset\x12\r\n\x0b\n\t"
         b"n01440764\n\x19\n\rimage/encoded\x12\x08\n\x06\n\x04JPEG\n\x16\n\x0cimage/height\x12\x06\x1a\x04\n\x02\xf7\x02"
@@ -297,7 +243,7 @@ class Deadly:
 def test_decode_workers_end_with_the_run(tmp_path) -> None:
     """Red if decode workers outlive a run that was killed, as processes that wait for work do."""
     (tmp_path / "cat").mkdir()
-    (tmp_path / "cat" / "1.png").write_bytes(noise_file(0))
+    (tmp_path / "cat" / "1.png").write_bytes(encode_noise(0))
     script = f"""
 import imagenet, os, pathlib, signal, torch
 if __name__ == "__main__":
@@ -307,10 +253,9 @@ if __name__ == "__main__":
     os.kill(os.getpid(), signal.SIGKILL)
 """
     (tmp_path / "run.py").write_text(script)
-    root = pathlib.Path(imagenet.__file__).parent
     run = subprocess.run(
         [sys.executable, tmp_path / "run.py"],
-        env=os.environ | {"PYTHONPATH": str(root)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -325,17 +270,11 @@ if __name__ == "__main__":
     assert time.monotonic() < deadline, "the decode worker still runs"
 
 
-def damage(path: pathlib.Path, place: int) -> None:
-    contents = bytearray(path.read_bytes())
-    contents[place] ^= 1
-    path.write_bytes(contents)
-
-
 def test_a_damaged_record_is_named_and_replaced(records, capsys) -> None:
     """Red if a flipped bit passes, is not named once by file and offset, or costs more than this image."""
     path = records / "train-00001-of-00003"
-    offsets = write_records(path, [example(noise_file(i), i + 1) for i in range(3, 7)])
-    damage(path, offsets[2] + 500)
+    offsets = write_records(path, [encode_example(encode_noise(i), i + 1) for i in range(3, 7)])
+    flip_bit(path, offsets[2] + 500)
     dataset = open_imagenet(records, "train", workers=0)
     for _ in range(2):
         assert_is(dataset, [4, 5, 0], [4, 6, 0])
@@ -347,25 +286,25 @@ def test_a_damaged_record_is_named_and_replaced(records, capsys) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (example(noise_file(0), 0), "class label 0, not one from 1 to 1000"),
-        (example(noise_file(0), 1001), "class label 1001"),
-        (example(b"\xff\xd8\xff\xe0 no JPEG", 1), "is no image"),
-        (example(noise_file(0, "JPEG")[:-2000], 1), "truncated"),
-        (message(1, b""), "holds no image/encoded"),
+        (encode_example(encode_noise(0), 0), "class label 0, not one from 1 to 1000"),
+        (encode_example(encode_noise(0), 1001), "class label 1001"),
+        (encode_example(b"\xff\xd8\xff\xe0 no JPEG", 1), "is no image"),
+        (encode_example(encode_noise(0, "JPEG")[:-2000], 1), "truncated"),
+        (encode_field(1, b""), "holds no image/encoded"),
         (b"\x0a\xff", "is damaged"),
         (b"", "holds no image/encoded"),
     ],
 )
 def test_bad_records_of_all_kinds(records, capsys, record, message) -> None:
     """Red if one of them is taken for an image, or ends the run."""
-    write_records(records / "train-00000-of-00003", [record, *[example(noise_file(i), i + 1) for i in (1, 2)]])
+    write_records(records / "train-00000-of-00003", [record, *[encode_example(encode_noise(i), i + 1) for i in (1, 2)]])
     assert_is(open_imagenet(records, "train", workers=0), [0], [1])
     assert message in capsys.readouterr().out
 
 
 def test_too_many_bad_records_end_the_run(records, monkeypatch) -> None:
     """Red if a run goes on among damaged files, or searches for ever where all are damaged."""
-    broken = [example(b"", i) for i in range(1, 5)]
+    broken = [encode_example(b"", i) for i in range(1, 5)]
     write_records(records / "train-00001-of-00003", broken)
     monkeypatch.setattr(imagenet, "MAX_BAD", 3)
     with pytest.raises(UsageError, match=r"train-00001-of-00003 at byte \d+ is no image.*image number 4 of 9"):
@@ -380,10 +319,10 @@ def test_too_many_bad_records_end_the_run(records, monkeypatch) -> None:
 def test_files_that_cannot_be_indexed(records) -> None:
     """Red if damaged lengths, cut, missing or unlisted records pass, or are not named by file and offset."""
     path = records / "train-00001-of-00003"
-    offsets = write_records(path, [example(noise_file(i), i + 1) for i in range(3, 7)])
+    offsets = write_records(path, [encode_example(encode_noise(i), i + 1) for i in range(3, 7)])
     whole = path.read_bytes()
 
-    damage(path, offsets[2] + 1)
+    flip_bit(path, offsets[2] + 1)
     with pytest.raises(UsageError, match=f"{path} at byte {offsets[2]} is damaged: a record's length fails its check"):
         open_imagenet(records, "train", workers=0)
     path.write_bytes(whole[:-1])
@@ -421,11 +360,11 @@ def test_index_without_the_split(records) -> None:
 
 @pytest.fixture
 def tree(tmp_path) -> pathlib.Path:
-    """Class folders as people have them, some with an inner folder; image i is noise(i)."""
+    """Class folders as people have them, some with an inner folder; image i is draw_noise(i)."""
     names = ["train/n01/b.png", "train/n01/a.PNG", "train/n02/images/c.png", "val/n01/x.png", "val/n02/y.png"]
     for i, name in enumerate(names):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(noise_file(i))
+        (tmp_path / name).write_bytes(encode_noise(i))
     (tmp_path / "train" / "n02" / "list.txt").write_text("no image")
     (tmp_path / "train" / ".cache").mkdir()
     return tmp_path
@@ -459,7 +398,7 @@ def test_folders_that_do_not_do(tree) -> None:
     (tree / "none").mkdir()
     with pytest.raises(UsageError, match="none holds no images"):
         open_imagenet(tree / "none", "train", workers=0)
-    with pytest.raises(UsageError, match=r"--imagenet_datadir=.*nowhere: no such folder"):
+    with pytest.raises(UsageError, match=r"`imagenet_datadir`=.*nowhere: no such folder"):
         open_imagenet(tree / "nowhere", "train", workers=0)
 
 
@@ -486,7 +425,7 @@ def test_resize_and_crop(kind, width, height) -> None:
             100.0,
         )
     )
-    decoded = imagenet.pixels(encode(ramp, kind))
+    decoded = imagenet.pixels(encode_image(ramp, kind))
     inner = (slice(None), slice(4, -4), slice(4, -4))  # at the edges there is nothing beyond to average
     assert abs(decoded.astype(float) - expected)[inner].max() < 4
 
@@ -497,7 +436,7 @@ def test_detail(kind) -> None:
 
     def stripes(period: int) -> np.ndarray:
         line = np.where(np.arange(4 * SIDE) % period < period // 2, 230, 30).astype(np.uint8)
-        return imagenet.pixels(encode(np.broadcast_to(line[:, None], (4 * SIDE, 4 * SIDE, 3)), kind))
+        return imagenet.pixels(encode_image(np.broadcast_to(line[:, None], (4 * SIDE, 4 * SIDE, 3)), kind))
 
     assert stripes(period=16).std() > 65
     assert abs(stripes(period=2).astype(int) - 130).max() < 15
@@ -534,8 +473,8 @@ def test_grey_and_cmyk_become_colour() -> None:
 def train_once(network: str, dataset) -> training.Step:
     """Make one step of the published kind on a narrow network."""
     config = models.ModelConfig(network, dataset.image_shape, num_filters=4, label_size=1000, swish_act=True)
-    model = models.build_model(config, torch.Generator().manual_seed(0))
-    options = training.Options(batch_size=2, num_steps=1, step_lr=10.0, replay_batch=True, zero_kl=True)
+    model = make_model(config)
+    options = TrainSettings(batch_size=2, num_steps=1, step_lr=10.0, replay_batch=True, zero_kl=True)
     batches = data.Batches(len(dataset), 2, seed=0)
     state = training.State(
         model, ClippedAdam(model.parameters()), ReplayBuffer(10, config.image_shape), batches, torch.Generator()
@@ -546,9 +485,9 @@ def train_once(network: str, dataset) -> training.Step:
 
 def test_networks_train(tmp_path, records) -> None:
     """Red if a batch of either data set does not fit the network and the step that its published command trains."""
-    write_pickle(tmp_path / "train_data_batch_1", contents(0))
+    write_pickle(tmp_path / "train_data_batch_1", draw_imagenet_batch(0))
     images, classes, names = read_imagenet32(tmp_path, "train")
-    small = data.Dataset("imagenet", images, classes, names, noise="centred")
+    small = data.StoredImages("imagenet", images, classes, names, noise="centred")
     for network, dataset in (("ResNet32Wider", small), ("ResNet128", open_imagenet(records, "train", workers=0))):
         step = train_once(network, dataset)
         assert torch.isfinite(step.loss)

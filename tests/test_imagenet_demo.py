@@ -1,9 +1,7 @@
 """imagenet_demo.py as a user runs it, on small networks: its frames are those of one chain, for any network."""
 
 import ast
-import dataclasses
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -15,12 +13,11 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-import checkpoint
 import models
 import pictures
 import sampling
+from conftest import ENVIRONMENT, GOLDEN, ROOT, make_model, write_checkpoint
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 ANIMALS = ["tench, Tinca tinca", "crane", "Maltese dog, Maltese terrier", "crane", "hen"]
 
 MODELS: dict[
@@ -37,18 +34,15 @@ QUICK = ["--num_steps=4", "--step_lr=100", "--batch_size=3"]
 # Runs many commands in one process, since importing torch takes most of a command's time.
 DRIVER = """
 import contextlib, io, json, os, sys
-from absl import flags
 import cli, imagenet_demo
 results = {}
 for case, words in json.load(sys.stdin).items():
-    for name in flags.FLAGS:
-        flags.FLAGS[name].unparse()
     os.environ["PATH"] = "with_ffmpeg" if case == "film" else "broken_ffmpeg" if case == "no_film" else "nothing"
     sys.argv = ["imagenet_demo.py", "--logdir=models", f"--savedir=results/{case}", "--device=cpu", *words]
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.run(imagenet_demo.main, imagenet_demo.__doc__)
+            cli.run(imagenet_demo.main, imagenet_demo.DemoSettings, imagenet_demo.__doc__)
         except SystemExit as leave:
             status = leave.code
     results[case] = status, out.getvalue(), err.getvalue()
@@ -111,11 +105,8 @@ def results(tmp_path_factory) -> dict[str, Result]:
     """What all commands said and left behind."""
     work = tmp_path_factory.mktemp("work")
     for exp, (config, extra) in MODELS.items():
-        (work / "models" / exp).mkdir(parents=True)
-        model = models.build_model(config, torch.Generator().manual_seed(3))
-        state = {"config": dataclasses.asdict(config), "model": model.state_dict(), "iteration": 7}
-        checkpoint.save(work / "models" / exp / "model_7.pt", state | extra)
-    (work / "models" / "cifar10_cond").symlink_to(ROOT / "tests/golden/tf_checkpoints/cifar10_cond")
+        write_checkpoint(work / "models" / exp / "model_7.pt", make_model(config, seed=3), 7, **extra)
+    (work / "models" / "cifar10_cond").symlink_to(GOLDEN / "tf_checkpoints/cifar10_cond")
     (work / "birds.txt").write_text("cock\nhen\nostrich\nbrambling\ngoldfinch\n")
     (work / "few.txt").write_text("cock\n")
     fakes = {
@@ -131,7 +122,7 @@ def results(tmp_path_factory) -> dict[str, Result]:
         [sys.executable, "-c", DRIVER],
         input=json.dumps(commands),
         cwd=work,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -157,7 +148,7 @@ def test_commands_work(results, case) -> None:
 def expected_pixels(exp: str, classes: list[int], rescale: float) -> np.ndarray:
     """The end of the chain that QUICK asks for, in a grid of 2 columns."""
     config, _ = MODELS[exp]
-    model = models.build_model(config, torch.Generator().manual_seed(3)).eval()
+    model = make_model(config, seed=3).eval()
     generator = torch.Generator().manual_seed(0)
     x = rescale * torch.rand((3, *config.image_shape), generator=generator)
     labels = torch.eye(5)[classes] if config.label_size else None

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import json
-import subprocess
 import sys
 import tarfile
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from test_train import ENVIRONMENT, ROOT
+from conftest import ROOT, run_python
 
 SCRIPT = ROOT / "scripts" / "measure_gpu.py"
 
@@ -78,8 +77,8 @@ def test_images_that_are_not_there_or_damaged_are_digits(script, tmp_path, capsy
 def test_rehearsal(tmp_path):
     """Breaks when a step does not run as it is called, leaves no figures, or a file lies elsewhere."""
     write_images(tmp_path / "cifar10_jpeg.tar.xz")
-    words = [sys.executable, str(SCRIPT), "--device=cpu", f"--output={tmp_path / 'gpu'}", f"--data={tmp_path}"]
-    result = subprocess.run(words, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=False)
+    words = ["--device=cpu", f"--output={tmp_path / 'gpu'}", f"--data={tmp_path}"]
+    result = run_python(SCRIPT, *words, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + (tmp_path / "gpu" / "log.txt").read_text()
     names = {path.name for path in (tmp_path / "gpu").iterdir()}
     assert names == {"report.json", "log.txt", "curves.png", "samples.png"}

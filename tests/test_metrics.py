@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import metrics
+from conftest import draw_sides
 from errors import UsageError
 
 
@@ -128,28 +129,17 @@ def test_scores_that_are_not_finite_are_named() -> None:
         metrics.auroc([1.0, math.nan], [0.0])
 
 
-def sides(count: int, shape: tuple[int, int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise with a brighter left (class 0) or right (class 1) half."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 2
-    images = torch.randint(0, 128, (count, *shape), generator=generator, dtype=torch.uint8)
-    half = shape[-1] // 2
-    images[labels == 0, ..., :half] += 100
-    images[labels == 1, ..., half:] += 100
-    return images, labels
-
-
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 20), (3, 70, 65)])
 def test_classifier_learns_any_size_and_colour(shape: tuple[int, int, int]) -> None:
     """Red if a size breaks the stages, or if training does not learn a plain difference."""
-    classifier = metrics.train_feature_classifier(*sides(200, shape))
+    classifier = metrics.train_feature_classifier(*draw_sides(200, shape))
     assert classifier.accuracy == 1
     assert classifier.features(torch.rand(600, *shape)).shape == (600, 64)
 
 
 def test_classifier_follows_from_the_seed_alone() -> None:
     """Red if training draws from the global generator, moves it, or ignores the seed."""
-    images, labels = sides(100, (1, 8, 8))
+    images, labels = draw_sides(100, (1, 8, 8))
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first = metrics.train_feature_classifier(images, labels, seed=3).features(images)
@@ -174,7 +164,7 @@ def test_what_the_classifier_cannot_learn_from_is_named() -> None:
     with pytest.raises(UsageError, match="two classes"):
         metrics.train_feature_classifier(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20).long())
     with pytest.raises(UsageError, match="8x8"):
-        metrics.train_feature_classifier(*sides(20, (1, 7, 8)))
+        metrics.train_feature_classifier(*draw_sides(20, (1, 7, 8)))
 
 
 def test_classifier_distance_on_digits(tmp_path) -> None:

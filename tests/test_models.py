@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import checkpoint
 import models
+from conftest import make_model
 from errors import UsageError
 from models import ModelConfig
 
@@ -19,21 +20,17 @@ CONFIGS = [
 ]
 
 
-def make(config, seed=0):
-    return models.build_model(config, torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.network}-{c.label_size}")
 def test_registry(config):
     """Breaks when a network does not give one finite energy per image, or a state does not survive a round trip."""
-    model = make(config)
+    model = make_model(config)
     images = torch.rand(2, *config.image_shape, requires_grad=True)
     labels = torch.eye(3)[:2] if config.label_size else None
     energies = model(images, labels)
     assert energies.shape == (2,)
     gradient = torch.autograd.grad(energies.sum(), images)[0]
     assert gradient.isfinite().all() and gradient.abs().max() > 0
-    twin = make(config, seed=1).eval()
+    twin = make_model(config, seed=1).eval()
     assert not torch.equal(twin(images, labels), energies)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(images, labels), model.eval()(images, labels))
@@ -41,7 +38,7 @@ def test_registry(config):
 
 def test_labels_matter_and_are_checked():
     """Breaks when a conditional network ignores its label, or takes labels of another width."""
-    model = make(CONFIGS[3])
+    model = make_model(CONFIGS[3])
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, models.Conv) and layer.gb is not None:
@@ -76,7 +73,7 @@ def test_folded_pooling(size):
 def test_spectral_norm_converges():
     """Breaks when the power iteration's norm is not the largest singular value, or the lower bound is lost."""
     config = ModelConfig("ResNet32", (3, 32, 32), num_filters=8, spec_iter=200)
-    model = make(config)
+    model = make_model(config)
     with torch.no_grad():
         model.stages["res_1"].c2.weight.normal_(generator=torch.Generator().manual_seed(3))
     block = model.stages["res_1"]
@@ -90,7 +87,7 @@ def test_spectral_norm_converges():
 
 def test_u_is_written_back_only_when_asked():
     """Breaks when evaluating a model changes it, or training leaves the power iteration where it was."""
-    model = make(CONFIGS[0])
+    model = make_model(CONFIGS[0])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     models.spectral_norm_once(model)
     model(torch.rand(1, *CONFIGS[0].image_shape))
@@ -101,7 +98,9 @@ def test_u_is_written_back_only_when_asked():
 
 def test_initial_values():
     """Breaks when a network starts elsewhere than the reference's: N(0, 1), 1e-10, Glorot, ones, zeros."""
-    state = make(ModelConfig("ResNet32", (3, 32, 32), num_filters=32, label_size=10, use_attention=True)).state_dict()
+    state = make_model(
+        ModelConfig("ResNet32", (3, 32, 32), num_filters=32, label_size=10, use_attention=True)
+    ).state_dict()
     assert state["stages.res_1.c1.weight"].std().item() == pytest.approx(1, abs=0.05)
     assert state["stages.res_1.c2.weight"].std().item() == pytest.approx(1e-10, rel=0.05)
     assert state["stages.fc5.weight"].abs().max() <= (6 / (64 + 1)) ** 0.5
@@ -114,14 +113,14 @@ def test_initial_values():
 @pytest.mark.parametrize("config", CONFIGS[:4], ids=lambda c: f"{c.network}-{c.label_size}")
 def test_downsample(config):
     """Breaks when --downsample changes the sizes that the dense layers expect."""
-    model = make(dataclasses.replace(config, downsample=True))
+    model = make_model(dataclasses.replace(config, downsample=True))
     assert model(torch.rand(2, *config.image_shape), torch.eye(3)[:2] if config.label_size else None).shape == (2,)
 
 
 def test_dropout_is_only_where_the_reference_has_it():
     """Breaks when another network than ResNet32Large draws masks in training, or that one in evaluation."""
     for config in CONFIGS:
-        model = make(config).train()
+        model = make_model(config).train()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("c2.weight"):
@@ -136,7 +135,7 @@ def test_dropout_is_only_where_the_reference_has_it():
 
 def test_tf_variables_are_strict():
     """Breaks when a missing or misshapen TF1 variable is passed over, or a surplus one is not reported."""
-    model = make(CONFIGS[0])
+    model = make_model(CONFIGS[0])
     arrays = {}
     for name, tensor in model.state_dict().items():
         array = tensor.numpy()
@@ -144,7 +143,7 @@ def test_tf_variables_are_strict():
             array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
         arrays[checkpoint.to_tf_name(name)] = array
     assert checkpoint.load_tf_variables(
-        make(CONFIGS[0], 1), {**arrays, "context_0/c1/b": arrays["context_0/fc5/b"]}
+        make_model(CONFIGS[0], 1), {**arrays, "context_0/c1/b": arrays["context_0/fc5/b"]}
     ) == ["context_0/c1/b"]
     with pytest.raises(UsageError, match="lacks context_0/fc5/b"):
         checkpoint.load_tf_variables(model, {k: v for k, v in arrays.items() if k != "context_0/fc5/b"})
@@ -157,7 +156,7 @@ def test_tf_variables_are_strict():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.05), (torch.bfloat16, 0.2)])
 def test_half_precision(dtype, tolerance):
     """Breaks when half-precision weights are not used, leave energies in 16 bits, or lose the gradient."""
-    model = make(ModelConfig("DspritesNet", (1, 64, 64), num_filters=8, label_size=3))
+    model = make_model(ModelConfig("DspritesNet", (1, 64, 64), num_filters=8, label_size=3))
     images, labels = torch.rand(4, 1, 64, 64), torch.eye(3)[[0, 1, 2, 0]]
     gradients = []
     for weights in (models.spectral_norm_once(model), models.spectral_norm_once(model, dtype)):

@@ -4,43 +4,43 @@ import functools
 import json
 import math
 import pathlib
-import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-import checkpoint
+import cli
 import data
+import ebm_sandbox
 import models
+import reports
 import sampling
 import sandbox
 import sandbox_tasks
+from conftest import (
+    ROOT,
+    Planted,
+    draw_bytes,
+    make_dataset,
+    make_generator,
+    make_model,
+    make_progress,
+    make_sandbox,
+    make_sandbox_run,
+    run_commands,
+    run_python,
+    write_checkpoint,
+    write_colour_sets,
+)
+from ebm.settings import SandboxSettings
 from errors import UsageError
 from sandbox import Attack, Sandbox, pgd, within_ball
-from utils import Progress
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-class Planted:
-    """A model whose energy is a given function of images and labels."""
-
-    def __init__(self, energy, image_shape, label_size=0):
-        self.config = models.ModelConfig("MnistNet", image_shape, 1, label_size)
-        self.energy = lambda weights, images, labels: energy(images, labels)
-
-    def prepare(self):
-        return {}
 
 
 def planted(energy, image_shape=(1, 4, 4), label_size=0, **settings):
-    return Sandbox(Planted(energy, image_shape, label_size), generator(), **settings)  # type: ignore[arg-type]
+    model = Planted(energy, models.ModelConfig("MnistNet", image_shape, 1, label_size))
+    return Sandbox(model, make_generator(), **settings)  # type: ignore[arg-type]
 
 
 def no_labels(images):
@@ -53,11 +53,11 @@ def no_labels(images):
 @pytest.mark.parametrize("norm", ["li", "l2"])
 def test_attack_stays_in_its_ball(norm):
     """Breaks when an attack leaves its ball or [0, 1], starts at the image, or makes no use of the ball."""
-    images = torch.rand(5, 3, 4, 4, generator=generator())
-    slope = torch.randn(3, 4, 4, generator=generator(1))
+    images = torch.rand(5, 3, 4, 4, generator=make_generator())
+    slope = torch.randn(3, 4, 4, generator=make_generator(1))
     loss = lambda x: (slope * x).flatten(1).sum(1)  # noqa: E731
     for steps in (0, 7):
-        attacked = pgd(loss, images, Attack(norm, 0.1, steps), generator())
+        attacked = pgd(loss, images, Attack(norm, 0.1, steps), make_generator())
         offset = (attacked - images).flatten(1)
         length = offset.abs().amax(1) if norm == "li" else offset.norm(dim=1)
         assert attacked.min() >= 0 and attacked.max() <= 1
@@ -72,7 +72,7 @@ def test_attack_on_a_linear_energy(norm, radius):
 
     With E(x, y) = w_y·x and two classes the loss of class 0 climbs along w_0 − w_1 everywhere.
     """
-    weights = torch.randn(2, 1, 4, 4, generator=generator())
+    weights = torch.randn(2, 1, 4, 4, generator=make_generator())
     box = planted(lambda x, y: ((y @ weights.flatten(1)) * x.flatten(1)).sum(1), label_size=2, batch_size=4)
     images = torch.full((6, 1, 4, 4), 0.5)
     classes = torch.zeros(6, dtype=torch.long)
@@ -89,7 +89,7 @@ def test_attack_on_a_linear_energy(norm, radius):
 
 def test_attack_without_steps_or_radius():
     """Breaks when --pgd=0 moves images, or a ball of radius 0 does not hold them."""
-    images = torch.rand(2, 1, 4, 4, generator=generator())
+    images = torch.rand(2, 1, 4, 4, generator=make_generator())
     box = planted(lambda x, y: x.flatten(1).sum(1) * y[:, 0], label_size=2)
     classes = torch.zeros(2, dtype=torch.long)
     assert torch.equal(box.attack(images, classes, Attack("li", 0.1, steps=0)), images)
@@ -98,14 +98,14 @@ def test_attack_without_steps_or_radius():
 
 def test_draws_average_the_noise_of_a_gradient():
     """Breaks when the gradients of the draws are not averaged: one draw alone points almost anywhere."""
-    slope = torch.randn(100, generator=generator())
-    noise = generator(1)
+    slope = torch.randn(100, generator=make_generator())
+    noise = make_generator(1)
 
     def loss(x):
         return ((slope + 3 * torch.randn(100, generator=noise)) * x.flatten(1)).sum(1)
 
     image = torch.full((1, 1, 10, 10), 0.5)
-    moved = pgd(loss, image, Attack("l2", 0.1, steps=3, draws=40), generator()) - image
+    moved = pgd(loss, image, Attack("l2", 0.1, steps=3, draws=40), make_generator()) - image
     assert F.cosine_similarity(moved.flatten(), slope, dim=0) > 0.75
 
 
@@ -138,11 +138,11 @@ def test_attack_describes_itself():
 
 def test_flags_of_the_attack():
     """Breaks when --l2val, --lival, --pgd, --lnorm or --adaptive do not reach the attack."""
-    options = sandbox_tasks.Options(lival=4, l2val=20, pgd=3, adaptive=2)
-    assert sandbox_tasks.attack_of(options) == Attack("li", 4 / 255, 3, 2)
-    options = sandbox_tasks.Options(lival=4, l2val=20, pgd=3, lnorm="2")
-    assert sandbox_tasks.attack_of(options) == Attack("l2", 20 / 255, 3)
-    assert sandbox_tasks.attack_of(options, 7) == Attack("l2", 7 / 255, 3)
+    settings = SandboxSettings(lival=4, l2val=20, pgd=3, adaptive=2)
+    assert sandbox_tasks.attack_of(settings) == Attack("li", 4 / 255, 3, 2)
+    settings = SandboxSettings(lival=4, l2val=20, pgd=3, lnorm="2")
+    assert sandbox_tasks.attack_of(settings) == Attack("l2", 20 / 255, 3)
+    assert sandbox_tasks.attack_of(settings, 7) == Attack("l2", 7 / 255, 3)
 
 
 # ---- chains ----
@@ -150,7 +150,7 @@ def test_flags_of_the_attack():
 
 def test_inpainting_leaves_the_kept_half_alone():
     """Breaks when a single bit of the upper half changes, or the lower half is kept, too."""
-    images = torch.rand(3, 2, 5, 4, generator=generator())
+    images = torch.rand(3, 2, 5, 4, generator=make_generator())
     box = planted(lambda x, y: 30 * x.flatten(1).square().sum(1), (2, 5, 4), num_steps=4, step_lr=0.01, batch_size=2)
     restored = box.chain(images, no_labels(images), rounds=2, restrict=sandbox.in_lower_half)
     assert torch.equal(restored[:, :, :2], images[:, :, :2])
@@ -176,7 +176,7 @@ def test_stages_continue_one_another():
 def test_other_ranges_of_images():
     """Breaks when a model trained on images in [0, 4] is run at another step size, noise or clip than in training."""
     energy = lambda x, y: 0.3 * (x - 1).square().flatten(1).sum(1)  # noqa: E731
-    images = torch.rand(2, 1, 4, 4, generator=generator())
+    images = torch.rand(2, 1, 4, 4, generator=make_generator())
     settings = {"num_steps": 3, "step_lr": 0.2, "proj_norm": 0.4}
     ours = planted(energy, rescale=4.0, **settings).chain(images, no_labels(images), rounds=1)
     trained = sampling.langevin(
@@ -187,7 +187,7 @@ def test_other_ranges_of_images():
         noise_std=0.005 * 4,
         proj_norm=0.4,
         bounds=(0.0, 4.0),
-        generator=generator(),
+        generator=make_generator(),
     )
     torch.testing.assert_close(4 * ours, trained)
 
@@ -206,12 +206,12 @@ def test_batches_shrink_until_memory_holds_them():
         return function
 
     small, large = (planted(None, batch_size=size) for size in (2, 8))
-    expected = small.in_batches(draw(small, 9, []), 7, Progress(7, what="", quiet=True))
+    expected = small.in_batches(draw(small, 9, []), 7, make_progress(7))
     sizes: list[int] = []
-    found = large.in_batches(draw(large, 3, sizes), 7, Progress(7, what="", quiet=True))
+    found = large.in_batches(draw(large, 3, sizes), 7, make_progress(7))
     assert torch.equal(found, expected) and sizes == [2, 2, 2, 1] and large.batch_size == 2
     with pytest.raises(UsageError, match="memory"):
-        large.in_batches(draw(large, 0, []), 7, Progress(7, what="", quiet=True))
+        large.in_batches(draw(large, 0, []), 7, make_progress(7))
 
 
 def test_other_errors_and_divergence_are_not_swallowed():
@@ -225,7 +225,7 @@ def test_other_errors_and_divergence_are_not_swallowed():
 
 def test_scores_take_the_class_of_lowest_energy():
     """Breaks when a conditional model is scored under another class than its best."""
-    images = torch.rand(5, 1, 4, 4, generator=generator())
+    images = torch.rand(5, 1, 4, 4, generator=make_generator())
     centres = torch.tensor([0.2, 0.5, 0.9])
     box = planted(lambda x, y: (x.mean((1, 2, 3)) - y @ centres).abs(), label_size=3)
     expected = -(images.mean((1, 2, 3))[:, None] - centres).abs().amin(1)
@@ -238,7 +238,7 @@ def test_scores_take_the_class_of_lowest_energy():
 def test_salt_and_pepper():
     """Breaks when the shares or values are off, or channels of a pixel are corrupted apart."""
     images = torch.full((40, 3, 32, 32), 0.5)
-    corrupt = sandbox.salt_and_pepper(images, generator())
+    corrupt = sandbox.salt_and_pepper(images, make_generator())
     assert torch.equal(corrupt, corrupt[:, :1].expand(-1, 3, -1, -1))
     shares = [(corrupt == value).float().mean().item() for value in (0.1, 0.9, 0.5)]
     assert shares == pytest.approx([0.05, 0.05, 0.9], abs=0.005)
@@ -256,10 +256,10 @@ def test_images_of_other_sets_fit_the_model():
 
 def test_nearest_neighbours_of_training_images_are_themselves():
     """Breaks when blocks are joined wrongly, indices are of a block, or distances lose precision."""
-    images = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8, generator=generator())
+    images = draw_bytes(50, 3, 8, 8)
     chosen = torch.tensor([0, 49, 16, 33])
     queries = images[chosen].float() / 255
-    distances, indices = sandbox.nearest(queries, data.Dataset("train", images, None), 5, block=16)
+    distances, indices = sandbox.nearest(queries, data.StoredImages("train", images, None), 5, block=16)
     assert indices[:, 0].tolist() == chosen.tolist() and (distances[:, 0] == 0).all()
     every = (queries.double().flatten(1)[:, None] - images.double().flatten(1) / 255).norm(dim=2)
     best, order = every.topk(5, largest=False)
@@ -272,12 +272,12 @@ def test_nearest_neighbours_of_training_images_are_themselves():
 
 def test_eigenvectors_of_a_quadratic_energy():
     """Breaks when the Hessian's eigenvectors of largest curvature, of either sign, are not recovered in order."""
-    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator(), dtype=torch.float64))[0].float()
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=make_generator(), dtype=torch.float64))[0].float()
     curvatures = torch.linspace(-1, 1, 16)
     curvatures[[3, 8, 12]] = torch.tensor([5.0, -4.0, 3.0])
     energy = lambda x: 0.5 * ((x.flatten(1) @ basis).square() * curvatures).sum(1)  # noqa: E731
-    image = torch.rand(1, 4, 4, generator=generator())
-    values, vectors = sandbox.hessian_directions(energy, image, 3, generator())
+    image = torch.rand(1, 4, 4, generator=make_generator())
+    values, vectors = sandbox.hessian_directions(energy, image, 3, make_generator())
     torch.testing.assert_close(values, torch.tensor([5.0, -4.0, 3.0]), rtol=1e-3, atol=0)
     overlap = (vectors.flatten(1) * basis[:, [3, 8, 12]].T).sum(1).abs()
     torch.testing.assert_close(overlap, torch.ones(3), rtol=1e-3, atol=0)
@@ -285,16 +285,16 @@ def test_eigenvectors_of_a_quadratic_energy():
 
 def test_piecewise_linear_energies_have_no_hessian():
     """Breaks when rounding noise is shown as directions of a leaky ReLU network."""
-    model = models.build_model(models.ModelConfig("MnistNet", (1, 8, 8), 2), generator())
-    box = Sandbox(model, generator())
-    with pytest.raises(UsageError, match="--nohessian"):
-        sandbox.hessian_directions(lambda x: box.energy(x, no_labels(x)), torch.rand(1, 8, 8), 3, generator())
+    model = make_model(models.ModelConfig("MnistNet", (1, 8, 8), 2))
+    box = Sandbox(model, make_generator())
+    with pytest.raises(UsageError, match="`hessian`=False"):
+        sandbox.hessian_directions(lambda x: box.energy(x, no_labels(x)), torch.rand(1, 8, 8), 3, make_generator())
 
 
 def test_directions_of_linear_features():
     """Breaks when the directions are not the right singular vectors of the Jacobian, by descending values."""
-    left = torch.linalg.qr(torch.randn(6, 3, generator=generator()))[0]
-    right = torch.linalg.qr(torch.randn(16, 3, generator=generator(1)))[0]
+    left = torch.linalg.qr(torch.randn(6, 3, generator=make_generator()))[0]
+    right = torch.linalg.qr(torch.randn(16, 3, generator=make_generator(1)))[0]
     matrix = left @ torch.diag(torch.tensor([1.0, 3.0, 2.0])) @ right.T
     values, vectors = sandbox.feature_directions(lambda x: x.flatten(1) @ matrix.T, torch.rand(1, 4, 4), 3)
     torch.testing.assert_close(values, torch.tensor([3.0, 2.0, 1.0]), rtol=1e-4, atol=0)
@@ -305,29 +305,10 @@ def test_directions_of_linear_features():
 # ---- tasks ----
 
 
-def toy_dataset(image_shape, classes=3, seed=0):
-    images = torch.randint(256, (24, *image_shape), dtype=torch.uint8, generator=generator(seed))
-    names = tuple(f"class {k}" for k in range(classes))
-    return data.Dataset("toy", images, torch.arange(24) % classes if classes else None, names)
-
-
-def run_on(box, folder, *, classes=3, mixes=(), load_mix=None, **options):
-    splits = {
-        split: toy_dataset(box.model.config.image_shape, classes, seed) for seed, split in enumerate(["train", "test"])
-    }
-    return sandbox_tasks.Run(box, sandbox_tasks.Options(**options), splits.__getitem__, load_mix, mixes, folder)
-
-
-def small(network, image_shape, label_size=0, **settings):
-    config = models.ModelConfig(network, image_shape, 2, label_size, swish_act=network == "MnistNet")
-    model = models.build_model(config, generator())
-    return Sandbox(model, generator(), **{"num_steps": 2, "batch_size": 16} | settings)
-
-
 def test_chains_in_16_bits_and_energies_in_32():
     """Breaks when the precision does not reach the chains, changes what they find, or touches energies and logits."""
-    boxes = [small("ResNet32", (3, 8, 8), 3, step_lr=100.0, precision=p) for p in ("float32", "bf16")]
-    images, labels = torch.rand(4, 3, 8, 8, generator=generator()), torch.eye(3)[[0, 1, 2, 0]]
+    boxes = [make_sandbox("ResNet32", (3, 8, 8), 3, step_lr=100.0, precision=p) for p in ("float32", "bf16")]
+    images, labels = torch.rand(4, 3, 8, 8, generator=make_generator()), torch.eye(3)[[0, 1, 2, 0]]
     assert torch.equal(*(box.energies(images, labels) for box in boxes))
     assert torch.equal(*(box.logits(images) for box in boxes))
     ends = [box.chain(images, labels, rounds=1) for box in boxes]
@@ -341,7 +322,9 @@ NEED_CLASSES = {"label", "labelfinetune", "crossclass", "democlass"}
 @pytest.mark.parametrize("task", sandbox_tasks.TASKS)
 def test_task_on_a_conditional_model_of_grey_images(task, tmp_path):
     """Breaks when a task does not run, writes no picture, or reports what JSON cannot hold."""
-    run = run_on(small("MnistNet", (1, 12, 12), 3), tmp_path, mixes=["random", "interpolation"], limit=8, pgd=2)
+    run = make_sandbox_run(
+        make_sandbox("MnistNet", (1, 12, 12), 3), tmp_path, mixes=["random", "interpolation"], limit=8, pgd=2
+    )
     report = sandbox_tasks.TASKS[task](run)
     assert any(path.suffix == ".png" for path in run.files)
     assert all(path.stat().st_size > 0 for path in run.files)
@@ -350,7 +333,7 @@ def test_task_on_a_conditional_model_of_grey_images(task, tmp_path):
 
 def test_samples_of_classes_need_no_data(tmp_path):
     """Breaks when democlass asks for a data set though the checkpoint names its classes."""
-    run = run_on(small("MnistNet", (1, 12, 12), 3), tmp_path)
+    run = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12), 3), tmp_path)
     run.load, run.names = None, ("a", "b", "c")
     sandbox_tasks.democlass(run)
     assert run.sample_labels(3).tolist() == torch.eye(3).tolist()
@@ -359,10 +342,10 @@ def test_samples_of_classes_need_no_data(tmp_path):
 @pytest.mark.parametrize("task", sandbox_tasks.TASKS)
 def test_task_on_an_unconditional_model_of_colour_images(task, tmp_path):
     """Breaks when a task needs labels for nothing, or one that does need them fails without saying so."""
-    box = small("ResNet32", (3, 16, 16), num_steps=1)
-    run = run_on(box, tmp_path, classes=0, mixes=["interpolation"], limit=2, hessian=False)
+    box = make_sandbox("ResNet32", (3, 16, 16), num_steps=1)
+    run = make_sandbox_run(box, tmp_path, classes=0, mixes=["interpolation"], limit=2, hessian=False)
     if task in NEED_CLASSES:
-        with pytest.raises(UsageError, match=f"--task={task} needs a model conditioned on classes"):
+        with pytest.raises(UsageError, match=f"`task`={task} needs a model conditioned on classes"):
             sandbox_tasks.TASKS[task](run)
     else:
         sandbox_tasks.TASKS[task](run)
@@ -375,13 +358,13 @@ def test_diagnosis_of_chains_that_are_known(tmp_path):
     Down a steep slope every pixel is 0 after a round; on a plane chains walk at random at the energy of the data.
     """
     steep = planted(lambda x, y: x.flatten(1).sum(1), (1, 8, 8), num_steps=1, step_lr=9.0)
-    figures = sandbox_tasks.diagnose(run_on(steep, tmp_path / "steep", classes=0)).figures
+    figures = sandbox_tasks.diagnose(make_sandbox_run(steep, tmp_path / "steep", classes=0)).figures
     start = np.load(tmp_path / "steep" / "energies_from_images.npy")[0]
     row = figures["step 50"]
     assert figures["data mean"] == pytest.approx(start.mean()) and row["E from noise"] == row["within data"] == 0
     assert row["moved from images"] == pytest.approx(start.mean() / 64) and figures["verdict"].startswith("0%")
     plane = planted(lambda x, y: 0 * x.flatten(1).sum(1) + 3.0, (1, 8, 8), num_steps=2)
-    row = sandbox_tasks.diagnose(run_on(plane, tmp_path / "plane", classes=0)).figures["step 100"]
+    row = sandbox_tasks.diagnose(make_sandbox_run(plane, tmp_path / "plane", classes=0)).figures["step 100"]
     assert row["E from noise"] == row["E from images"] == 3.0 and row["within data"] == 1.0
     assert row["moved from noise"] == pytest.approx(0.005 * 10 * math.sqrt(2 / math.pi), rel=0.1)
 
@@ -391,8 +374,8 @@ def test_outlier_figures_against_scikit_learn(tmp_path):
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     box = planted(lambda x, y: x.mean((1, 2, 3)), (1, 4, 4))
-    bright = data.Dataset("bright", (toy_dataset((3, 5, 5)).images // 2 + 90), None)
-    run = run_on(box, tmp_path, classes=0, mixes=["bright"], load_mix=lambda name: bright)
+    bright = data.StoredImages("bright", (make_dataset((3, 5, 5)).images // 2 + 90), None)
+    run = make_sandbox_run(box, tmp_path, classes=0, mixes=["bright"], load_mix=lambda name: bright)
     figures = sandbox_tasks.mixenergy(run).figures["bright"]
     inside, outside = (np.load(tmp_path / f"scores_{name}.npy") for name in ("in_distribution", "bright"))
     truth, scores = np.repeat([1, 0], 24), np.concatenate([inside, outside])
@@ -404,19 +387,19 @@ def test_outlier_figures_against_scikit_learn(tmp_path):
 
 def test_memorising_shows(tmp_path):
     """Breaks when an energy that knows the training images looks like one that generalises."""
-    train = toy_dataset((1, 4, 4), 0).images.float() / 255
+    train = make_dataset((1, 4, 4), 0).images.float() / 255
     box = planted(lambda x, y: torch.cdist(x.flatten(1), train.flatten(1)).amin(1))
-    report = sandbox_tasks.energyeval(run_on(box, tmp_path, classes=0))
+    report = sandbox_tasks.energyeval(make_sandbox_run(box, tmp_path, classes=0))
     assert report.figures["AUROC train/test"] == 1.0
-    shared = run_on(box, tmp_path, classes=0)
-    shared.load = lambda split: toy_dataset((1, 4, 4), 0)
+    shared = make_sandbox_run(box, tmp_path, classes=0)
+    shared.load = lambda split: make_dataset((1, 4, 4), 0)
     assert "no split" in sandbox_tasks.energyeval(shared).figures["verdict"]
 
 
 def test_finetuning_learns_and_is_kept(tmp_path):
     """Breaks when a training step does not lower the loss or leaves the network alone, or --notrain forgets it."""
-    box = small("MnistNet", (1, 12, 12), 3, num_steps=0, batch_size=4)
-    run = run_on(box, tmp_path)
+    box = make_sandbox("MnistNet", (1, 12, 12), 3, num_steps=0, batch_size=4)
+    run = make_sandbox_run(box, tmp_path)
     images = run.examples("train", 24).images
     before = {name: parameter.clone() for name, parameter in box.model.named_parameters()}
     always_first = torch.eye(3)[:1].expand(24, -1)
@@ -424,44 +407,34 @@ def test_finetuning_learns_and_is_kept(tmp_path):
     assert losses[-1] < 0.7 * losses[0]
     assert all(not torch.equal(before[name], parameter) for name, parameter in box.model.named_parameters())
     trained = sandbox_tasks.labelfinetune(run).figures
-    fresh = run_on(small("MnistNet", (1, 12, 12), 3, num_steps=0), tmp_path, train=False)
+    fresh = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12), 3, num_steps=0), tmp_path, train=False)
     reloaded = sandbox_tasks.labelfinetune(fresh).figures
     assert reloaded["clean"] == trained["clean"]
     torch.testing.assert_close(fresh.sandbox.logits(images), box.logits(images))
-    with pytest.raises(UsageError, match="run once with --train"):
-        sandbox_tasks.labelfinetune(run_on(box, tmp_path / "empty", train=False))
+    with pytest.raises(UsageError, match="run once with `train`"):
+        sandbox_tasks.labelfinetune(make_sandbox_run(box, tmp_path / "empty", train=False))
 
 
 def test_same_seed_same_images(tmp_path):
     """Breaks when the images looked at depend on the task, or on another seed than --seed."""
-    box = small("MnistNet", (1, 12, 12))
-    index = [run_on(box, tmp_path, seed=seed).pick(toy_dataset((1, 8, 8)), 10, "test") for seed in (0, 0, 1)]
+    box = make_sandbox("MnistNet", (1, 12, 12))
+    index = [make_sandbox_run(box, tmp_path, seed=seed).pick(make_dataset((1, 8, 8)), 10, "test") for seed in (0, 0, 1)]
     assert torch.equal(index[0], index[1]) and not torch.equal(index[0], index[2])
     assert len(index[0].unique()) == 10
 
 
-# ---- the command line ----
+def test_a_task_without_figures(tmp_path, capsys):
+    """Breaks when a task that measures nothing, as cycleclass on an unconditional model, ends in a traceback."""
+    run = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12)), tmp_path, classes=0, limit=2)
+    report = sandbox_tasks.cycleclass(run)
+    assert report.figures == {}
+    path = run.path("cycleclass.json")
+    reports.write_report(path, {"task": "cycleclass", "figures": report.figures, "paper": report.paper}, run.files)
+    assert json.loads(path.read_text())["files"] == [str(tmp_path / "cycleclass.png"), str(path)]
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'cycleclass.png'}\nwrote {path}\n")
 
-DRIVER = """
-import contextlib, io, json, sys
-from absl import flags
-import cli, ebm_sandbox, sandbox_tasks
-from errors import UsageError
-assert list(ebm_sandbox.TASKS) == list(sandbox_tasks.TASKS)
-results = []
-for words in json.load(sys.stdin):
-    for name in flags.FLAGS:
-        flags.FLAGS[name].unparse()
-    printed, error = io.StringIO(), None
-    with contextlib.redirect_stdout(printed):
-        try:
-            cli.parse(["ebm_sandbox.py", *words], "")
-            ebm_sandbox.main()
-        except UsageError as mistake:
-            error = str(mistake)
-    results.append([printed.getvalue(), error])
-print(json.dumps(results))
-"""
+
+# ---- the command line ----
 
 COMMANDS = {
     "crossclass": "--task=crossclass --num_steps=40 --exp=cifar10_cond --resume_iter=74700",
@@ -486,47 +459,26 @@ COMMANDS = {
 }
 
 
-def write_cifar(root, count=6):
-    """A few images in each file of CIFAR-10, in its own format, and four of SVHN's test set in theirs."""
-    from scipy.io import savemat
-
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    for name in ["test_batch", *(f"data_batch_{k}" for k in range(1, 6))]:
-        rows = np.random.default_rng(len(name)).integers(0, 256, (count, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [k % 10 for k in range(count)]}))
-    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
-    savemat(root / "test_32x32.mat", {"X": pixels, "y": np.arange(1, 5)})
-
-
-def write_model(folder, network, iteration, label_size):
-    config = models.ModelConfig(network, (3, 32, 32), 2, label_size)
-    state = {"config": config.__dict__, "model": models.build_model(config, generator()).state_dict()}
-    folder.mkdir(parents=True)
-    checkpoint.save(folder / f"model_{iteration}.pt", state | {"iteration": iteration, "flags": {"step_lr": 7.5}})
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """What each of COMMANDS printed and its error, from one process; and the folder of the results."""
     from PIL import Image
 
     tmp = tmp_path_factory.mktemp("sandbox")
-    write_cifar(tmp / "data")
-    write_model(tmp / "models/cifar10_cond", "ResNet32", 74700, 10)
-    write_model(tmp / "models/cifar10_large_model_uncond", "ResNet32Large", 121200, 0)
-    write_model(tmp / "models/cifar10_wider_model_cond", "ResNet32Wider", 21600, 10)
+    write_colour_sets(tmp / "data")
+    for exp, network, iteration, label_size in (
+        ("cifar10_cond", "ResNet32", 74700, 10),
+        ("cifar10_large_model_uncond", "ResNet32Large", 121200, 0),
+        ("cifar10_wider_model_cond", "ResNet32Wider", 21600, 10),
+    ):
+        model = make_model(models.ModelConfig(network, (3, 32, 32), 2, label_size))
+        write_checkpoint(tmp / f"models/{exp}/model_{iteration}.pt", model, iteration, flags={"step_lr": 7.5})
     (tmp / "others").mkdir()
     for k in range(3):
         Image.fromarray(np.full((40, 50), 80 * k, np.uint8)).save(tmp / f"others/{k}.png")
     common = [f"--modeldir={tmp}/models", f"--logdir={tmp}/results", f"--datadir={tmp}/data", "--nodownload"]
-    words = [[*common, "--limit=1", *command.format(tmp=tmp).split()] for command in COMMANDS.values()]
-    result = subprocess.run(
-        [sys.executable, "-c", DRIVER], input=json.dumps(words), capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return dict(zip(COMMANDS, json.loads(result.stdout.splitlines()[-1]), strict=True)), tmp / "results"
+    words = {name: [*common, "--limit=1", *text.format(tmp=tmp).split()] for name, text in COMMANDS.items()}
+    return run_commands("ebm_sandbox", words), tmp / "results"
 
 
 @pytest.mark.parametrize("name", ["crossclass", "mixenergy", "label"])
@@ -600,21 +552,18 @@ def test_mistakes(name, words, outcomes):
 
 def test_sprite_conditions():
     """Breaks when a flag, then the training, then the width of the labels do not say what a dSprites model takes."""
-    words = "from ebm_sandbox import *; FLAGS(['', {}]); print(sprite_condition(2, {{{}}}))"
     for given, trained, expected in (
-        ("", "", "pos"),
-        ("", "'cond_rot': True", "rot"),
-        ("", "'dpos_only': True", "None"),
-        ("'--cond_rot'", "'cond_pos': True", "rot"),
+        ([], {}, "pos"),
+        ([], {"cond_rot": True}, "rot"),
+        ([], {"dpos_only": True}, None),
+        (["--cond_rot"], {"cond_pos": True}, "rot"),
     ):
-        command = [sys.executable, "-c", words.format(given, trained)]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == expected
+        settings = cli.parse(["ebm_sandbox.py", *given], ebm_sandbox.Settings)
+        assert ebm_sandbox.find_condition(settings, 2, trained) == expected
 
 
-def test_help_is_quick_and_lists_all_tasks():
-    """Breaks when --help needs torch, or does not explain a task."""
-    command = [sys.executable, "-X", "importtime", "ebm_sandbox.py", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "torch" not in result.stderr
-    assert all(f"\n{task} " in result.stdout for task in sandbox_tasks.TASKS)
+def test_help_lists_all_tasks():
+    """Breaks when --help fails, or does not explain a task."""
+    result = run_python("ebm_sandbox.py", "--help", cwd=ROOT, check=True)
+    assert all(f"\n  {task} " in result.stdout for task in sandbox_tasks.TASKS)
     assert max(map(len, result.stdout.splitlines())) <= 120

@@ -1,9 +1,5 @@
 """The models in cachedir/: small, whole, and as good as the README says; the script that writes such files."""
 
-import dataclasses
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,8 +8,10 @@ import combine
 import data
 import dsprites
 import models
+from concept_models import ConceptModel
+from conftest import ROOT, load_state, make_model, run_python, write_checkpoint
+from ebm.settings import CombineSettings
 from sandbox import Sandbox
-from test_train import ROOT, load
 
 SHIPPED = sorted(ROOT.glob("cachedir/*_cond*/model_*.pt"))
 CONCEPTS = ("pos", "rot", "shape", "size")
@@ -26,7 +24,7 @@ def test_they_are_small_and_hold_weights_alone():
     }
     assert sum(path.stat().st_size for path in SHIPPED) < 40e6
     for path in SHIPPED:
-        state = load(path)
+        state = load_state(path)
         assert state.keys() == {"config", "model", "iteration", "flags", "class_names"}
         assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in state["model"].values())
         assert not {"logdir", "datadir", "exp", "data_path"} & set(state["flags"])
@@ -49,25 +47,25 @@ def test_sprites_show_what_was_asked_for(concept, least, tmp_path):
     """Breaks when the model of a concept no longer samples it: 1, 42, 33 or 15 % would be right by chance."""
     (path,) = ROOT.glob(f"cachedir/dsprites_cond_{concept}/model_*.pt")
     model = checkpoint.load_energy(path)
-    known = {concept: combine.Concept(model, models.spectral_norm_once(model), concept)}
+    known = {concept: ConceptModel(model, models.spectral_norm_once(model), concept)}
     sprites = dsprites.Sprites(dsprites.latents_of(torch.arange(dsprites.SIZE)))
-    options = combine.Options(limit=64, num_steps=60, step_lr=150.0)
-    run = combine.Run(options, known, sprites, torch.Generator().manual_seed(0), tmp_path)
-    assert combine.conceptcombine(run)["jointly"]["right"] > least
+    settings = CombineSettings(limit=64, num_steps=60, step_lr=150.0)
+    run = combine.Run(settings, known, {}, {}, sprites, torch.Generator().manual_seed(0), tmp_path)
+    assert combine.combine_concepts(run)["jointly"]["right"] > least
 
 
 def test_slim_checkpoint(tmp_path):
     """Breaks when the averaged weights are not the ones kept, more than rounding is lost, or a path gets out."""
     config = models.ModelConfig("MnistNet", (1, 12, 12), 4, 3)
-    current, averaged = (models.build_model(config, torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    state = {"config": dataclasses.asdict(config), "model": current.state_dict(), "ema": averaged.state_dict()}
-    state |= {"iteration": 7, "optimizer": {}, "class_names": ["a", "b", "c"]}
-    checkpoint.save(tmp_path / "run" / "model_7.pt", state | {"flags": {"lr": 0.01, "datadir": "somewhere"}})
-    command = [sys.executable, ROOT / "scripts/slim_checkpoint.py", "run/model_7.pt", "slim/model_7.pt"]
-    subprocess.run([*command, "--ema"], cwd=tmp_path, check=True)
-    assert load(tmp_path / "slim/model_7.pt")["flags"] == {"lr": 0.01}
+    averaged = make_model(config, seed=1)
+    contents = {"ema": averaged.state_dict(), "optimizer": {}, "class_names": ["a", "b", "c"]}
+    contents |= {"flags": {"lr": 0.01, "datadir": "somewhere"}}
+    write_checkpoint(tmp_path / "run" / "model_7.pt", make_model(config), 7, **contents)
+    script = ROOT / "scripts/slim_checkpoint.py"
+    run_python(script, "run/model_7.pt", "slim/model_7.pt", "--ema", cwd=tmp_path, check=True)
+    assert load_state(tmp_path / "slim/model_7.pt")["flags"] == {"lr": 0.01}
     images, labels = torch.rand(5, 1, 12, 12), torch.eye(3)[torch.arange(5) % 3]
     energies = checkpoint.load_energy(tmp_path / "slim/model_7")(images, labels)
     torch.testing.assert_close(energies, averaged.eval()(images, labels), rtol=1e-2, atol=1e-3)
-    missing = subprocess.run([*command[:2], "nothing.pt", "x.pt"], cwd=tmp_path, capture_output=True, text=True)
+    missing = run_python(script, "nothing.pt", "x.pt", cwd=tmp_path)
     assert missing.returncode == 2 and missing.stderr.startswith("error: nothing.pt")

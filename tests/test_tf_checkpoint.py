@@ -15,6 +15,7 @@ import checkpoint
 import convert_checkpoint
 import models
 import sampling
+from conftest import GOLDEN, encode_field, encode_varint
 from ebm.readers import tensorflow
 from errors import UsageError
 from golden import recipe
@@ -22,7 +23,6 @@ from optimizer import ClippedAdam
 
 google_crc32c = pytest.importorskip("google_crc32c")
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
 REAL = {
     "cifar10_cond": GOLDEN / "tf_checkpoints" / "cifar10_cond" / "model_74700",
     "dsprites_cond_pos": GOLDEN / "tf_checkpoints" / "dsprites_cond_pos" / "model_8000",
@@ -173,19 +173,8 @@ def masked_crc(data):
     return ((crc >> 15 | crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def varint(value):
-    encoded = b""
-    while value >= 0x80:
-        encoded, value = encoded + bytes([value & 0x7F | 0x80]), value >> 7
-    return encoded + bytes([value])
-
-
 def number(field, value):
-    return varint(field << 3) + varint(value)
-
-
-def message(field, content):
-    return varint(field << 3 | 2) + varint(len(content)) + content
+    return encode_varint(field << 3) + encode_varint(value)
 
 
 def make_block(pairs, compression=0, interval=3, stretch=0):
@@ -201,7 +190,13 @@ def make_block(pairs, compression=0, interval=3, stretch=0):
         else:
             while shared < min(len(key), len(last)) and key[shared] == last[shared]:
                 shared += 1
-        content += varint(shared) + varint(len(key) - shared) + varint(len(value) + stretch) + key[shared:] + value
+        content += (
+            encode_varint(shared)
+            + encode_varint(len(key) - shared)
+            + encode_varint(len(value) + stretch)
+            + key[shared:]
+            + value
+        )
         last = key
     content += struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
     return seal(content, compression)
@@ -216,19 +211,19 @@ def make_table(pairs, block_length=4, **options):
     table, places = b"", []
     for i in range(0, len(pairs), block_length):
         block = make_block(pairs[i : i + block_length], **options)
-        places.append((pairs[i : i + block_length][-1][0], varint(len(table)) + varint(len(block) - 5)))
+        places.append((pairs[i : i + block_length][-1][0], encode_varint(len(table)) + encode_varint(len(block) - 5)))
         table += block
     index = make_block(places)
-    footer = varint(0) + varint(0) + varint(len(table)) + varint(len(index) - 5)
+    footer = encode_varint(0) + encode_varint(0) + encode_varint(len(table)) + encode_varint(len(index) - 5)
     return table + index + footer.ljust(40, b"\0") + tensorflow.MAGIC
 
 
 def make_entry(array, shard, offset, *, dtype=None, shape=None, extra=b""):
     dtype = dtype or {"float32": 1, "float64": 2, "int32": 3, "int64": 9}[array.dtype.name]
-    shape = b"".join(message(2, number(1, size)) for size in (array.shape if shape is None else shape))
+    shape = b"".join(encode_field(2, number(1, size)) for size in (array.shape if shape is None else shape))
     places = number(3, shard) + number(4, offset) + number(5, array.nbytes)
-    crc = varint(6 << 3 | 5) + struct.pack("<I", masked_crc(array.tobytes()))
-    return number(1, dtype) + message(2, shape) + places + crc + extra
+    crc = encode_varint(6 << 3 | 5) + struct.pack("<I", masked_crc(array.tobytes()))
+    return number(1, dtype) + encode_field(2, shape) + places + crc + extra
 
 
 def write(prefix, variables, shards=1, edit=None, header=b"", gap=0, **options):
@@ -284,7 +279,7 @@ BAD_TABLES = {
     ),
     "long name": ({"edit": lambda pairs: [*pairs, (b"y" * 2000, pairs[1][1])]}, r"\.index .* impossible name"),
     "string": ({"edit": replace(b"x", dtype=7)}, r"\.index holds x of TensorFlow's type 7"),
-    "slices": ({"edit": replace(b"x", extra=message(7, b""))}, r"\.index holds x in slices"),
+    "slices": ({"edit": replace(b"x", extra=encode_field(7, b""))}, r"\.index holds x in slices"),
     "shape": ({"edit": replace(b"x", shape=(4,))}, r"\.index is damaged: x of shape \(4,\) in 12 bytes"),
     "huge shape": ({"edit": replace(b"x", shape=(2**62, 2**62))}, r"\.index is damaged: x of shape"),
     "negative": ({"edit": replace(b"x", shape=(2**64 - 1,))}, r"\.index is damaged: x of shape"),
@@ -395,8 +390,8 @@ def test_random_forgery(tmp_path, name):
         if rng.random() < 0.5:  # and the pairs' lengths
             block = make_block(forged, interval=16)
             block = seal(damage(block[:-5], rng))
-            index = make_block([(b"z", varint(0) + varint(len(block) - 5))])
-            footer = varint(0) + varint(0) + varint(len(block)) + varint(len(index) - 5)
+            index = make_block([(b"z", encode_varint(0) + encode_varint(len(block) - 5))])
+            footer = encode_varint(0) + encode_varint(0) + encode_varint(len(block)) + encode_varint(len(index) - 5)
             table = block + index + footer.ljust(40, b"\0") + tensorflow.MAGIC
         (tmp_path / "model_1.index").write_bytes(table)
         try:

@@ -1,8 +1,6 @@
 """train.py as a user runs it: every README spelling, resume bit for bit, bad input in one line, nothing overwritten."""
 
 import json
-import os
-import pathlib
 import re
 import shutil
 import signal
@@ -14,33 +12,12 @@ import time
 import pytest
 import torch
 
+from conftest import ENVIRONMENT, GOLDEN, ROOT, SMALL_RUN, is_same_state, load_state, run_python
 from ebm.readers.tensorflow import read_tf_checkpoint
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny networks: threads would only wait for each other
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-SMALL = ["--dataset=digits", "--cclass", "--replay_batch", "--zero_kl", "--num_steps=2", "--step_lr=100", "--lr=1e-3"]
-SMALL += ["--batch_size=16", "--num_filters=4", "--num_samples=10", "--sample_steps=2"]
-SMALL += ["--ema_decay=0.9"]  # off by default; here so that everything below happens to averaged weights too
 
 
 def train(logdir, *flags):
-    command = [sys.executable, str(ROOT / "train.py"), f"--logdir={logdir}", *SMALL, *flags]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=logdir, timeout=300, check=False, env=ENVIRONMENT
-    )
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def equal(one, other):
-    """Whether two nested states are the same, bit for bit."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one if key != "flags")
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    return run_python(ROOT / "train.py", f"--logdir={logdir}", *SMALL_RUN, *flags, cwd=logdir, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -83,21 +60,21 @@ def test_resume_is_bit_for_bit(run):
     assert train(logdir, *first, "--max_iter=13").returncode == 0
     resumed = train(logdir, *first, "--max_iter=24", "--resume_iter=8")
     assert resumed.returncode == 0, resumed.stderr
-    assert equal(load(logdir / "whole" / "model_24.pt"), load(logdir / "halves" / "model_24.pt"))
+    assert is_same_state(load_state(logdir / "whole" / "model_24.pt"), load_state(logdir / "halves" / "model_24.pt"))
     assert (logdir / "whole" / "log.jsonl").read_text() == (logdir / "halves" / "log.jsonl").read_text()
 
 
 def test_resume_on_another_kind_of_device(run, tmp_path):
     """Breaks when a GPU's checkpoint, whose generators have states of another size, does not go on on a CPU."""
     logdir, _ = run
-    contents = load(logdir / "whole" / "model_24.pt")
+    contents = load_state(logdir / "whole" / "model_24.pt")
     contents["workers"][0] |= {name: torch.zeros(16, dtype=torch.uint8) for name in ("generator", "cuda_generator")}
     (tmp_path / "gpu").mkdir()
     torch.save(contents, tmp_path / "gpu" / "model_24.pt")
     result = train(tmp_path, "--exp=gpu", "--max_iter=25", "--resume_iter=latest")
     assert result.returncode == 0, result.stderr
     assert "written on another kind of device: noise starts afresh" in result.stdout
-    last = load(tmp_path / "gpu" / "model_25.pt")
+    last = load_state(tmp_path / "gpu" / "model_25.pt")
     assert torch.equal(last["workers"][0]["buffer"]["images"][:384], contents["workers"][0]["buffer"]["images"])
 
 
@@ -119,7 +96,7 @@ def test_quality(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "q" / "log.jsonl").read_text().splitlines()]
     measured = {line["iteration"]: line["feature_distance"] for line in lines if "feature_distance" in line}
     assert set(measured) == {0, 2, 4}
-    best = load(tmp_path / "q" / "model_best.pt")
+    best = load_state(tmp_path / "q" / "model_best.pt")
     assert best["iteration"] == min(measured, key=measured.get) and best["best"] == min(measured.values())
     assert "before training" in result.stdout and "two halves of real data" in result.stdout
 
@@ -131,7 +108,10 @@ def test_it_says_what_it_computes_in(run, tmp_path):
     for precision in ("float32", "bf16"):
         result = train(tmp_path, f"--exp={precision}", "--max_iter=8", f"--precision={precision}")
         assert result.returncode == 0 and f"energies in {precision}" in result.stdout, result.stderr
-        same = equal(load(logdir / "whole" / "model_8.pt")["model"], load(tmp_path / precision / "model_8.pt")["model"])
+        same = is_same_state(
+            load_state(logdir / "whole" / "model_8.pt")["model"],
+            load_state(tmp_path / precision / "model_8.pt")["model"],
+        )
         assert same == (precision == said)
 
 
@@ -193,7 +173,14 @@ def test_resuming_another_network(run):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_leave(tmp_path, number):
     """Breaks when a signal loses the iterations since the last save, or leaves with another status than usual."""
-    command = [sys.executable, str(ROOT / "train.py"), f"--logdir={tmp_path}", *SMALL, "--exp=s", "--max_iter=100000"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--logdir={tmp_path}",
+        *SMALL_RUN,
+        "--exp=s",
+        "--max_iter=100000",
+    ]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
     ) as process:
@@ -206,7 +193,7 @@ def test_signals_save_and_leave(tmp_path, number):
     assert process.returncode == 128 + number, printed
     (saved,) = (tmp_path / "s").glob("model_*.pt")
     assert f"stopped by {signal.Signals(number).name}" in printed
-    assert load(saved)["iteration"] >= 10
+    assert load_state(saved)["iteration"] >= 10
 
 
 def test_no_space_left(tmp_path):
@@ -215,18 +202,17 @@ def test_no_space_left(tmp_path):
 import errno, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import checkpoint, cli, train
+from ebm.settings import TrainSettings
 whole = checkpoint.save
 def full(path, state):
     if "model_4" in path.name or state["iteration"] > 6:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     whole(path, state)
 checkpoint.save = full
-cli.run(train.main, "")
+cli.run(train.main, TrainSettings, "")
 """
-    flags = [f"--logdir={tmp_path}", "--exp=full", "--max_iter=40", "--save_interval=2", *SMALL]
-    result = subprocess.run(
-        [sys.executable, "-c", program, *flags], capture_output=True, text=True, check=False, env=ENVIRONMENT
-    )
+    flags = [f"--logdir={tmp_path}", "--exp=full", "--max_iter=40", "--save_interval=2", *SMALL_RUN]
+    result = run_python("-c", program, *flags)
     assert result.returncode == 2
     assert "could not save" in result.stdout and "3 saves in a row failed" in result.stderr
     assert sorted(path.name for path in (tmp_path / "full").glob("model*")) == ["model_2.pt", "model_6.pt"]
@@ -234,13 +220,13 @@ cli.run(train.main, "")
 
 def test_goes_on_from_a_published_checkpoint(tmp_path):
     """Breaks when a run does not start from a TF1 checkpoint's weights and iteration: Adam moves them a little."""
-    shutil.copytree(ROOT / "tests/golden/tf_checkpoints/dsprites_cond_pos", tmp_path / "tf")
+    shutil.copytree(GOLDEN / "tf_checkpoints/dsprites_cond_pos", tmp_path / "tf")
     flags = ["--exp=tf", "--dataset=dsprites", "--cond_pos", "--swish_act", "--num_filters=8", "--resume_iter=latest"]
     result = train(tmp_path, *flags, "--max_iter=8002", "--log_interval=1")
     assert result.returncode == 0, result.stderr
     assert "iterations: 8000 to 8002" in result.stdout
     kernel = read_tf_checkpoint(tmp_path / "tf" / "model_8000")["context_0/c1/cweight"]
-    moved = load(tmp_path / "tf" / "model_8002.pt")["model"]["stages.c1.weight"] - kernel.transpose(3, 2, 0, 1)
+    moved = load_state(tmp_path / "tf" / "model_8002.pt")["model"]["stages.c1.weight"] - kernel.transpose(3, 2, 0, 1)
     assert 0 < moved.abs().max() < 0.1 < kernel.std()
     result = train(tmp_path, *flags, "--max_iter=8002", "--noswish_act", "--num_filters=16", "--resume_iter=8000")
     assert result.returncode == 2 and "num_filters is 8 there and 16 here" in result.stderr
@@ -270,9 +256,9 @@ def test_guard_changes_nothing_in_a_healthy_run(run):
     logdir, _ = run
     result = train(logdir, "--exp=free", "--max_iter=24", "--save_interval=8", "--test_interval=12", "--noguard")
     assert result.returncode == 0, result.stderr
-    watched, free = (load(logdir / name / "model_24.pt") for name in ("whole", "free"))
+    watched, free = (load_state(logdir / name / "model_24.pt") for name in ("whole", "free"))
     assert watched["workers"][0].pop("guard")["suspicious"] == 0
-    assert equal(watched, free)
+    assert is_same_state(watched, free)
 
 
 def test_injected_nan_is_rolled_back(tmp_path):
@@ -281,6 +267,7 @@ def test_injected_nan_is_rolled_back(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import cli, torch, train, trainer
+from ebm.settings import TrainSettings
 step = trainer.train_step
 def poisoned(state, *arguments):
     result = step(state, *arguments)
@@ -290,16 +277,14 @@ def poisoned(state, *arguments):
             state.model.stages["c1"].weight[0] = float("nan")
     return result
 trainer.train_step = poisoned
-cli.run(train.main, "")
+cli.run(train.main, TrainSettings, "")
 """
-    flags = [f"--logdir={tmp_path}", "--exp=nan", "--max_iter=30", "--save_interval=16", *SMALL]
-    result = subprocess.run(
-        [sys.executable, "-c", program, *flags], capture_output=True, text=True, check=False, env=ENVIRONMENT
-    )
+    flags = [f"--logdir={tmp_path}", "--exp=nan", "--max_iter=30", "--save_interval=16", *SMALL_RUN]
+    result = run_python("-c", program, *flags)
     assert result.returncode == 0, result.stderr
     assert "diverged at iteration 16: weights not finite; back to iteration 0" in result.stdout
     for path in (tmp_path / "nan").glob("model_*.pt"):
-        assert all(tensor.isfinite().all() for tensor in load(path)["model"].values())
+        assert all(tensor.isfinite().all() for tensor in load_state(path)["model"].values())
 
 
 def test_fp16_that_nobody_asked_for_is_given_up_first(tmp_path):
@@ -308,20 +293,20 @@ def test_fp16_that_nobody_asked_for_is_given_up_first(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import cli, torch, train, trainer
+import ebm.training.setup
 from acceleration import Acceleration
-train.choose_acceleration = lambda *device_and_network: Acceleration("fp16", asked=frozenset())
+from ebm.settings import TrainSettings
+ebm.training.setup.choose_acceleration = lambda *arguments: Acceleration("fp16", asked=frozenset())
 step = trainer.train_step
 def overflown(state, *arguments):
     result = step(state, *arguments)
     return result._replace(e_neg=torch.full((1,), torch.inf)) if state.acceleration.precision == "fp16" else result
 trainer.train_step = overflown
-cli.run(train.main, "")
+cli.run(train.main, TrainSettings, "")
 """
-    flags = [f"--logdir={tmp_path}", "--exp=fp16", "--max_iter=12", *SMALL]
-    result = subprocess.run(
-        [sys.executable, "-c", program, *flags], capture_output=True, text=True, check=False, env=ENVIRONMENT
-    )
+    flags = [f"--logdir={tmp_path}", "--exp=fp16", "--max_iter=12", *SMALL_RUN]
+    result = run_python("-c", program, *flags)
     assert result.returncode == 0, result.stderr
-    assert "energies in fp16" in result.stdout and "going on as with --precision=tf32" in result.stdout
+    assert "energies in fp16" in result.stdout and "going on as with precision=tf32" in result.stdout
     assert "e_neg not finite; back to iteration 0, learning rate 0.001" in result.stdout
-    assert load(tmp_path / "fp16" / "model_12.pt")["rollbacks"] == 0
+    assert load_state(tmp_path / "fp16" / "model_12.pt")["rollbacks"] == 0

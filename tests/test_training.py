@@ -8,30 +8,12 @@ import pytest
 import torch
 
 import acceleration
-import data
 import models
 import training
-from acceleration import Acceleration
-from optimizer import ClippedAdam
-from training import Options, contrastive_loss
+from conftest import SHAPE, make_state
+from ebm.settings import TrainSettings
+from training import contrastive_loss
 from utils import ReplayBuffer
-
-SHAPE = (1, 28, 28)
-
-
-def make_state(label_size=3, precision="float32", **config):
-    model = models.build_model(
-        models.ModelConfig("MnistNet", SHAPE, num_filters=4, label_size=label_size, **config),
-        torch.Generator().manual_seed(0),
-    )
-    return training.State(
-        model=model.train(),
-        optimizer=ClippedAdam(model.parameters(), lr=1e-3),
-        buffer=ReplayBuffer(100, SHAPE),
-        batches=data.Batches(100, 8, seed=0),
-        generator=torch.Generator().manual_seed(0),
-        acceleration=Acceleration(precision),
-    )
 
 
 def test_objectives():
@@ -88,7 +70,7 @@ def test_chain_starts():
     """Breaks when replay takes over before the buffer holds more than a batch, or in another share than 95 % or what is
     asked for; when --datasource=both is not half and half."""
     state, images = make_state(), torch.full((8, *SHAPE), 0.5)
-    options = Options(replay_batch=True, batch_size=8)
+    options = TrainSettings(replay_batch=True, batch_size=8)
     state.buffer.push(torch.zeros(8, *SHAPE))
     assert training.chain_start(state, options, images).flatten(1).mean(1).gt(0.3).all()
     state.buffer.push(torch.zeros(1, *SHAPE))
@@ -97,9 +79,9 @@ def test_chain_starts():
     options = dataclasses.replace(options, replay_rate=0.5)
     starts = [training.chain_start(state, options, images).flatten(1).mean(1) < 0.1 for _ in range(100)]
     assert torch.cat(starts).float().mean().item() == pytest.approx(0.5, abs=0.06)
-    near = training.chain_start(state, Options(datasource="default"), images)
+    near = training.chain_start(state, TrainSettings(datasource="default"), images)
     assert (near - images).std().item() == pytest.approx(0.3, rel=0.05)
-    half = training.chain_start(state, Options(datasource="both"), images)
+    half = training.chain_start(state, TrainSettings(datasource="both"), images)
     assert (half - images)[:4].std().item() == pytest.approx(0.3, rel=0.05)
     assert half[4:].std().item() == pytest.approx(12**-0.5, rel=0.05) and half[4:].min() >= 0 and half[4:].max() <= 1
 
@@ -108,7 +90,7 @@ def test_pcd_goes_on_from_the_last_end_points():
     """Breaks when --pcd restarts its chains."""
     state, images = make_state(), torch.rand(8, *SHAPE)
     labels = torch.eye(3)[torch.arange(8) % 3]
-    options = Options(pcd=True, zero_kl=True, num_steps=1)
+    options = TrainSettings(pcd=True, zero_kl=True, num_steps=1)
     first = training.train_step(state, options, images, labels, lambda: None)
     second = training.train_step(state, options, images, labels, lambda: None)
     assert torch.equal(second.start, first.samples)
@@ -128,7 +110,7 @@ def test_pcd_goes_on_from_the_last_end_points():
 def test_step(settings):
     """Breaks when an option leaves a parameter without gradient, the images' range, or the weights as they were."""
     state = make_state()
-    options = Options(**{"num_steps": 2, "batch_size": 8, **settings})
+    options = TrainSettings(**{"num_steps": 2, "batch_size": 8, **settings})
     images = options.rescale * torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1))
     before = [parameter.clone() for parameter in state.model.parameters()]
     step = training.train_step(state, options, images, torch.eye(3)[torch.arange(8) % 3], lambda: None)
@@ -148,7 +130,7 @@ def test_mismatched_labels():
     images = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1))
     labels = torch.eye(3)[torch.arange(8) % 3]
     chains_only, state = make_state(), make_state()
-    options = Options(num_steps=0, batch_size=8, zero_kl=True, num_chains=4, l2_coeff=0.5, replay_batch=True)
+    options = TrainSettings(num_steps=0, batch_size=8, zero_kl=True, num_chains=4, l2_coeff=0.5, replay_batch=True)
     weights = models.detach(state.model.prepare())
     e_data = state.model.energy(weights, images, labels)
     e_wrong = state.model.energy(weights, images[[7, 0, 1, 2, 3, 4, 5, 6]], labels)
@@ -171,7 +153,7 @@ def test_precision_of_the_loss():
     gradients = {}
     for precision in ("float32", "bf16", "fp16"):
         state = make_state(precision=precision)
-        options = Options(num_steps=0, batch_size=8, zero_kl=True)
+        options = TrainSettings(num_steps=0, batch_size=8, zero_kl=True)
         step = training.train_step(state, options, images, torch.eye(3)[torch.arange(8) % 3], lambda: None)
         assert step.e_pos.dtype == torch.float32
         gradients[precision] = torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()])
@@ -184,7 +166,7 @@ def test_kl_term_reaches_the_weights_through_the_chain():
     """Breaks when the KL gradient is cut: with the other terms weighted 0, all that is left flows through the chain."""
     state = make_state()
     images, labels = torch.rand(4, *SHAPE), torch.eye(3)[torch.arange(4) % 3]
-    options = Options(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4)
+    options = TrainSettings(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4)
     step = training.train_step(state, options, images, labels, lambda: None)
     assert step.loss.item() == pytest.approx(step.loss_kl.item())
     assert state.model.stages["c1"].weight.grad.abs().max() > 0
@@ -196,7 +178,7 @@ def test_kl_term_in_16_bits():
     gradients = []
     for precision in ("float32", "bf16", "fp16"):
         state = make_state(precision=precision)
-        options = Options(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4)
+        options = TrainSettings(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4)
         with mock.patch.object(state.model, "energy", wraps=state.model.energy) as energy:
             training.train_step(state, options, images, labels, lambda: None)
         used = {call.args[0]["fc5.kernel"].dtype for call in energy.call_args_list}
@@ -233,20 +215,20 @@ def test_batches_are_reproduced_and_single_overfits():
             return index.view(-1, 1, 1, 1).float().expand(-1, *SHAPE), torch.eye(3)[index % 3]
 
     state = make_state(label_size=0)
-    images, labels = training.next_batch(state, Options(single=True), Numbers())
+    images, labels = training.next_batch(state, TrainSettings(single=True), Numbers())
     assert labels is None and images.unique().numel() == 1
-    images, _ = training.next_batch(state, Options(), Numbers())
+    images, _ = training.next_batch(state, TrainSettings(), Numbers())
     assert images[:, 0, 0, 0].unique().numel() == 8
 
 
 def test_hmc_tells_its_acceptance_and_chains_how_far_they_moved():
     """Breaks when the acceptance is not the mean over moves and images, or the way is not measured from the start."""
     state, images = make_state(label_size=0), torch.rand(8, *SHAPE)
-    options = Options(zero_kl=True, hmc=True, num_steps=3, batch_size=8)
+    options = TrainSettings(zero_kl=True, hmc=True, num_steps=3, batch_size=8)
     step = training.train_step(state, options, images, None, lambda: None)
     figures = training.statistics(state, options, step)
     assert figures["hmc_acceptance"] * 24 == pytest.approx(round(figures["hmc_acceptance"] * 24), abs=1e-4)
     assert figures["x_moved"] == pytest.approx((step.samples - step.start).abs().mean().item())
     flat = lambda x: 0 * x.flatten(1).sum(1)  # noqa: E731
     assert training.run_chain(flat, images, options, state.generator)[1] == 1.0  # nothing to lose: all are accepted
-    assert training.run_chain(flat, images, Options(zero_kl=True), state.generator)[1] is None
+    assert training.run_chain(flat, images, TrainSettings(zero_kl=True), state.generator)[1] is None

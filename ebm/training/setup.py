@@ -1,0 +1,264 @@
+"""What a run needs before its first iteration: consistent settings, its data, its network, its folder, its state."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import torch
+
+import acceleration
+import checkpoint
+import cli
+import data
+import models
+from acceleration import Acceleration
+from distributed import Workers
+from ebm.settings import CONDITIONS, SIZES, SUBSETS, TrainSettings
+from errors import UsageError
+from metrics import ClassifierDistance, train_feature_classifier
+from optimizer import ClippedAdam
+from training import REPLAY_SIZE, State
+from utils import ReplayBuffer
+
+# ---- settings ----
+
+
+def list_enabled(settings: Any, names: dict[str, str]) -> list[str]:
+    """Return which of these settings, by name, are on."""
+    return [name for name in names if getattr(settings, name)]
+
+
+def check_settings(settings: TrainSettings) -> None:
+    """Raise UsageError for settings that contradict each other; say which ones have no effect."""
+    conditions, subsets = list_enabled(settings, CONDITIONS), list_enabled(settings, SUBSETS)
+    for names in (conditions, subsets, list_enabled(settings, SIZES)):
+        if len(names) > 1:
+            raise UsageError(f"`{names[0]}` and `{names[1]}` exclude each other; choose one")
+    for name in conditions + subsets:
+        if settings.dataset != "dsprites":
+            raise UsageError(f"`{name}` is for `dataset`=dsprites, not {settings.dataset}")
+    if conditions and not settings.cclass:
+        raise UsageError(f"`{conditions[0]}` conditions the network only with `cclass`; add it")
+    if (settings.num_chains or 0) > settings.batch_size:
+        raise UsageError(
+            f"`num_chains`={settings.num_chains} is more than the images of a `batch_size`={settings.batch_size}"
+        )
+    if settings.mismatch and not settings.cclass:
+        raise UsageError("`mismatch` contrasts labels, and without `cclass` there are none; add it")
+    if settings.hmc and not settings.zero_kl:
+        raise UsageError("`hmc` needs `zero_kl`: no gradient flows through accepting or rejecting a move")
+    if settings.cuda_graph and not settings.has_plain_chains:
+        raise UsageError("`cuda_graph` is for Langevin steps alone: it needs `zero_kl`, and no `hmc`")
+    if settings.dataset == "folder" and not settings.data_path:
+        raise UsageError("`dataset`=folder needs `data_path`, the folder of images")
+    if not settings.train and settings.resume_iter == "-1":
+        raise UsageError("`train`=False samples from a checkpoint; choose one with `resume_iter`")
+    if settings.replay_rate != TrainSettings.replay_rate and not settings.replay_batch:
+        print("note: replay_rate has no effect: without replay_batch there is no buffer")
+    if settings.compile is not None and not settings.has_plain_chains:
+        print("note: compile has no effect: only Langevin steps with zero_kl are compiled")
+
+
+# ---- data and network ----
+
+
+def open_dataset(settings: TrainSettings, workers: Workers) -> data.Dataset:
+    """Return the data set to train on; rank 0 reads it first, so that it is downloaded once."""
+    if workers.rank > 0:
+        workers.barrier()
+    dataset = data.load_dataset(
+        settings.dataset,
+        root=settings.datadir,
+        device=workers.device,
+        path=settings.find_path(settings.dataset),
+        image_size=settings.image_size,
+        channels=settings.channels,
+        condition=next((CONDITIONS[name] for name in list_enabled(settings, CONDITIONS)), None),
+        subset=next((SUBSETS[name] for name in list_enabled(settings, SUBSETS)), None),
+        workers=settings.data_workers,
+        download=settings.download,
+    )
+    if workers.rank == 0:
+        workers.barrier()
+    return dataset
+
+
+def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.ModelConfig:
+    """Return the network for a data set: MnistNet for grey images, DspritesNet for sprites, a ResNet for colour."""
+    channels, height, _ = dataset.image_shape
+    is_conditional = settings.cclass or settings.model_cclass
+    if is_conditional and not dataset.label_size:
+        raise UsageError(f"`cclass` needs labels, and {dataset.name} has none; use class subfolders")
+    size = next(iter(list_enabled(settings, SIZES)), None)
+    if size and (channels == 1 or height > 64):
+        raise UsageError(f"`{size}` is for colour images of up to 64x64 pixels, not {dataset.name}")
+    if settings.dataset == "dsprites":
+        network, filters = "DspritesNet", 64
+    elif settings.dataset == "imagenet":
+        network, filters = "ResNet32Wider", 256
+    elif channels == 1:
+        network, filters = "MnistNet", 64
+    elif height > 64:
+        network, filters = "ResNet128", 64
+    elif size:
+        network, filters = SIZES[size], 192 if size == "wider_model" else 128
+    else:
+        network, filters = "ResNet32", 128
+    return models.ModelConfig(
+        network,
+        image_shape=dataset.image_shape,
+        num_filters=settings.num_filters or filters,
+        label_size=dataset.label_size if is_conditional else 0,
+        spec_norm=settings.spec_norm,
+        spec_iter=settings.spec_iter,
+        spec_norm_val=settings.spec_norm_val,
+        use_attention=settings.use_attention,
+        swish_act=settings.swish_act,
+        downsample=settings.downsample,
+    )
+
+
+# ---- how chains are computed ----
+
+
+def choose_acceleration(settings: TrainSettings, device: str, network: str) -> Acceleration:
+    """Return how chains run: as the settings ask for, else the fastest way on this kind of device."""
+    has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    if settings.compile and not has_compiler:
+        raise UsageError("`compile` needs a C compiler (cc, gcc or clang), and none is on the PATH; leave it out")
+    on_gpu, is_plain = device == "cuda", settings.has_plain_chains
+    compiled = is_plain and (on_gpu and not settings.deterministic if settings.compile is None else settings.compile)
+    if compiled and not has_compiler:
+        print("note: no C compiler is on the PATH (cc, gcc or clang): the Langevin step runs uncompiled")
+        compiled = False
+    captured = is_plain and (on_gpu and settings.num_steps > 0 if settings.cuda_graph is None else settings.cuda_graph)
+    asked = {"precision": settings.precision != "auto", "compile": settings.compile, "cuda_graph": settings.cuda_graph}
+    return Acceleration(
+        choose_precision(settings, device, network),
+        compiled,
+        captured,
+        frozenset(name for name, is_asked in asked.items() if is_asked),
+    )
+
+
+def choose_precision(settings: TrainSettings, device: str, network: str) -> str:
+    """Return the number type of energies: the one asked for, else one that is fast and good enough.
+
+    On a GPU that is fp16 for Langevin chains without the KL term, whose gradients to images are 1 to 3 % off then (of
+    untrained networks, on a CPU), and TF32 for all else; nothing was measured there yet. On a CPU that multiplies bf16
+    in tiles (AMX) it is bf16 for MnistNet by such chains, whose training curves cannot be told from those of float32;
+    others were not compared, or not enough (docs/speed.md).
+    """
+    if settings.precision == "fp16" and not settings.zero_kl:
+        print("note: with the KL term, whose gradients underflow in fp16, precision=fp16 is tf32")
+        return "tf32"
+    if settings.precision != "auto":
+        return settings.precision
+    if device == "cuda":
+        return "fp16" if settings.has_plain_chains else "tf32"
+    was_compared = network == "MnistNet" and settings.has_plain_chains
+    return "bf16" if was_compared and torch.cpu._is_amx_tile_supported() else "float32"
+
+
+# ---- the run's folder, its state ----
+
+
+def open_folder(folder: pathlib.Path, is_resumed: bool) -> None:
+    """Make the experiment's folder; a new run moves an earlier one aside, so that nothing is lost.
+
+    Raises UsageError where nothing can be written.
+    """
+    try:
+        if folder.exists() and not is_resumed and any(folder.iterdir()):
+            aside = next(p for p in (folder.with_name(f"{folder.name}.{n}") for n in range(1, 10**6)) if not p.exists())
+            folder.rename(aside)
+            print(f"note: {folder} held an earlier run; it is now {aside} (resume_iter=latest would have gone on)")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UsageError(f"`logdir`={folder.parent}: cannot write {folder} ({error.strerror})") from None
+
+
+def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: data.Dataset, workers: Workers) -> State:
+    """Return the state of a new run: the same weights on every worker; noise, chains and replays of its own."""
+    torch.manual_seed(settings.seed + workers.rank)
+    model = models.build_model(config, torch.Generator().manual_seed(settings.seed)).to(workers.device)
+    return State(
+        model=model,
+        optimizer=ClippedAdam(model.parameters(), lr=settings.lr),
+        buffer=ReplayBuffer(REPLAY_SIZE if settings.replay_batch else 0, config.image_shape, workers.device),
+        batches=data.Batches(
+            len(dataset), settings.batch_size, settings.seed, workers.rank, workers.size, dataset.index_device
+        ),
+        generator=torch.Generator(workers.device).manual_seed(settings.seed * 1_000 + workers.rank),
+        ema=copy.deepcopy(model).eval() if settings.ema_decay else None,
+        acceleration=choose_acceleration(settings, workers.device.type, config.network),
+    )
+
+
+def last_iteration(settings: TrainSettings, images: int, workers: int) -> int:
+    """Return where training stops: `max_iter`, or `epoch_num` passes over the data; 60,000 for mnist as published."""
+    if settings.max_iter is not None:
+        return settings.max_iter
+    epochs = settings.epoch_num * (images // (settings.batch_size * workers))
+    return min(epochs, 60_000) if settings.dataset == "mnist" else epochs
+
+
+def set_kernels(settings: TrainSettings, workers: Workers) -> None:
+    """Set for the whole process which kernels a GPU takes; say where that has no effect."""
+    acceleration.set_tf32(False)  # but in training steps and their chains
+    if workers.device.type == "cuda":
+        acceleration.set_kernel_choice(deterministic=settings.deterministic)
+        return
+    if settings.cuda_graph:
+        raise UsageError(f"`cuda_graph` needs a GPU, and this run is on the {workers.device}; leave it out")
+    if settings.deterministic:
+        workers.print("note: deterministic has no effect on a CPU, where runs are the same bit for bit anyway")
+
+
+def announce(settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int) -> None:
+    """Print what a run is about to do and where everything goes; store its settings and network in config.json."""
+    config, values = state.model.config, cli.to_dict(settings)
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    described = {"flags": values, "network": dataclasses.asdict(config), "parameters": parameters}
+    described |= {"torch": torch.__version__, "workers": workers.size, "energies": str(state.acceleration)}
+    (settings.folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    print(f"data: {dataset.name}, {len(dataset):,} images of {config.image_shape}, {dataset.label_size} label values")
+    print(f"network: {config.network}, {parameters:,} parameters, {config.num_filters} filters")
+    print(f"workers: {workers.size}, {workers.engine} ({workers.why}), on {workers.device}")
+    print(f"energies in {state.acceleration}; images and parameters in float32")
+    if state.acceleration.compiled:
+        print("the Langevin step is compiled when it first runs, which can take a minute; torch keeps the result")
+    print(f"iterations: {state.iteration} to {stop}; everything goes to {settings.folder}/")
+    print("settings: " + " ".join(f"{name}={value}" for name, value in values.items() if value is not None))
+
+
+# ---- the distance of samples to the data ----
+
+
+def measure_distance(settings: TrainSettings, dataset: data.Dataset) -> tuple[ClassifierDistance, float]:
+    """Return the distance to one half of the data in a small classifier's features, and that of the other half to it.
+
+    The classifier is trained on the data the first time, then kept in the run's folder.
+    """
+    labels = dataset.labels
+    if labels is None or labels.ndim > 1 or dataset.name == "dsprites":
+        raise UsageError("`quality` trains a classifier on the classes of the data, and there are none here")
+    device, path = dataset.index_device, settings.folder / "classifier.pt"
+    images = dataset.raw(torch.arange(len(dataset)))
+    reference, rest = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tensor_split(2)
+    if path.exists():
+        measure = ClassifierDistance.from_state_dict(torch.load(path, weights_only=True, map_location=device))
+    else:
+        print("training a small classifier, in whose features samples are compared with data", flush=True)
+        classifier = train_feature_classifier(images, labels, device=device)
+        measure = ClassifierDistance.from_images(classifier, images[reference])
+        checkpoint.save(path, measure.state_dict())
+    print(f"classifier for the distance to data: {measure.classifier.accuracy:.1%} right on images held out, {path}")
+    return measure, measure.distance(images[rest[: settings.num_samples]])
