@@ -1,4 +1,4 @@
-"""Run Langevin chains in fewer bits, with compiled steps or as one CUDA graph, and fall back where that fails.
+"""Run Langevin chains in fewer bits, with compiled steps or as one CUDA graph, and do without what fails.
 
 acceleration = Acceleration(precision="fp16", compiled=True, captured=True)
 end = acceleration.run(chain, weights, x, labels, generator)  # chain(weights, x, labels, compiled) -> images
@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -19,61 +18,28 @@ from torch import Tensor
 
 import models
 from errors import UsageError
+from hardware import PRECISIONS, allow_tf32
 from sampling import CannotCompile
 
-PRECISIONS = {
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-# Of the energies whose gradients go to the weights: those would underflow in fp16, whose smallest number is 6e-8.
-LOSS_PRECISIONS = PRECISIONS | {"fp16": torch.float32}
-# What makes chains fast, by flag, and how to do without.
+# The settings that make chains fast, and how to do without each of them.
 REMEDIES = {"precision": "`precision`=tf32", "compile": "`compile`=False", "cuda_graph": "`cuda_graph`=False"}
 
 
-def set_tf32(allowed: bool) -> None:
-    """Let GPUs round the factors of float32 convolutions and matrix products to TF32, or not, for the whole process."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
-@contextlib.contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """Let GPUs round to TF32 inside, unless the precision is float32 itself; afterwards it is as it was before."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    set_tf32(precision != "float32")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def set_kernel_choice(*, deterministic: bool) -> None:
-    """Let GPUs take the fastest kernels, by measuring, or those that give the same bits in every run.
-
-    It holds for the whole process; call it before anything is computed on a GPU.
-    """
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nobody reads it
-
-
 class Chain(Protocol):
-    """A chain of Langevin steps on images x (N, C, H, W) under prepared weights; compiled: by the compiled step."""
+    """A function that runs Langevin chains from images x (N, C, H, W) under prepared weights."""
 
-    def __call__(self, weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor: ...
+    def __call__(self, weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
+        """Return the end points (N, C, H, W). compiled: use the compiled Langevin step."""
 
 
 @dataclasses.dataclass
 class Acceleration:
-    """How a run computes its chains: their number type, with compiled steps, as a CUDA graph; it falls back from these.
+    """The means by which a run computes its chains fast: a number type, compiled steps and a CUDA graph.
 
-    precision: of the energies, one of PRECISIONS; images, noise and updates are float32 in any case. compiled: a step
-    is one compiled function. captured: a chain that is run again and again is one CUDA graph. What fails is given up,
-    which `say` tells in one line, but where it is among `asked`, by the name of its flag: then UsageError is raised.
+    precision: the number type of the energies, one of PRECISIONS; images, noise and updates are always float32.
+    compiled: a step is one compiled function. captured: a chain that is run repeatedly is one CUDA graph. asked: the
+    settings that the user chose, by name. If a means fails, the run does without it and `say` receives a line about
+    it; if the user asked for it, UsageError is raised instead.
     """
 
     precision: str = "float32"
@@ -85,14 +51,14 @@ class Acceleration:
     has_checked_fp16: bool = dataclasses.field(default=False, init=False)
 
     def __str__(self) -> str:
-        """Return in words what chains are computed in, and how."""
+        """Return a description of the number type and of the other means in use."""
         words = {"fp16": "fp16 in chains, elsewhere float32, on GPUs TF32", "tf32": "float32, on GPUs TF32"}
         ways = ", steps compiled" * self.compiled + ", a chain launched as one CUDA graph" * self.captured
         return words.get(self.precision, self.precision) + ways
 
     @property
     def is_fp16_by_default(self) -> bool:
-        """Whether chains are in fp16 though nobody asked for it."""
+        """Whether chains are in fp16 although the user did not ask for it."""
         return self.precision == "fp16" and "precision" not in self.asked
 
     def run(
@@ -105,22 +71,22 @@ class Acceleration:
         *,
         repeated: bool,
     ) -> Tensor:
-        """Return the end points (N, C, H, W) of a chain that draws from `generator`.
+        """Run a chain that draws from `generator`; return its end points (N, C, H, W).
 
-        weights: float32, without history. repeated: every such call has the same chain, and arguments of the same
-        shapes, so that the first one may be captured for all.
+        weights: float32, without an autograd graph. repeated: all such calls have the same chain, and arguments of the
+        same shapes, so that the first one may be captured for all.
         """
         while True:
             before = generator.get_state()
             dtype = PRECISIONS[self.precision]
             try:
-                with products_in(self.precision):
+                with allow_tf32(self.precision):
                     if repeated and self.captured:
                         self.graph = self.graph or CapturedChain(chain, self.compiled, dtype, generator)
                         end = self.graph(weights, x, labels)
                     else:
                         end = chain(models.cast(weights, dtype), x, labels, compiled=self.compiled)
-                # Looked at once, since it waits for the GPU. What comes later is for the divergence guard to see.
+                # Only the first chain is checked, because that waits for the GPU; later the divergence guard checks.
                 if self.has_checked_fp16 or self.precision != "fp16" or end.isfinite().all():
                     self.has_checked_fp16 = True
                     return end
@@ -132,7 +98,10 @@ class Acceleration:
             generator.set_state(before)
 
     def give_up(self, flag: str, problem: str) -> None:
-        """Fall back from what failed, named by its flag, and say so; raise UsageError where it was asked for."""
+        """Do without what a setting (`flag`) stands for and say so; raise UsageError if the user asked for it.
+
+        problem: a clause that says what failed.
+        """
         if flag in self.asked:
             raise UsageError(f"{problem}; run with {REMEDIES[flag]}")
         self.graph = None
@@ -150,15 +119,15 @@ class Acceleration:
 
 
 class CannotCapture(Exception):
-    """A chain that cannot become a CUDA graph here, for the reason given."""
+    """The error of a chain that cannot be captured as a CUDA graph; its message says why."""
 
 
 class CapturedChain:
-    """A chain as a CUDA graph: the kernels of all its steps, the noise's too, are launched at once.
+    """A chain as a CUDA graph, which launches the kernels of all its steps and of their noise at once.
 
-    The first call captures the chain, which draws from `generator`, on tensors of its own, weights of type `dtype`;
-    each call copies its arguments there, so that later ones may have other weights, images and labels, all shaped as
-    before. Raises CannotCapture where that fails.
+    The first call captures the chain on tensors of its own, with weights of type `dtype`. Every call copies its
+    arguments to these tensors, so that later calls may have other weights, images and labels of the same shapes. The
+    chain draws from `generator`. Raises CannotCapture if the capture fails.
     """
 
     def __init__(self, chain: Chain, compiled: bool, dtype: torch.dtype, generator: torch.Generator):
@@ -166,6 +135,7 @@ class CapturedChain:
         self.weights: models.Weights = {}
 
     def __call__(self, weights: models.Weights, x: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the end points of the chain for these arguments."""
         if not self.weights:
             self.weights = {name: tensor.to(self.dtype, copy=True) for name, tensor in weights.items()}
             self.x, self.labels = x.clone(), None if labels is None else labels.clone()
@@ -180,16 +150,17 @@ class CapturedChain:
 
 
 def capture(function: Callable[[], Tensor], generator: torch.Generator) -> tuple[Callable[[], None], Tensor]:
-    """Record what a function launches on the GPU; return how to launch it again, and the tensor where its result lies.
+    """Record the kernels that a function launches on the GPU; return a function that replays them and the result.
 
-    It may draw from torch's own generator and this one, which go on from where they are at each launch. Raises
-    CannotCapture where the function does what cannot be recorded, and leaves both as they were.
+    The result is a tensor that every replay overwrites. The function may draw from torch's own generator and from
+    `generator`; every replay draws new numbers from both. Raises CannotCapture if the function does something that
+    cannot be recorded; then both generators are as they were.
     """
     index = torch.cuda.current_device() if generator.device.index is None else generator.device.index
     generators = generator, torch.cuda.default_generators[index]
     states = lend_copies(generators)
     graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-    if torch.__version__ < "2.14":  # from then on a graph finds its generators itself, and warns of being told
+    if torch.__version__ < "2.14":  # newer graphs find their generators themselves, and warn about this call
         graph.register_generator_state(generator)
     stream.wait_stream(torch.cuda.current_stream())
     try:
@@ -198,26 +169,26 @@ def capture(function: Callable[[], Tensor], generator: torch.Generator) -> tuple
             function()  # kernels are compiled and chosen here, which is not allowed while recording
             for each, state in zip(generators, before, strict=True):
                 each.set_state(state)
-            # Other threads may talk to other workers meanwhile.
+            # thread_local: other threads may use the GPU meanwhile, to communicate with other workers.
             with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 end = function()
     except BaseException as error:
         for each, original in zip(generators, states, strict=True):
             each.graphsafe_set_state(original)
-        with contextlib.suppress(RuntimeError):  # up to torch 2.12 memory would count as being recorded for ever
+        with contextlib.suppress(RuntimeError):  # up to torch 2.12 the memory pool would stay in recording for ever
             torch._C._cuda_endAllocateToPool(index, pool)
         if not isinstance(error, RuntimeError):
             raise
-        cause = error.__context__ or error  # the end of a recording that broke off says no more than that it did
+        cause = error.__context__ or error  # the error itself may only say that the recording broke off
         raise CannotCapture(str(cause).strip().split("\n")[0]) from None
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, end
 
 
 def lend_copies(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
-    """Give generators of GPUs copies of their states to draw from; return the original states.
+    """Let generators of GPUs draw from copies of their states; return the original states.
 
-    A recording that breaks off makes the states that it draws from useless, also for earlier graphs.
+    A recording that breaks off makes the states that it draws from useless, even for earlier graphs.
     """
     states = []
     for each in generators:
@@ -230,11 +201,11 @@ def lend_copies(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Keep Python's garbage collector from running inside: it could destroy another graph, which ends a recording."""
-    enabled = gc.isenabled()
+    """Stop Python's garbage collector inside the block: it could destroy another graph, which ends a recording."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if enabled:
+        if was_enabled:
             gc.enable()

@@ -1,9 +1,9 @@
-"""Save, find and load checkpoints: this project's, written whole or not at all, and the published TensorFlow ones.
+"""Save, find and load checkpoints of this project, and load the published ones of TensorFlow 1.
 
 model = load_energy("cachedir/cifar10_cond/model_74700")      # ours (.pt) or TensorFlow's (.index, .data-*)
 
-Ours hold tensors and plain values only, so that a file from a stranger never executes code. A TensorFlow checkpoint
-holds variables by name; which network they belong to is inferred from their names and shapes.
+Ours are written whole or not at all. They hold tensors and plain values only, so that a file from a stranger never
+executes code. A TensorFlow checkpoint holds variables by name; the network is inferred from their names and shapes.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from torch import Tensor
 import models
 from ebm.readers.tensorflow import read_tf_checkpoint
 from errors import UsageError
-from optimizer import ClippedAdam
+from utils import ClippedAdam
 
-KEEP = 30  # checkpoints kept, besides one every KEEP_SECONDS for good
-KEEP_SECONDS = 6 * 3600.0
+KEEP = 30  # the newest checkpoints, which are kept
+KEEP_SECONDS = 6 * 3600.0  # of older ones, the first of every such period is kept for good
 
 
 def save(path: pathlib.Path, state: dict[str, Any]) -> None:
     """Write a checkpoint under a temporary name, flush it to the disk and rename it: `path` is never half a file.
 
-    Its folder is made where there is none.
+    The folder is made if it does not exist.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def save(path: pathlib.Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the rename, too, must outlive a power cut
+            os.fsync(folder)  # so that the rename, too, survives a power cut
         finally:
             os.close(folder)
     except BaseException:
@@ -57,15 +57,16 @@ def save(path: pathlib.Path, state: dict[str, Any]) -> None:
 
 
 def iterations(folder: pathlib.Path) -> list[int]:
-    """Return the iterations of the checkpoints in a folder, of ours and of TensorFlow's, ascending."""
-    found = (re.fullmatch(r"model_(\d+)\.(?:pt|index)", path.name) for path in folder.glob("model_*"))
-    return sorted({int(match[1]) for match in found if match})
+    """Return the iterations of the checkpoints in a folder, of this project's and TensorFlow's, in ascending order."""
+    matches = (re.fullmatch(r"model_(\d+)\.(?:pt|index)", path.name) for path in folder.glob("model_*"))
+    return sorted({int(match[1]) for match in matches if match})
 
 
 def prune(folder: pathlib.Path) -> None:
-    """Delete checkpoints of ours but for the newest `KEEP` and, for good, the first of every six hours of file time.
+    """Delete old checkpoints of this project in a folder.
 
-    What a killed process left half written goes too.
+    The newest `KEEP` stay, and so does the first of every six hours, by the time of the file. Half-written files of
+    killed processes are deleted, too.
     """
     for path in folder.glob(".model_*.tmp"):
         path.unlink()
@@ -81,42 +82,43 @@ def prune(folder: pathlib.Path) -> None:
 
 
 def iteration_of(path: pathlib.Path) -> int | None:
-    """Return N of `model_N.pt`, None for other names such as `model_best.pt`."""
+    """Return the iteration N of a file `model_N.pt`, None for other names such as `model_best.pt`."""
     match = re.fullmatch(r"model_(\d+)\.pt", path.name)
     return int(match[1]) if match else None
 
 
 def find(folder: pathlib.Path, resume_iter: str) -> pathlib.Path:
-    """Return the path of checkpoint "123", "best" or "latest" in a folder, as `.pt` file or TF1 prefix.
+    """Return the path of checkpoint "123", "best" or "latest" in a folder: a `.pt` file or the prefix of a TF1 one.
 
-    Raises UsageError naming what was looked for and what there is.
+    Raises UsageError, naming this checkpoint and those of the folder, if it is not there.
     """
     if not folder.is_dir():
         raise UsageError(f"no experiment folder {folder}; check `exp` and where experiments are kept")
-    there = iterations(folder)
+    numbers = iterations(folder)
     if resume_iter == "latest":
-        if not there:
+        if not numbers:
             raise UsageError(f"no checkpoint in {folder}; train one first, or check `exp`")
-        resume_iter = str(there[-1])
+        resume_iter = str(numbers[-1])
     prefix = folder / f"model_{resume_iter}"
     if prefix.with_name(f"{prefix.name}.pt").exists():
         return prefix.with_name(f"{prefix.name}.pt")
     if prefix.with_name(f"{prefix.name}.index").exists():
         return prefix
-    has = f"it has {', '.join(map(str, there[-8:]))}" if there else "it has none"
-    raise UsageError(f"no checkpoint model_{resume_iter} in {folder} ({has}); choose one with `resume_iter`")
+    contents = f"it has {', '.join(map(str, numbers[-8:]))}" if numbers else "it has none"
+    raise UsageError(f"no checkpoint model_{resume_iter} in {folder} ({contents}); choose one with `resume_iter`")
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
-    """Read a checkpoint of ours onto the CPU, checking every member's checksum and executing nothing.
+    """Read a checkpoint of this project onto the CPU.
 
-    Raises UsageError for a missing, damaged or foreign file.
+    It checks the checksum of every member and executes no code of the file. Raises UsageError for a missing, damaged
+    or foreign file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise UsageError(f"{path} is damaged (checksum of {damaged}); use an earlier checkpoint")
+            damaged_member = archive.testzip()
+        if damaged_member:
+            raise UsageError(f"{path} is damaged (checksum of {damaged_member}); use an earlier checkpoint")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UsageError(f"{path} holds more than tensors and plain values; not loaded, it could run code") from None
@@ -138,19 +140,21 @@ def config_of(state: dict[str, Any], path: pathlib.Path) -> models.ModelConfig:
 
 def check_config(stored: models.ModelConfig, wanted: models.ModelConfig, path: pathlib.Path) -> None:
     """Raise UsageError naming every field in which a checkpoint's network differs from the wanted one."""
-    mine, theirs = dataclasses.asdict(wanted), dataclasses.asdict(stored)
-    differ = [f"{name} is {theirs[name]} there and {mine[name]} here" for name in mine if mine[name] != theirs[name]]
-    if differ:
-        raise UsageError(f"{path} is of another network: {'; '.join(differ)}; change the flags or use another `exp`")
+    before, now = dataclasses.asdict(stored), dataclasses.asdict(wanted)
+    differences = [f"{name} is {before[name]} there and {now[name]} here" for name in now if now[name] != before[name]]
+    if differences:
+        reasons = "; ".join(differences)
+        raise UsageError(f"{path} is of another network: {reasons}; change the flags or use another `exp`")
 
 
 def load_energy(
     prefix: str | pathlib.Path, *, swish_act: bool = False, ema: bool = False, device: torch.device | str = "cpu"
 ) -> models.EnergyNetwork:
-    """Return the network of `cachedir/<exp>/model_<iter>` in eval mode, from our format or TensorFlow's.
+    """Return the network of a checkpoint `cachedir/<exp>/model_<iter>` in eval mode, from our format or TensorFlow's.
 
-    swish_act: for a TF1 checkpoint, which cannot tell. ema: with the averaged weights of a run with `ema_decay`. Raises
-    UsageError for a missing, damaged or foreign file, and where there are no averaged weights.
+    swish_act: whether the network of a TF1 checkpoint uses swish, which its variables do not show. ema: take the
+    averaged weights of a run with `ema_decay`. Raises UsageError for a missing, damaged or foreign file, and for `ema`
+    if the checkpoint has no averaged weights.
     """
     prefix = pathlib.Path(prefix)
     path = prefix if prefix.suffix == ".pt" else prefix.with_name(f"{prefix.name}.pt")
@@ -167,7 +171,7 @@ def load_energy(
 
 
 def load_state(model: models.EnergyNetwork, state: dict[str, Any], path: pathlib.Path) -> None:
-    """Load the tensors of a checkpoint into a network, strictly."""
+    """Load the tensors of a checkpoint into a network; raise UsageError unless every name and shape fits."""
     try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError) as error:
@@ -178,12 +182,16 @@ def load_state(model: models.EnergyNetwork, state: dict[str, Any], path: pathlib
 # ---------------------------------------------------------------------------------------------------------------------
 # TensorFlow's checkpoints: the names and layouts of their variables
 
-Variables = Mapping[str, np.ndarray]  # TF1 name -> array, what `read_tf_checkpoint` returns
-IMAGE_SHAPES = {"MnistNet": (1, 28, 28), "DspritesNet": (1, 64, 64), "ResNet128": (3, 128, 128)}  # else (3, 32, 32)
+Variables = Mapping[str, np.ndarray]  # TF1 name -> array, as `read_tf_checkpoint` returns them
+# The other networks take (3, 32, 32).
+IMAGE_SHAPES = {"MnistNet": (1, 28, 28), "DspritesNet": (1, 64, 64), "ResNet128": (3, 128, 128)}
 
 
 def to_tf_name(name: str) -> str:
-    """Return the TF1 variable of a state name: "stages.res_1.c1.weight" -> "context_0/res_1_res_c1/cweight"."""
+    """Return the name of the TF1 variable that corresponds to a tensor of an EnergyNetwork's state.
+
+    For example, "stages.res_1.c1.weight" -> "context_0/res_1_res_c1/cweight".
+    """
     stage, *child, leaf = name.removeprefix("stages.").split(".")
     if stage == "atten" and child:
         leaf = f"atten_{child[0]}" + {"weight": "weight", "u": "_u", "b": "_b1"}[leaf]
@@ -195,16 +203,19 @@ def to_tf_name(name: str) -> str:
 
 
 def to_tf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that the TF1 variable of state `name` has where ours has this one."""
+    """Return the shape of the TF1 variable for our tensor `name`, which has this shape."""
     if name.endswith(".weight"):
         return shape[2:] + shape[1::-1]  # (out, in, h, w) -> (h, w, in, out), and (out, in) -> (in, out)
     if name.endswith((".g", ".gb")) and shape[0] == 1:
-        return shape[1:]  # unconditional tables are vectors there, and so are those of a one-dimensional label
+        return shape[1:]  # in TF1 a table of one row, unconditional or of a one-dimensional label, is a vector
     return shape
 
 
 def from_tf_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-    """Return a TF1 array (HWIO kernels, (in, out) matrices, plain vectors) in the layout and shape of state `name`."""
+    """Return a TF1 array in the layout and shape of our tensor `name`.
+
+    array: a kernel in HWIO, a matrix (in, out) or a vector. Raises UsageError if its shape does not fit.
+    """
     if array.shape != to_tf_shape(name, shape):
         raise UsageError(f"{to_tf_name(name)} has shape {array.shape}, the network's {name} has {shape}")
     if name.endswith(".weight"):
@@ -213,9 +224,9 @@ def from_tf_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Tenso
 
 
 def load_tf_variables(model: models.EnergyNetwork, variables: Variables) -> list[str]:
-    """Load TF1 variables into a model; return the names of those the network has no use for.
+    """Load TF1 variables into a model; return the names of the variables that it does not use.
 
-    Raises UsageError where a variable that the network needs is missing or of another shape.
+    Raises UsageError if a variable that the network needs is missing or has another shape.
     """
     state = model.state_dict()
     missing = [to_tf_name(name) for name in state if to_tf_name(name) not in variables]
@@ -227,13 +238,14 @@ def load_tf_variables(model: models.EnergyNetwork, variables: Variables) -> list
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# TensorFlow's checkpoints: which network it is
+# TensorFlow's checkpoints: the network, inferred from the variables
 
 
 def is_trained(variables: Variables, name: str) -> bool:
     """Return whether a variable that starts at zero took part in training.
 
-    The optimizer keeps moments of nothing else; in a checkpoint without any, such a variable has left zero.
+    The optimizer keeps moments of trained variables only. In a checkpoint without moments, a variable counts as trained
+    if it is no longer zero.
     """
     if any(key.endswith("/Adam") for key in variables):
         return f"{name}/Adam" in variables
@@ -241,40 +253,44 @@ def is_trained(variables: Variables, name: str) -> bool:
 
 
 def find_shape(variables: Variables, name: str, dimensions: int) -> tuple[int, ...]:
-    """Return the shape of a variable, zeros where it is missing or has another number of dimensions."""
+    """Return the shape of a variable, or zeros if it is missing or has another number of dimensions."""
     shape = variables[name].shape if name in variables else ()
     return shape if len(shape) == dimensions else (0,) * dimensions
 
 
 def infer_label_size(variables: Variables, network: str) -> int:
-    """Return the width of the labels a network was trained with, 0 where it was unconditional."""
-    if network == "MnistNet":  # takes the label as further planes of its input
+    """Return the width of the labels that a network was trained with, 0 for an unconditional one."""
+    if network == "MnistNet":  # it takes the label as further planes of its input
         return max(find_shape(variables, "context_0/c1_pre/cweight", 4)[2] - 1, 0)
     layer = "context_0/c3" if network == "DspritesNet" else "context_0/res_optim_res_c2"
-    # One class (cond_size) has the shapes of an unconditional network, but only labels train `cb`.
+    # With labels of width 1 (cond_size) the shapes are those of an unconditional network, but only labels train `cb`.
     return find_shape(variables, f"{layer}/g", 2)[0] or int(is_trained(variables, f"{layer}/cb"))
 
 
 def list_needed_shapes(config: models.ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of each TF1 variable that a network needs."""
+    """Return the shape of each TF1 variable that a network needs, by its name."""
     with torch.device("meta"):
         state = models.EnergyNetwork(config).state_dict()
     return {to_tf_name(name): to_tf_shape(name, tuple(tensor.shape)) for name, tensor in state.items()}
 
 
 def list_mismatches(needed: dict[str, tuple[int, ...]], variables: Variables) -> list[str]:
-    """Return what speaks against a network: variables that it needs and are not there, or were trained besides."""
+    """Return a phrase for each variable that a network needs but lacks, or that was trained but is not the network's.
+
+    needed: the network's variables, from `list_needed_shapes`.
+    """
     shapes = {name: array.shape for name, array in variables.items()}
-    lacking = [f"no {name} of shape {shape}" for name, shape in needed.items() if shapes.get(name) != shape]
-    moved = [name.removesuffix("/Adam") for name in variables if name.endswith("/Adam")]
-    return lacking + [f"a trained {name} besides" for name in moved if name not in needed]
+    missing = [f"no {name} of shape {shape}" for name, shape in needed.items() if shapes.get(name) != shape]
+    trained = [name.removesuffix("/Adam") for name in variables if name.endswith("/Adam")]
+    return missing + [f"a trained {name} besides" for name in trained if name not in needed]
 
 
 def infer_config(variables: Variables, *, swish_act: bool = False, label_size: int | None = None) -> models.ModelConfig:
-    """Return the config of the network whose variables these are, the largest of several that would do.
+    """Return the config of the network that TF1 variables belong to; if several networks match, the largest.
 
-    swish_act: not to be seen in variables; nor are spec_iter, spec_norm_val and downsample, which keep their defaults.
-    label_size: overrules what was found. Raises UsageError, naming how the closest network differs, where none matches.
+    swish_act: whether the network uses swish, which variables do not show. Nor do they show spec_iter, spec_norm_val
+    and downsample, which keep their defaults. label_size: replaces the inferred width of labels. Raises UsageError,
+    naming how the closest network differs, if none matches.
     """
     if label_size is not None and label_size < 0:
         raise UsageError(f"label_size is {label_size}, must be 0 (unconditional) or more")
@@ -295,12 +311,12 @@ def infer_config(variables: Variables, *, swish_act: bool = False, label_size: i
         for network in models.NETWORKS
     ]
     needed = {config: list_needed_shapes(config) for config in candidates}
-    against = {config: list_mismatches(needed[config], variables) for config in candidates}
-    best = min(candidates, key=lambda config: (len(against[config]), -len(needed[config])))
-    if against[best]:
+    mismatches = {config: list_mismatches(needed[config], variables) for config in candidates}
+    best = min(candidates, key=lambda config: (len(mismatches[config]), -len(needed[config])))
+    if mismatches[best]:
         raise UsageError(
             f"the variables match no network; {best.network} with num_filters={num_filters} and "
-            f"label_size={best.label_size} comes closest, but there is {against[best][0]}"
+            f"label_size={best.label_size} comes closest, but there is {mismatches[best][0]}"
         )
     return best
 
@@ -310,7 +326,7 @@ def load_tf_energy(
 ) -> models.EnergyNetwork:
     """Return the network of a TF1 checkpoint in eval mode.
 
-    prefix: the path without `.index`. For the others, and what a checkpoint cannot tell, see `infer_config`.
+    prefix: the path without `.index`. For the other arguments, and for what variables do not show, see `infer_config`.
     """
     variables = read_tf_checkpoint(prefix)
     try:
@@ -324,11 +340,11 @@ def load_tf_energy(
 def read_adam_moments(
     model: models.EnergyNetwork, variables: Variables
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
-    """Return the optimizer's (first, second) moment of each parameter, by its name in the model, and the step count.
+    """Return Adam's first and second moment of each parameter, by its name in the model, and the number of steps.
 
-    TensorFlow stores beta2 to the power of one more than the steps done, in float32: the count is exact at first,
-    and stops near 87,000, where beta2_power underflows and the bias correction has long been 1. Raises UsageError
-    for a checkpoint without, or with only some of the moments.
+    TensorFlow stores beta2^(steps + 1) in float32. The number is therefore exact at first and stops near 87,000,
+    because beta2_power underflows there; the bias correction has long been 1 by then. Raises UsageError if the
+    checkpoint lacks some or all moments.
     """
     beta2, smallest = 0.999, float(np.finfo(np.float32).tiny)
     power = variables.get("beta2_power", np.zeros(0))
@@ -347,7 +363,7 @@ def read_adam_moments(
 
 
 def restore_tf_optimizer(optimizer: ClippedAdam, model: models.EnergyNetwork, variables: Variables) -> None:
-    """Set the optimizer of a model to where a TF1 checkpoint left it. Raises as `read_adam_moments` does."""
+    """Load the moments and the step count of a TF1 checkpoint into a model's optimizer; see `read_adam_moments`."""
     moments, steps = read_adam_moments(model, variables)
     for name, parameter in model.named_parameters():
         first, second = (moment.to(parameter.device) for moment in moments[name])
@@ -357,13 +373,13 @@ def restore_tf_optimizer(optimizer: ClippedAdam, model: models.EnergyNetwork, va
 
 
 def resume_tf(prefix: pathlib.Path, model: models.EnergyNetwork, optimizer: ClippedAdam) -> None:
-    """Load the weights and the optimizer of a TF1 checkpoint into a run that goes on from it.
+    """Load the weights and the optimizer state of a TF1 checkpoint, so that a run can continue from it.
 
-    Raises UsageError, naming what differs, where the checkpoint is of another network than `model`.
+    Raises UsageError, naming the differences, if the checkpoint is of another network than `model`.
     """
-    variables, wanted = read_tf_checkpoint(prefix), model.config
-    stored = infer_config(variables, swish_act=wanted.swish_act)
-    unseen = {name: getattr(wanted, name) for name in ("spec_iter", "spec_norm_val", "downsample")}
-    check_config(dataclasses.replace(stored, **unseen), wanted, prefix)
+    variables, config = read_tf_checkpoint(prefix), model.config
+    stored = infer_config(variables, swish_act=config.swish_act)
+    unrecorded = {name: getattr(config, name) for name in ("spec_iter", "spec_norm_val", "downsample")}
+    check_config(dataclasses.replace(stored, **unrecorded), config, prefix)
     load_tf_variables(model, variables)
     restore_tf_optimizer(optimizer, model, variables)

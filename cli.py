@@ -1,4 +1,4 @@
-"""The command line of every script: each field of a settings dataclass is a flag, mistakes are answered in one line.
+"""The command line of all scripts: each field of a settings dataclass is a flag, a mistake gets a one-line message.
 
     @dataclasses.dataclass(frozen=True)
     class Settings:
@@ -10,8 +10,8 @@
 
     cli.run(main, Settings, __doc__)
 
-Groups of settings that several scripts share are base classes. Whoever receives settings knows nothing of flags:
-messages name a setting in backquotes, `rounds`, which becomes --rounds here.
+Groups of settings that several scripts share are base classes. Code that receives settings knows nothing of flags: its
+error messages name a setting in backquotes, such as `rounds`, and this module turns the name into --rounds.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 
 
 class Flag(NamedTuple):
-    """What the command line has to know of a setting besides its name, type and default."""
+    """The properties of a flag besides its name, type and default."""
 
-    words: str  # of --help: what it is, in which unit
+    words: str  # the help text: what the setting is, in which unit
     at_least: float | None
     at_most: float | None
     choices: tuple[str, ...]
     alias: str | None  # another name of the same flag
-    repeated: bool  # a list whose flag is given once for each item, not once with commas
-    presets: Mapping[str, str]  # other flags that each value stands for; flags that are given themselves win
-    inert: bool  # has no effect; whoever gives it is told
+    repeated: bool  # the flag of a list is repeated for each item, instead of given once with commas
+    presets: Mapping[str, str]  # value -> the flags that it stands for; flags on the command line override them
+    inert: bool  # the flag has no effect, and a note says so if it is given
 
 
 def flag(
@@ -62,9 +62,10 @@ def flag(
     presets: Mapping[str, str] = types.MappingProxyType({}),
     inert: bool = False,
 ) -> Any:
-    """Return a dataclass field that is a flag: its default, what --help says of it, its range or its values.
+    """Return a dataclass field that defines a flag, with its default, help text, and range or choices.
 
-    The field's type is bool, int, float or str, one of these or None, or a tuple of them.
+    The type of the field is bool, int, float or str, `| None` of one of these, or a tuple of one of these.
+    For the other arguments see `Flag`.
     """
     choices = tuple(choices) or tuple(presets)
     about = Flag(words, at_least, at_most, choices, alias, repeated, presets, inert)
@@ -72,24 +73,27 @@ def flag(
 
 
 def list_groups(kind: type) -> dict[str, list[dataclasses.Field]]:
-    """Return the settings of a class by heading, the first line of the docstring of the class that defines them."""
+    """Return the fields of a settings class, grouped by heading.
+
+    The heading is the first docstring line of the class that defines the field.
+    """
     groups: dict[str, list[dataclasses.Field]] = {}
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for owner in kind.__mro__:
-        own = [fields.pop(name) for name in vars(owner).get("__annotations__", {}) if name in fields]
-        if own:
-            groups.setdefault((owner.__doc__ or "").split("\n")[0].rstrip("."), []).extend(own)
+        members = [fields.pop(name) for name in vars(owner).get("__annotations__", {}) if name in fields]
+        if members:
+            groups.setdefault((owner.__doc__ or "").split("\n")[0].rstrip("."), []).extend(members)
     return groups
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """Return the values of all settings by name, in the order of --help."""
+    """Return the names and values of all settings, in the order of --help."""
     groups = list_groups(type(settings)).values()
     return {field.name: getattr(settings, field.name) for fields in groups for field in fields}
 
 
 def describe_tasks(usage: str | None, tasks: Mapping[str, Callable]) -> str:
-    """Return a script's usage followed by its tasks, each with the first line of its docstring."""
+    """Return a script's usage text, followed by a list of its tasks with the first docstring line of each."""
     width = max(map(len, tasks)) + 2
     lines = [(usage or "").strip(), "", "Tasks:"]
     for name, task in tasks.items():
@@ -102,7 +106,7 @@ def describe_tasks(usage: str | None, tasks: Mapping[str, Callable]) -> str:
 
 
 def split_type(hint: Any) -> tuple[type, bool]:
-    """Return the plain type of a setting, and whether it is a tuple of these: `int | None` is an int."""
+    """Return the plain type in a type hint, and whether the hint is a tuple: `int | None` gives (int, False)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
     is_list = typing.get_origin(hint) is tuple
@@ -110,7 +114,7 @@ def split_type(hint: Any) -> tuple[type, bool]:
 
 
 def define_flags(kind: type) -> flags.FlagValues:
-    """Return a flag for each setting of a class."""
+    """Return absl flags for all fields of a settings class."""
     values, hints = flags.FlagValues(), typing.get_type_hints(kind)
     for fields in list_groups(kind).values():
         for field in fields:
@@ -119,7 +123,7 @@ def define_flags(kind: type) -> flags.FlagValues:
 
 
 def define_flag(values: flags.FlagValues, field: dataclasses.Field, hint: Any) -> None:
-    """Add the flag of one setting."""
+    """Add the absl flag of one field to `values`. hint: the type of the field."""
     (plain, is_list), about = split_type(hint), field.metadata["flag"]
     default: Any = field.default
     options: dict[str, Any] = {"flag_values": values}
@@ -139,21 +143,24 @@ def define_flag(values: flags.FlagValues, field: dataclasses.Field, hint: Any) -
 
 
 def read_settings(kind: type[Settings], values: flags.FlagValues) -> Settings:
-    """Return the settings that parsed flags give; say which of those given have no effect."""
+    """Return the settings with the values of the parsed flags; print a note for each flag without effect."""
     hints = typing.get_type_hints(kind)
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for fields in list_groups(kind).values():
         for field in fields:
             plain, is_list = split_type(hints[field.name])
             about, value = field.metadata["flag"], values[field.name].value
-            given[field.name] = read_list(field.name, value or (), plain, about) if is_list else value
+            arguments[field.name] = read_list(field.name, value or (), plain, about) if is_list else value
             if about.inert and values[field.name].present:
                 print(f"note: --{field.name} has no effect: {about.words}")
-    return kind(**given)
+    return kind(**arguments)
 
 
 def read_list(name: str, words: Sequence[str], plain: type, about: Flag) -> tuple[Any, ...]:
-    """Return the items of a list; raise UsageError for one of another type, out of range or not among the choices."""
+    """Return the items of a list setting, converted to the type `plain`.
+
+    Raises UsageError if an item has another type, is out of range or is not among the choices.
+    """
     wanted = f"any of {', '.join(about.choices)}" if about.choices else "whole numbers" if plain is int else "values"
     if about.at_least is not None:
         wanted += f", at least {about.at_least:g}"
@@ -168,7 +175,7 @@ def read_list(name: str, words: Sequence[str], plain: type, about: Flag) -> tupl
 
 
 def describe_flags(kind: type, usage: str) -> str:
-    """Return the script's own words followed by its flags, a paragraph per group."""
+    """Return the text of --help: the script's usage, then its flags in a paragraph per group."""
     lines, hints = [usage.strip()], typing.get_type_hints(kind)
     for title, fields in list_groups(kind).items():
         lines += ["", f"{title}:"]
@@ -177,8 +184,9 @@ def describe_flags(kind: type, usage: str) -> str:
             choices = (", " if is_list else " | ").join(about.choices)
             values = choices or ("LIST" if is_list else {int: "INT", float: "FLOAT"}.get(plain, "STRING"))
             shown = f"--[no]{field.name}" if plain is bool else f"--{field.name}={values}"
-            words = f"{about.words} [{','.join(map(str, default)) if isinstance(default, tuple) else default}]"
-            if len(shown) > 26:  # values of which there are many stand on lines of their own
+            text = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            words = f"{'no effect: ' if about.inert else ''}{about.words} [{text}]"
+            if len(shown) > 26:  # a long list of choices gets lines of its own
                 lines += textwrap.wrap(shown, 118, initial_indent="  ", subsequent_indent=" " * 6)
                 shown = ""
             lines += textwrap.wrap(words, 118, initial_indent=f"  {shown:<26} ", subsequent_indent=" " * 29)
@@ -189,9 +197,9 @@ def describe_flags(kind: type, usage: str) -> str:
 
 
 def add_dashes(words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the words with `step_lr=10.0` read as `--step_lr=10.0`, as the published commands mean it.
+    """Return the command line with the missing dashes added: `step_lr=10.0` becomes `--step_lr=10.0`.
 
-    Raises UsageError for a word that is no flag at all.
+    Some published commands lack the dashes. Raises UsageError for a word that is no flag.
     """
     result = []
     for word in words:
@@ -202,15 +210,16 @@ def add_dashes(words: Sequence[str], names: Sequence[str]) -> list[str]:
             print(f"note: {word} has no dashes; it is read as --{word}")
             result.append(f"--{word}")
         else:
-            near = difflib.get_close_matches(name, names, 1)
-            raise UsageError(f"unexpected word {word!r}" + (f", did you mean --{near[0]}?" if near else "; see --help"))
+            similar = difflib.get_close_matches(name, names, 1)
+            remedy = f", did you mean --{similar[0]}?" if similar else "; see --help"
+            raise UsageError(f"unexpected word {word!r}{remedy}")
     return result
 
 
 def parse(argv: Sequence[str], kind: type[Settings], usage: str = "") -> Settings:
-    """Return the settings that a command line gives; print the help and leave where it is asked for.
+    """Return the settings that a command line sets; for --help print the help text and exit.
 
-    Raises UsageError, in one line, for an unknown flag, a stray word or a value out of its range.
+    Raises UsageError with a one-line message for an unknown flag, a stray word or a value out of range.
     """
     if HELP & set(argv):
         print(describe_flags(kind, usage))
@@ -225,8 +234,8 @@ def parse(argv: Sequence[str], kind: type[Settings], usage: str = "") -> Setting
                 expanded, values = shlex.split(presets[values[field.name].value]), define_flags(kind)
                 values([argv[0], *expanded, *words])
     except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, list(values), 1)
-        remedy = f"did you mean --{near[0]}?" if near else "see --help"
+        similar = difflib.get_close_matches(error.flagname, list(values), 1)
+        remedy = f"did you mean --{similar[0]}?" if similar else "see --help"
         raise UsageError(f"unknown flag --{error.flagname}; {remedy}") from None
     except flags.Error as error:
         raise UsageError(" ".join(str(error).split())) from None
@@ -234,15 +243,16 @@ def parse(argv: Sequence[str], kind: type[Settings], usage: str = "") -> Setting
 
 
 def name_flags(message: str, kind: type) -> str:
-    """Return a message with the settings that it names in backquotes as flags: `lr`=3 becomes --lr=3."""
+    """Return the message with each setting in backquotes written as a flag: `lr`=3 becomes --lr=3."""
     names = {field.name for field in dataclasses.fields(kind)}
     return re.sub(r"`(\w+)`", lambda match: f"--{match[1]}" if match[1] in names else match[0], message)
 
 
 def run(main: Callable[[Settings], None], kind: type[Settings], usage: str | None) -> None:
-    """Run a script: parse its flags, call `main`, answer a user's mistake with one line and exit status 2.
+    """Run a script: parse its flags and call `main` with the settings.
 
-    usage: the script's docstring, which --help shows first.
+    A UsageError is printed in one line, and the exit status is then 2. usage: the script's docstring, which --help
+    prints first.
     """
     try:
         main(parse(sys.argv, kind, usage or ""))
@@ -250,6 +260,6 @@ def run(main: Callable[[Settings], None], kind: type[Settings], usage: str | Non
     except UsageError as error:
         print(f"error: {name_flags(str(error), kind)}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # who reads has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print goes nowhere
+    except BrokenPipeError:  # the reader of the pipe has ended, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest of the output
         sys.exit(128 + signal.SIGPIPE)

@@ -1,9 +1,9 @@
-"""The tasks of ebm_combine.py on concept models of sprites, and how right the concepts in their images are.
+"""Tasks of ebm_combine.py: sample images from combined models of sprites, infer labels, and measure the errors.
 
-    figures = combine_concepts(Run(settings, models, labels, weights, sprites, generator, folder))
+    figures = combine_concepts(ConceptRun(settings, models, labels, weights, sprites, generator, folder))
 
-A concept is a latent of dSprites that a model is conditioned on: size, shape, pos or rot. What an image shows is read
-off the nearest of all sprites, `dsprites.nearest`.
+A concept is a latent of dSprites that a model is conditioned on: size, shape, pos or rot. The latents of an image are
+those of the nearest of all sprites, see `dsprites.find_nearest_sprites`.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import composition
 import dsprites
 import pictures
-from acceleration import products_in
-from composition import Expression, Joined, Name, Weighted
+from composition import Expression, Joined, Name, Weighted, parse_expression
 from concept_models import ConceptModel, split_name
 from dsprites import CONCEPTS
-from ebm.settings import CombineSettings
+from ebm.settings import NOISE_UNIT, CombineSettings
 from errors import UsageError
-from sampling import Energy, input_gradient
-from training import label_energies, noise_images
-from utils import Progress
+from hardware import allow_tf32
+from models import label_energies, noise_images
+from progress import Progress
+from sampling import Energy, Schedule, check_finite, langevin
 
-SAME_AFTER = (90.0, 180.0, 360.0)  # degrees by which a square, ellipse or heart turns into itself
-LABEL_NOISE = 0.03
-ROWS = 10  # of a picture
-TRIED = 16  # images at once whose energies under all labels are compared
+SAME_AFTER = (90.0, 180.0, 360.0)  # symmetry of square, ellipse and heart: degrees of rotation that change nothing
+LABEL_NOISE = 0.03  # standard deviation of the noise in a Langevin step on a label
+ROWS = 10  # rows of a picture
+TRIED = 16  # images whose energies under all labels are computed at once
 
-Figures = dict[str, Any]  # by name, or rows of them by name
+Figures = dict[str, Any]  # figures, or rows of figures, by name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How right the concepts in images are
+# Errors of the concepts in images
 
 
 def measure_errors(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Return how far latents (N, 5) of images are from their targets: for each concept (N,), in its unit.
+    """Return the errors of latents (N, 5) with respect to target latents: concept -> (N,), in the concept's unit.
 
-    A rotation counts modulo the symmetry of the shape found: an image of a square cannot show more of it.
+    found: the latents of the images. The error of a rotation is taken modulo the symmetry of the image's shape, because
+    a square, for example, looks the same after 90 degrees.
     """
     difference = found - targets
     period = found.new_tensor(SAME_AFTER)[found[:, 0].long() - 1]
@@ -61,21 +61,27 @@ def measure_errors(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def judge_latents(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Return whether each concept of latents (N, 5) is within its tolerance of the target's, (N,)."""
+    """Return which images show each concept within its tolerance: concept -> (N,) bool.
+
+    found: the latents (N, 5) of the images. targets: the wanted latents (N, 5).
+    """
     return {name: is_tolerable(error, name) for name, error in measure_errors(found, targets).items()}
 
 
 def is_tolerable(error: Tensor, condition: str) -> Tensor:
-    """Return whether errors (N,) of a concept, in its unit, count as right."""
+    """Return which errors (N,) of a concept, in its unit, are within its tolerance."""
     return error <= CONCEPTS[condition].tolerance + 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Concept models, and the targets that name their labels
+# The state of a task: models, labels, targets, chains
 
 
 def read_label(name: str, condition: str, text: str) -> dict[int, float]:
-    """Return the latents, by column, that a label of `labels` fixes: heart · 0.7 · 0.2,0.8 · 90 (degrees)."""
+    """Return the latents, by column, that a user's label fixes, such as heart, 0.7, "0.2,0.8" or 90 (degrees).
+
+    name: of the model. condition: its concept. Raises UsageError if the text is not a label of this concept.
+    """
     values = text.split(",")
     if condition == "shape" and text in dsprites.SHAPES:
         return {0: dsprites.SHAPES.index(text) + 1.0}
@@ -94,23 +100,24 @@ def read_label(name: str, condition: str, text: str) -> dict[int, float]:
 
 
 @dataclasses.dataclass
-class Run:
-    """One task: its models by name, where its images come from, where its files go.
+class ConceptRun:
+    """One task, with its models, the sprites that it uses and the folder for its files.
 
-    sprites: all of dSprites in the published order, drawn or read from the file. folder: takes the files.
+    concepts: the models by name. sprites: all of dSprites in the published order. folder: for the files, which `files`
+    lists.
     """
 
     settings: CombineSettings
     concepts: Mapping[str, ConceptModel]
-    given_labels: Mapping[str, str]  # by name, as people write them
-    weights: Mapping[str, float]  # of energies, by name
+    given_labels: Mapping[str, str]  # name of a model -> its label as the user wrote it
+    weights: Mapping[str, float]  # name of a model -> factor of its energy
     sprites: dsprites.Sprites
     generator: torch.Generator
     folder: Path
     files: list[Path] = dataclasses.field(default_factory=list)
 
     def path(self, name: str) -> Path:
-        """Return the path of a file of this task, and list it."""
+        """Return the path of a file in the task's folder, and add it to `files`."""
         self.files.append(self.folder / name)
         return self.files[-1]
 
@@ -120,19 +127,20 @@ class Run:
 
     @functools.cached_property
     def draws(self) -> torch.Generator:
-        """What chooses sprites: the same ones on every device."""
+        """A CPU generator, so that the same sprites are drawn on every device."""
         return torch.Generator().manual_seed(self.settings.seed)
 
     def choose(self, candidates: Tensor, number: int) -> Tensor:
-        """Return this many of the candidates (M,), drawn evenly with repetition."""
+        """Draw `number` of the candidates (M,) at random, uniformly and with repetition."""
         return candidates[torch.randint(len(candidates), (number,), generator=self.draws).to(candidates.device)]
 
     def targets(self, count: int, number: int) -> Tensor:
-        """Return the sprites (count, number), as indices, whose latents are the labels of names 1, 2, … of a concept.
+        """Draw the target sprites, whose latents become the labels of the models: their indices (count, number).
 
-        Drawn from all sprites, but for the latents that `labels` fixes, to the nearest on dSprites' grid.
+        Row k holds the targets of the names with number k, such as pos2 for k = 2. Sprites are drawn at random, but
+        latents that the setting `labels` fixes have the nearest value on the grid of dSprites.
         """
-        chosen = []
+        rows = []
         for place in range(1, count + 1):
             latents = self.sprites.latents
             allowed = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
@@ -142,44 +150,52 @@ class Run:
                     for column, value in read_label(name, condition, text).items():
                         distance = (latents[:, column] - value).abs()
                         allowed &= distance < distance.min() + 1e-4
-            chosen.append(self.choose(allowed.nonzero()[:, 0], number))
-        return torch.stack(chosen)
+            rows.append(self.choose(allowed.nonzero()[:, 0], number))
+        return torch.stack(rows)
 
     def condition(self, name: str) -> str | None:
-        """Return the concept that labels of this name tell, None where they are plain numbers or classes."""
+        """Return the concept that labels of this name describe; None if they are plain numbers or classes.
+
+        Raises UsageError if neither a model nor a concept has this name.
+        """
         if name in self.concepts:
             return self.concepts[name].condition
         base = split_name(name)[0]
         if base not in CONCEPTS:
-            raise UsageError(f"`labels`={name}=…: no model of this name; there are {', '.join(self.concepts)}")
+            raise UsageError(f"`labels`={name}=…: there is no model {name}, only {', '.join(self.concepts)}")
         return base
 
     def labels(self, name: str, targets: Tensor) -> Tensor | None:
-        """Return the labels (N, label_size) of a name, given latents (count, N, 5); None: it takes no labels."""
-        concept, given = self.concepts[name], self.given_labels.get(name)
-        size = concept.model.config.label_size
+        """Return the labels (N, label_size) of the model of this name; None if it is unconditional.
+
+        targets: latents (count, N, 5), from which labels of concepts are computed. Other labels, numbers or a class,
+        come from the setting `labels`.
+        """
+        concept, text = self.concepts[name], self.given_labels.get(name)
+        size = concept.config.label_size
         if concept.condition:
-            return dsprites.label_vectors(targets[split_name(name)[1] - 1], concept.condition)
+            return dsprites.compute_labels(targets[split_name(name)[1] - 1], concept.condition)
         if not size:
             return None
         try:
-            numbers = [float(value) for value in (given or "").split(",")]
+            numbers = [float(value) for value in (text or "").split(",")]
             row = torch.eye(size)[int(numbers[0])] if len(numbers) == 1 < size else torch.tensor(numbers)
         except (ValueError, IndexError):
             row = torch.empty(0)
         if len(row) != size:
-            raise UsageError(f"`labels`={name}={given or '…'}: give a class below {size}, or {size} numbers by commas")
+            raise UsageError(f"`labels`={name}={text or '…'}: give a class below {size}, or {size} numbers with commas")
         return row.to(targets.device).expand(targets.shape[1], -1)
 
     def energy(self, expression: Expression, targets: Tensor) -> Energy:
-        """Return the energy that an expression describes, under the labels of latents (count, N, 5)."""
+        """Return the energy of an expression as a function of images. targets: latents (count, N, 5) of the labels."""
         labels = {name: self.labels(name, targets) for name in expression.names}
         return lambda x: expression.energy({name: self.concepts[name].energy(x, y) for name, y in labels.items()})
 
     def generate(self, expressions: Sequence[Expression], targets: Tensor, progress: Progress) -> Tensor:
-        """Return images (N, C, H, W) under latents (count, N, 5), by chains from noise that visit the expressions.
+        """Sample images (N, C, H, W) by chains from noise that descend the expressions' energies in turn.
 
-        Of each image's chains, `restarts` of them, that with the lowest energy is taken, the sum over the expressions.
+        targets: latents (count, N, 5). `restarts` chains run for each image, and the one with the lowest energy, summed
+        over the expressions, is returned.
         """
         images = []
         for part in targets.split(self.settings.batch_size, 1):
@@ -191,28 +207,29 @@ class Run:
         return torch.cat(images)
 
     def chain(self, energies: Sequence[Energy], number: int, progress: Progress) -> Tensor:
-        """Return where chains from noise end that visit the energies in turn: this many images (N, C, H, W)."""
-        config = next(iter(self.concepts.values())).model.config
-        noise = noise_images((number, *config.image_shape), self.generator, network=config.network)
-        with products_in(self.settings.precision):
-            end = composition.chain(
+        """Run chains from noise that descend the energies in turn; return their end points (number, C, H, W)."""
+        settings, config = self.settings, next(iter(self.concepts.values())).config
+        with allow_tf32(settings.precision):
+            end = langevin(
                 energies,
-                noise,
-                num_steps=self.settings.num_steps,
-                step_lr=self.settings.step_lr,
-                first_noise_std=self.settings.first_noise,
-                first_step_lr=self.settings.first_step_lr,
+                noise_images(config, number, self.generator),
+                num_steps=settings.num_steps,
+                step_lr=lower_in_steps(settings.first_step_lr, settings.step_lr, settings.num_steps),
+                noise_std=lower_in_steps(settings.first_noise, NOISE_UNIT, settings.num_steps),
                 generator=self.generator,
-                progress=progress,
+                gradient_first=True,  # as in the reference's combination
+                after_step=lambda _: progress.advance(),
             )
-        return check_finite(end)
+        return check_finite(end, "lower `step_lr`")
 
 
-def check_finite(x: Tensor) -> Tensor:
-    """Return what a chain gave; raise UsageError where it is not finite."""
-    if not x.isfinite().all():
-        raise UsageError("the chain diverged, its values are not finite; lower `step_lr`")
-    return x
+def lower_in_steps(first: float, last: float, num_steps: int) -> Schedule:
+    """Return a schedule that falls linearly from `first` towards 0 at four fifths of the steps, but not below `last`.
+
+    It anneals noise and step size, so that chains can leave the first mode that they reach. A `first` below `last` has
+    no effect.
+    """
+    return lambda k: max(last, first * (1 - k / (0.8 * num_steps)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,13 +237,13 @@ def check_finite(x: Tensor) -> Tensor:
 
 
 def build_plans(combine: str, names: list[str], weights: Mapping[str, float]) -> dict[str, list[Expression]]:
-    """Return by title what chains follow: energies that they visit in turn. What `combine` asks for comes first.
+    """Return the plans to sample from: title -> the energies that chains descend in turn.
 
-    For alternate and sum the first two concepts follow, the first three and so on, and each concept alone; weights, by
-    name, multiply their energies.
+    The first plan is that of the setting `combine`. For alternate and sum it is followed by plans for the first two
+    concepts, the first three and so on, and for each concept alone. weights: name -> factor of an energy.
     """
     if combine not in ("alternate", "sum"):
-        return {combine: [composition.parse(combine)]}
+        return {combine: [parse_expression(combine)]}
     groups = [names] + [names[:k] for k in range(2, len(names))] + [[name] for name in names]
     energies = {name: Weighted(weights.get(name, 1.0), Name(name)) for name in names}
     alternating: dict[str, list[Expression]] = {
@@ -237,8 +254,8 @@ def build_plans(combine: str, names: list[str], weights: Mapping[str, float]) ->
     return {title: [Joined("&", tuple(plan))] for title, plan in alternating.items()}
 
 
-def combine_concepts(run: Run) -> Figures:
-    """Sample from noise under several concepts at once; each concept alone and the first ones together beside them."""
+def combine_concepts(run: ConceptRun) -> Figures:
+    """Sample images under several concepts at once; for comparison also under fewer concepts and under each alone."""
     plans = build_plans(run.settings.combine, list(run.concepts), run.weights)
     number = run.settings.limit or run.settings.batch_size
     index = run.targets(max(split_name(name)[1] for name in run.concepts), number)
@@ -249,84 +266,110 @@ def combine_concepts(run: Run) -> Figures:
     progress = Progress(rounds, what="rounds of the chains")
     samples = {title: run.generate(plan, targets, progress) for title, plan in plans.items()}
     generated = next(iter(samples.values()))
-    aims = [run.images(aim[:ROWS]) for aim in index]
-    sprites = any(concept.condition for concept in run.concepts.values())
-    columns = {"target" if k == 0 else f"target {k + 1}": aim for k, aim in enumerate(aims) if sprites}
+    has_concepts = any(concept.condition for concept in run.concepts.values())
+    columns = {}
+    if has_concepts:
+        columns = {"target" if k == 0 else f"target {k + 1}": run.images(row[:ROWS]) for k, row in enumerate(index)}
     pictures.save_panel({"generated": generated[:ROWS]} | columns, run.path(name_picture(run)), scale=2)
-    if not sprites:
+    if not has_concepts:
         return {"images": number}
-    return accuracies(run, samples, plans, targets, run.images(index[0]))
+    return judge_samples(run, samples, plans, targets, run.images(index[0]))
 
 
-def name_picture(run: Run) -> str:
-    """Return the name of the picture: the reference's for its concepts, else after the expression."""
+def name_picture(run: ConceptRun) -> str:
+    """Return the file name of the picture: as in the reference for concepts, else made from the expression."""
     if run.settings.combine in ("alternate", "sum"):
         return "_".join(["im", *("condscale" if name == "size" else f"cond{name}" for name in run.concepts)]) + ".png"
     return f"im_{re.sub(r'[^A-Za-z0-9_]+', '_', run.settings.combine).strip('_')}.png"
 
 
-def accuracies(
-    run: Run,
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """The targets of the names in an expression, with which the latents of images are compared.
+
+    conditions: name -> its concept; names without a concept are left out. targets: name -> the wanted latents (N, 5).
+    """
+
+    conditions: Mapping[str, str]
+    targets: Mapping[str, Tensor]
+
+    def judge_names(self, latents: Tensor) -> dict[str, Tensor]:
+        """Return which images, with latents (N, 5), show the target of each name: name -> (N,) bool."""
+        return {
+            name: judge_latents(latents, self.targets[name])[condition] for name, condition in self.conditions.items()
+        }
+
+    def judge_plan(self, plan: Sequence[Expression], latents: Tensor) -> Tensor | None:
+        """Return which images, with latents (N, 5), fulfil all expressions of a plan, (N,) bool.
+
+        Returns None if a name in them has no concept.
+        """
+        if not {name for expression in plan for name in expression.names} <= set(self.conditions):
+            return None
+        return torch.stack([expression.holds(self.judge_names(latents)) for expression in plan]).all(0)
+
+    def share_of_plan(self, plan: Sequence[Expression], latents: Tensor) -> float | None:
+        """Return the share of images that fulfil all expressions of a plan; None as in `judge_plan`."""
+        fulfilled = self.judge_plan(plan, latents)
+        return None if fulfilled is None else compute_share(fulfilled)
+
+
+def judge_samples(
+    run: ConceptRun,
     samples: Mapping[str, Tensor],
     plans: Mapping[str, Sequence[Expression]],
     targets: Tensor,
     real: Tensor,
 ) -> Figures:
-    """Return how right the concepts in samples are, by name and jointly, and plot it over the number of concepts.
+    """Return the share of samples that show their targets, by concept and jointly; plot it over the number of concepts.
 
-    samples, plans: the images (N, 1, 64, 64), and what their chains followed, by title, all concepts first. targets:
-    latents (count, N, 5). real: the sprites of the first target, measured like the samples. "off sprites" is the mean
-    squared error to the nearest sprite: noise can be right, too, but it is off.
+    samples: title -> images (N, 1, 64, 64). plans: title -> the plan that they were sampled from, that of all concepts
+    first. targets: latents (count, N, 5). real: the sprites of the first target, which are measured like the samples.
+    The column "off sprites" is the mean squared error to the nearest sprite, because even the nearest sprite of noise
+    can be right.
     """
-    latents, distances = dsprites.nearest(torch.cat([*samples.values(), real]))
-    found = latents.split(len(real))
-    off = [part.square().mean().item() / dsprites.SIDE**2 for part in distances.split(len(real))]
-    known = {name: concept.condition for name, concept in run.concepts.items() if concept.condition}
-    aims = {name: targets[split_name(name)[1] - 1] for name in known}
+    latents, distances = dsprites.find_nearest_sprites(torch.cat([*samples.values(), real]))
+    *sample_latents, real_latents = latents.split(len(real))
+    *sample_errors, real_error = [part.square().mean().item() / dsprites.SIDE**2 for part in distances.split(len(real))]
+    conditions = {name: concept.condition for name, concept in run.concepts.items() if concept.condition}
+    judge = Judge(conditions, {name: targets[split_name(name)[1] - 1] for name in conditions})
 
-    def truths(latents: Tensor) -> dict[str, Tensor]:
-        return {name: judge_latents(latents, aims[name])[condition] for name, condition in known.items()}
-
-    def fulfil(plan: Sequence[Expression], latents: Tensor) -> Tensor | None:
-        """Return which images fulfil the expressions, (N,); None where a name says nothing about sprites."""
-        if not {name for expression in plan for name in expression.names} <= set(known):
-            return None
-        return torch.stack([expression.holds(truths(latents)) for expression in plan]).all(0)
-
-    def jointly(plan: Sequence[Expression], latents: Tensor) -> float | None:
-        fulfilled = fulfil(plan, latents)
-        return None if fulfilled is None else compute_share(fulfilled)
-
-    plan = next(iter(plans.values()))
-    by_chance = found[0].roll(1, 0)  # what other images show: how often a target is met unseen
-    figures: Figures = {}
-    for name, condition in known.items():
-        error = measure_errors(found[0], aims[name])[condition]
-        figures[f"{name} / {CONCEPTS[condition].unit}"] = {
-            "mean error": error.mean().item(),
-            "median": error.median().item(),
-            "right": compute_share(truths(found[0])[name]),
-            "by chance": compute_share(truths(by_chance)[name]),
-        }
-    figures["jointly"] = {
-        "mean error": None,
-        "median": None,
-        "right": jointly(plan, found[0]),
-        "by chance": jointly(plan, by_chance),
-    }
+    first = next(iter(plans.values()))
+    figures = tabulate_errors(judge, first, sample_latents[0])
     for place, (title, plan) in enumerate(plans.items()):
-        taken = {name for expression in plan for name in expression.names}
-        row = {name: compute_share(truth) if name in taken else None for name, truth in truths(found[place]).items()}
-        figures[f"right, {title}"] = row | {"jointly": jointly(plan, found[place]), "off sprites": off[place]}
+        names = {name for expression in plan for name in expression.names}
+        truths = judge.judge_names(sample_latents[place])
+        row = {name: compute_share(truth) if name in names else None for name, truth in truths.items()}
+        joint = judge.share_of_plan(plan, sample_latents[place])
+        figures[f"right, {title}"] = row | {"jointly": joint, "off sprites": sample_errors[place]}
     if len(targets) == 1:
-        row = {name: compute_share(truth) for name, truth in truths(found[-1]).items()}
-        plan = next(iter(plans.values()))
-        figures["right, real sprites"] = row | {"jointly": jointly(plan, found[-1]), "off sprites": off[-1]}
-        if (fulfilled := fulfil(plan, found[0])) is not None:
+        row = {name: compute_share(truth) for name, truth in judge.judge_names(real_latents).items()}
+        joint = judge.share_of_plan(first, real_latents)
+        figures["right, real sprites"] = row | {"jointly": joint, "off sprites": real_error}
+        if (fulfilled := judge.judge_plan(first, sample_latents[0])) is not None:
             figures["jointly, by the target's shape"] = split_by_shape(fulfilled, targets[0])
     if len(plans) > 1:
         plot_joint(run, figures)
     return figures
+
+
+def tabulate_errors(judge: Judge, plan: Sequence[Expression], latents: Tensor) -> Figures:
+    """Return a row of errors for each concept of images with latents (N, 5), and a row for the whole plan.
+
+    The column "by chance" compares each target with another image: the share that is right without the target.
+    """
+    others, figures = latents.roll(1, 0), {}
+    truths, by_chance = judge.judge_names(latents), judge.judge_names(others)
+    for name, condition in judge.conditions.items():
+        error = measure_errors(latents, judge.targets[name])[condition]
+        figures[f"{name} / {CONCEPTS[condition].unit}"] = {
+            "mean error": error.mean().item(),
+            "median": error.median().item(),
+            "right": compute_share(truths[name]),
+            "by chance": compute_share(by_chance[name]),
+        }
+    joint = {"right": judge.share_of_plan(plan, latents), "by chance": judge.share_of_plan(plan, others)}
+    return figures | {"jointly": {"mean error": None, "median": None} | joint}
 
 
 def compute_share(truths: Tensor) -> float:
@@ -335,13 +378,16 @@ def compute_share(truths: Tensor) -> float:
 
 
 def split_by_shape(truths: Tensor, latents: Tensor) -> dict[str, float | None]:
-    """Return the share of true values (N,) among the latents (N, 5) of each shape, None where there are none."""
+    """Return the share of true values (N,) for each shape in the latents (N, 5); None if a shape does not occur."""
     parts = {name: truths[latents[:, 0] == k] for k, name in enumerate(dsprites.SHAPES, 1)}
     return {name: compute_share(part) if len(part) else None for name, part in parts.items()}
 
 
-def plot_joint(run: Run, figures: Figures) -> None:
-    """Plot how many images are right over the number of concepts combined; 1 is each concept alone, 2 the first two."""
+def plot_joint(run: ConceptRun, figures: Figures) -> None:
+    """Plot the share of images that are right over the number of combined concepts.
+
+    1 is each concept alone, 2 the first two, and so on.
+    """
     names = list(run.concepts)
     lines = {}
     for column, entered in ({name: k for k, name in enumerate(names, 1)} | {"jointly": 1}).items():
@@ -356,79 +402,95 @@ def plot_joint(run: Run, figures: Figures) -> None:
 # Labels of images
 
 
-def discover_labels(run: Run) -> Figures:
-    """Infer labels of real images: noise and gradient steps on the label, from anywhere in its range.
+def discover_labels(run: ConceptRun) -> Figures:
+    """Infer labels of real images by Langevin steps on the label, from a random start in its range.
 
-    Beside that the labels of lowest energy, of all that sprites have, but for positions, which are too many to try.
+    For comparison, also find the label of lowest energy among all labels of sprites, except for positions, which are
+    too many to try.
     """
     number = run.settings.limit or 30 * run.settings.batch_size
     index = run.targets(1, number)[0]
     latents = run.sprites.latents[index]
-    steps = run.settings.num_steps
     searches = sum(concept.condition != "pos" for concept in run.concepts.values())
     progress = Progress((len(run.concepts) + searches) * number, what="labels")
     figures, judged, panels = {}, {}, {}
     for name, concept in run.concepts.items():
         condition = concept.condition
         assert condition, "main takes concepts only"
-        true = dsprites.label_vectors(latents, condition)
-        low, high = CONCEPTS[condition].label_range
-        stages = []  # per part the labels before and after every step, (steps + 1, n, label_size)
-        for part in index.split(run.settings.batch_size):
-            energy = functools.partial(concept.energy, run.images(part))
-            uniform = torch.rand((len(part), true.shape[1]), generator=run.generator, device=true.device)
-            label = low + (high - low) * uniform
-            stages.append([label])
-            for _ in range(steps):
-                label = label + LABEL_NOISE * torch.randn(label.shape, generator=run.generator, device=label.device)
-                gradient = input_gradient(energy, label)
-                label = check_finite((label - run.settings.label_lr * gradient).clamp(low, high))
-                stages[-1].append(label)
-            progress.update(progress.done + len(label))
-        labels = [torch.cat(stage) for stage in zip(*stages, strict=True)]
-        trace = [measure_label_errors(label, latents, condition) for label in labels]
-        figures[f"{name} / {CONCEPTS[condition].unit}"] = {
-            "mean error": trace[-1].mean().item(),
-            "at the start": trace[0].mean().item(),
-            "right": compute_share(is_tolerable(trace[-1], condition)),
+        labels = descend_labels(run, concept, index, progress)
+        errors = [measure_label_errors(label, latents, condition) for label in labels]
+        true = dsprites.compute_labels(latents, condition)
+        title = f"{name} / {CONCEPTS[condition].unit}"
+        figures[title] = {
+            "mean error": errors[-1].mean().item(),
+            "at the start": errors[0].mean().item(),
+            "right": compute_share(is_tolerable(errors[-1], condition)),
             "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
         }
         if condition != "pos":
             lowest = find_lowest_labels(run, concept, index, progress)
             truths = is_tolerable(measure_label_errors(lowest, latents, condition), condition)
             judged[f"{name}, lowest energy"] = {"right": compute_share(truths), **split_by_shape(truths, latents)}
-        panels[f"{name} / {CONCEPTS[condition].unit}"] = {
-            name: (range(steps + 1), [error.mean().item() for error in trace])
-        }
+        panels[title] = {name: (range(len(errors)), [error.mean().item() for error in errors])}
     pictures.plot_lines(panels, run.path("errors.png"), xlabel="steps on the label")
     return figures | judged
 
 
-def find_lowest_labels(run: Run, concept: ConceptModel, index: Tensor, progress: Progress) -> Tensor:
-    """Return the labels (N, label_size) under which sprites (N,) have the lowest energy, of all that sprites have.
+def descend_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, progress: Progress) -> list[Tensor]:
+    """Infer labels of sprites by Langevin steps; return the labels (N, label_size) at the start and after each step.
 
-    concept: conditioned on one latent, that is not on positions. progress: counts sprites.
+    Labels start uniformly in their range. index: the sprites (N,). concept: a model conditioned on one concept.
+    progress: counts sprites.
+    """
+    assert concept.condition, "main takes concepts only"
+    (low, high), label_size = CONCEPTS[concept.condition].label_range, CONCEPTS[concept.condition].label_size
+    stages = []  # for each part the labels before and after every step, each (n, label_size)
+    for part in index.split(run.settings.batch_size):
+        uniform = torch.rand((len(part), label_size), generator=run.generator, device=index.device)
+        stages.append([low + (high - low) * uniform])
+        end = langevin(
+            functools.partial(concept.energy, run.images(part)),  # a function of labels
+            stages[-1][0],
+            num_steps=run.settings.num_steps,
+            step_lr=run.settings.label_lr,
+            noise_std=LABEL_NOISE,
+            bounds=(low, high),
+            generator=run.generator,
+            after_step=stages[-1].append,
+        )
+        check_finite(end, "lower `label_lr`")
+        progress.advance(len(part))
+    return [torch.cat(stage) for stage in zip(*stages, strict=True)]
+
+
+def find_lowest_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, progress: Progress) -> Tensor:
+    """Return the labels (N, label_size) of lowest energy for sprites, among all labels that sprites can have.
+
+    index: the sprites (N,). concept: a model conditioned on size, shape or rotation. progress: counts sprites.
     """
     assert concept.condition, "main takes concepts only"
     column = CONCEPTS[concept.condition].columns[0]
     values = torch.tensor(list(dsprites.LATENTS.values())[column], device=index.device)
     latents = values.new_ones(len(values), len(dsprites.LATENTS))
     latents[:, column] = values
-    labels = dsprites.label_vectors(latents, concept.condition)
+    labels = dsprites.compute_labels(latents, concept.condition)
     lowest = []
     for part in index.split(TRIED):
         with torch.no_grad():
             lowest.append(label_energies(concept.energy, run.images(part), labels).argmin(1))
-        progress.update(progress.done + len(part))
+        progress.advance(len(part))
     return labels[torch.cat(lowest)]
 
 
 def measure_label_errors(labels: Tensor, latents: Tensor, condition: str) -> Tensor:
-    """Return how far labels (N, label_size) are from those of latents (N, 5), (N,), as `measure_errors` counts."""
-    found = latents.clone()
+    """Return the errors (N,) of labels (N, label_size) of a concept with respect to latents (N, 5).
+
+    The unit is that of `measure_errors`.
+    """
+    inferred = latents.clone()
     if condition == "shape":
         labels = labels.argmax(1, keepdim=True) + 1.0
     elif condition == "rot":
         labels = torch.atan2(labels[:, 1:], labels[:, :1])
-    found[:, list(CONCEPTS[condition].columns)] = labels
-    return measure_errors(found, latents)[condition]
+    inferred[:, list(CONCEPTS[condition].columns)] = labels
+    return measure_errors(inferred, latents)[condition]

@@ -1,10 +1,10 @@
-"""Energies composed of other energies: `shape & pos`, `pos | pos2`, `2*shape & ~size`; and chains that follow them.
+"""Energies composed of other energies: `shape & pos`, `pos | pos2`, `2*shape & ~size`.
 
-    expression = parse("shape & ~(pos | pos2)")
+    expression = parse_expression("shape & ~(pos | pos2)")
     energies = expression.energy({"shape": e1, "pos": e2, "pos2": e3})  # each (N,)
 
-`&` adds energies: the product of the densities. `|` is −logsumexp(−E): their mixture. `~` negates an energy, a number
-before `*` weights it. `~` and `*` bind tightest, then `&`, then `|`.
+`&` adds energies, which multiplies the densities. `|` gives −logsumexp(−E), the energy of a mixture of the densities.
+`~` negates an energy, and a number before `*` weights it. `~` and `*` bind tightest, then `&`, then `|`.
 """
 
 from __future__ import annotations
@@ -18,35 +18,33 @@ import torch
 from torch import Tensor
 
 from errors import UsageError
-from sampling import Energy, input_gradient
-from utils import Progress
 
-Values = Mapping[str, Tensor]  # by name, each (N,)
+Values = Mapping[str, Tensor]  # name -> values (N,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """An energy by its name."""
+    """An expression that is a single name."""
 
     name: str
 
     @property
     def names(self) -> list[str]:
-        """The names in an expression, as often as they occur, in order."""
+        """The names in the expression, in order and as often as they occur."""
         return [self.name]
 
     def energy(self, energies: Values) -> Tensor:
-        """Return the energies (N,) of an expression, given those of its names."""
+        """Return the energies (N,) of the expression. energies: those of its names."""
         return energies[self.name]
 
     def holds(self, truths: Values) -> Tensor:
-        """Return whether images fulfil an expression, (N,), given whether they fulfil its names: its plain logic."""
+        """Return which images fulfil the expression, (N,) bool, by logic. truths: which images fulfil each name."""
         return truths[self.name]
 
 
 @dataclasses.dataclass(frozen=True)
 class Weighted:
-    """An expression times a number, which is negative where it is negated."""
+    """An expression times a number; for a negated expression the number is negative. Methods as those of `Name`."""
 
     weight: float
     part: Expression
@@ -64,7 +62,7 @@ class Weighted:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Several expressions joined by `&` or by `|`."""
+    """Several expressions joined by `&` or by `|`. Methods as those of `Name`."""
 
     operator: str
     parts: Sequence[Expression]
@@ -74,12 +72,12 @@ class Joined:
         return [name for part in self.parts for name in part.names]
 
     def energy(self, energies: Values) -> Tensor:
-        found = torch.stack([part.energy(energies) for part in self.parts])
-        return found.sum(0) if self.operator == "&" else -(-found).logsumexp(0)
+        values = torch.stack([part.energy(energies) for part in self.parts])
+        return values.sum(0) if self.operator == "&" else -(-values).logsumexp(0)
 
     def holds(self, truths: Values) -> Tensor:
-        found = torch.stack([part.holds(truths) for part in self.parts])
-        return found.all(0) if self.operator == "&" else found.any(0)
+        values = torch.stack([part.holds(truths) for part in self.parts])
+        return values.all(0) if self.operator == "&" else values.any(0)
 
 
 Expression = Name | Weighted | Joined
@@ -92,13 +90,13 @@ TOKEN = re.compile(
 )
 
 
-def parse(text: str) -> Expression:
-    """Return the expression that a text describes; raise UsageError, with a caret under the place, where it is none."""
+def parse_expression(text: str) -> Expression:
+    """Parse an expression; raise UsageError, with a caret under the wrong place, if the text is not an expression."""
     return Parser(text).whole()
 
 
 class Parser:
-    """A recursive descent over the tokens of a text, a method per level of precedence."""
+    """A recursive descent parser of expressions, with one method per level of precedence."""
 
     def __init__(self, text: str):
         self.text, self.place = text, 0
@@ -106,33 +104,36 @@ class Parser:
 
     @property
     def kind(self) -> str | None:
-        """What the next token is: a group of TOKEN."""
+        """The kind of the next token: the name of a group in TOKEN."""
         return self.matches[self.place].lastgroup
 
     @property
     def token(self) -> str:
-        """The next token itself, empty at the end."""
+        """The text of the next token; empty at the end."""
         return self.matches[self.place].group().strip()
 
     def take(self, expected: str = "") -> str:
-        """Return the next token and go on; raise UsageError where it is not the expected one."""
+        """Return the next token and move past it; raise UsageError if it is not the expected one."""
         if expected and self.token != expected:
             self.fail(expected)
         self.place += 1
         return self.matches[self.place - 1].group().strip()
 
     def fail(self, expected: str) -> NoReturn:
+        """Raise UsageError for the next token. expected: a description of what could stand there."""
         match = self.matches[self.place]
         caret = " " * match.start(match.lastgroup or 0) + "^"
         raise UsageError(f"`combine`: expected {expected}, not {self.token or 'the end'}\n  {self.text}\n  {caret}")
 
     def whole(self) -> Expression:
+        """Parse the whole text."""
         expression = self.mixture()
         if self.kind != "end":
             self.fail("& or |")
         return expression
 
     def mixture(self) -> Expression:
+        """Parse products joined by `|`."""
         parts = [self.product()]
         while self.token == "|":
             self.take()
@@ -140,6 +141,7 @@ class Parser:
         return parts[0] if len(parts) == 1 else Joined("|", tuple(parts))
 
     def product(self) -> Expression:
+        """Parse factors joined by `&`."""
         parts = [self.factor()]
         while self.token == "&":
             self.take()
@@ -147,6 +149,7 @@ class Parser:
         return parts[0] if len(parts) == 1 else Joined("&", tuple(parts))
 
     def factor(self) -> Expression:
+        """Parse a name, a weighted or negated factor, or a mixture in parentheses."""
         if self.kind == "name":
             return Name(self.take())
         if self.kind == "number":
@@ -162,38 +165,3 @@ class Parser:
         expression = self.mixture()
         self.take(")")
         return expression
-
-
-# ---- sampling ----
-
-
-def chain(
-    energies: Sequence[Energy],
-    x: Tensor,
-    *,
-    num_steps: int,
-    step_lr: float,
-    noise_std: float = 0.005,
-    first_noise_std: float = 0.0,
-    first_step_lr: float = 0.0,
-    generator: torch.Generator,
-    progress: Progress | None = None,
-) -> Tensor:
-    """Return images (N, C, H, W) after rounds of Langevin dynamics, each one step on every energy, one after the other.
-
-    Other than `sampling.langevin`, a step takes the gradient *before* the noise, as the reference's combination does:
-    g at x, then x + N(0, noise_std²) − step_lr·g, clipped to [0, 1]. Where first_noise_std is larger than noise_std,
-    the noise falls from there in a line to 0 after four fifths of the rounds, and to no less than noise_std; likewise
-    the step size from first_step_lr to step_lr: simulated annealing, by which chains leave the first modes they meet.
-    progress counts rounds.
-    """
-    for k in range(num_steps):
-        left = 1 - k / (0.8 * num_steps)
-        std, step = max(noise_std, first_noise_std * left), max(step_lr, first_step_lr * left)
-        for energy in energies:
-            gradient = input_gradient(energy, x)
-            noise = std * torch.randn(x.shape, generator=generator, device=x.device)
-            x = (x + noise - step * gradient).clamp(0, 1)
-        if progress is not None:
-            progress.update(progress.done + 1)
-    return x

@@ -1,12 +1,12 @@
-"""Data sets by name, batches of them on the device, and what can be done to a batch.
+"""Data sets by name, their batches on the device, and augmentations of a batch.
 
     dataset = data.load_dataset("cifar10", device="cuda")
     batches = data.Batches(len(dataset), batch_size=128, seed=0, device=dataset.index_device)
     images, labels = dataset.batch(batches.next(), generator)  # (128, 3, 32, 32) in [0, 1], one-hot (128, 10)
 
-A data set lies in memory as bytes, on the device that trains: a batch is an index, a cast and a little noise there, and
-no other process takes part. Sprites are drawn, or unpacked from bits, batch by batch; images of 128x128 pixels are
-decoded by processes that work ahead.
+A data set lies in memory as bytes, on the device that trains. A batch takes an index, a cast and a little noise there,
+and no worker process. Sprites are drawn, or unpacked from bits, batch by batch. Images of 128x128 pixels are decoded
+ahead of time by worker processes.
 """
 
 from __future__ import annotations
@@ -27,47 +27,47 @@ import imagenet
 import readers
 from ebm.readers.downloads import import_torchvision
 from errors import UsageError
-from utils import dequantise
+from pixels import dequantise
 
 
 class Dataset(Protocol):
-    """Images with their labels, wherever they lie."""
+    """The interface of a data set: images with their labels, in memory or on the disk."""
 
     @property
     def name(self) -> str:
-        """The name in DATASETS, or that of a folder."""
+        """The data set's name in DATASETS, or the name of its folder."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
+        """The channels, height and width of an image."""
 
     @property
     def labels(self) -> Tensor | None:
         """The class of each image (N,) int64, or a vector for each (N, label_size) float.
 
-        None where images have none, or have them on the disk only.
+        None if the images have no labels, or if the labels are on the disk only.
         """
 
     @property
     def label_size(self) -> int:
-        """Width of the label vectors of a batch, 0 where there are none."""
+        """The width of the label vectors of a batch, 0 without labels."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes, none where labels are no classes."""
+        """The names of the classes; empty if the labels are not classes."""
 
     @property
     def noise(self) -> str:
-        """How a batch gets its values in [0, 1] from bytes, see `StoredImages`."""
+        """The kind of noise by which bytes become values in [0, 1], see `StoredImages`."""
 
     @property
     def index_device(self) -> torch.device:
-        """Where an index of images should lie."""
+        """The device on which an index of images should lie."""
 
     def __len__(self) -> int: ...
 
     def raw(self, index: Tensor) -> Tensor:
-        """Return the images (n, C, H, W) of an index (n,) int64 as they are stored, uint8."""
+        """Return the stored images (n, C, H, W) uint8 of an index (n,) int64."""
 
     def batch(
         self, index: Tensor, generator: torch.Generator | None, rescale: float = 1.0
@@ -75,15 +75,15 @@ class Dataset(Protocol):
         """Return the images (n, C, H, W) in [0, rescale] and label vectors (n, label_size) of an index (n,) int64."""
 
     def prefetch(self, index: Tensor) -> None:
-        """Begin to read the images of an index that a later `batch` will ask for, where they are on the disk."""
+        """Begin to read the images of an index that a later `batch` will ask for, if they are on the disk."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredImages:
     """A data set in memory.
 
-    images: uint8 (N, C, H, W), or sprites that are drawn when indexed. noise: how a batch gets its values in [0, 1]
-    from bytes, by "steps", (byte + U(0, 1))/256, "centred", byte/255 + U(−1/512, 1/512), or with "none", byte/255.
+    images: uint8 (N, C, H, W), or sprites that are drawn when indexed. noise: how bytes become values in [0, 1]:
+    "steps": (byte + U(0, 1))/256, "centred": byte/255 + U(−1/512, 1/512), "none": byte/255.
     """
 
     name: str
@@ -137,7 +137,7 @@ class StoredImages:
 
 
 class Request(NamedTuple):
-    """What is asked of a data set, see `load_dataset`."""
+    """The arguments of `load_dataset`, as the loader of a data set receives them."""
 
     name: str
     split: str
@@ -152,18 +152,18 @@ class Request(NamedTuple):
     download: bool
 
     def need_path(self) -> pathlib.Path:
-        """Return the path of a data set that cannot do without; raise UsageError where it was not given."""
+        """Return the path of the data set's files; raise UsageError if it was not given."""
         if self.path is None:
             setting = DATASETS[self.name].path_setting
-            raise UsageError(f"`dataset`={self.name} needs `{setting}`, the folder where it lies")
+            raise UsageError(f"`dataset`={self.name} needs `{setting}`, the folder of its files")
         return self.path
 
 
 class Source(NamedTuple):
-    """Where a data set comes from."""
+    """The loader of a data set, and the setting that holds the path of its files."""
 
     load: Callable[[Request], Dataset]
-    path_setting: str | None = None  # the setting that says where it lies, where that is not `datadir`
+    path_setting: str | None = None  # None: the files are below `datadir`
 
 
 def load_dataset(
@@ -180,15 +180,16 @@ def load_dataset(
     workers: int = 4,
     download: bool = True,
 ) -> Dataset:
-    """Load one of DATASETS, its "train" or "test" split, onto the device.
+    """Load the "train" or "test" split of a data set, one of DATASETS, onto the device.
 
-    digits: scikit-learn's 1,797 digits, a tenth of each class for the test. mnist, fashion_mnist, cifar10, cifar100,
-    svhn, textures: torchvision's files below `root`, downloaded where there are none. folder: the images below `path`,
-    see `readers.read_folder`. dsprites: drawn, or read from the published file `path`; `condition` (shape, size, pos,
-    rot) says what their labels are, `subset` (shape, pos, size, rot, restrict) keeps a part of them. imagenet: 32x32,
-    from the authors' files below `path`. imagenetfull: 128x128, read from TFRecords or class folders below `path`
-    batch by batch. dsprites and textures have no split. Raises UsageError for what is unknown, missing, damaged or
-    does not go together.
+    digits: scikit-learn's 1,797 digits, of which a tenth of each class is the test split. mnist, fashion_mnist,
+    cifar10, cifar100, svhn, textures: torchvision's files below `root`, downloaded if they are missing. folder: the
+    images below `path`, see `readers.read_folder`. dsprites: drawn, or read from the published file `path`; `condition`
+    (shape, size, pos, rot) chooses the labels, `subset` (shape, pos, size, rot, restrict) keeps a part of the sprites.
+    imagenet: 32x32 pixels, from the authors' files below `path`. imagenetfull: 128x128 pixels, read batch by batch from
+    TFRecords or class folders below `path`. dsprites and textures have no splits.
+
+    Raises UsageError for an unknown name, for missing or damaged files and for arguments that exclude each other.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, must be 'train' or 'test'")
@@ -198,15 +199,15 @@ def load_dataset(
         raise UsageError(f"a condition or a subset of sprites is for `dataset`=dsprites, not {name}")
     if name != "folder" and (image_size or channels):
         raise UsageError(f"`image_size` and `channels` are for `dataset`=folder; {name} has its own")
-    place = None if path is None else pathlib.Path(path)
-    where = pathlib.Path(root), torch.device(device)
+    root_and_device = pathlib.Path(root), torch.device(device)
+    files = None if path is None else pathlib.Path(path)
     return DATASETS[name].load(
-        Request(name, split, *where, place, image_size, channels, condition, subset, workers, download)
+        Request(name, split, *root_and_device, files, image_size, channels, condition, subset, workers, download)
     )
 
 
 def store(request: Request, contents: readers.Contents, noise: str = "steps") -> Dataset:
-    """Return what was read as a data set on the device."""
+    """Return a data set on the device, with the images, labels and class names that a reader returned."""
     images, labels, class_names = contents
     labels = None if labels is None else labels.to(request.device)
     return StoredImages(request.name, images.to(request.device), labels, class_names, noise)
@@ -235,35 +236,39 @@ def load_imagenet32(request: Request) -> Dataset:
     return store(request, imagenet.read_imagenet32(request.need_path(), request.split), "centred")  # as the reference
 
 
-def open_imagenet(request: Request) -> Dataset:
-    """Open ImageNet at 128x128 pixels, which is read batch by batch."""
+def open_imagenet128(request: Request) -> Dataset:
+    """Open ImageNet at 128x128 pixels, whose images are read batch by batch."""
     return imagenet.open_imagenet(request.need_path(), request.split, device=request.device, workers=request.workers)
 
 
 def load_sprites(request: Request) -> Dataset:
-    """Load dSprites, drawn or from the published file; labels are the subset's own, else the shape."""
+    """Load dSprites, drawn or read from the published file.
+
+    The labels are those of `condition`. Without it they are the factor that the subset is named after (pos, size or
+    rot), else the shape.
+    """
     condition, subset, bits = request.condition, request.subset, None
     if request.path is None:
-        latents = dsprites.latents_of(torch.arange(dsprites.SIZE))
-        latents = latents[dsprites.in_subset(latents, subset)]
+        latents = dsprites.compute_latents(torch.arange(dsprites.SIZE))
+        latents = latents[dsprites.is_in_subset(latents, subset)]
     else:
-        latents, bits = dsprites.read_published(request.path, lambda latents: dsprites.in_subset(latents, subset))
+        latents, bits = dsprites.read_published(request.path, lambda latents: dsprites.is_in_subset(latents, subset))
         if not len(latents):
             raise UsageError(f"`dsprites_path`={request.path} holds no sprite of the chosen subset")
-    repeats = -(-10_000 // len(latents))  # few sprites are repeated, as in the reference, to fill a batch
+    repeats = -(-10_000 // len(latents))  # a small subset is repeated, as in the reference, so that it fills a batch
     latents = latents.repeat(repeats, 1).to(request.device)
     bits = None if bits is None else bits.repeat(repeats, 1).to(request.device)
     sprites = dsprites.Sprites(latents, bits)
     condition = condition or (subset if subset in ("pos", "size", "rot") else "shape")
     if condition == "shape":
         return StoredImages("dsprites", sprites, latents[:, 0].long() - 1, dsprites.SHAPES, noise="none")
-    labels = dsprites.label_vectors(latents, condition)
+    labels = dsprites.compute_labels(latents, condition)
     if subset == condition == "pos":
         labels = labels + 0.5  # as the reference labels this subset
     return StoredImages("dsprites", sprites, labels, noise="none")
 
 
-# torchvision.datasets, where to put the files, split
+# The arguments: the module torchvision.datasets, the folder for the files, the split.
 Download = Callable[[ModuleType, pathlib.Path, str], object]
 
 
@@ -274,10 +279,10 @@ def load_torchvision(
     download: Download,
     noise: str = "steps",
 ) -> Dataset:
-    """Load one of torchvision's data sets, after a download where its files are missing and that is allowed."""
-    where = request.root, request.split, request.workers
+    """Load one of torchvision's data sets; download its files if they are missing and `download` is set."""
+    arguments = request.root, request.split, request.workers
     try:
-        return store(request, read(*where), noise)
+        return store(request, read(*arguments), noise)
     except FileNotFoundError as error:
         missing = f"`dataset`={request.name}: {error.filename} is missing"
     remedy = "put the files there, or set `datadir` to where they are"
@@ -288,7 +293,7 @@ def load_torchvision(
     except Exception as error:  # no network, a broken download, no torchvision
         reason = " ".join(str(error).split())
         raise UsageError(f"{missing} and cannot be downloaded ({reason}); {remedy}") from error
-    return store(request, read(*where), noise)
+    return store(request, read(*arguments), noise)
 
 
 def from_torchvision(
@@ -298,7 +303,7 @@ def from_torchvision(
     return Source(functools.partial(load_torchvision, read=read, download=download, noise=noise))
 
 
-# The one list of data sets. Noise is "centred" where the reference has it so.
+# The one list of data sets. Their kind of noise is that of the reference.
 DATASETS = {
     "digits": Source(load_digits),
     "mnist": from_torchvision(readers.read_mnist, lambda sets, root, _: sets.MNIST(root, download=True)),
@@ -307,7 +312,7 @@ DATASETS = {
     ),
     "cifar10": from_torchvision(readers.read_cifar10, lambda sets, root, _: sets.CIFAR10(root, download=True)),
     "imagenet": Source(load_imagenet32, "imagenet_path"),
-    "imagenetfull": Source(open_imagenet, "imagenet_datadir"),
+    "imagenetfull": Source(open_imagenet128, "imagenet_datadir"),
     "dsprites": Source(load_sprites, "dsprites_path"),
     "folder": Source(load_folder, "data_path"),
     "svhn": from_torchvision(
@@ -320,14 +325,15 @@ DATASETS = {
 }
 
 
-# ---- batches, and changes to them on the device ----
+# ---- batches, and their augmentation on the device ----
 
 
 class Batches:
-    """Endless batches of shuffled epochs, as indices: no image twice in an epoch, a tail shorter than a batch left out.
+    """An endless sequence of batches, as indices of images, in shuffled epochs.
 
-    With several workers each takes its slice of one common permutation: `world` workers with batches of n see together
-    exactly what one worker sees with batches of world·n. Raises UsageError where an epoch is shorter than a batch.
+    An epoch holds no image twice; a tail shorter than a batch is left out. With several workers each takes its slice of
+    one common permutation: `world` workers with batches of n see together exactly what one worker sees with batches of
+    world·n. Raises UsageError if an epoch is shorter than a batch.
     """
 
     def __init__(
@@ -354,23 +360,26 @@ class Batches:
         return index
 
     def following(self) -> Tensor:
-        """Return the indices that `next` will give, as far as this epoch knows them, without going on."""
+        """Return the indices that `next` will return, without advancing; fewer or none at the end of an epoch."""
         start = self.position + self.rank * self.batch_size
         return self.permutation[start : start + self.batch_size]
 
     def state_dict(self) -> dict[str, int]:
-        """Return where the run is: `position` counts the images that all workers took from this epoch."""
+        """Return the position in the data: `position` counts the images that all workers took from this epoch."""
         return {"seed": self.seed, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on exactly there, with any number of workers."""
+        """Continue exactly at a saved position, with any number of workers."""
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**32)
         self.permutation = torch.randperm(self.size, generator=generator).to(self.device)
 
 
 def augment(images: Tensor, generator: torch.Generator, *, crop_padding: int = 4, flip: bool = True) -> Tensor:
-    """Return images (N, C, H, W), each shifted by up to `crop_padding` pixels over black, and half of them mirrored."""
+    """Shift each image (N, C, H, W) by up to `crop_padding` pixels and mirror half of them; return the new images.
+
+    The uncovered pixels are black. flip: whether images are mirrored.
+    """
     n, channels, height, width = images.shape
     device = images.device
 
@@ -380,8 +389,8 @@ def augment(images: Tensor, generator: torch.Generator, *, crop_padding: int = 4
     rows = shifts() + torch.arange(height, device=device)  # (N, H)
     columns = shifts() + torch.arange(width, device=device)  # (N, W)
     if flip:
-        mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
+        is_mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
+        columns = torch.where(is_mirrored, columns.flip(1), columns)
     image = torch.arange(n, device=device)[:, None, None, None]
     channel = torch.arange(channels, device=device)[:, None, None]
     return F.pad(images, [crop_padding] * 4)[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
@@ -390,30 +399,32 @@ def augment(images: Tensor, generator: torch.Generator, *, crop_padding: int = 4
 def cutout(
     images: Tensor, generator: torch.Generator, *, probability: float = 1.0, size: int = 16, inside: bool = False
 ) -> Tensor:
-    """Return images (N, C, H, W) of which a share has a black square of `size` pixels (DeVries & Taylor 2017).
+    """Cover a black square in images (N, C, H, W); return the new images (DeVries & Taylor 2017).
 
-    Its centre may lie anywhere on the image; `inside` keeps all of it on the image.
+    probability: the share of images with a square. size: the side of a square, in pixels. Its centre may lie anywhere
+    on the image; `inside` keeps all of the square on the image.
     """
     n, _, height, width = images.shape
     if size > min(height, width):
         raise UsageError(f"`cutout_mask_size`={size} is larger than the images of {height}x{width}")
     lowest = 0 if inside else -(size // 2)
 
-    def covered(side: int) -> Tensor:
-        """Which of the rows or columns 0 … side−1 the square covers, (N, side)."""
+    def draw_cover(side: int) -> Tensor:
+        """Return which of the rows or columns 0 … side−1 the square covers, bool (N, side)."""
         start = torch.randint(lowest, side - size - lowest + 1, (n, 1), generator=generator, device=images.device)
         place = torch.arange(side, device=images.device)
         return (start <= place) & (place < start + size)
 
-    chosen = torch.rand(n, 1, generator=generator, device=images.device) < probability
-    square = (covered(height) & chosen)[:, :, None] & covered(width)[:, None, :]  # (N, H, W)
+    has_square = torch.rand(n, 1, generator=generator, device=images.device) < probability
+    square = (draw_cover(height) & has_square)[:, :, None] & draw_cover(width)[:, None, :]  # (N, H, W)
     return images.masked_fill(square[:, None], 0)
 
 
 def mixup(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return convex mixes of images (N, C, H, W) and a permutation of them; labels stay those of the first image.
+    """Mix each image (N, C, H, W) with another one of the batch; return the new images.
 
-    Each image's weight is drawn from Beta(1, 1), the uniform distribution on [0, 1].
+    The weight of an image is drawn from Beta(1, 1), the uniform distribution on [0, 1]; the other image has the rest.
+    Labels stay those of the first image.
     """
     weight = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
     other = images[torch.randperm(len(images), generator=generator, device=images.device)]

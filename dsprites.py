@@ -1,11 +1,11 @@
-"""The sprites of the dSprites dataset: drawn from their latents, or read from the published file.
+"""The sprites of the dSprites data set, drawn from their latents or read from the published file.
 
-    latents = dsprites.latents_of(torch.arange(1024))  # (1024, 5)
-    images = dsprites.render(*latents.unbind(1))  # (1024, 1, 64, 64), 0 or 1
+    latents = dsprites.compute_latents(torch.arange(1024))  # (1024, 5)
+    images = dsprites.render_sprites(*latents.unbind(1))  # (1024, 1, 64, 64), 0 or 1
 
-A sprite's latents are (shape, scale, orientation, x, y): shape 1 square, 2 ellipse, 3 heart; scale 0.5 … 1; orientation
-in radians, counterclockwise; x to the right and y down, 0 … 1. The published images hold every combination of LATENTS,
-y varying fastest and shape slowest.
+The latents of a sprite are (shape, scale, orientation, x, y): shape 1 is a square, 2 an ellipse, 3 a heart; scale is in
+[0.5, 1]; orientation is in radians, counterclockwise; x points to the right and y down, both in [0, 1]. The published
+file holds every combination of LATENTS; y varies fastest and shape slowest.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from errors import UsageError
-from utils import Progress
+from progress import Progress
 
-SIDE = 64  # pixels of an image
+SIDE = 64  # height and width of an image, in pixels
 SHAPES = ("square", "ellipse", "heart")
 LATENTS = {
     "shape": (1.0, 2.0, 3.0),
@@ -38,17 +38,17 @@ SIZE = math.prod(map(len, LATENTS.values()))  # 737,280 sprites
 
 
 class Concept(NamedTuple):
-    """A latent of sprites that a model can be conditioned on: its labels, and when an image of it counts as right."""
+    """A latent of sprites that a model can be conditioned on, with its labels and the tolerance of its errors."""
 
-    columns: tuple[int, ...]  # of latents (N, 5)
-    label_size: int  # see `label_vectors`
+    columns: tuple[int, ...]  # its columns in latents (N, 5)
+    label_size: int  # width of its labels, see `compute_labels`
     label_range: tuple[float, float]
-    example: str  # how people write a label
-    unit: str  # of errors
-    tolerance: float  # of an error that still counts as right, in this unit
+    example: str  # the form in which users write a label
+    unit: str  # the unit of errors
+    tolerance: float  # the largest error that counts as right, in this unit
 
 
-CONCEPTS = {  # in the order in which the reference visits them
+CONCEPTS = {  # in the order in which the reference's chains visit them
     "size": Concept((1,), 1, (0.5, 1.0), "0.5 to 1", "steps", 1.0),
     "shape": Concept((0,), 3, (0.0, 1.0), " or ".join(SHAPES), "share wrong", 0.0),
     "pos": Concept((3, 4), 2, (0.0, 1.0), "x,y, 0 to 1", "pixels", 2.0),
@@ -56,7 +56,7 @@ CONCEPTS = {  # in the order in which the reference visits them
 }
 
 _turned, _middle = LATENTS["orientation"][15], LATENTS["x"][16]
-SUBSETS = {  # the latents that stay fixed in each of the reference's restricted sets
+SUBSETS = {  # subset of the reference -> the latents that are fixed in it
     "shape": {"scale": 0.5, "orientation": _turned, "x": _middle, "y": _middle},
     "pos": {"shape": 1.0, "scale": 0.5, "orientation": _turned},
     "size": {"shape": 1.0, "orientation": _turned, "x": _middle, "y": _middle},
@@ -65,8 +65,8 @@ SUBSETS = {  # the latents that stay fixed in each of the reference's restricted
 }
 
 
-def latents_of(index: Tensor) -> Tensor:
-    """Return the latents (N, 5) of sprites (N,) of the published order, int64 in [0, SIZE)."""
+def compute_latents(index: Tensor) -> Tensor:
+    """Return the latents (N, 5) of sprites. index: their numbers (N,) in the published order, int64 in [0, SIZE)."""
     columns = []
     for values in reversed(LATENTS.values()):
         columns.append(torch.tensor(values, device=index.device)[index % len(values)])
@@ -74,23 +74,23 @@ def latents_of(index: Tensor) -> Tensor:
     return torch.stack(columns[::-1], 1)
 
 
-def in_subset(latents: Tensor, subset: str | None) -> Tensor:
-    """Return the mask (N,) of the latents (N, 5) that belong to one of SUBSETS; to None belong all."""
-    return matching(latents, SUBSETS[subset] if subset else {})
+def is_in_subset(latents: Tensor, subset: str | None) -> Tensor:
+    """Return which latents (N, 5) belong to a subset, (N,) bool. subset: one of SUBSETS, or None for all sprites."""
+    return match_latents(latents, SUBSETS[subset] if subset else {})
 
 
-def matching(latents: Tensor, fixed: Mapping[str, float]) -> Tensor:
-    """Return the mask (N,) of the latents (N, 5) that have these values, by the names in LATENTS."""
+def match_latents(latents: Tensor, fixed: Mapping[str, float]) -> Tensor:
+    """Return which latents (N, 5) have fixed values, (N,) bool. fixed: name in LATENTS -> value."""
     mask = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
     for name, value in fixed.items():
         mask &= (latents[:, list(LATENTS).index(name)] - value).abs() < 1e-4
     return mask
 
 
-def label_vectors(latents: Tensor, condition: str) -> Tensor:
-    """Return the labels that a network is conditioned on, for latents (N, 5).
+def compute_labels(latents: Tensor, condition: str) -> Tensor:
+    """Return the labels of latents (N, 5) for a network that is conditioned on a concept.
 
-    shape: one-hot (N, 3); size: the scale (N, 1); pos: x and y (N, 2); rot: cosine and sine of the orientation (N, 2).
+    shape: one-hot (N, 3). size: the scale (N, 1). pos: x and y (N, 2). rot: cosine and sine of the orientation (N, 2).
     """
     shape, scale, orientation, x, y = latents.unbind(1)
     if condition == "shape":
@@ -99,9 +99,10 @@ def label_vectors(latents: Tensor, condition: str) -> Tensor:
 
 
 class Sprites:
-    """Sprites by their number, like a tensor of images uint8 (N, 1, 64, 64) of 0 and 255 that is never held in memory.
+    """Sprites that are drawn when indexed, like a tensor of images uint8 (N, 1, 64, 64) with values 0 and 255.
 
-    `sprites[index]` draws those of the latents (N, 5), or unpacks them where their bits (N, 512) were read from a file.
+    `sprites[index]` draws images from the latents (N, 5). If the images were read from the file as bits (N, 512), it
+    unpacks these instead.
     """
 
     def __init__(self, latents: Tensor, bits: Tensor | None = None):
@@ -113,38 +114,40 @@ class Sprites:
         return len(self.latents)
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        images = render(*self.latents[index].unbind(1)) if self.bits is None else unpack(self.bits[index])
+        images = render_sprites(*self.latents[index].unbind(1)) if self.bits is None else unpack_bits(self.bits[index])
         return images.mul_(255).to(torch.uint8)
 
 
 # ---- drawing ----
 
-WINDOW = 28  # side of the square of pixels that holds any sprite, however it is turned
-DIRECTIONS = 1 << 16  # in which the distance from a sprite's centre to its outline is tabulated
+WINDOW = 28  # side in pixels of a square that holds any sprite at any rotation
+DIRECTIONS = 1 << 16  # number of directions in which the distance from a sprite's centre to its outline is tabulated
 
 
-def render(shape: Tensor, scale: Tensor, orientation: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Draw sprites of these latents, each (N,): images (N, 1, 64, 64) of 0 and 1, float32, on the latents' device.
+def render_sprites(shape: Tensor, scale: Tensor, orientation: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Draw sprites from their latents, each (N,); return float32 images (N, 1, 64, 64) of 0 and 1 on their device.
 
-    A pixel is lit if its centre lies inside the outline; this reproduces all published frames (tests/test_dsprites.py).
+    A pixel is lit if its centre is inside the outline. This reproduces all published images (tests/test_dsprites.py).
     """
     latents = torch.stack([shape, scale, orientation, x, y], 1).float()
-    return torch.cat([draw(part) for part in latents.split(512)])  # parts that fit into a processor's cache
+    return torch.cat([draw_sprites(part) for part in latents.split(512)])  # parts that fit into a processor's cache
 
 
-def draw(latents: Tensor) -> Tensor:
-    """Draw one sprite per row of latents (N, 5), as `render` does."""
+def draw_sprites(latents: Tensor) -> Tensor:
+    """Draw one sprite per row of latents (N, 5), see `render_sprites`."""
     shape, scale, orientation, x, y = latents[:, :, None, None].unbind(1)  # each (N, 1, 1)
-    row, column, down, right = window(x, y)
+    row, column, down, right = find_window(x, y)
     images = torch.zeros(len(latents), SIDE, SIDE, device=latents.device)
     sprite = torch.arange(len(latents), device=latents.device)[:, None, None]
-    images[sprite, row, column] = lit(shape, scale, orientation, down, right).float()
+    images[sprite, row, column] = find_lit_pixels(shape, scale, orientation, down, right).float()
     return images[:, None]
 
 
-def window(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the pixels that sprites at x and y, each (..., 1, 1), can light: their rows and columns, and how far down
-    and right of the sprite's centre they are; rows are (..., WINDOW, 1), columns (..., 1, WINDOW).
+def find_window(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the window of pixels that a sprite at (x, y) can light: rows, columns, offsets down, offsets right.
+
+    x, y: (..., 1, 1). Offsets are those of the pixels from the sprite's centre, in pixels. Rows and offsets down are
+    (..., WINDOW, 1), columns and offsets right (..., 1, WINDOW).
     """
     centre_x, centre_y = SIDE / 4 + SIDE / 2 * x, SIDE / 4 + SIDE / 2 * y  # pixels; sprites keep to the middle half
     places = torch.arange(WINDOW, device=x.device)
@@ -153,75 +156,82 @@ def window(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return row, column, row + 0.5 - centre_y, column + 0.5 - centre_x
 
 
-def lit(shape: Tensor, scale: Tensor, orientation: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Return whether pixels so far down and right of a sprite's centre lie inside its outline; shapes broadcast."""
+def find_lit_pixels(shape: Tensor, scale: Tensor, orientation: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Return which pixels are inside a sprite's outline, given their offsets down and right of its centre.
+
+    All arguments are broadcast to one shape.
+    """
     cos, sin = orientation.cos(), orientation.sin()
-    angle = torch.atan2(sin * right + cos * down, cos * right - sin * down)  # turned back
+    angle = torch.atan2(sin * right + cos * down, cos * right - sin * down)  # in the frame of the unrotated sprite
     direction = ((angle / math.pi + 1) * (DIRECTIONS / 2)).round().long()
-    distances = outline_distances(right.device)
+    distances = measure_outlines(right.device)
     distance = distances.take(direction + (shape.long() - 1) * distances.shape[1])
     return right**2 + down**2 <= (scale * distance) ** 2
 
 
 @functools.cache
-def outline_distances(device: torch.device) -> Tensor:
-    """Return how far the outlines at scale 1 are from their centres: pixels (3, DIRECTIONS + 1), angles over [−π, π].
+def measure_outlines(device: torch.device) -> Tensor:
+    """Return the distance from centre to outline of each shape at scale 1, in pixels: (3, DIRECTIONS + 1).
 
-    A ray from the centre crosses the outline once, in every shape. The outlines were fitted to the published frames.
+    The directions are angles over [−π, π]. In every shape a ray from the centre crosses the outline once. The outlines
+    were fitted to the published images.
     """
-    unit = 9.599  # 0.15 of the canvas, a trifle less: half the side of the square, half the width of the heart
+    unit = 9.599  # slightly less than 0.15 of the image: half the side of the square, half the width of the heart
     square = unit * torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=torch.float64)
     t = torch.arange(100, dtype=torch.float64) * (2 * math.pi / 100)
     ellipse = unit * torch.stack([1.33 * t.cos(), t.sin() / 1.33], 1)
     t = torch.arange(150, dtype=torch.float64) * (2 * math.pi / 150)
     height = 13 * t.cos() - 5 * (2 * t).cos() - 2 * (3 * t).cos() - (4 * t).cos()
     heart = unit * torch.stack([t.sin() ** 3, -height / 14.494 - 0.15], 1)
-    return torch.stack([polygon_distances(corners) for corners in (square, ellipse, heart)]).float().to(device)
+    return torch.stack([measure_polygon(corners) for corners in (square, ellipse, heart)]).float().to(device)
 
 
-def polygon_distances(corners: Tensor) -> Tensor:
-    """Return how far the edge of a polygon (n, 2) around the origin is from it, (DIRECTIONS + 1,), over [−π, π]."""
+def measure_polygon(corners: Tensor) -> Tensor:
+    """Return the distance from the origin to the edge of a polygon around it, (DIRECTIONS + 1,), over [−π, π].
+
+    corners: (n, 2).
+    """
     angle = torch.linspace(-math.pi, math.pi, DIRECTIONS + 1, dtype=corners.dtype)
     x, y = corners[torch.atan2(corners[:, 1], corners[:, 0]).argsort()].T
-    start = torch.searchsorted(torch.atan2(y, x), angle) - 1  # corner where the edge begins that this ray crosses
+    start = torch.searchsorted(torch.atan2(y, x), angle) - 1  # the first corner of the edge that the ray crosses
     end = (start + 1) % len(x)
     edge_x, edge_y = x[end] - x[start], y[end] - y[start]
     return (x[start] * edge_y - y[start] * edge_x) / (angle.cos() * edge_y - angle.sin() * edge_x)
 
 
-# ---- recognising ----
+# ---- recognition ----
 
 
-def nearest(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the latents (N, 5) of the sprites nearest to images (N, 1, 64, 64) in L2, and their distances (N,).
+def find_nearest_sprites(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the nearest of all SIZE sprites to each image in L2; return their latents (N, 5) and distances (N,).
 
-    All SIZE sprites are compared. For a sprite s of zeros and ones |x − s|² = |x|² + Σ s·(1 − 2x): at each of the 1,024
-    places the 720 sprites are drawn into a common window, and one product of matrices compares them with all images.
+    images: (N, 1, 64, 64). For a sprite s of zeros and ones |x − s|² = |x|² + Σ s·(1 − 2x). At each of the 1,024
+    positions the 720 sprites are drawn into a common window, and one matrix product compares them with all images.
     """
     blocks = images.split(4096)  # 100 MB of work each
     progress = Progress(len(blocks) * len(LATENTS["x"]) * len(LATENTS["y"]), what="search for sprites")
-    parts = [nearest_of_part(block, progress) for block in blocks]
+    parts = [find_nearest_of_part(block, progress) for block in blocks]
     return torch.cat([latents for latents, _ in parts]), torch.cat([distances for _, distances in parts])
 
 
-def nearest_of_part(images: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
-    """Return latents and distances as `nearest` does, of images that fit into memory."""
+def find_nearest_of_part(images: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+    """Return the result of `find_nearest_sprites` for images that fit into memory at once."""
     shape, scale, orientation, x, y = (torch.tensor(values, device=images.device) for values in LATENTS.values())
-    cost = (1 - 2 * images[:, 0]).permute(1, 2, 0).contiguous()  # of lighting a pixel, (64, 64, N)
+    cost = (1 - 2 * images[:, 0]).permute(1, 2, 0).contiguous()  # the cost of lighting a pixel, (64, 64, N)
     least = torch.full((len(images),), math.inf, device=images.device)
     best = torch.zeros(len(images), dtype=torch.long, device=images.device)
     for place in range(len(x) * len(y)):
-        row, column, down, right = window(x[place // len(y), None, None], y[place % len(y), None, None])
-        sprites = lit(
+        row, column, down, right = find_window(x[place // len(y), None, None], y[place % len(y), None, None])
+        sprites = find_lit_pixels(
             shape[:, None, None, None, None], scale[:, None, None, None], orientation[:, None, None], down, right
         )
         costs = sprites.view(-1, WINDOW**2).float() @ cost[row, column].flatten(0, 1)  # (720, N)
-        found, sprite = costs.min(0)
-        best = torch.where(found < least, sprite * len(x) * len(y) + place, best)
-        least = torch.minimum(found, least)
+        lowest, sprite = costs.min(0)
+        best = torch.where(lowest < least, sprite * len(x) * len(y) + place, best)
+        least = torch.minimum(lowest, least)
         progress.update(progress.done + 1)
     squares = images.square().flatten(1).sum(1) + least
-    return latents_of(best), squares.clamp(min=0).sqrt()
+    return compute_latents(best), squares.clamp(min=0).sqrt()
 
 
 # ---- the published file ----
@@ -230,25 +240,25 @@ def nearest_of_part(images: Tensor, progress: Progress) -> tuple[Tensor, Tensor]
 def read_published(
     path: str | os.PathLike[str], keep: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Read the published .npz: latents (N, 5) float32, and images as bits (N, 512) uint8 for `unpack`.
+    """Read the published .npz file; return latents (N, 5) float32, and images as bits (N, 512) for `unpack_bits`.
 
-    keep(latents) is the mask (N,) of the sprites to keep, default all. The 3 GB of images pass through in parts.
-    Raises UsageError where the file is missing, damaged or another one.
+    keep: latents -> which sprites to return, (N,) bool; default: all. The 3 GB of images are read in parts. Raises
+    UsageError if the file is missing, damaged or another one.
     """
     if not os.path.exists(path):
-        raise UsageError(f"`dsprites_path`={path}: no such file; without the flag sprites are drawn")
+        raise UsageError(f"`dsprites_path`={path}: no such file; leave the setting out to draw the sprites")
     try:
         with np.load(path) as file, zipfile.ZipFile(path) as archive, archive.open("imgs.npy") as stream:
             latents = torch.from_numpy(file["latents_values"][:, 1:]).float()  # the colour is always white
             mask = torch.ones(len(latents), dtype=torch.bool) if keep is None else keep(latents)
             return latents[mask], torch.from_numpy(read_bits(stream, mask.numpy()))
-    except Exception as error:  # whatever goes wrong here, the file is at fault
+    except Exception as error:  # a damaged file can cause any error
         reason = " ".join(str(error).split())
         raise UsageError(f"`dsprites_path`={path} is damaged, or not the dSprites file: {reason}") from error
 
 
 def read_bits(stream: IO[bytes], mask: np.ndarray) -> np.ndarray:
-    """Read an .npy stream of images uint8 (N, 64, 64) and return those of the mask (N,) as bits, uint8 (kept, 512)."""
+    """Read an .npy stream of images uint8 (N, 64, 64); return those in the mask (N,) as bits, uint8 (M, 512)."""
     np.lib.format.read_magic(stream)
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
     if shape != (len(mask), SIDE, SIDE) or fortran_order or dtype != np.uint8:
@@ -257,12 +267,12 @@ def read_bits(stream: IO[bytes], mask: np.ndarray) -> np.ndarray:
     for part in np.array_split(mask, math.ceil(len(mask) / 4096)):
         images = np.frombuffer(stream.read(len(part) * SIDE * SIDE), np.uint8).reshape(len(part), SIDE * SIDE)
         bits.append(np.packbits(images[part], axis=1))
-    if stream.read(1):  # reading to the end also has the checksum compared
+    if stream.read(1):  # reading to the end also verifies the checksum
         raise ValueError("imgs is longer than its header says")
     return np.concatenate(bits)
 
 
-def unpack(bits: Tensor) -> Tensor:
-    """Return images (N, 1, 64, 64) of 0 and 1, float32, from their bits (N, 512) uint8."""
+def unpack_bits(bits: Tensor) -> Tensor:
+    """Return float32 images (N, 1, 64, 64) of 0 and 1, unpacked from their bits uint8 (N, 512)."""
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     return ((bits[:, :, None] >> shifts) & 1).view(-1, 1, SIDE, SIDE).float()

@@ -1,15 +1,15 @@
-"""Combine energy models of single concepts on dSprites; one --task at a time.
+"""Combine energy models of single concepts on dSprites by one of the tasks below.
 
     python ebm_combine.py --task=train
     python ebm_combine.py --task=conceptcombine
     python ebm_combine.py --task=conceptcombine --combine="2*shape & pos & ~size" --labels=shape=heart
     python ebm_combine.py --task=conceptcombine --combine="shape & 1e-3*(1e3*pos | 1e3*pos2)" --labels=pos=0,0,pos2=1,1
 
---combine: alternate steps on one concept's energy after the other, sum on all of them; or an expression of energies:
-`&` adds, `|` mixes (−logsumexp(−E)), `~` negates, `2*` weights. Its names are size, shape, pos, rot and those of
---models; pos2 is pos with the label of a second target. Trained energies differ little: weights, as above, sharpen a
-mixture, which else is a mean. Networks are read from the checkpoints. Pictures, plots and <task>.json go to
---savedir/<exp>/<task>/.
+--combine=alternate descends the energy of one concept after the other, --combine=sum their sum. An expression combines
+energies: `&` adds them, `|` mixes them (−logsumexp(−E)), `~` negates one, `2*` weights one. The names in an expression
+are size, shape, pos, rot and those of --models; pos2 is pos with the label of a second target. The energies of trained
+models differ little, so that a mixture is close to their mean; weights as in the last example make it sharp. Networks
+are read from the checkpoints. Pictures, plots and <task>.json go to <savedir>/<exp>/<task>/.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from cli import flag
 from concept_models import find_models, list_models, load_models, read_pairs, read_weights, train_models
 from ebm.settings import CombineSettings
 from errors import UsageError
-from evaluation import choose_device
-from reports import write_report
+from evaluation import prepare_device
+from reports import make_folder, write_report
 
 TASKS: dict[str, Callable[..., Any]] = {
     "train": train_models,
@@ -45,10 +45,10 @@ TASKS: dict[str, Callable[..., Any]] = {
 class Settings(CombineSettings):
     """Task"""
 
-    task: str = flag("conceptcombine", "what to do, see above", choices=tuple(TASKS))
+    task: str = flag("conceptcombine", "the task to run, see above", choices=tuple(TASKS))
 
 
-def check_settings(settings: CombineSettings) -> None:
+def check_combination(settings: CombineSettings) -> None:
     """Raise UsageError for settings that contradict each other."""
     if settings.joint_shape and settings.joint_rot:
         raise UsageError("`joint_shape` and `joint_rot` exclude each other")
@@ -58,42 +58,38 @@ def check_settings(settings: CombineSettings) -> None:
         )
 
 
-def load_sprites(path: str | None, device: torch.device) -> dsprites.Sprites:
-    """Return all of dSprites, drawn when indexed, or the published file."""
+def load_all_sprites(path: str | None, device: torch.device) -> dsprites.Sprites:
+    """Return all sprites of dSprites. path: the published file, or None to draw them when they are indexed."""
     if path is None:
-        return dsprites.Sprites(dsprites.latents_of(torch.arange(dsprites.SIZE, device=device)))
+        return dsprites.Sprites(dsprites.compute_latents(torch.arange(dsprites.SIZE, device=device)))
     latents, bits = dsprites.read_published(path)
     return dsprites.Sprites(latents.to(device), bits.to(device))
 
 
-def open_folder(settings: Settings) -> pathlib.Path:
-    """Make and return the folder of a task's results; raise UsageError where that fails."""
+def make_task_folder(settings: Settings) -> pathlib.Path:
+    """Make the folder for the results of the task, and return its path."""
     folder = pathlib.Path(settings.savedir) / settings.exp / settings.task
     if settings.task in ("gentest", "genbaseline"):
-        folder /= f"pos_{unseen.other_concept(settings)}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"`savedir`={settings.savedir}: cannot make {folder} ({error.strerror})") from None
-    return folder
+        folder /= f"pos_{unseen.choose_other_concept(settings)}"
+    return make_folder(folder, "savedir")
 
 
 def main(settings: Settings) -> None:
-    check_settings(settings)
+    check_combination(settings)
     if settings.task == "train":
         train_models(settings, pathlib.Path(__file__).with_name("train.py"))
         return
-    device = choose_device(settings.device)
+    device = prepare_device(settings.device)
     labels, weights = read_pairs("labels", settings.labels), read_weights(settings)
     uses_models = settings.task in ("conceptcombine", "labeldiscover")
     paths = find_models(settings, list_models(settings, settings.task)) if uses_models else {}
-    folder = open_folder(settings)
-    run = combine.Run(
+    folder = make_task_folder(settings)
+    run = combine.ConceptRun(
         settings,
         load_models(settings, paths, device),
         labels,
         weights,
-        load_sprites(settings.dsprites_path, device),
+        load_all_sprites(settings.dsprites_path, device),
         torch.Generator(device).manual_seed(settings.seed),
         folder,
     )
@@ -101,7 +97,7 @@ def main(settings: Settings) -> None:
     contents = {
         "task": settings.task,
         "checkpoints": {name: str(path) for name, path in paths.items()},
-        "networks": {name: dataclasses.asdict(concept.model.config) for name, concept in run.concepts.items()},
+        "networks": {name: dataclasses.asdict(concept.config) for name, concept in run.concepts.items()},
         "settings": cli.to_dict(settings),
         "figures": figures,
     }

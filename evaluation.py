@@ -1,49 +1,56 @@
-"""A trained model that a script examines: its checkpoint, what this tells of its training, and data that fits it."""
+"""Loading a trained model and data that fit it, for the scripts that sample from a model or measure it."""
 
 from __future__ import annotations
 
+import difflib
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-import acceleration
 import checkpoint
 import data
 import distributed
 import models
 from ebm.settings import SIZES, SUBSETS, CheckedNetwork, CombineNetwork, ModelChoice, TestData
 from errors import UsageError
-from utils import keep_freed_memory
+from hardware import keep_freed_memory, set_tf32
 
 
 class TrainedModel(NamedTuple):
-    """A trained model in eval mode, the path of its checkpoint, and what this tells of its training."""
+    """A trained model in eval mode, with the path of its checkpoint and the settings of its training.
+
+    class_names: empty if the checkpoint does not name the classes.
+    """
 
     model: models.EnergyNetwork
     path: pathlib.Path
-    flags: dict[str, Any]  # of train.py, by name; none in a TensorFlow checkpoint
+    flags: dict[str, Any]  # those of train.py, by name; empty for a TensorFlow checkpoint
     class_names: tuple[str, ...]
 
     @property
     def rescale(self) -> float:
-        """The model was trained on images in [0, rescale]."""
+        """The largest pixel value of the images that the model was trained on, which are in [0, rescale]."""
         return self.flags.get("rescale", 1.0)
 
     def choose_step_lr(self, step_lr: float | None) -> float:
-        """Return the step size of Langevin steps: the given one, else that of training, else the reference's."""
+        """Return the step size of Langevin steps: `step_lr` if it is a number, else that of training, else 10."""
         return self.flags.get("step_lr", 10.0) if step_lr is None else step_lr
 
 
-def choose_device(device: str) -> torch.device:
-    """Return where to compute; it is set for the process that GPUs give figures of float32."""
+def prepare_device(device: str) -> torch.device:
+    """Return the device to compute on; set for the whole process that GPUs do not round float32 to TF32."""
     keep_freed_memory()
-    acceleration.set_tf32(False)
+    set_tf32(False)
     return distributed.choose_device(device, distributed.Launch())
 
 
 def find_checkpoint(settings: ModelChoice) -> pathlib.Path:
-    """Return the checkpoint that the settings name; raise UsageError saying what there is."""
+    """Return the path of the checkpoint that the settings name.
+
+    Raises UsageError, which lists the existing checkpoints, if there is no such checkpoint.
+    """
     folder = pathlib.Path(settings.modeldir) / settings.exp
     if not folder.is_dir():
         raise UsageError(f"no experiment folder {folder}; give `modeldir` and `exp` of a trained model")
@@ -51,9 +58,10 @@ def find_checkpoint(settings: ModelChoice) -> pathlib.Path:
 
 
 def open_model(path: pathlib.Path, device: torch.device, *, swish_act: bool | None, ema: bool) -> TrainedModel:
-    """Load a checkpoint; raise UsageError where it is damaged, or lacks the averaged weights that ema asks for.
+    """Load a trained model from a checkpoint.
 
-    swish_act: whether a TensorFlow checkpoint was trained with swish.
+    swish_act: whether a TensorFlow checkpoint was trained with swish. ema: load the averaged weights. Raises UsageError
+    if the checkpoint is damaged or has no averaged weights.
     """
     model = checkpoint.load_energy(path, swish_act=bool(swish_act), ema=ema, device=device)
     saved = checkpoint.load(path) if path.suffix == ".pt" else {}
@@ -63,28 +71,73 @@ def open_model(path: pathlib.Path, device: torch.device, *, swish_act: bool | No
 def find_contradictions(
     settings: CheckedNetwork | CombineNetwork, config: models.ModelConfig
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the settings of a network that a checkpoint contradicts, by name: what was given, and what is there."""
-    there = {name: network == config.network for name, network in SIZES.items()}
-    there |= {"cclass": config.label_size > 0, "use_attention": config.use_attention}
-    there |= {"spec_norm": config.spec_norm, "swish_act": config.swish_act}
-    stored: dict[str, Any] = there | {"num_filters": config.num_filters}
-    given = {name: getattr(settings, name, None) for name in stored}
-    return {name: (given[name], stored[name]) for name in stored if given[name] not in (None, stored[name])}
+    """Return the network settings that contradict a checkpoint: name -> (the setting's value, the checkpoint's value).
+
+    config: the network of the checkpoint. A setting that is None contradicts nothing.
+    """
+    switches = {name: network == config.network for name, network in SIZES.items()}
+    switches |= {"cclass": config.label_size > 0, "use_attention": config.use_attention}
+    switches |= {"spec_norm": config.spec_norm, "swish_act": config.swish_act}
+    stored: dict[str, Any] = switches | {"num_filters": config.num_filters}
+    values = {name: getattr(settings, name, None) for name in stored}
+    return {name: (values[name], stored[name]) for name in stored if values[name] not in (None, stored[name])}
 
 
 def check_network(settings: CheckedNetwork | CombineNetwork, trained: TrainedModel) -> None:
-    """Raise UsageError, which says what is right, for a setting that contradicts the checkpoint's network."""
+    """Raise UsageError if a setting contradicts the network of the checkpoint; the message gives the true value."""
     config = trained.model.config
-    for name, (given, there) in find_contradictions(settings, config).items():
+    for name, (value, stored) in find_contradictions(settings, config).items():
         size = next((f" (`{setting}`)" for setting, network in SIZES.items() if network == config.network), "")
-        kind = f"{config.network}{size}" if name in SIZES else f"`{name}`={there}"
-        raise UsageError(f"`{name}`={given} does not fit {trained.path}, which is {kind}; leave it out")
+        kind = f"{config.network}{size}" if name in SIZES else f"`{name}`={stored}"
+        raise UsageError(f"`{name}`={value} does not fit {trained.path}, which is {kind}; leave it out")
 
 
 def note_contradictions(settings: CheckedNetwork, trained: TrainedModel) -> None:
-    """Say which settings of a network have no effect, since the checkpoint contradicts them."""
-    for name, (given, there) in find_contradictions(settings, trained.model.config).items():
-        print(f"note: --{name}={given} has no effect: the checkpoint's network has {name}={there}")
+    """Print a note for each network setting without effect, because it contradicts the checkpoint."""
+    for name, (value, stored) in find_contradictions(settings, trained.model.config).items():
+        print(f"note: --{name}={value} has no effect: the checkpoint's network has {name}={stored}")
+
+
+def find_class(setting: str, word: str, names: Sequence[str], classes: int) -> int:
+    """Return the number of a class, given its number or its name.
+
+    setting: the name of the setting, for messages. word: its value. names: of the classes; one entry may hold several
+    names of its class, separated by commas. classes: the number of classes. Raises UsageError if no class has this name
+    or number, or if several classes have this name.
+    """
+    if not classes:
+        raise UsageError(f"`{setting}`={word}: the model is not conditioned on classes; leave it out")
+    if word.isdecimal():
+        if int(word) >= classes:
+            raise UsageError(f"`{setting}`: there is no class {word}; the network has 0 to {classes - 1}")
+        return int(word)
+    if not names:
+        remedy = f"give numbers from 0 to {classes - 1}"
+        remedy += ", or a file of names with `class_names`" * (setting == "classes")
+        raise UsageError(f"`{setting}`: the class {word!r} is unknown, because this model has no class names; {remedy}")
+    numbers: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        for synonym in name.casefold().split(","):
+            numbers.setdefault(synonym.strip(), []).append(number)
+    matches = numbers.get(word.casefold(), [])
+    if len(matches) > 1:
+        several = ", ".join(map(str, matches))
+        raise UsageError(f"`{setting}`: {word!r} is the name of the classes {several}; give a number")
+    if not matches:
+        similar = ", ".join(difflib.get_close_matches(word.casefold(), numbers, 3))
+        raise UsageError(
+            f"`{setting}`: no class is called {word!r}" + (f"; did you mean {similar}?" if similar else "")
+        )
+    return matches[0]
+
+
+def refuse_concept_model(trained: TrainedModel) -> None:
+    """Raise UsageError if a dSprites model is conditioned on a size, position or rotation instead of classes."""
+    config = trained.model.config
+    if config.network == "DspritesNet" and 0 < config.label_size < 3:
+        raise UsageError(
+            f"{trained.path} is conditioned on a size, position or rotation; use ebm_combine.py for such models"
+        )
 
 
 def load_split(
@@ -96,20 +149,20 @@ def load_split(
     name: str | None = None,
     condition: str | None = None,
 ) -> data.Dataset:
-    """Return a split of the named data set, else of that in the settings, else of that the model was trained on.
+    """Return a split of a data set: `name` if given, else that of the settings, else that the model was trained on.
 
-    condition: what the labels of sprites tell. Raises UsageError where the images do not fit the model.
+    condition: the concept that the labels of sprites describe. Raises UsageError if the images do not fit the model.
     """
     name, config = name or settings.dataset or trained.flags.get("dataset", "cifar10"), trained.model.config
     source = data.DATASETS.get(name)
-    path = source and source.path_setting
+    path_setting = source and source.path_setting
     is_sprites, is_folder = name == "dsprites", name == "folder"
     dataset = data.load_dataset(
         name,
         split=split,
         root=settings.datadir,
         device=device,
-        path=settings.find_path(name) or trained.flags.get(path) if path else None,
+        path=settings.find_path(name) or trained.flags.get(path_setting) if path_setting else None,
         image_size=config.image_shape[1] if is_folder else None,
         channels=config.image_shape[0] if is_folder else None,
         condition=condition if is_sprites else None,

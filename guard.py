@@ -1,4 +1,4 @@
-"""The divergence guard: sees an energy model blow up, and knows the last states before it did."""
+"""The divergence guard: it detects that a training run diverges, and keeps the last healthy states."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 
 import torch
 
-from training import State, Step
+from ebm.training.state import State, Step
 
 CHECK_INTERVAL = 10  # iterations
 SNAPSHOT_INTERVAL = 200  # iterations
-SNAPSHOTS = 3  # states kept in memory; every rollback in a row goes back one further
-USUAL = 10  # healthy checks that tell what is usual
-NOT_FINITE = "not finite"  # what a cause says of figures that are not
+SNAPSHOTS = 3  # states kept in memory; each further rollback in a row goes back to an earlier one
+USUAL = 10  # the number of healthy checks whose median is the usual figure
+NOT_FINITE = "not finite"  # the words with which a cause describes such figures
 
 
 @dataclasses.dataclass
 class DivergenceGuard:
-    """Watches a run without changing it: it reads figures, draws nothing and writes nothing to the state.
+    """A detector of divergence, with snapshots of healthy states to go back to.
 
-    A figure that is not finite counts at once, and so do energies beyond 1 that are max_jump times what was usual. The
-    others count when `patience` checks in a row find them: energies beyond max_energy; a gap e_pos − e_neg beyond
-    max_gap; chains stuck at the bounds where the data is not; or an energy gone flat, whose values on an image and on a
-    sample differ by less than min_spread times what was usual.
+    Two signs count at once: a figure that is not finite, and energies beyond 1 that exceed max_jump times the usual
+    ones. The other signs count if `patience` checks in a row show one: energies beyond max_energy; a gap e_pos − e_neg
+    beyond max_gap; chains at the bounds (a share of more than max_saturated of the pixels) although the data is not; or
+    a flat energy, whose values on an image and on a sample differ by less than min_spread times the usual difference.
+    A check draws no random numbers and does not change the state.
     """
 
     max_energy: float = 1e4
@@ -34,12 +35,12 @@ class DivergenceGuard:
     max_saturated: float = 0.99
     min_spread: float = 0.02
     patience: int = 3
-    suspicious: int = 0
+    suspicious: int = 0  # how many checks in a row showed a sign
     usual: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # size and spread of the energies
     snapshots: list[dict] = dataclasses.field(default_factory=list)
 
-    def cause(self, state: State, step: Step, bounds: tuple[float, float]) -> str | None:
-        """Return in words what has gone wrong with this iteration, None while nothing has."""
+    def find_cause(self, state: State, step: Step, bounds: tuple[float, float]) -> str | None:
+        """Return a phrase that says how the run has diverged at this iteration, or None."""
         sample, image = step.samples, step.images
         margin = (bounds[1] - bounds[0]) / 256
         figures = {
@@ -55,7 +56,7 @@ class DivergenceGuard:
         for name in ("weights", "e_pos", "e_neg", "loss"):
             if not abs(values[name]) < float("inf"):
                 return f"{name} {NOT_FINITE}"
-        found = None
+        sign = None
         size, gap = max(abs(values["e_pos"]), abs(values["e_neg"])), values["e_pos"] - values["e_neg"]
         usual_size, usual_spread = float("inf"), 0.0
         if len(self.usual) == USUAL:
@@ -64,33 +65,34 @@ class DivergenceGuard:
         if size > max(1.0, self.max_jump * usual_size):
             return f"{energies}, of {usual_size:.2g} before"
         if size > self.max_energy:
-            found = energies
+            sign = energies
         elif abs(gap) > self.max_gap:
-            found = f"a gap e_pos − e_neg of {gap:.3g}"
+            sign = f"a gap e_pos − e_neg of {gap:.3g}"
         elif values["saturated"] > self.max_saturated > values["saturated_data"]:
-            found = f"{values['saturated']:.1%} of the samples' pixels at the bounds"
+            sign = f"{values['saturated']:.1%} of the samples' pixels at the bounds"
         elif values["spread"] < self.min_spread * usual_spread:
-            found = f"a flat energy: from data to samples it changes by {values['spread']:.2g}, not {usual_spread:.2g}"
-        self.suspicious = self.suspicious + 1 if found else 0
-        if not found:
+            sign = f"a flat energy: from data to samples it changes by {values['spread']:.2g}, not {usual_spread:.2g}"
+        self.suspicious = self.suspicious + 1 if sign else 0
+        if not sign:
             self.usual = [*self.usual, (size, values["spread"])][-USUAL:]
-        return found if self.suspicious >= self.patience else None
+        return sign if self.suspicious >= self.patience else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run has to know in order to judge as this one would; snapshots are not part of it."""
+        """Return the values that a resumed run needs to judge as this run would; snapshots are not among them."""
         return {"usual": self.usual, "suspicious": self.suspicious}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
         self.usual, self.suspicious = list(map(tuple, state["usual"])), state["suspicious"]
 
     def remember(self, state: State) -> None:
-        """Keep a copy of a healthy state; one found suspicious is not kept."""
+        """Keep a snapshot of the state, unless the last check was suspicious."""
         if not self.suspicious:
             self.snapshots = [*self.snapshots, copy.deepcopy({"shared": state.shared(), "own": state.own()})]
             self.snapshots = self.snapshots[-SNAPSHOTS:]
 
     def roll_back(self, state: State) -> None:
-        """Return to the newest snapshot and forget it, unless it is the only one."""
+        """Set the state back to the newest snapshot, and forget that snapshot unless it is the only one."""
         snapshot = self.snapshots[-1]
         self.snapshots = self.snapshots[:-1] or self.snapshots
         state.load_shared(copy.deepcopy(snapshot["shared"]))

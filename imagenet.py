@@ -1,70 +1,57 @@
-"""ImageNet: 32x32 from the files of Chrabaszcz et al. (2017), or 128x128 decoded while training.
+"""ImageNet at 32x32 pixels from the files of Chrabaszcz et al. (2017), or at 128x128, decoded while training.
 
     images, classes, names = imagenet.read_imagenet32(path, "train")          # uint8 (N, 3, 32, 32), in memory
     dataset = imagenet.open_imagenet(path, "train", device="cuda", workers=4)  # 1.3 million JPEGs stay on the disk
-    images, labels = dataset.batch(index, generator)                           # (n, 3, 128, 128) in [0, 1], one-hot
-    dataset.prefetch(next_index)                                               # decoded while the network trains
 
-Any image can be read by its number, so a run shuffles all of them anew in each epoch, all workers deal out one common
-permutation, and a resumed run sees the very images it would have seen. The reference gave each worker a contiguous
-share of the records and shuffled within the next 10,000 of it, which no checkpoint can hold.
-
-Files may come from strangers: nothing in them is executed, and every record's checksum is verified.
+Files need not be trusted: nothing in them is executed, and the checksum of every record is verified.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import io
 import json
-import multiprocessing
 import os
 import pathlib
-import queue
 import re
-import signal
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import readers
 from ebm.readers.tensorflow import Fault, read_fields, read_nested, read_varint, verify_checksum
 from errors import UsageError
-from utils import Progress, dequantise
+from progress import Progress
+from streaming import Place, StreamedImages
 
 CLASSES = 1000
-SIDE = 128  # pixels of a streamed image
-NUMBERS = tuple(map(str, range(CLASSES)))  # the classes' names, where the files only count them
+NUMBERS = tuple(map(str, range(CLASSES)))  # names of the classes if the files only number them
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 32x32: ten files of the training set and one of the validation set
 
 
 def read_imagenet32(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Read the "train" or "test" (validation) split: images uint8 (N, 3, 32, 32), classes int64 (N,), their numbers.
+    """Read a split of 32x32 ImageNet; return images uint8 (N, 3, 32, 32), classes int64 (N,) and the classes' names.
 
-    The files are the authors' pickles or .npz files, in the folder or where their archives unpack, one folder below.
-    A class is the files' label minus 1, in the authors' own order of the classes (their map_clsloc.txt).
-    Raises UsageError where files are missing, damaged or others.
+    split: "train", or "test" for the validation images. The files are the authors' pickles or .npz files, in the folder
+    or in a subfolder, as the archives unpack. A class is the label in the file minus 1, in the authors' order of the
+    classes (their map_clsloc.txt); its name is its number. If some files are missing, a note lists them. Raises
+    UsageError if all files are missing, or if one is damaged or of another format.
     """
     names = [f"train_data_batch_{k}" for k in range(1, 11)] if split == "train" else ["val_data"]
-    found = {name: find_batch(folder, name) for name in names}
-    paths = [path for path in found.values() if path is not None]
+    files = {name: find_imagenet32_file(folder, name) for name in names}
+    paths = [path for path in files.values() if path is not None]
     if not paths:
         raise UsageError(f"`imagenet_path`={folder} holds no {names[0]} or {names[0]}.npz; unpack the archives there")
     if len(paths) < len(names):
-        missing = ", ".join(name for name, path in found.items() if path is None)
-        print(f"note: imagenet_path={folder} lacks {missing}; the data set is what there is")
-    parts = [read_batch(path) for path in paths]
+        missing = ", ".join(name for name, path in files.items() if path is None)
+        print(f"note: imagenet_path={folder} lacks {missing}; the data set consists of the other files")
+    parts = [read_imagenet32_file(path) for path in paths]
     classes = torch.cat([part_classes for _, part_classes in parts])
-    images = torch.empty(len(classes), 3, 32, 32, dtype=torch.uint8)  # 4 GB, filled as the parts are given back
+    images = torch.empty(len(classes), 3, 32, 32, dtype=torch.uint8)  # 4 GB; each part is freed after it is copied
     start = 0
     while parts:
         rows, _ = parts.pop(0)
@@ -73,17 +60,17 @@ def read_imagenet32(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor, t
     return images, classes, NUMBERS
 
 
-def find_batch(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-    """Return the file of that name in a folder or one below, the .npz form first; None where there is none."""
+def find_imagenet32_file(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+    """Return the path of a file in a folder or its subfolders, preferably as .npz; None if it does not exist."""
     patterns = (f"{name}.npz", name, f"*/{name}.npz", f"*/{name}")
     return next((path for pattern in patterns for path in sorted(folder.glob(pattern))), None)
 
 
-def read_batch(path: pathlib.Path) -> tuple[np.ndarray, Tensor]:
-    """Read one file: rows uint8 (n, 3·32·32) and classes int64 (n,) from 0 to 999."""
-    with readers.reading(path):
+def read_imagenet32_file(path: pathlib.Path) -> tuple[np.ndarray, Tensor]:
+    """Read one file; return rows uint8 (n, 3·32·32) and classes int64 (n,) from 0 to 999."""
+    with readers.name_unreadable_file(path):
         if path.suffix == ".npz":
-            with np.load(path) as file:  # which refuses pickled objects
+            with np.load(path) as file:  # np.load refuses pickled objects
                 rows, labels = file["data"], file["labels"]
         else:
             rows, labels = readers.read_pickle(path, ["data", "labels"])
@@ -96,21 +83,16 @@ def read_batch(path: pathlib.Path) -> tuple[np.ndarray, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 128x128: where an encoded image lies, in a TFRecord file or in one of its own
+# 128x128: the places of encoded images, in TFRecord files or in files of their own
 
-MAX_SIZE = 1 << 26  # bytes of an encoded image; ImageNet's largest has 15 million
-
-
-class Place(Protocol):
-    """Where an image is; as text, what to call it when it is damaged."""
-
-    def load(self) -> tuple[bytes, int]:
-        """Return the encoded image and its class, or raise Fault or OSError."""
-        ...
+MAX_SIZE = 1 << 26  # largest size of an encoded image in bytes; ImageNet's largest has 15 million
 
 
 class Record(NamedTuple):
-    """A TFRecord: length and its checksum, 12 bytes from `offset` of a file, then `size` bytes and their checksum."""
+    """The place of a TFRecord in a file.
+
+    At `offset` are 12 bytes, its length with a checksum, then `size` bytes of contents and their checksum.
+    """
 
     path: str
     offset: int
@@ -130,7 +112,7 @@ class Record(NamedTuple):
 
 
 class File(NamedTuple):
-    """A file of its own, whose class its folder tells."""
+    """The place of an image that is a file of its own. label: its class."""
 
     path: str
     label: int
@@ -145,14 +127,14 @@ class File(NamedTuple):
 
 
 def parse_example(message: bytes) -> tuple[bytes, int]:
-    """Return the encoded image and the class, from 0 to 999, of a serialised tf.train.Example."""
+    """Return the encoded image and its class, from 0 to 999, in a serialised tf.train.Example."""
     features = {}
     for collection in read_nested(message, 1):
         for entry in read_nested(collection, 1):  # an entry of a map: its key is field 1, its value field 2
             pair = dict(read_fields(entry))
             features[pair.get(1)] = pair.get(2)
-    encoded = only_value(features.get(b"image/encoded"), kind=1)
-    label = only_value(features.get(b"image/class/label"), kind=3)
+    encoded = get_only_value(features.get(b"image/encoded"), kind=1)
+    label = get_only_value(features.get(b"image/class/label"), kind=3)
     if isinstance(label, bytes):  # packed
         label = read_varint(label, 0)[0]
     if not isinstance(encoded, bytes) or label is None:
@@ -162,19 +144,19 @@ def parse_example(message: bytes) -> tuple[bytes, int]:
     return encoded, label - 1
 
 
-def only_value(feature: int | bytes | None, kind: int) -> int | bytes | None:
-    """Return the value of a tf.train.Feature, in its list of that kind: 1 bytes, 3 whole numbers; None without one."""
+def get_only_value(feature: int | bytes | None, kind: int) -> int | bytes | None:
+    """Return the first value of a tf.train.Feature, None if it has none. kind: 1 for bytes, 3 for whole numbers."""
     lists = read_nested(feature, kind) if isinstance(feature, bytes) else []
     values = [value for number, value in read_fields(lists[0]) if number == 1] if lists else []
     return values[0] if values else None
 
 
 class TFRecords(Sequence[Place]):
-    """The records of all files of a split, found once by their length fields and kept as numbers, 24 bytes each.
+    """The records of all TFRecord files of a split, indexed once by their length fields, 24 bytes of memory each.
 
-    prefix: "train" or "validation", which file names begin with. index.json, where there is one, says which files
-    there are and how many records each has. Raises UsageError where a file is missing, or its records cannot be told
-    apart: behind a damaged length nothing can be found any more.
+    prefix: the beginning of the file names, "train" or "validation". An optional index.json lists the files and their
+    numbers of records. Raises UsageError if a file is missing, or if a length is damaged: the records after it could
+    not be found.
     """
 
     def __init__(self, folder: pathlib.Path, prefix: str):
@@ -182,14 +164,14 @@ class TFRecords(Sequence[Place]):
         self.paths = [str(folder / name) for name in counts]
         progress = Progress(len(self.paths), what="index of file", quiet=len(self.paths) < 100)
         parts = []
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:  # which wait for the disk
-            for number, (name, found) in enumerate(zip(counts, pool.map(find_records, self.paths), strict=True)):
-                if counts[name] not in (None, len(found)):
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:  # the threads wait for the disk
+            for number, (name, records) in enumerate(zip(counts, pool.map(find_records, self.paths), strict=True)):
+                if counts[name] not in (None, len(records)):
                     raise UsageError(
-                        f"{folder / name} holds {len(found)} records and index.json says {counts[name]}; "
+                        f"{folder / name} holds {len(records)} records and index.json says {counts[name]}; "
                         "replace the file or correct index.json"
                     )
-                parts.append(np.insert(found, 0, number, axis=1))
+                parts.append(np.insert(records, 0, number, axis=1))
                 progress.update(number + 1)
         progress.close()
         self.places = np.concatenate(parts)  # (N, 3): file, offset, size
@@ -205,27 +187,28 @@ class TFRecords(Sequence[Place]):
 
 
 def read_counts(folder: pathlib.Path, prefix: str) -> dict[str, int | None]:
-    """Return the files of a split, by name, and how many records index.json says they have, None without it."""
+    """Return the file names of a split, with their numbers of records from index.json, or None without that file."""
     pattern = rf"{prefix}-\d+-of-\d+"
     index = folder / "index.json"
     counts: dict[str, int | None]
     if index.exists():
-        with readers.reading(index):
+        with readers.name_unreadable_file(index):
             record_counts = json.loads(index.read_text())["record_counts"]
             counts = {name: int(record_counts[name]) for name in sorted(record_counts) if re.fullmatch(pattern, name)}
-        where = index
+        source = index
     else:
         counts = {path.name: None for path in sorted(folder.iterdir()) if re.fullmatch(pattern, path.name)}
-        where = folder
+        source = folder
     if not counts:
-        raise UsageError(f"{where} knows no files {prefix}-NNNNN-of-NNNNN; set `imagenet_datadir` to where they are")
+        raise UsageError(f"{source} knows no files {prefix}-NNNNN-of-NNNNN; set `imagenet_datadir` to where they are")
     return counts
 
 
 def find_records(path: str) -> np.ndarray:
-    """Return offset and size, int64 (n, 2), of each record of a TFRecord file, checking the length fields' checksums.
+    """Return the offset and size of each record in a TFRecord file, int64 (n, 2).
 
-    Raises UsageError where the file is missing, cut short or damaged in a length.
+    Verifies the checksums of the length fields. Raises UsageError if the file is missing or cut short, or if a length
+    is damaged.
     """
     places: list[tuple[int, int]] = []
     offset = 0
@@ -242,15 +225,15 @@ def find_records(path: str) -> np.ndarray:
                 offset += size + 16
     except (Fault, OSError) as error:
         reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else error
-        raise UsageError(f"{path} at byte {offset} {reason}; the records from there on are lost, replace it") from None
+        raise UsageError(f"{path} at byte {offset} {reason}; the records after it are lost; replace the file") from None
     return np.array(places, np.int64).reshape(-1, 2)
 
 
 class ClassFolders(Sequence[Place]):
-    """The image files below class folders, sorted; the classes are the folders in the order of their names.
+    """The sorted image files in class folders; the classes are the folders in the order of their names.
 
-    Only names are kept, as bytes: a list of a million paths would take hundreds of megabytes. Raises UsageError where
-    there are no images, or none of a class.
+    Only the names of the files are kept, as bytes, because a list of a million paths would take hundreds of megabytes.
+    Raises UsageError if a class folder holds no images, or if there are no class folders.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -276,211 +259,24 @@ class ClassFolders(Sequence[Place]):
 
 
 def list_images(folder: pathlib.Path) -> list[bytes]:
-    """Return the image files below a folder, relative to it and sorted."""
-    found: list[bytes] = []
+    """Return the sorted paths of the image files in a folder and its subfolders, relative to the folder."""
+    paths: list[bytes] = []
     for parent, _, files in os.walk(folder):
         images = (name for name in files if name.lower().endswith(readers.IMAGES) and not name.startswith("."))
         inner = os.path.relpath(parent, folder)
-        found += (os.fsencode(os.path.join(inner, name)) for name in images)
-    return sorted(found)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 128x128: decoding, in processes that work ahead
-
-MAX_BAD = 100  # images of a run that may be damaged
-MAX_PENDING = 8  # batches that are decoded ahead, at most
-
-Decoded = tuple[np.ndarray, int] | str  # pixels uint8 (3, SIDE, SIDE) and class, or what is wrong
-
-
-def decode(place: Place) -> Decoded:
-    """Read and decode one image, or say what is wrong with it; this runs in a decode worker."""
-    try:
-        encoded, label = place.load()
-    except Fault as fault:
-        return str(fault)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    try:
-        return pixels(encoded), label
-    except Exception as error:  # Pillow has many ways to refuse foreign bytes
-        return f"is no image that can be decoded ({' '.join(str(error).split()) or type(error).__name__})"
-
-
-def pixels(encoded: bytes) -> np.ndarray:
-    """Decode an image to colour, its shorter side resized to SIDE and the middle cut out: uint8 (3, SIDE, SIDE).
-
-    Bilinear over the whole area of a pixel. A JPEG at least twice too large is decoded at a half, quarter or eighth of
-    its size, which saves most of the work.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(encoded), formats=readers.FORMATS) as image:
-        image.draft("RGB", (SIDE, SIDE))
-        fitted = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BILINEAR)
-    return np.asarray(fitted).transpose(2, 0, 1)
-
-
-def serve(connection: Connection) -> None:
-    """Decode what is asked for until the run is gone; it alone is to end by Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            connection.send(decode(connection.recv()))
-
-
-class DecodeWorker:
-    """A process that decodes, started when it is first needed, and again where it was killed.
-
-    It is forked from a server that imports this module once, so it shares neither threads nor a GPU nor MPI with the
-    run. A pipe of its own tells each side when the other has died, also in the middle of a message.
-    """
-
-    def __init__(self) -> None:
-        self.process: BaseProcess | None = None
-
-    def start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        # Not this module: the server would look for it in the working directory, where a folder may have its name.
-        context.set_forkserver_preload(["torch", "PIL.Image"])
-        self.connection, other_end = context.Pipe()
-        self.process = context.Process(target=serve, args=(other_end,), daemon=True)
-        self.process.start()
-        other_end.close()
-
-    def decode(self, place: Place) -> Decoded:
-        """Do as `decode`; an image is given up when it kills the worker twice."""
-        for _ in range(2):
-            try:
-                if self.process is None:
-                    self.start()
-                self.connection.send(place)
-                return self.connection.recv()
-            except (EOFError, OSError) as error:
-                print(f"note: a decode worker was killed ({error or 'out of memory?'}); a new one starts", flush=True)
-                self.process = None
-        return "kills the process that decodes it"
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.connection.close()
-            self.process.join()
-
-
-class StreamedImages:
-    """A `data.Dataset` whose images are read and decoded batch by batch, by so many worker processes.
-
-    workers: 0 decodes in a thread of this process. A damaged image is named in a note, and the one after it takes its
-    place; after MAX_BAD of them, or where all are damaged, UsageError is raised.
-    """
-
-    name = "imagenetfull"
-    image_shape = (3, SIDE, SIDE)
-    labels: Tensor | None = None  # they are on the disk
-    noise = "steps"
-    index_device = torch.device("cpu")  # an index on a GPU would wait for all work there
-
-    def __init__(
-        self,
-        places: Sequence[Place],
-        class_names: tuple[str, ...],
-        *,
-        device: torch.device | str = "cpu",
-        workers: int = 4,
-    ):
-        self.places, self.class_names, self.device = places, class_names, device
-        self.workers = [DecodeWorker() for _ in range(workers)]
-        self.idle: queue.SimpleQueue[DecodeWorker] = queue.SimpleQueue()
-        for worker in self.workers:
-            self.idle.put(worker)
-        self.threads = concurrent.futures.ThreadPoolExecutor(max(1, workers))  # each waits for a worker
-        self.pending: dict[tuple[int, ...], list[concurrent.futures.Future[Decoded]]] = {}
-        self.bad: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @property
-    def label_size(self) -> int:
-        """Width of the label vectors of a batch."""
-        return len(self.class_names)
-
-    def prefetch(self, index: Tensor) -> None:
-        """Start to decode the images of an index (n,) that a `batch` will ask for; the oldest of many are dropped."""
-        numbers = tuple(index.tolist())
-        if numbers in self.pending:
-            return
-        self.pending[numbers] = [self.threads.submit(self.decode, number) for number in numbers]
-        while len(self.pending) > MAX_PENDING:
-            for future in self.pending.pop(next(iter(self.pending))):
-                future.cancel()
-
-    def batch(self, index: Tensor, generator: torch.Generator | None, rescale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the images (n, 3, 128, 128) in [0, rescale] and one-hot labels (n, label_size) of an index (n,)."""
-        stored, labels = self.decode_batch(index)
-        return dequantise(stored, generator, rescale), F.one_hot(labels, self.label_size).float()
-
-    def raw(self, index: Tensor) -> Tensor:
-        """Return the images uint8 (n, 3, 128, 128) of an index (n,)."""
-        return self.decode_batch(index)[0]
-
-    def decode_batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images uint8 (n, 3, 128, 128) and classes (n,) of an index (n,), on the device."""
-        self.prefetch(index)
-        numbers = tuple(index.tolist())
-        futures = zip(numbers, self.pending.pop(numbers), strict=True)
-        good = [self.replace_bad(number, future.result()) for number, future in futures]
-        return (
-            self.to_device(torch.from_numpy(np.stack([image for image, _ in good]))),
-            self.to_device(torch.tensor([label for _, label in good])),
-        )
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """Return a tensor where batches belong; a GPU fetches it while the CPU goes on, which takes pinned memory."""
-        if torch.device(self.device).type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
-
-    def close(self) -> None:
-        """End the decode workers."""
-        self.threads.shutdown(cancel_futures=True)
-        for worker in self.workers:
-            worker.stop()
-
-    def decode(self, number: int) -> Decoded:
-        """Decode an image by its number, in a worker if there are any."""
-        if not self.workers:
-            return decode(self.places[number])
-        worker = self.idle.get()
-        try:
-            return worker.decode(self.places[number])
-        finally:
-            self.idle.put(worker)
-
-    def replace_bad(self, number: int, result: Decoded) -> tuple[np.ndarray, int]:
-        """Return an image as it was decoded, or where it is damaged, having said so, the next one that is not."""
-        while isinstance(result, str):
-            if number not in self.bad:
-                self.bad.add(number)
-                if len(self.bad) > min(MAX_BAD, len(self) - 1):
-                    raise UsageError(
-                        f"{self.places[number]} {result}; it is damaged image number {len(self.bad)} of "
-                        f"{len(self):,}, too many to go on: replace the files named"
-                    )
-                print(f"note: {self.places[number]} {result}; the next image takes its place", flush=True)
-            number = (number + 1) % len(self)
-            result = self.decode(number)
-        return result
+        paths += (os.fsencode(os.path.join(inner, name)) for name in images)
+    return sorted(paths)
 
 
 def open_imagenet(
     folder: pathlib.Path, split: str, *, device: torch.device | str = "cpu", workers: int = 4
 ) -> StreamedImages:
-    """Open the "train" or "test" (validation) split of ImageNet in a folder, batches to come on the device.
+    """Open a split of ImageNet, whose images are decoded batch by batch to 128x128 pixels.
 
-    The folder holds TFRecords (train-NNNNN-of-NNNNN, validation-NNNNN-of-NNNNN, index.json), or image files in class
-    folders, below `train` and `val` or, without a split, right there. Raises UsageError where it holds neither.
+    folder: holds TFRecords (train-NNNNN-of-NNNNN, validation-NNNNN-of-NNNNN, index.json), or class folders of image
+    files, either in the subfolders `train` and `val` or, for the training split alone, directly. split: "train", or
+    "test" for the validation images. device: where batches are put. workers: number of decoding processes. Raises
+    UsageError if the folder holds none of these.
     """
     if not folder.is_dir():
         raise UsageError(f"`imagenet_datadir`={folder}: no such folder")
@@ -489,10 +285,10 @@ def open_imagenet(
         return StreamedImages(records, NUMBERS, device=device, workers=workers)
     if (folder / "train").is_dir():
         names = ("train",) if split == "train" else ("val", "validation", "test")
-        where = next((folder / name for name in names if (folder / name).is_dir()), None)
+        parent = next((folder / name for name in names if (folder / name).is_dir()), None)
     else:
-        where = folder if split == "train" else None
-    if where is None:
+        parent = folder if split == "train" else None
+    if parent is None:
         raise UsageError(f"`imagenet_datadir`={folder} has no validation images; put class folders below {folder}/val")
-    files = ClassFolders(where)
+    files = ClassFolders(parent)
     return StreamedImages(files, files.class_names, device=device, workers=workers)

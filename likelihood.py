@@ -1,9 +1,9 @@
-"""Log-likelihood of densities exp(−E) over images, bounded from both sides by annealed importance sampling.
+"""Lower and upper bounds of the log-likelihood of densities exp(−E), by annealed importance sampling.
 
-    bracket = log_z(energy, (16, 1, 28, 28), num_distributions=1000, step_size=0.0065, generator=generator)
+    bracket = bound_log_z(energy, (16, 1, 28, 28), num_distributions=1000, step_size=0.0065, generator=generator)
     # −E(x) − bracket.upper ≤ log p(x) ≤ −E(x) − bracket.lower, in nats
 
-Images lie in a box whose walls are steep, not hard: the density is exp(−E(x) − sampling.beyond(x)).
+Images are in a box with steep walls instead of hard ones: the density is exp(−E(x) − walls(x)).
 """
 
 from __future__ import annotations
@@ -15,36 +15,118 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sampling import SPILL, WALL, Energy, anneal, beyond, box_images
+from ebm.settings import AisSettings
+from errors import UsageError
+from evaluation import TrainedModel, find_checkpoint, load_split, note_contradictions, open_model
+from examined import ExaminedModel
+from models import freeze_energy
+from sampling import Energy, hmc
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Annealed importance sampling (Neal 2001) between a box of images and an energy
+
+WALL = 100.0  # outside the box the energy grows by (WALL · distance)²
+SPILL = math.sqrt(math.pi) / WALL  # the walls widen each dimension of the box by ∫ exp(−(WALL·u)²) du
+
+
+class Annealed(NamedTuple):
+    """The result of annealed importance sampling."""
+
+    x: Tensor  # (N, ...), the end points of the chains
+    log_weights: Tensor  # (N,) float64, in nats
+    acceptance: Tensor  # (num_distributions,), share of accepted moves, in the order from the box to the energy
+
+
+def measure_walls(x: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Return the energy of the walls for images x, (N,): Σ (WALL · distance to the bounds)², which is 0 inside."""
+    return (WALL * (x - x.clamp(*bounds))).square().flatten(1).sum(1)
+
+
+def draw_box_images(shape: tuple[int, ...], bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Draw exact samples from the density exp(−walls(x)), which is uniform within the bounds and Gaussian outside."""
+    lower, upper = bounds
+    x = lower + (upper - lower + SPILL) * torch.rand(shape, generator=generator, device=generator.device)
+    distance = torch.randn(shape, generator=generator, device=generator.device) / (WALL * math.sqrt(2))
+    return torch.where(x < upper, x, torch.where(distance > 0, upper, lower) + distance)
+
+
+def anneal(
+    energy: Energy,
+    x: Tensor,
+    *,
+    num_distributions: int,
+    step_size: float,
+    num_steps: int = 10,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    reverse: bool = False,
+    generator: torch.Generator | None = None,
+    progress: Callable[[], object] = lambda: None,
+) -> Annealed:
+    """Run annealed importance sampling (Neal 2001) on images (N, ...), from the box to the density exp(−E) or back.
+
+    The chains make one HMC move at each density exp(−alpha·E − walls), alpha = k / num_distributions, with the step
+    size step_size·5^(−2.5·alpha) as in the reference. If x are samples of the box, the expected log weight is at most
+    log ∫ exp(−E − walls) − log ∫ exp(−walls). With `reverse`, and if x are samples of exp(−E − walls), it is at least
+    that. num_steps: leapfrog steps of a move. progress: called after each move.
+    """
+    log_weights = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    acceptance = torch.zeros(num_distributions, device=x.device)
+
+    def weigh(x: Tensor) -> None:
+        with torch.no_grad():
+            log_weights.sub_(energy(x).double(), alpha=1 / num_distributions)
+
+    def density(alpha: float) -> Energy:
+        return lambda x: alpha * energy(x) + measure_walls(x, bounds)
+
+    for k in range(num_distributions, 0, -1) if reverse else range(1, num_distributions + 1):
+        if not reverse:
+            weigh(x)
+        alpha = k / num_distributions
+        step = step_size * 5 ** (-2.5 * alpha)
+        x, accepted = hmc(density(alpha), x, step_size=step, num_steps=num_steps, generator=generator)
+        acceptance[k - 1] = accepted.float().mean()
+        if reverse:
+            weigh(x)
+        progress()
+    return Annealed(x, log_weights, acceptance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bounds of log Z and of the log-likelihood
 
 MOVES = ("acceptance", "reverse_acceptance")
 
 
 class Bracket(NamedTuple):
-    """Bounds of log ∫ exp(−E) in nats, each a mean over chains with its standard error, and accepted moves."""
+    """Bounds of log ∫ exp(−E) in nats, each with its standard error over chains, and the shares of accepted moves."""
 
     lower: float
     lower_error: float
     upper: float
     upper_error: float
-    acceptance: Tensor  # (num_distributions,) of the forward run
-    reverse_acceptance: Tensor  # (num_distributions,), in the same order
+    acceptance: Tensor  # (num_distributions,), of the forward run
+    reverse_acceptance: Tensor  # (num_distributions,), of the reverse run, in the same order of distributions
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values by name."""
+        return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in self._asdict().items()}
 
 
 class Target(NamedTuple):
-    """A density exp(−E) over images in [0, rescale], one under each class of a conditional model."""
+    """The density exp(−E) over images in [0, rescale] to be measured; a conditional model has one for each class."""
 
-    energies: dict[str, Energy]
-    shape: tuple[int, ...]  # of an image
-    share: dict[str, float]  # of the test images that are of this class
-    values: Tensor | None  # (n,), E of the test images
-    samples: Tensor | None  # (batch_size, ...), exact ones, where there are any
+    energies: dict[str, Energy]  # name of the class -> energy
+    shape: tuple[int, ...]  # the shape of an image
+    share: dict[str, float]  # name of the class -> its share of the test images
+    values: Tensor | None  # (n,), the energies of the test images
+    samples: Tensor | None  # (batch_size, ...), exact samples of the density if they can be drawn
     rescale: float
-    alr: float
-    about: dict[str, Any]
+    alr: float  # step size of HMC
+    about: dict[str, Any]  # a description for the report
 
 
-def log_z(
+def bound_log_z(
     energy: Energy,
     shape: tuple[int, ...],
     *,
@@ -55,14 +137,15 @@ def log_z(
     generator: torch.Generator,
     progress: Callable[[], object] = lambda: None,
 ) -> Bracket:
-    """Bound log ∫ exp(−E − beyond) from both sides with chains of this shape (N, ...), see `anneal`.
+    """Return lower and upper bounds of log ∫ exp(−E − walls), from forward and reverse runs of `anneal`.
 
-    samples: exact ones of the energy, from which the reverse run starts. Without them it starts where the forward
-    chains end, and the upper bound holds as far as those are samples of the energy (Grosse et al. 2015).
+    shape: of the chains (N, ...). samples: exact samples of the energy, from which the reverse run starts. Without them
+    it starts at the end points of the forward run; the upper bound is then valid only if these are samples of the
+    energy (Grosse et al. 2015).
     """
     settings: dict[str, Any] = {"num_distributions": num_distributions, "step_size": step_size, "bounds": bounds}
     settings |= {"generator": generator, "progress": progress}
-    forward = anneal(energy, box_images(shape, bounds, generator), **settings)
+    forward = anneal(energy, draw_box_images(shape, bounds, generator), **settings)
     back = anneal(energy, forward.x if samples is None else samples, reverse=True, **settings)
     box = math.prod(shape[1:]) * math.log(bounds[1] - bounds[0] + SPILL)
     (lower, lower_error), (upper, upper_error) = (
@@ -71,8 +154,34 @@ def log_z(
     return Bracket(lower, lower_error, upper, upper_error, forward.acceptance, back.acceptance)
 
 
-def figures_of(target: Target, brackets: dict[str, Bracket]) -> dict[str, float]:
-    """Return the bounds in nats and, of test images, in bits per dimension; of several classes the mean over images."""
+def bound_log_z_of_classes(
+    target: Target,
+    chains: int,
+    num_distributions: int,
+    generator: torch.Generator,
+    progress: Callable[[], object],
+) -> dict[str, Bracket]:
+    """Return the bounds of log Z for each class of a target by name. chains: their number for each class."""
+    return {
+        name: bound_log_z(
+            energy,
+            (chains, *target.shape),
+            num_distributions=num_distributions,
+            step_size=target.alr,
+            bounds=(0.0, target.rescale),
+            samples=target.samples,
+            generator=generator,
+            progress=progress,
+        )
+        for name, energy in target.energies.items()
+    }
+
+
+def compute_figures(target: Target, brackets: dict[str, Bracket]) -> dict[str, float]:
+    """Return the bounds of log Z and, for test images, those of log p in nats and in bits per dimension.
+
+    Bounds of several classes are averaged over the test images. Raises UsageError if a figure is not finite.
+    """
 
     def mean(field: str) -> float:
         return sum(part * getattr(brackets[name], field) for name, part in target.share.items())
@@ -89,18 +198,21 @@ def figures_of(target: Target, brackets: dict[str, Bracket]) -> dict[str, float]
         bits = [8 - (p / dimensions + math.log(target.rescale)) / math.log(2) for p in per_image.values()]
         figures |= per_image | {"bits/dim ≥": bits[1], "bits/dim ≤": bits[0]}
     accepted = [sum(getattr(b, name).mean().item() for b in brackets.values()) / len(brackets) for name in MOVES]
-    return figures | dict(zip(("accepted", "back"), accepted, strict=True))
+    figures |= dict(zip(("accepted", "back"), accepted, strict=True))
+    if not all(map(math.isfinite, figures.values())):
+        raise UsageError("energies are not finite: this model has diverged; use an earlier checkpoint")
+    return figures
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A density whose log Z is known: a Gaussian around the middle of the box [0, rescale]ᵈ
+# A density whose log Z is known: a Gaussian in the middle of the box [0, rescale]ᵈ
 
 
-def gauss_log_z(dimensions: int, precision: float, rescale: float) -> float:
-    """Return log ∫ exp(−precision·|x − centre|²/2 − Σ (100·distance to the box)²) dx in closed form."""
+def compute_gauss_log_z(dimensions: int, precision: float, rescale: float) -> float:
+    """Return the exact log ∫ exp(−precision·|x − centre|²/2 − Σ (100·distance to the box)²) dx."""
     half = rescale / 2
     inside = 0.5 * math.log(2 * math.pi / precision) + math.log(math.erf(half * math.sqrt(precision / 2)))
-    # Beyond a wall ∫ exp(−precision·(half + u)²/2 − (WALL·u)²) du, a Gaussian's tail with this curvature
+    # Outside a wall: ∫ exp(−precision·(half + u)²/2 − (WALL·u)²) du, the tail of a Gaussian with this curvature.
     curvature = precision / 2 + WALL**2
     z = precision * half / (2 * math.sqrt(curvature))
     tail = torch.special.log_ndtr(torch.tensor(-math.sqrt(2) * z, dtype=torch.float64)).item()
@@ -108,12 +220,89 @@ def gauss_log_z(dimensions: int, precision: float, rescale: float) -> float:
     return dimensions * (inside + math.log1p(math.exp(math.log(2) + tail - inside)))
 
 
-def gauss_samples(shape: tuple[int, ...], precision: float, rescale: float, generator: torch.Generator) -> Tensor:
-    """Return exact samples of that Gaussian between its walls: normal ones, of which the walls reject some."""
+def draw_gauss_samples(shape: tuple[int, ...], precision: float, rescale: float, generator: torch.Generator) -> Tensor:
+    """Draw exact samples of this Gaussian with walls, by rejection of normal samples outside the box."""
     number = math.prod(shape)
-    kept = torch.empty(0, device=generator.device)
-    while len(kept) < number:
+    accepted = torch.empty(0, device=generator.device)
+    while len(accepted) < number:
         x = torch.randn(number, generator=generator, device=generator.device) / precision**0.5 + rescale / 2
-        allowed = (-beyond(x[:, None], (0.0, rescale))).exp()
-        kept = torch.cat([kept, x[torch.rand(number, generator=generator, device=generator.device) < allowed]])
-    return kept[:number].view(shape)
+        probability = (-measure_walls(x[:, None], (0.0, rescale))).exp()
+        is_accepted = torch.rand(number, generator=generator, device=generator.device) < probability
+        accepted = torch.cat([accepted, x[is_accepted]])
+    return accepted[:number].view(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Targets: this Gaussian, or a trained model
+
+
+def build_gauss(settings: AisSettings, device: torch.device) -> Target:
+    """Return a Gaussian in the middle of the box, with `gauss_dim` dimensions and the precision `temperature`."""
+    precision, rescale = settings.temperature or 1.0, settings.rescale or 1.0
+
+    def energy(x: Tensor) -> Tensor:
+        return 0.5 * precision * (x - rescale / 2).square().sum(1)
+
+    shape = settings.batch_size, settings.gauss_dim
+    samples = draw_gauss_samples(shape, precision, rescale, torch.Generator(device).manual_seed(settings.seed + 1))
+    about = {"log Z": compute_gauss_log_z(settings.gauss_dim, precision, rescale)}
+    alr = 0.0085 if settings.alr is None else settings.alr
+    return Target({"gauss": energy}, shape[1:], {"gauss": 1.0}, None, samples, rescale, alr, about)
+
+
+def build_target(settings: AisSettings, device: torch.device) -> Target:
+    """Return the density of the model that the settings name, with the energies of test images.
+
+    Raises UsageError if the model or the data are missing, do not fit each other, or have no density.
+    """
+    trained = open_model(find_checkpoint(settings), device, swish_act=settings.swish_act, ema=settings.ema)
+    note_contradictions(settings, trained)
+    model, path = trained.model, trained.path
+    temperature = trained.flags.get("temperature", 1.0) if settings.temperature is None else settings.temperature
+    rescale = trained.rescale if settings.rescale is None else settings.rescale
+    usual = 0.0065 if model.config.image_shape[0] == 1 else 0.0085 if rescale == 8 else 0.0045
+    images, labels, description = load_test_images(settings, trained, device)
+    print(f"model: {path}, {model.config.network}, temperature {temperature:g}; {description}")
+
+    examined = ExaminedModel(model, torch.Generator(device).manual_seed(settings.seed), rescale=rescale, batch_size=100)
+    values = temperature * examined.compute_energies(images, labels) + measure_walls(rescale * images, (0.0, rescale))
+    classes = labels.argmax(1).tolist() if model.config.label_size else [None] * len(images)
+
+    frozen = freeze_energy(model, temperature=temperature)  # a function of images in [0, rescale]
+
+    def energy_under(c: int | None) -> Energy:
+        if c is None:
+            return frozen.under(None)
+        label = torch.eye(model.config.label_size, device=device)[c]
+        return lambda x: frozen(x, label.expand(len(x), -1))
+
+    share = {c: classes.count(c) / len(classes) for c in sorted(set(classes), key=str)}
+    name = {c: "images" if c is None else f"class {c}" for c in share}
+    return Target(
+        {name[c]: energy_under(c) for c in share},
+        model.config.image_shape,
+        {name[c]: part for c, part in share.items()},
+        values,
+        None,
+        rescale,
+        usual if settings.alr is None else settings.alr,
+        {"checkpoint": str(path), "images": description, "temperature": temperature},
+    )
+
+
+def load_test_images(settings: AisSettings, trained: TrainedModel, device: torch.device) -> tuple[Tensor, Tensor, str]:
+    """Return random test images in [0, 1], their label vectors, and a description of them.
+
+    The labels of an unconditional model have width 0. Raises UsageError if the images do not fit the model or are not
+    dequantised.
+    """
+    dataset, label_size = load_split("test", trained, settings, device), trained.model.config.label_size
+    if dataset.name == "dsprites":
+        raise UsageError("`dataset`=dsprites has pixels of two values without noise, which have no density")
+    if label_size not in (0, dataset.label_size):
+        raise UsageError(f"`dataset`={dataset.name} has {dataset.label_size} classes, the model takes {label_size}")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))[: settings.limit]
+    images, labels = dataset.batch(order.to(device), torch.Generator(device).manual_seed(settings.seed))
+    if labels is None or not label_size:
+        labels = images.new_zeros(len(images), 0)
+    return images, labels, f"{len(images)} of {len(dataset)} test images of {dataset.name}"

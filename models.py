@@ -1,4 +1,4 @@
-"""The seven energy networks of the reference, from one conditional convolution and one residual block.
+"""The seven energy networks of the reference, built from one conditional convolution and one residual block.
 
     model = build_model(ModelConfig("ResNet32", image_shape=(3, 32, 32), num_filters=128, label_size=10))
     energies = model(images, labels)                      # (N, C, H, W) in [0, 1], (N, 10) -> (N,)
@@ -6,8 +6,8 @@
 A Langevin chain evaluates one network dozens of times with unchanged weights, so a network is a pure function of
 *prepared weights*: normalised by their spectral norm, pooling and gains folded into the kernels, once per chain.
 
-    weights = spectral_norm_once(model)
-    energies = model.energy(weights, images, labels)
+    energy = freeze_energy(model)                         # for chains: weights prepared once, gradients for images only
+    energies = energy(images, labels)
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Weights = dict[str, Tensor]  # "<layer>.<leaf>" -> tensor, what `EnergyNetwork.prepare` returns
+from hardware import PRECISIONS
+
+Weights = dict[str, Tensor]  # "<layer>.<leaf>" -> tensor, as `EnergyNetwork.prepare` returns them
 Activation = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything needed to rebuild a network. `label_size` is the width of a label vector, 0: unconditional."""
+    """The settings from which a network is rebuilt.
+
+    label_size: the width of a label vector, 0 for an unconditional network.
+    """
 
     network: str
     image_shape: tuple[int, int, int]  # (C, H, W)
@@ -41,18 +46,19 @@ class ModelConfig:
 
 
 def leaky_relu(x: Tensor) -> Tensor:
+    """Return the leaky ReLU of x with slope 0.2, the default of TensorFlow."""
     return F.leaky_relu(x, 0.2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers. Each `prepare`s its tensors once, then is a pure function of them: layer(weights, x, labels).
+# Layers. A layer prepares its tensors once; after that it is a pure function of them: layer(weights, x, labels).
 
 
 class NormalizedLayer(nn.Module):
     """A weight of shape (c_out, ...) divided by its spectral norm, estimated by power iteration on the stored `u`.
 
-    `zero_init` marks the second convolution of a residual block, which starts near zero and is only ever scaled down:
-    its norm is bounded from below by min(sigma, 1).
+    zero_init: for the second convolution of a residual block, which starts near zero. It is only ever scaled down: a
+    spectral norm below 1 is left as it is.
     """
 
     def __init__(self, shape: tuple[int, ...], config: ModelConfig, *, spec_norm: bool = True, zero_init: bool = False):
@@ -65,11 +71,11 @@ class NormalizedLayer(nn.Module):
         self.register_buffer("u", torch.empty(1, shape[0]) if config.spec_norm and spec_norm else None)
 
     def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
-        """Return this layer's tensors for a chain, by the names its `forward` looks up behind `self.name`."""
+        """Return this layer's prepared tensors; `forward` looks them up as "<self.name>.<key>"."""
         raise NotImplementedError
 
     def reset(self, generator: torch.Generator | None) -> None:
-        """Initial values of the reference: N(0, 1) where normalised, Glorot uniform or zero where not."""
+        """Draw the reference's initial values: N(0, 1) for a normalised weight, else Glorot uniform, or zero."""
         if self.u is not None:
             self.u.normal_(generator=generator)
             self.weight.data.normal_(std=1e-10 if self.zero_init else 1.0, generator=generator)
@@ -98,16 +104,17 @@ class NormalizedLayer(nn.Module):
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Return the padding (before, after) of TensorFlow's SAME rule: the odd pixel goes to the end."""
+    """Return the padding (before, after) of TensorFlow's SAME rule, which puts the odd pixel at the end."""
     total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
 
 def convolve(x: Tensor, kernel: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
-    """Return x * kernel in channels-last, on a CPU also for a single channel, whose layout is ambiguous.
+    """Return the convolution of x with a kernel, in channels-last memory format.
 
-    The library would answer that one in NCHW, and every activation after it would convert: as a matrix product of
-    patches it is three times faster there. On a GPU patches take a kernel launch for each image.
+    PyTorch cannot tell the formats of a single channel apart and would return NCHW, so that every later layer would
+    have to convert. On a CPU a single channel is therefore convolved as a matrix product of patches, which is three
+    times faster. On a GPU that would take a kernel launch for each image.
     """
     if x.shape[1] > 1 or x.device.type != "cpu":
         return F.conv2d(x, kernel, stride=stride, padding=padding)
@@ -119,21 +126,26 @@ def convolve(x: Tensor, kernel: Tensor, stride: int, padding: tuple[int, int]) -
 def fold_average_pooling(kernel: Tensor) -> Tensor:
     """Return the 4x4 kernel that, with stride 2, equals this 3x3 `kernel` followed by 2x2 average pooling.
 
-    It is the mean of the 3x3 kernel shifted by (0, 0), (0, 1), (1, 0) and (1, 1): 2.25 times fewer multiplications.
+    It is the mean of the 3x3 kernel shifted by (0, 0), (0, 1), (1, 0) and (1, 1). It takes 2.25 times fewer
+    multiplications.
     """
     return sum(F.pad(kernel, (dx, 1 - dx, dy, 1 - dy)) for dx in (0, 1) for dy in (0, 1)) / 4  # type: ignore[return-value]
 
 
 def per_channel(table: Tensor, labels: Tensor | None) -> Tensor:
-    """Return the rows of a (label_size, c) table that the labels choose, or its one row, as (N or 1, c, 1, 1)."""
+    """Return the values per channel that labels select from a table (label_size, c), as (N, c, 1, 1).
+
+    Without labels the table has one row, which is returned as (1, c, 1, 1).
+    """
     return (table if labels is None else labels @ table)[:, :, None, None]
 
 
 class Conv(NormalizedLayer):
     """The conditional convolution: (x + input bias) * kernel · gain, then the activation; SAME padding.
 
-    Bias and gain belong to channels, chosen by the label where the network is conditional. There is no output bias.
-    `pooled` appends 2x2 average pooling before the gain; `downsample` takes stride 1 and pools after the activation.
+    Bias and gain have a value for each channel; in a conditional network the label selects them. There is no output
+    bias. pooled: apply 2x2 average pooling before the gain. With the config's `downsample`, a convolution of stride 2
+    has stride 1 instead and is followed by 2x2 average pooling after the activation.
     """
 
     def __init__(
@@ -168,7 +180,7 @@ class Conv(NormalizedLayer):
         if self.g is not None and self.cb is not None:
             weights["gain"], weights["gain_bias"] = self.g, self.cb
         elif self.g is not None:
-            kernel = kernel * self.g.view(-1, 1, 1, 1)  # an unconditional gain is part of the kernel
+            kernel = kernel * self.g.view(-1, 1, 1, 1)  # an unconditional gain is folded into the kernel
         if fold and self.pooled:
             kernel = fold_average_pooling(kernel)
         weights["kernel"] = kernel.contiguous(memory_format=memory_format)
@@ -178,7 +190,7 @@ class Conv(NormalizedLayer):
         kernel = weights[f"{self.name}.kernel"]
         if self.gb is not None:
             x = x + per_channel(weights[f"{self.name}.input_bias"], labels)
-        if self.pooled and kernel.shape[-1] == 4:  # folded
+        if self.pooled and kernel.shape[-1] == 4:  # the pooling is folded into the kernel
             x = F.conv2d(x, kernel, stride=2, padding=1)
         else:
             rows, columns = (same_padding(size, kernel.shape[-1], self.stride) for size in x.shape[2:])
@@ -198,7 +210,7 @@ class Conv(NormalizedLayer):
 
 
 class Dense(NormalizedLayer):
-    """A fully connected layer with bias, (N, n_in) -> (N, n_out)."""
+    """A fully connected layer with bias and activation, (N, n_in) -> (N, n_out)."""
 
     def __init__(self, n_in: int, n_out: int, config: ModelConfig, *, spec_norm: bool, activation: Activation | None):
         super().__init__((n_out, n_in), config, spec_norm=spec_norm)
@@ -215,7 +227,7 @@ class Dense(NormalizedLayer):
 
 
 class Projection(NormalizedLayer):
-    """A 1x1 convolution of the self attention, (N, c_in, H, W) -> (N, c_out, H·W)."""
+    """A 1x1 convolution for self attention, (N, c_in, H, W) -> (N, c_out, H·W)."""
 
     def __init__(self, c_in: int, c_out: int, config: ModelConfig, *, bias: bool):
         super().__init__((c_out, c_in, 1, 1), config)
@@ -230,7 +242,7 @@ class Projection(NormalizedLayer):
 
 
 class SelfAttention(nn.Module):
-    """x + gamma · softmax(q kᵀ) v over positions, not scaled by 1/sqrt(width), as in the reference."""
+    """Self attention over positions: x + gamma · softmax(q kᵀ) v, not scaled by 1/sqrt(width), as in the reference."""
 
     def __init__(self, channels: int, key_channels: int, config: ModelConfig):
         super().__init__()
@@ -251,7 +263,10 @@ class SelfAttention(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """act(pool(conv(act(dropout(conv(x)))) + skip(x))): the one residual block; a 3x3 skip where channels change."""
+    """The residual block of all ResNets: act(pool(conv(act(dropout(conv(x))))) + skip(x)).
+
+    The skip is the identity, or a 3x3 convolution if the number of channels changes, and pooled if the block is.
+    """
 
     def __init__(
         self, c_in: int, c_out: int, config: ModelConfig, *, down: bool, activation: Activation, dropout: bool
@@ -274,7 +289,7 @@ class ResidualBlock(nn.Module):
 
 
 class LabelPlanes(nn.Module):
-    """Append the label, divided by 10, as constant input planes: how MnistNet is conditioned."""
+    """The stage by which MnistNet is conditioned: it appends the label, divided by 10, as constant input planes."""
 
     def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
         assert labels is not None, "a conditional network checks its labels before its first stage"
@@ -283,14 +298,17 @@ class LabelPlanes(nn.Module):
 
 
 class Flatten(nn.Module):
-    """(N, C, H, W) -> (N, H·W·C): in the order of the reference's NHWC tensors, free of copies in channels-last."""
+    """The stage (N, C, H, W) -> (N, H·W·C), in the order of the reference's NHWC tensors.
+
+    In channels-last memory format it copies nothing.
+    """
 
     def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
         return x.permute(0, 2, 3, 1).flatten(1)
 
 
 class GlobalSum(nn.Module):
-    """(N, C, H, W) -> (N, C): the activation, then the sum over all positions."""
+    """The stage (N, C, H, W) -> (N, C): the activation, then the sum over all positions."""
 
     def __init__(self, activation: Activation):
         super().__init__()
@@ -305,6 +323,7 @@ class GlobalSum(nn.Module):
 
 
 def mnist_net(config: ModelConfig) -> dict[str, nn.Module]:
+    """Return the stages of MnistNet: a 3x3 convolution, three 4x4 convolutions of stride 2 and a dense head."""
     width = config.num_filters
     activation = F.silu if config.swish_act else leaky_relu
     stages: dict[str, nn.Module] = {"labels": LabelPlanes()} if config.label_size else {}
@@ -315,6 +334,7 @@ def mnist_net(config: ModelConfig) -> dict[str, nn.Module]:
 
 
 def dsprites_net(config: ModelConfig) -> dict[str, nn.Module]:
+    """Return the stages of DspritesNet: a 3x3 convolution, four 4x4 convolutions of stride 2 and a dense head."""
     width = config.num_filters
     activation = F.silu if config.swish_act else leaky_relu
     stages: dict[str, nn.Module] = {"c1_pre": Conv(config.image_shape[0], 32, config, activation=activation)}
@@ -329,7 +349,10 @@ def dsprites_net(config: ModelConfig) -> dict[str, nn.Module]:
 def dense_head(
     channels: int, width: int, halvings: int, config: ModelConfig, activation: Activation
 ) -> dict[str, nn.Module]:
-    """Flatten what is left after `halvings` stride-2 convolutions, one hidden layer, one number."""
+    """Return the last stages of a convolutional network: flattening, one hidden layer and the energy.
+
+    halvings: the number of stride-2 convolutions before the head. width: that of the hidden layer.
+    """
     positions = math.prod(math.ceil(size / 2**halvings) for size in config.image_shape[1:])
     return {
         "flatten": Flatten(),
@@ -340,21 +363,23 @@ def dense_head(
 
 @dataclasses.dataclass(frozen=True)
 class ResNet:
-    """A residual network as a table: blocks "name:width", in units of num_filters, "↓" where a block halves the image.
+    """A residual network as a table.
 
-    attention: (after this block, width of its channels and of its keys in units of num_filters); it takes the place of
-    the block named in `replaces`, if any.
+    blocks: "name:width" for each block, in units of num_filters, with "↓" if the block halves the image. attention:
+    the block that self attention follows, its channels and its key channels in units of num_filters. With attention,
+    the block named in `replaces` is left out.
     """
 
     blocks: str
     attention: tuple[str, float, float]
     replaces: str = ""
     stem: int = 0  # channels of the first convolution, 0: num_filters
-    swish: bool = False  # honours swish_act
+    swish: bool = False  # whether the network obeys `swish_act`
     conditional_leaky_head: bool = False
     dropout: bool = False
 
     def stages(self, config: ModelConfig) -> dict[str, nn.Module]:
+        """Return the stages of the network, by their names in checkpoints."""
         swish = self.swish and config.swish_act
         activation = F.silu if swish else leaky_relu
         width, channels = config.num_filters, self.stem or config.num_filters
@@ -414,7 +439,7 @@ NETWORKS: dict[str, Callable[[ModelConfig], dict[str, nn.Module]]] = {
 
 
 class EnergyNetwork(nn.Module):
-    """An energy over images: a list of stages, evaluated with weights that were prepared before."""
+    """A network that maps images to energies: a sequence of stages, evaluated with prepared weights."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -431,10 +456,11 @@ class EnergyNetwork(nn.Module):
         fold: bool = True,
         memory_format: torch.memory_format = torch.channels_last,
     ) -> Weights:
-        """Return the weights a chain or a loss evaluates with: normalised once, differentiable in the parameters.
+        """Return the prepared weights: normalised once, differentiable in the parameters.
 
-        update_u: write the power iteration's `u` back, as the reference does once per training iteration.
-        fold: merge average pooling into the kernels before it (exact up to rounding). memory_format: of the kernels.
+        update_u: store the new `u` of the power iteration, as the reference does once per training iteration.
+        fold: merge average pooling into the kernels before it (exact up to rounding). memory_format: the memory format
+        of the kernels.
         """
         prepared: Weights = {}
         for module in self.modules():
@@ -446,15 +472,15 @@ class EnergyNetwork(nn.Module):
     def energy(self, weights: Weights, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the energies (N,) of images (N, C, H, W) under labels (N, label_size), a pure function of `weights`.
 
-        Only ResNet32Large in training mode draws anything (dropout, along chains too, as in the reference).
-        Raises ValueError for labels or images of another shape than the network's.
+        Only ResNet32Large in training mode draws random numbers (dropout, also in chains, as in the reference).
+        Raises ValueError if images or labels do not have the network's shape.
         """
         label_size = self.config.label_size
         if tuple(images.shape[1:]) != self.config.image_shape:
             raise ValueError(f"images of shape {tuple(images.shape[1:])}, the network takes {self.config.image_shape}")
         if label_size and (labels is None or labels.shape != (len(images), label_size)):
-            given = None if labels is None else tuple(labels.shape)
-            raise ValueError(f"labels of shape {given}, the network takes {(len(images), label_size)}")
+            shape = None if labels is None else tuple(labels.shape)
+            raise ValueError(f"labels of shape {shape}, the network takes {(len(images), label_size)}")
         dtype = weights["fc5.kernel"].dtype
         x, labels = images.to(dtype), labels.to(dtype) if label_size and labels is not None else None
         for stage in self.stages.values():
@@ -468,7 +494,7 @@ class EnergyNetwork(nn.Module):
 
 
 def build_model(config: ModelConfig, generator: torch.Generator | None = None) -> EnergyNetwork:
-    """Build a network of the registry with the reference's initial values, drawn from `generator`."""
+    """Return a new network with the reference's initial values, drawn from `generator`."""
     model = EnergyNetwork(config)
     for module in model.modules():
         if isinstance(module, NormalizedLayer):
@@ -477,22 +503,82 @@ def build_model(config: ModelConfig, generator: torch.Generator | None = None) -
 
 
 def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
-    """Return prepared weights of another type (None: as they are), which the network then computes in.
+    """Return prepared weights converted to a number type, in which the network then computes.
 
-    Images and energies stay float32, and so do the parameters that the weights are differentiable in.
+    dtype: None leaves the weights as they are. Images, energies and the network's parameters stay float32.
     """
     return {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items()}
 
 
 def detach(weights: Weights, dtype: torch.dtype | None = None) -> Weights:
-    """Return prepared weights without their history: what a chain needs that takes gradients to images only."""
+    """Return prepared weights without their autograd graph, for chains, which need gradients for images only."""
     return cast({name: tensor.detach() for name, tensor in weights.items()}, dtype)
 
 
 def spectral_norm_once(model: EnergyNetwork, dtype: torch.dtype | None = None) -> Weights:
-    """Return the frozen prepared weights of a model for a whole chain, `model.energy(weights, images, labels)`.
+    """Return the frozen prepared weights of a model for a whole chain, for `model.energy(weights, images, labels)`.
 
-    One power iteration from the stored `u`, which stays as it is, as in the reference's evaluation scripts.
+    As in the reference's evaluation scripts, one power iteration (`spec_iter` rounds) starts from the stored `u`,
+    which stays as it is.
     """
     with torch.no_grad():
         return detach(model.prepare(), dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Energies as functions
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedEnergy:
+    """An energy of images under labels whose network weights were prepared once for many evaluations.
+
+    rescale: a factor of the images, for images in [0, 1] and a network trained on [0, rescale]. temperature: a factor
+    of the energy.
+    """
+
+    model: EnergyNetwork
+    weights: Weights
+    rescale: float = 1.0
+    temperature: float = 1.0
+
+    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the energies (N,) of images (N, C, H, W) under labels (N, label_size), or None."""
+        images = images if self.rescale == 1.0 else images * self.rescale  # saves most models an operation per step
+        return self.temperature * self.model.energy(self.weights, images, labels)
+
+    def under(self, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Return the energy under these labels, as a function of images alone."""
+        return lambda images: self(images, labels)
+
+
+def freeze_energy(
+    model: EnergyNetwork, *, precision: str = "float32", rescale: float = 1.0, temperature: float = 1.0
+) -> PreparedEnergy:
+    """Return the energy that chains descend, with weights normalised once and frozen; see `PreparedEnergy`.
+
+    precision: the number type in which it is computed, one of PRECISIONS.
+    """
+    return PreparedEnergy(model, spectral_norm_once(model, PRECISIONS[precision]), rescale, temperature)
+
+
+def label_energies(energy: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    """Return the energy E(x, y) of every image (N, C, H, W) under every label (M, label_size), as (N, M)."""
+    n, m = len(images), len(labels)
+    return energy(images.repeat_interleave(m, 0), labels.repeat(n, 1)).view(n, m)
+
+
+def class_logits(energy: Callable[[Tensor, Tensor], Tensor], images: Tensor, classes: int) -> Tensor:
+    """Return the class logits of every image: −E(x, y) under every class, as (N, classes)."""
+    return -label_energies(energy, images, torch.eye(classes, device=images.device, dtype=images.dtype))
+
+
+def noise_images(config: ModelConfig, number: int, generator: torch.Generator, rescale: float = 1.0) -> Tensor:
+    """Return noise (number, C, H, W) that chains start from: uniform in [0, rescale], or 0.5 + 0.5·N(0, 1) for sprites.
+
+    The network of sprites is DspritesNet; its noise does not depend on rescale.
+    """
+    shape = number, *config.image_shape
+    if config.network == "DspritesNet":
+        return 0.5 + 0.5 * torch.randn(shape, generator=generator, device=generator.device)
+    return rescale * torch.rand(shape, generator=generator, device=generator.device)

@@ -1,10 +1,12 @@
 """Pictures for people: grids, panels and GIFs of images, curves, histograms and ROC curves.
 
-Images are (N, C, H, W) in [0, 1] with C = 1 or 3. Whatever writes a file makes its folder and returns its path.
+Images are (N, C, H, W) in [0, 1] with C = 1 or 3. Functions that write a file make its folder and return its path.
 """
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import metrics
@@ -22,16 +25,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WHITE = 255
-# Okabe & Ito's palette: its colours stay apart for colour-blind readers.
+# Okabe & Ito's palette, whose colours can be told apart by colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 # ---- images ----
 
 
-def grid(images: Tensor, *, columns: int, padding: int = 2, scale: int = 1) -> np.ndarray:
-    """Lay images out row by row with white gaps: uint8 (height, width, C), as `save_gif` and TensorBoard's HWC take it.
+def make_grid(images: Tensor, *, columns: int, padding: int = 2, scale: int = 1) -> np.ndarray:
+    """Return a grid of images with white gaps, filled row by row: uint8 (height, width, C).
 
-    `scale` enlarges each pixel to a square of that side; `padding` is the gap in final pixels.
+    `save_gif` and TensorBoard's HWC format take this array. scale: enlarges each pixel to a square of this side.
+    padding: the gap, in pixels of the grid.
     """
     pixels = (images.detach().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
@@ -45,20 +49,21 @@ def grid(images: Tensor, *, columns: int, padding: int = 2, scale: int = 1) -> n
     return canvas
 
 
-def panel(stages: Mapping[str, Tensor], *, padding: int = 2, scale: int = 1) -> np.ndarray:
-    """One row per image, one column per named batch, such as {"start": ..., "sample": ..., "real": ...}.
+def make_panel(stages: Mapping[str, Tensor], *, padding: int = 2, scale: int = 1) -> np.ndarray:
+    """Return a grid with a titled column per batch, such as {"start": ..., "sample": ..., "real": ...}.
 
-    The batches have one shape; their names stand above the columns. Returns uint8 (height, width, C), like `grid`.
+    Row i shows image i of each batch; all batches have one shape. Returns uint8 (height, width, C) like `make_grid`.
     """
     images = torch.stack([batch.cpu() for batch in stages.values()], 1).flatten(0, 1)
-    pixels = grid(images, columns=len(stages), padding=padding, scale=scale)
-    return np.concatenate([_column_titles(list(stages), pixels.shape, images.shape[-1] * scale + padding), pixels])
+    pixels = make_grid(images, columns=len(stages), padding=padding, scale=scale)
+    return np.concatenate([draw_titles(list(stages), pixels.shape, images.shape[-1] * scale + padding), pixels])
 
 
-def _column_titles(titles: list[str], shape: tuple[int, ...], step: int) -> np.ndarray:
-    """A strip as wide as the pixels of `shape`, one title every `step` pixels, small enough for the longest to fit."""
-    from PIL import Image, ImageDraw, ImageFont
+def draw_titles(titles: list[str], shape: tuple[int, ...], step: int) -> np.ndarray:
+    """Return a strip of column titles, uint8 (16, width, C): one title every `step` pixels.
 
+    shape: of the grid below, (height, width, C). The font is small enough for the longest title to fit its column.
+    """
     size = 12.0
     longest = max(ImageFont.load_default(size).getlength(title) for title in titles)
     font = ImageFont.load_default(min(size, size * step / longest))
@@ -69,38 +74,57 @@ def _column_titles(titles: list[str], shape: tuple[int, ...], step: int) -> np.n
 
 
 def save_pixels(pixels: np.ndarray, path: str | Path) -> Path:
-    """Write uint8 (height, width, C) as a picture, PNG by its name."""
-    from PIL import Image
-
-    path = _with_folder(path)
+    """Write an array uint8 (height, width, C) to an image file and return its path; .png in the name makes it a PNG."""
+    path = make_parent(path)
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path)
     return path
 
 
 def save_grid(images: Tensor, path: str | Path, *, columns: int, padding: int = 2, scale: int = 1) -> Path:
-    """Write `grid` of the images."""
-    return save_pixels(grid(images, columns=columns, padding=padding, scale=scale), path)
+    """Write a grid of images to a file and return its path, see `make_grid`."""
+    return save_pixels(make_grid(images, columns=columns, padding=padding, scale=scale), path)
 
 
 def save_panel(stages: Mapping[str, Tensor], path: str | Path, *, padding: int = 2, scale: int = 1) -> Path:
-    """Write `panel` of the named batches."""
-    return save_pixels(panel(stages, padding=padding, scale=scale), path)
+    """Write a panel of named batches to a file and return its path, see `make_panel`."""
+    return save_pixels(make_panel(stages, padding=padding, scale=scale), path)
 
 
 def save_gif(frames: Sequence[np.ndarray], path: str | Path, *, fps: float = 20) -> Path:
-    """Write uint8 frames (height, width, C), such as `grid` returns, as an endless GIF.
+    """Write frames uint8 (height, width, C) to a GIF that repeats forever, and return its path.
 
-    GIF counts time in hundredths of a second. A frame equal to the one before lengthens that one instead.
+    The format counts time in hundredths of a second. Equal consecutive frames are merged into one longer frame.
     """
-    from PIL import Image
-
-    path = _with_folder(path)
+    path = make_parent(path)
     first, *rest = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
     first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
     return path
 
 
-# ---- plots: matplotlib's objects without pyplot, which would keep global state ----
+def save_film(frames: Sequence[np.ndarray], path: Path, *, fps: float = 20) -> Path | None:
+    """Write frames uint8 (height, width, 1 or 3) to a film with ffmpeg and return its path.
+
+    Prints a note and returns None if ffmpeg is missing or fails.
+    """
+    program = shutil.which("ffmpeg")
+    if program is None:
+        print(f"note: no {path.name}, ffmpeg is not installed")
+        return None
+    height, width, channels = frames[0].shape
+    kind = "gray" if channels == 1 else "rgb24"
+    source = f"-f rawvideo -pix_fmt {kind} -s {width}x{height} -r {fps} -i -"
+    even = "-vf pad=ceil(iw/2)*2:ceil(ih/2)*2 -pix_fmt yuv420p"  # most players need even sides and yuv420p
+    command = [program, *f"-y -loglevel error {source} {even}".split(), str(path)]
+    pixels = b"".join(frame.tobytes() for frame in frames)
+    process = subprocess.run(command, input=pixels, capture_output=True, check=False)
+    if process.returncode:
+        reason = process.stderr.decode(errors="replace").strip().split("\n")[-1]
+        print(f"note: no {path.name}, ffmpeg failed ({reason})")
+        return None
+    return path
+
+
+# ---- plots, made without pyplot because it keeps global state ----
 
 
 def plot_lines(
@@ -111,27 +135,29 @@ def plot_lines(
     title: str = "",
     log: bool = False,
 ) -> Path:
-    """Stack panels over one x axis: {y label: {line's name: (x, y)}}; `log` makes the y axes logarithmic."""
-    figure, axes = _figure(len(panels), title)
+    """Plot lines in panels that share one x axis, and return the file's path.
+
+    panels: {y label: {name of the line: (x, y)}}. log: make the y axes logarithmic.
+    """
+    figure, axes = make_figure(len(panels), title)
     for axis, (ylabel, lines) in zip(axes, panels.items(), strict=True):
         for k, (name, (x, y)) in enumerate(lines.items()):
             colour, style = COLOURS[k % len(COLOURS)], "-" if k < len(COLOURS) else "--"
-            few = np.size(x) <= 20  # then dots tell what was measured from the lines between
-            marker = "." if few else ""
+            marker = "." if np.size(x) <= 20 else ""  # dots mark the few measured points on the line
             axis.plot(np.asarray(x), np.asarray(y), style, color=colour, label=name, linewidth=1.5, marker=marker)
         axis.set(ylabel=ylabel, yscale="log" if log else "linear")
         if all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, _ in lines.values()):
-            axis.locator_params(axis="x", integer=True)  # no half iterations, no half concepts
-        _legend(axis)
+            axis.locator_params(axis="x", integer=True)  # integers, such as iterations, get integer ticks
+        add_legend(axis)
     axes[-1].set_xlabel(xlabel)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_histograms(
     samples: Mapping[str, ArrayLike], path: str | Path, *, xlabel: str, title: str = "", bins: int = 60
 ) -> Path:
-    """Draw the density of each named set of numbers over common bins."""
-    figure, (axis,) = _figure(1, title)
+    """Plot the density histogram of each named set of numbers over common bins, and return the file's path."""
+    figure, (axis,) = make_figure(1, title)
     arrays = {name: np.asarray(values).ravel() for name, values in samples.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(arrays.values())), bins).tolist()
     for colour, (name, values) in zip(cycle(COLOURS), arrays.items(), strict=False):
@@ -139,13 +165,16 @@ def plot_histograms(
             values, edges, density=True, histtype="stepfilled", facecolor=(colour, 0.25), edgecolor=colour, label=name
         )
     axis.set(xlabel=xlabel, ylabel="density")
-    _legend(axis)
-    return _save(figure, path)
+    add_legend(axis)
+    return save_figure(figure, path)
 
 
 def plot_bars(groups: Mapping[str, Mapping[str, float]], path: str | Path, *, ylabel: str, title: str = "") -> Path:
-    """Draw bars side by side: {legend: {place on the x axis: height}}; a missing place leaves a gap."""
-    figure, (axis,) = _figure(1, title)
+    """Plot groups of bars side by side, and return the file's path.
+
+    groups: {legend: {place on the x axis: height}}; a missing place leaves a gap.
+    """
+    figure, (axis,) = make_figure(1, title)
     places = list(dict.fromkeys(place for bars in groups.values() for place in bars))
     width = 0.8 / len(groups)
     for i, (colour, (name, bars)) in enumerate(zip(cycle(COLOURS), groups.items(), strict=False)):
@@ -153,23 +182,27 @@ def plot_bars(groups: Mapping[str, Mapping[str, float]], path: str | Path, *, yl
         axis.bar(x, list(bars.values()), width, color=colour, label=name)
     axis.set_xticks(range(len(places)), places)
     axis.set_ylabel(ylabel)
-    _legend(axis)
-    return _save(figure, path)
+    add_legend(axis)
+    return save_figure(figure, path)
 
 
 def plot_roc(scores: Mapping[str, tuple[ArrayLike, ArrayLike]], path: str | Path, *, title: str = "") -> Path:
-    """Draw the ROC curve of each named pair (in_scores, out_scores), its AUROC in the legend."""
-    figure, (axis,) = _figure(1, title)
+    """Plot the ROC curve of each named pair (in_scores, out_scores), and return the file's path.
+
+    The legend shows the AUROC.
+    """
+    figure, (axis,) = make_figure(1, title)
     for colour, (name, pair) in zip(cycle(COLOURS), scores.items(), strict=False):
         label = f"{name}, AUROC {metrics.auroc(*pair):.3f}"
         axis.plot(*metrics.roc_curve(*pair), color=colour, label=label, linewidth=1.5)
     axis.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
     axis.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-    _legend(axis)
-    return _save(figure, path)
+    add_legend(axis)
+    return save_figure(figure, path)
 
 
-def _figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
+def make_figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
+    """Return an empty matplotlib figure and its axes, one per panel, stacked over a shared x axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2 + 2 * panels), dpi=150, layout="constrained")
@@ -182,18 +215,20 @@ def _figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _legend(axis: Axes) -> None:
-    """Name the lines beside the panel, where no data is covered."""
+def add_legend(axis: Axes) -> None:
+    """Add a legend to the right of the panel, where it covers no data."""
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), labelcolor=COLOURS)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
-    path = _with_folder(path)
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a matplotlib figure to a file and return its path."""
+    path = make_parent(path)
     figure.savefig(path)
     return path
 
 
-def _with_folder(path: str | Path) -> Path:
+def make_parent(path: str | Path) -> Path:
+    """Make the folder of a file and return the file's path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

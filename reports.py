@@ -1,4 +1,4 @@
-"""What a script found: a JSON file for programs, a table for people, and the paths of all files."""
+"""The results of a script: a JSON file for programs, a table for people, and the paths of all files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ from typing import Any
 from errors import UsageError
 
 
-def write_json(path: Path, contents: Mapping[str, Any]) -> Path:
-    """Write plain values to a JSON file, whose folder is made where there is none; return its path.
+def make_folder(folder: Path, setting: str) -> Path:
+    """Make a folder for results and return its path.
 
-    Raises UsageError where it cannot be written.
+    Raises UsageError if this fails. setting: the name of the setting to change then.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"`{setting}`: cannot make {folder} ({error.strerror}); choose another place") from None
+    return folder
+
+
+def write_json(path: Path, contents: Mapping[str, Any]) -> Path:
+    """Write plain values to a JSON file, make its folder if needed, and return its path.
+
+    Raises UsageError if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,9 +36,10 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> Path:
 
 
 def write_report(path: Path, contents: Mapping[str, Any], files: Sequence[Path]) -> None:
-    """Write a task's JSON file, `contents` and the paths of its files; print the figures and all paths.
+    """Write the report of a task to a JSON file; print its figures and the paths of its files.
 
-    contents: "figures" by name, or rows of them, and perhaps "paper", the published ones under the same names.
+    contents: the report. Its entry "figures" holds figures by name, or rows of figures; an optional entry "paper" holds
+    the published figures under the same names. files: the paths that are added to the report.
     """
     write_json(path, {**contents, "files": [str(file) for file in files]})
     if contents["figures"]:
@@ -36,9 +49,9 @@ def write_report(path: Path, contents: Mapping[str, Any], files: Sequence[Path])
 
 
 def format_table(figures: Mapping[str, Any], published: Mapping[str, str] | None = None) -> str:
-    """Return figures by name as text; rows of figures, which are mappings, as tables, headed where columns change.
+    """Return figures as lines of text, "name value"; a row of figures (a mapping) becomes a row of a table.
 
-    published: the paper's figures under the same names, which stand beside.
+    A table gets a new header when the columns change. published: the paper's figures by name, printed beside ours.
     """
 
     def format_cell(value: object) -> str:

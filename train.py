@@ -11,65 +11,187 @@ Checkpoints, logs and pictures go to --logdir/<exp>/.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 import checkpoint
 import cli
 import distributed
+import models
 from ebm.settings import TrainSettings
-from ebm.training.setup import (
-    announce,
-    build_state,
-    check_settings,
-    choose_network,
-    last_iteration,
-    measure_distance,
-    open_dataset,
-    open_folder,
-    set_kernels,
-)
-from trainer import Cadence, Trainer
-from utils import keep_freed_memory
+from ebm.training import setup
+from ebm.training.chains import infer_labels, run_chains
+from ebm.training.run import Run
+from ebm.training.state import State, Step
+from hardware import LOSS_PRECISIONS, allow_tf32, keep_freed_memory
+from models import PreparedEnergy
+
+
+def train(run: Run) -> None:
+    """Train until the last iteration, or until a signal asks the run to end."""
+    for images, labels in run.batches():
+        with allow_tf32(run.state.acceleration.precision):
+            start = start_chains(run.state, run.settings, images)
+            step = train_step(run.state, run.settings, images, labels, start, run.average_gradients)
+        run.after(step)  # divergence guard, log, pictures, checkpoint, signals
+
+
+def train_step(
+    state: State,
+    settings: TrainSettings,
+    images: Tensor,
+    labels: Tensor | None,
+    start: Tensor,
+    average_gradients: Callable[[], None],
+) -> Step:
+    """Run one iteration of the paper's algorithm 1: chains, energies of data and samples, loss, update.
+
+    images: (batch_size, C, H, W) in [0, rescale], labels: (batch_size, label_size) or None. start: the images
+    (N, C, H, W) that the chains start from; they take the labels of the first N images and are contrasted with these.
+    average_gradients: replaces the gradients by their mean over all workers.
+    """
+    # The weights are normalised once, so that the chain, the loss and the update all see the same ones.
+    energy, frozen = prepare_energies(state, settings)
+    chain_images, chain_labels = images[: len(start)], None if labels is None else labels[: len(start)]
+
+    # Negatives: Langevin chains down the energy. With the KL term the gradient flows back through them.
+    ends, acceptance = run_chains(state, settings, frozen if settings.zero_kl else energy, start, chain_labels)
+    samples = ends.detach()
+    keep_samples(state, settings, samples)
+
+    # Loss: energy down on data, up on samples.
+    data_labels, label_entropy = infer_labels(state, settings, frozen, images, labels)
+    e_data, e_neg = energy(images, data_labels), energy(samples, chain_labels)
+    e_pos = e_data[: len(start)]
+    loss_ml, regulariser = contrastive_loss(e_pos, e_neg, settings)
+    loss_kl = kl_loss(energy, ends, chain_labels, settings)
+    loss_wrong, e_wrong = mismatch_loss(energy, e_data, images, labels, settings)
+    loss = loss_ml + regulariser + loss_kl + loss_wrong
+
+    # Update: Adam on the mean gradient over workers.
+    state.optimizer.zero_grad()
+    loss.backward()
+    average_gradients()
+    state.optimizer.step()
+    state.iteration += 1
+    state.update_ema(settings.ema_decay)
+    energies, losses = (e_pos, e_neg, e_wrong), (loss_ml, loss_kl, loss)
+    return Step(
+        chain_images, start, samples, chain_labels, frozen, *energies, *losses, label_entropy, acceptance
+    ).detach()
+
+
+def prepare_energies(state: State, settings: TrainSettings) -> tuple[PreparedEnergy, PreparedEnergy]:
+    """Return the energy for the loss, differentiable in the weights, and the energy for chains, with frozen weights."""
+    weights = state.model.prepare(update_u=not settings.spec_eval)
+    learned = models.cast(weights, LOSS_PRECISIONS[state.acceleration.precision])
+    return (
+        PreparedEnergy(state.model, learned, temperature=settings.temperature),
+        PreparedEnergy(state.model, models.detach(weights), temperature=settings.temperature),
+    )
+
+
+def start_chains(state: State, settings: TrainSettings, images: Tensor) -> Tensor:
+    """Return the images (N, C, H, W) that this iteration's chains start from: noise, noised data or replayed samples.
+
+    images: the batch. N is `num_chains`, by default the batch size.
+    """
+    images, generator, device = images[: settings.num_chains], state.generator, images.device
+    if settings.pcd and state.previous is not None:
+        return state.previous
+    # The first chains start from noised data, the others from noise.
+    num_noised = {"random": 0, "default": len(images), "both": len(images) // 2}[settings.datasource]
+    starts, noised = [], images[:num_noised]
+    if num_noised:
+        starts.append(noised + 0.3 * torch.randn(noised.shape, generator=generator, device=device))
+    if num_noised < len(images):
+        starts.append(models.noise_images(state.model.config, len(images) - num_noised, generator, settings.rescale))
+    start = torch.cat(starts)
+    if settings.replay_batch and len(state.buffer) > len(images):
+        replayed = state.buffer.sample(len(images), generator, settings.rescale)
+        is_replayed = torch.rand(len(images), 1, 1, 1, generator=generator, device=device) < settings.replay_rate
+        start = torch.where(is_replayed, replayed, start)
+    return start
+
+
+def keep_samples(state: State, settings: TrainSettings, samples: Tensor) -> None:
+    """Keep the end points of the chains, so that later chains can start from them."""
+    if settings.replay_batch:
+        state.buffer.push(samples, settings.rescale)
+    if settings.pcd:
+        state.previous = samples
+
+
+def contrastive_loss(e_pos: Tensor, e_neg: Tensor, settings: TrainSettings) -> tuple[Tensor, Tensor]:
+    """Return the likelihood term and the regulariser of the loss, both scalars.
+
+    e_pos, e_neg: energies E⁺ of data and E⁻ of negatives, (N,). The setting `objective` chooses the likelihood term:
+    cd: ml_coeff · (mean E⁺ − mean E⁻), contrastive divergence (paper, equation 2).
+    logsumexp: the same with negatives weighted by softmax(−E⁻); no gradient flows through these weights.
+    softplus: ml_coeff · softplus(E⁺ − E⁻).
+    The regulariser is l2_coeff · (mean E⁺² + mean E⁻²).
+    """
+    if settings.objective == "cd":
+        likelihood = e_pos.mean() - e_neg.mean()
+    elif settings.objective == "logsumexp":
+        weights = (-(e_neg - e_neg.min())).exp().detach()
+        likelihood = e_pos.mean() - (weights / (weights.sum() + 1e-4) * e_neg).sum()
+    elif settings.objective == "softplus":
+        likelihood = F.softplus(e_pos - e_neg).mean()
+    else:
+        raise ValueError(f"unknown objective {settings.objective!r}")
+    regulariser = e_pos.square().mean() + e_neg.square().mean()
+    return settings.ml_coeff * likelihood, settings.l2_coeff * regulariser
+
+
+def kl_loss(energy: PreparedEnergy, ends: Tensor, labels: Tensor | None, settings: TrainSettings) -> Tensor:
+    """Return the KL term, a scalar: the mean energy of the chains' end points, 0 with `zero_kl`.
+
+    Its gradient reaches the weights only through the chains, which learn to end at lower energies of the frozen
+    network. ends: the end points (N, C, H, W) with the autograd graph of the chains.
+    """
+    if settings.zero_kl:
+        return ends.new_zeros(())
+    return PreparedEnergy(energy.model, models.detach(energy.weights))(ends, labels).mean()
+
+
+def mismatch_loss(
+    energy: PreparedEnergy, e_data: Tensor, images: Tensor, labels: Tensor | None, settings: TrainSettings
+) -> tuple[Tensor, Tensor | None]:
+    """Return the contrastive loss of data against images with wrong labels, a scalar, and the energies of the latter.
+
+    The wrong labels are those of other images of the batch (Reed et al. 2016, section 4.2). Without `mismatch` the
+    loss is 0 and the energies are None.
+    """
+    if not settings.mismatch:
+        return e_data.new_zeros(()), None
+    e_wrong = energy(images.roll(1, 0), labels)
+    contrast, regulariser = contrastive_loss(e_data, e_wrong, settings)
+    return settings.mismatch * (contrast + regulariser), e_wrong
 
 
 def main(settings: TrainSettings) -> None:
-    check_settings(settings)
+    setup.check_settings(settings)
     keep_freed_memory()
     workers = distributed.start(settings.backend, settings.device)
-    set_kernels(settings, workers)
-    dataset = open_dataset(settings, workers)
-    state = build_state(settings, choose_network(settings, dataset), dataset, workers)
+    setup.set_kernels(settings, workers)
+    dataset = setup.open_dataset(settings, workers)
+    state = setup.build_state(settings, setup.choose_network(settings, dataset), dataset, workers)
     is_resumed = settings.resume_iter != "-1"
-    start = checkpoint.find(settings.folder, settings.resume_iter) if is_resumed else None
-    is_first = workers.rank == 0
-    if is_first:
-        open_folder(settings.folder, is_resumed)
-    measure = measure_distance(settings, dataset) if settings.quality and is_first else None
-    cadence = Cadence(
-        stop=last_iteration(settings, len(dataset), workers.size),
-        log=settings.log_interval,
-        save=settings.save_interval,
-        test=settings.test_interval,
-    )
-    trainer = Trainer(
-        state,
-        settings,
-        dataset,
-        workers,
-        settings.folder,
-        cadence,
-        flags=cli.to_dict(settings),
-        seed=settings.seed,
-        num_samples=settings.num_samples,
-        sample_steps=10 * settings.num_steps if settings.sample_steps is None else settings.sample_steps,
-        measure=measure,
-        max_rollbacks=settings.max_rollbacks if settings.guard else None,
-    )
-    if start is not None:
-        trainer.resume(start)
-    if is_first:
-        announce(settings, state, dataset, workers, cadence.stop)
+    resume_path = checkpoint.find(settings.folder, settings.resume_iter) if is_resumed else None
+    if workers.rank == 0:
+        setup.open_folder(settings.folder, is_resumed)
+    run = Run(settings, state, dataset, workers)
+    if resume_path is not None:
+        run.resume(resume_path)
+    if workers.rank == 0:
+        setup.announce(settings, state, dataset, workers, run.stop)
     if settings.train:
-        trainer.run()
-    trainer.report()
+        train(run)
+    run.report()
     workers.close()
 
 

@@ -1,9 +1,10 @@
-"""Generalisation to combinations never seen: tasks gentest and genbaseline of ebm_combine.py.
+"""Generalisation to combinations that were not in the training data: tasks gentest and genbaseline of ebm_combine.py.
 
-    seen, unseen = slices(run.sprites.latents, "size")  # indices of sprites
+    seen, unseen = select_slices(run.sprites.latents, "size")  # indices of sprites
 
-Position and another concept vary one at a time in what is trained on, two slices of the latents; both vary at once in
-what is tested. Two energy models, trained as one, are compared with a feed-forward generator.
+The training data are two slices of the latents: in one only the position varies, in the other only another concept. The
+test data are sprites in which both differ. Two energy models, trained together, are compared with a feed-forward
+generator.
 """
 
 from __future__ import annotations
@@ -21,66 +22,69 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-import combine
 import data
 import dsprites
 import models
 import pictures
-import training
-from acceleration import PRECISIONS, Acceleration, products_in
-from combine import Figures, Run
+from acceleration import Acceleration
+from combine import ROWS, ConceptRun, Figures, compute_share, judge_latents
 from dsprites import CONCEPTS
 from ebm.settings import CombineSettings, TrainSettings
-from optimizer import ClippedAdam
-from sampling import langevin
-from utils import Progress, ReplayBuffer
+from ebm.training.state import State
+from hardware import allow_tf32
+from models import freeze_energy, noise_images
+from progress import Progress
+from sampling import check_finite, langevin
+from train import train_step
+from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
 
-LEARNING_RATE = 1e-3  # of the generator
-REPLAY_RATE = 0.05  # of the chains start from earlier end points
-FRACTIONS = tuple(k / 10 for k in range(11))  # of the unseen combinations that `plot_curve` trains on
+LEARNING_RATE = 1e-3  # learning rate of the generator
+REPLAY_RATE = 0.05  # share of the chains that start from the replay buffer
+FRACTIONS = tuple(k / 10 for k in range(11))  # shares of the unseen combinations that `plot_curve` trains on
 
-Sampler = Callable[[Tensor], Tensor]  # latents (N, 5) -> images (N, 1, 64, 64)
+SpriteSampler = Callable[[Tensor], Tensor]  # latents (N, 5) -> images (N, 1, 64, 64)
 
 
-def other_concept(settings: CombineSettings) -> str:
-    """Return what varies besides the position."""
+def choose_other_concept(settings: CombineSettings) -> str:
+    """Return the concept that varies besides the position: size, shape or rot."""
     return "shape" if settings.joint_shape else "rot" if settings.joint_rot else "size"
 
 
-def slices(latents: Tensor, other: str) -> tuple[Tensor, Tensor]:
-    """Return the sprites, as indices, that are trained on, and the combinations of the two slices that are not.
+def select_slices(latents: Tensor, other: str) -> tuple[Tensor, Tensor]:
+    """Return the indices of the training sprites and those of the unseen combinations.
 
-    latents: of all sprites (SIZE, 5). The slices are `dsprites.SUBSETS`, the smaller one repeated to balance them; what
-    both fix is fixed in the combinations.
+    latents: of all sprites (SIZE, 5). The training sprites are two slices, see `dsprites.SUBSETS`; the smaller one is
+    repeated so that both weigh the same. The unseen combinations share the latents that both slices fix, and are in
+    neither slice.
     """
-    position, other_slice = (dsprites.in_subset(latents, subset) for subset in ("pos", other))
+    position, other_slice = (dsprites.is_in_subset(latents, subset) for subset in ("pos", other))
     first, second = position.nonzero()[:, 0], other_slice.nonzero()[:, 0]
-    seen = torch.cat([first, second.repeat(-(-len(first) // len(second)))[: len(first)]])
+    training = torch.cat([first, second.repeat(-(-len(first) // len(second)))[: len(first)]])
     fixed = dict(dsprites.SUBSETS["pos"].items() & dsprites.SUBSETS[other].items())
-    plane = dsprites.matching(latents, fixed)
-    return seen, (plane & ~position & ~other_slice).nonzero()[:, 0]
+    plane = dsprites.match_latents(latents, fixed)
+    return training, (plane & ~position & ~other_slice).nonzero()[:, 0]
 
 
-def labels_of(latents: Tensor, other: str) -> Tensor:
-    """Return position and the other concept of latents (N, 5) as one label, side by side."""
-    return torch.cat([dsprites.label_vectors(latents, concept) for concept in ("pos", other)], 1)
+def join_labels(latents: Tensor, other: str) -> Tensor:
+    """Return joint labels (N, 2 + width) of latents (N, 5): the position, then the label of the other concept."""
+    return torch.cat([dsprites.compute_labels(latents, concept) for concept in ("pos", other)], 1)
 
 
 # ---- two energy models as one ----
 
 
 class Product(models.EnergyNetwork):
-    """Conditional networks as one: energies add, which multiplies the densities; labels lie side by side."""
+    """Several conditional networks as one: its energy is the sum of theirs, its label the concatenation of theirs."""
 
     def __init__(self, networks: Sequence[models.EnergyNetwork]):
         nn.Module.__init__(self)
-        self.parts = nn.ModuleList(networks)  # for their parameters
+        self.parts = nn.ModuleList(networks)  # registers their parameters
         self.networks = tuple(networks)
         self.widths = [network.config.label_size for network in networks]
         self.config = dataclasses.replace(networks[0].config, label_size=sum(self.widths))
 
     def prepare(self, **settings: Any) -> models.Weights:  # type: ignore[override]
-        """Return every network's weights, see `models.EnergyNetwork.prepare`, their names behind its number."""
+        """Return the prepared weights of all networks; network i adds "i." to the names of its weights."""
         prepared = [network.prepare(**settings) for network in self.networks]
         return {f"{i}.{name}": tensor for i, weights in enumerate(prepared) for name, tensor in weights.items()}
 
@@ -88,15 +92,15 @@ class Product(models.EnergyNetwork):
         """Return the sum of the energies (N,) of images (N, C, H, W) under labels (N, sum of widths)."""
         assert labels is not None, "the networks are conditional"
         total = images.new_zeros(len(images))
-        for i, (network, own) in enumerate(zip(self.networks, labels.split(self.widths, 1), strict=True)):
-            start = f"{i}."
-            mine = {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
-            total = total + network.energy(mine, images, own)
+        for i, (network, part) in enumerate(zip(self.networks, labels.split(self.widths, 1), strict=True)):
+            prefix = f"{i}."
+            prepared = {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
+            total = total + network.energy(prepared, images, part)
         return total
 
 
-def new_product(run: Run, other: str) -> Product:
-    """Return untrained networks of position and the other concept."""
+def build_product(run: ConceptRun, other: str) -> Product:
+    """Return the product of untrained networks for the position and for the other concept."""
     settings, generator = run.settings, torch.Generator().manual_seed(run.settings.seed)
     parts = []
     for concept in ("pos", other):
@@ -112,13 +116,17 @@ def new_product(run: Run, other: str) -> Product:
     return Product(parts).to(run.generator.device)
 
 
-def train_product(run: Run, product: Product, seen: Tensor, other: str) -> None:
-    """Train the networks together: contrastive divergence with the KL term, 5 % of the chains from earlier ones."""
-    settings = TrainSettings(num_steps=run.settings.num_steps, step_lr=run.settings.step_lr, pcd=True)
-    state = training.State(
+def train_product(run: ConceptRun, product: Product, seen: Tensor, other: str) -> None:
+    """Train the networks of a product together by contrastive divergence with the KL term.
+
+    5 % of the chains start from the replay buffer. seen: indices of the training sprites. other: the other concept.
+    """
+    settings = TrainSettings(num_steps=run.settings.num_steps, step_lr=run.settings.step_lr)
+    buffer = ReplayBuffer(REPLAY_SIZE, product.config.image_shape, run.generator.device)
+    state = State(
         model=product,
         optimizer=ClippedAdam(product.parameters(), lr=run.settings.lr),
-        buffer=ReplayBuffer(training.REPLAY_SIZE, product.config.image_shape, run.generator.device),
+        buffer=buffer,
         batches=data.Batches(len(seen), run.settings.batch_size, run.settings.seed, device=run.generator.device),
         generator=run.generator,
         acceleration=Acceleration(run.settings.precision),
@@ -126,55 +134,53 @@ def train_product(run: Run, product: Product, seen: Tensor, other: str) -> None:
     progress = Progress(run.settings.break_steps, what="training of the energy")
     for iteration in range(1, run.settings.break_steps + 1):
         index = seen[state.batches.next()]
-        state.previous = chain_start(state)  # with `pcd` the chains start there
-        labels = labels_of(run.sprites.latents[index], other)
-        with products_in(run.settings.precision):
-            step = training.train_step(state, settings, run.images(index), labels, average=lambda: None)
-        state.buffer.push(step.samples)
+        start = draw_starts(state)
+        labels = join_labels(run.sprites.latents[index], other)
+        with allow_tf32(run.settings.precision):
+            step = train_step(state, settings, run.images(index), labels, start, lambda: None)
+        buffer.push(step.samples)
         if iteration % 10 == 0:
             progress.text = f"e_pos {step.e_pos.mean():+.4f} e_neg {step.e_neg.mean():+.4f}"
-            combine.check_finite(step.loss)
+            check_finite(step.loss, "lower `step_lr` or `lr`")
         progress.update(iteration)
     product.eval()
 
 
-def chain_start(state: training.State) -> Tensor:
-    """Return where an iteration's chains start: noise, 5 % earlier end points."""
+def draw_starts(state: State) -> Tensor:
+    """Draw the start of an iteration's chains: noise, and for 5 % of them samples from the replay buffer."""
     n, generator = state.batches.batch_size, state.generator
-    start = training.noise_images((n, *state.model.config.image_shape), generator, network="DspritesNet")
+    start = noise_images(state.model.config, n, generator)
     if len(state.buffer):
-        replayed = torch.rand(n, 1, 1, 1, generator=generator, device=generator.device) < REPLAY_RATE
-        start = torch.where(replayed, state.buffer.sample(n, generator), start)
+        is_replayed = torch.rand(n, 1, 1, 1, generator=generator, device=generator.device) < REPLAY_RATE
+        start = torch.where(is_replayed, state.buffer.sample(n, generator), start)
     return start
 
 
-def product_sampler(run: Run, product: Product, other: str) -> Sampler:
-    """Return what samples images for latents, by chains from noise as in training."""
-    weights = models.spectral_norm_once(product, PRECISIONS[run.settings.precision])
+def bind_product(run: ConceptRun, product: Product, other: str) -> SpriteSampler:
+    """Return a function that samples images for latents, by chains from noise as in training."""
+    energy = freeze_energy(product, precision=run.settings.precision)
 
     def sample(latents: Tensor) -> Tensor:
-        labels = labels_of(latents, other)
-        noise = training.noise_images((len(latents), *product.config.image_shape), run.generator, network="DspritesNet")
-        with products_in(run.settings.precision):
-            chain = langevin(
-                lambda x: product.energy(weights, x, labels),
-                noise,
+        with allow_tf32(run.settings.precision):
+            end = langevin(
+                energy.under(join_labels(latents, other)),
+                noise_images(product.config, len(latents), run.generator),
                 num_steps=run.settings.num_steps,
                 step_lr=run.settings.step_lr,
                 generator=run.generator,
             )
-        return combine.check_finite(chain)
+        return check_finite(end, "lower `step_lr`")
 
     return sample
 
 
-def trained_product(run: Run, seen: Tensor, other: str) -> Product:
-    """Return the trained networks, kept from an earlier run or trained now and kept as models that any script loads."""
+def load_or_train_product(run: ConceptRun, seen: Tensor, other: str) -> Product:
+    """Return the trained networks: load those of an earlier run, or train them now and save them as checkpoints."""
     paths = [run.folder / concept / f"model_{run.settings.break_steps}.pt" for concept in ("pos", other)]
     if not run.settings.train and all(path.exists() for path in paths):
         print(f"trained before: {', '.join(map(str, paths))}; train=True trains anew")
         return Product([checkpoint.load_energy(path, device=run.generator.device) for path in paths])
-    product = new_product(run, other)
+    product = build_product(run, other)
     train_product(run, product, seen, other)
     for concept, path, network in zip(("pos", other), paths, product.networks, strict=True):
         contents = {"config": dataclasses.asdict(network.config), "model": network.state_dict()}
@@ -184,15 +190,16 @@ def trained_product(run: Run, seen: Tensor, other: str) -> Product:
     return product
 
 
-# ---- the generator ----
+# ---- feed-forward generator ----
 
 
 class Generator(nn.Module):
-    """Images from labels, feed-forward: DspritesNet turned round, with transposed convolutions.
+    """A feed-forward network from labels to images: DspritesNet reversed, with transposed convolutions.
 
-    The release's genbaseline imports a generator that it does not contain; this one is ours. Two dense layers, four
-    doublings by 4x4 transposed convolutions with a label-dependent bias before each, as DspritesNet has them, and a 3x3
-    convolution. `matched_generator` gives it as many parameters as the energy networks it is compared with.
+    The release's genbaseline imports a generator that the release does not contain, so this one is our own. It has two
+    dense layers, four 4x4 transposed convolutions that double the size, each after a label-dependent bias as in
+    DspritesNet, and a 3x3 convolution. `build_generator_of_size` gives it about as many parameters as the energy
+    networks that it is compared with.
     """
 
     def __init__(self, label_size: int, num_filters: int):
@@ -208,39 +215,45 @@ class Generator(nn.Module):
         self.last = nn.Conv2d(channels[-1], 1, 3, padding=1)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Return images (N, 1, 64, 64) for labels (N, label_size), unbounded: with a sigmoid they stick at black."""
+        """Return images (N, 1, 64, 64) for labels (N, label_size).
+
+        The pixels are unbounded, because with a sigmoid at the output training gets stuck at black images.
+        """
         x = self.dense(labels).view(len(labels), -1, 4, 4)
         for bias, doubling in zip(self.biases, self.doublings, strict=True):
             x = nn.functional.silu(doubling(x + bias(labels)[:, :, None, None]))
         return self.last(x)
 
 
-def parameters(model: nn.Module) -> int:
-    """Return how many parameters a network has."""
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a network."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def matched_generator(label_size: int, count: int, seed: int) -> Generator:
-    """Return an untrained generator with as many parameters as `count`, or nearly: the nearest that there is."""
+def build_generator_of_size(label_size: int, count: int, seed: int) -> Generator:
+    """Return an untrained generator whose number of parameters is as near to `count` as a width allows."""
     with torch.device("meta"):
         widths = range(1, math.isqrt(count))
-        place = bisect.bisect(widths, count, key=lambda width: parameters(Generator(label_size, width)))
+        place = bisect.bisect(widths, count, key=lambda width: count_parameters(Generator(label_size, width)))
         width = min(
-            widths[max(place - 1, 0) : place + 1], key=lambda n: abs(parameters(Generator(label_size, n)) - count)
+            widths[max(place - 1, 0) : place + 1], key=lambda n: abs(count_parameters(Generator(label_size, n)) - count)
         )
-    with torch.random.fork_rng(devices=[]):  # its layers draw from torch's own generator
+    with torch.random.fork_rng(devices=[]):  # the layers draw weights from torch's global generator
         torch.manual_seed(seed)
         return Generator(label_size, width)
 
 
-def train_generator(run: Run, generator: Generator, trained: Tensor, other: str) -> Sampler:
-    """Train a generator on sprites, given as indices, by their mean squared error; return what samples from it."""
+def train_generator(run: ConceptRun, generator: Generator, trained: Tensor, other: str) -> SpriteSampler:
+    """Train a generator on sprites by mean squared error; return a function that samples images for latents.
+
+    trained: indices of the sprites. other: the other concept.
+    """
     optimizer = torch.optim.Adam(generator.parameters(), lr=LEARNING_RATE)
     batches = data.Batches(len(trained), run.settings.batch_size, run.settings.seed, device=trained.device)
     progress = Progress(run.settings.break_steps, what="training of the generator")
     for iteration in range(1, run.settings.break_steps + 1):
         index = trained[batches.next()]
-        images = generator(labels_of(run.sprites.latents[index], other))
+        images = generator(join_labels(run.sprites.latents[index], other))
         loss = nn.functional.mse_loss(images, run.images(index))
         optimizer.zero_grad()
         loss.backward()
@@ -248,25 +261,28 @@ def train_generator(run: Run, generator: Generator, trained: Tensor, other: str)
         if iteration % 10 == 0:
             progress.text = f"loss {loss.item():.5f}"
         progress.update(iteration)
-    return torch.no_grad()(lambda latents: generator(labels_of(latents, other)).clamp(0, 1))
+    return torch.no_grad()(lambda latents: generator(join_labels(latents, other)).clamp(0, 1))
 
 
 # ---- the tasks ----
 
 
-def shuffled(run: Run, index: Tensor) -> Tensor:
-    """Return an index (N,) in random order, the same for the same seed."""
+def shuffle_index(run: ConceptRun, index: Tensor) -> Tensor:
+    """Return an index (N,) in random order, which is the same for the same seed."""
     order = torch.randperm(len(index), generator=torch.Generator().manual_seed(run.settings.seed))
     return index[order.to(index.device)]
 
 
-def measure(run: Run, samplers: Mapping[str, Sampler], seen: Tensor, unseen: Tensor, other: str) -> Figures:
-    """Return how well samplers make sprites, given as indices: a row for each, on unseen and on seen combinations.
+def measure_samplers(
+    run: ConceptRun, samplers: Mapping[str, SpriteSampler], seen: Tensor, unseen: Tensor, other: str
+) -> Figures:
+    """Return the errors of samplers on unseen and on seen combinations, one row for each; draw a picture.
 
-    MSE: of images to the true ones; then the share that is right in position, in the other concept and in both.
+    samplers: by name. seen, unseen: indices of sprites. A row has the mean squared error to the true images, and the
+    share of images that are right in the position, in the other concept and in both.
     """
     number = run.settings.limit or run.settings.batch_size
-    sets = {"unseen": shuffled(run, unseen)[:number], "seen": shuffled(run, seen)[:number]}
+    sets = {"unseen": shuffle_index(run, unseen)[:number], "seen": shuffle_index(run, seen)[:number]}
     progress = Progress(len(samplers) * sum(map(len, sets.values())), what="images")
     samples = {}
     for name, sampler in samplers.items():
@@ -274,85 +290,90 @@ def measure(run: Run, samplers: Mapping[str, Sampler], seen: Tensor, unseen: Ten
             parts = []
             for part in index.split(run.settings.batch_size):
                 parts.append(sampler(run.sprites.latents[part]))
-                progress.update(progress.done + len(part))
+                progress.advance(len(part))
             samples[name, kind] = torch.cat(parts)
-    shown = {name: samples[name, "unseen"][: combine.ROWS] for name in samplers}
-    true = run.images(sets["unseen"][: combine.ROWS])
-    pictures.save_panel({"true": true} | shown, run.path("unseen.png"), scale=2)
+    columns = {name: samples[name, "unseen"][:ROWS] for name in samplers}
+    true = run.images(sets["unseen"][:ROWS])
+    pictures.save_panel({"true": true} | columns, run.path("unseen.png"), scale=2)
 
-    found = dsprites.nearest(torch.cat(list(samples.values())))[0].split([len(images) for images in samples.values()])
+    nearest, _ = dsprites.find_nearest_sprites(torch.cat(list(samples.values())))
+    parts_by_set = nearest.split([len(images) for images in samples.values()])
     figures: Figures = {}
-    for ((name, kind), images), latents in zip(samples.items(), found, strict=True):
-        truths = combine.judge_latents(latents, run.sprites.latents[sets[kind]])
+    for ((name, kind), images), latents in zip(samples.items(), parts_by_set, strict=True):
+        truths = judge_latents(latents, run.sprites.latents[sets[kind]])
         figures[f"{name}, {kind}"] = {
-            "MSE": squared_error(images, run.images(sets[kind])),
-            "pos right": combine.compute_share(truths["pos"]),
-            f"{other} right": combine.compute_share(truths[other]),
-            "jointly": combine.compute_share(truths["pos"] & truths[other]),
+            "MSE": measure_squared_error(images, run.images(sets[kind])),
+            "pos right": compute_share(truths["pos"]),
+            f"{other} right": compute_share(truths[other]),
+            "jointly": compute_share(truths["pos"] & truths[other]),
         }
     return figures
 
 
-def squared_error(images: Tensor, true: Tensor) -> float:
-    """Return the mean squared error over all pixels."""
+def measure_squared_error(images: Tensor, true: Tensor) -> float:
+    """Return the mean squared error of images to the true ones, over all pixels."""
     return (images - true).square().mean().item()
 
 
-def new_generator(run: Run, other: str) -> Generator:
-    """Return an untrained generator with as many parameters as the two energy networks."""
-    product = new_product(run, other)
-    generator = matched_generator(product.config.label_size, parameters(product), run.settings.seed)
+def build_generator(run: ConceptRun, other: str) -> Generator:
+    """Return an untrained generator with about as many parameters as the two energy networks."""
+    product = build_product(run, other)
+    generator = build_generator_of_size(product.config.label_size, count_parameters(product), run.settings.seed)
     return generator.to(run.generator.device)
 
 
-def compare_models(run: Run) -> Figures:
-    """Train two energy models, and the generator, on two slices; sample the combinations that are in neither."""
-    other = other_concept(run.settings)
-    seen, unseen = slices(run.sprites.latents, other)
-    product, generator = trained_product(run, seen, other), new_generator(run, other)
+def compare_models(run: ConceptRun) -> Figures:
+    """Compare energy models with a generator, trained on two slices, on combinations that are in neither slice."""
+    other = choose_other_concept(run.settings)
+    seen, unseen = select_slices(run.sprites.latents, other)
+    product, generator = load_or_train_product(run, seen, other), build_generator(run, other)
     samplers = {
-        "energy": product_sampler(run, product, other),
+        "energy": bind_product(run, product, other),
         "generator": train_generator(run, generator, seen, other),
     }
-    figures = measure(run, samplers, seen, unseen, other)
-    true = run.images(shuffled(run, unseen)[: run.settings.batch_size])
-    figures["MSE of black images"] = squared_error(torch.zeros_like(true), true)
+    figures = measure_samplers(run, samplers, seen, unseen, other)
+    true = run.images(shuffle_index(run, unseen)[: run.settings.batch_size])
+    figures["MSE of black images"] = measure_squared_error(torch.zeros_like(true), true)
     for name, network in (("energy", product), ("generator", generator)):
-        figures[f"parameters, {name}"] = parameters(network)
+        figures[f"parameters, {name}"] = count_parameters(network)
     return figures
 
 
-def measure_generator(run: Run) -> Figures:
-    """Train the generator on the slices and on a share of the other combinations, `frac`, or all shares in turn.
+def measure_generator(run: ConceptRun) -> Figures:
+    """Measure the generator after training on the slices and on a share of the other combinations (`frac`).
 
-    The combinations that are measured are the last to be trained on: up to a share of 0.8 or so they are unseen.
+    With `plot_curve` the shares from 0 to 1 follow one another. The combinations that are measured are the last to be
+    trained on: up to a share of about 0.8 they are unseen.
     """
-    other = other_concept(run.settings)
-    seen, unseen = slices(run.sprites.latents, other)
+    other = choose_other_concept(run.settings)
+    seen, unseen = select_slices(run.sprites.latents, other)
     fractions = FRACTIONS if run.settings.plot_curve else (run.settings.frac,)
     samplers = {}
     for fraction in fractions:
-        trained = torch.cat([seen, shuffled(run, unseen).flip(0)[: round(fraction * len(unseen))]])
-        samplers[f"{fraction:.0%}"] = train_generator(run, new_generator(run, other), trained, other)
-    figures = measure(run, samplers, seen, unseen, other)
-    energy = energy_figures(run)
+        training = torch.cat([seen, shuffle_index(run, unseen).flip(0)[: round(fraction * len(unseen))]])
+        samplers[f"{fraction:.0%}"] = train_generator(run, build_generator(run, other), training, other)
+    figures = measure_samplers(run, samplers, seen, unseen, other)
+    energy = read_energy_figures(run)
     if run.settings.plot_curve:
         plot_curve(run, fractions, figures, energy)
     return figures | energy
 
 
-def energy_figures(run: Run) -> Figures:
-    """Return what gentest measured of the energy models on the same slices, if it has run."""
+def read_energy_figures(run: ConceptRun) -> Figures:
+    """Return the figures of the energy models from gentest.json for the same slices; none if gentest has not run."""
     path = run.folder.parents[1] / "gentest" / run.folder.name / "gentest.json"
     if not path.exists():
-        print(f"note: no figures of the energy models beside these; task=gentest writes {path}")
+        print(f"note: the energy models are not compared, because {path} is missing; task=gentest writes it")
         return {}
     figures = json.loads(path.read_text())["figures"]
     return {name: row for name, row in figures.items() if name.startswith("energy, ")}
 
 
-def plot_curve(run: Run, fractions: Sequence[float], figures: Figures, energy: Figures) -> None:
-    """Plot and write as .npy error and joint accuracy over the fractions; the energy models as a level line."""
+def plot_curve(run: ConceptRun, fractions: Sequence[float], figures: Figures, energy: Figures) -> None:
+    """Plot the error and the joint accuracy of the generator over the fractions, and write them to an .npy file.
+
+    energy: the figures of the energy models, which become horizontal lines.
+    """
     rows = [figures[f"{fraction:.0%}, unseen"] for fraction in fractions]
     panels = {}
     for name in ("MSE", "jointly"):

@@ -1,45 +1,20 @@
-"""Shared pieces: the replay buffer, the log of a run, its progress."""
+"""The replay buffer and the optimizer, both as in the reference."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import pathlib
-import sys
-import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from errors import UsageError as UsageError
+from pixels import dequantise
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep the memory of freed tensors instead of returning it to the system after each operation.
-
-    Mapping fresh pages for every activation costs a third of a Langevin step's time on a CPU. Only glibc has this.
-    """
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: serve up to a gigabyte from the heap
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and do not give its top back
-
-
-def dequantise(stored: Tensor, generator: torch.Generator | None, rescale: float) -> Tensor:
-    """Return uint8 images as floats in [0, rescale], spread evenly: (value + U(0, 1))/256·rescale."""
-    noise = torch.rand(stored.shape, generator=generator, device=stored.device)
-    return (stored + noise).mul_(rescale / 256)
+REPLAY_SIZE = 10_000  # images that a training run's buffer holds
 
 
 class ReplayBuffer:
-    """A ring of the latest end points of the chains, (capacity, C, H, W) uint8 on the device (paper, section 3.3)."""
+    """A ring buffer of the chains' latest end points, uint8 (capacity, C, H, W) on the device (paper, section 3.3)."""
 
     def __init__(self, capacity: int, image_shape: tuple[int, ...], device: torch.device | str = "cpu"):
         self.images = torch.zeros((capacity, *image_shape), dtype=torch.uint8, device=device)
@@ -50,7 +25,7 @@ class ReplayBuffer:
         return self.size
 
     def push(self, images: Tensor, rescale: float = 1.0) -> None:
-        """Store images (n, C, H, W) in [0, rescale] over the oldest ones, quantised to a byte."""
+        """Store images (n, C, H, W) in [0, rescale] as bytes, in place of the oldest ones."""
         capacity = len(self.images)
         images = images[-capacity:]
         stored = (images.clamp(0, rescale) * (255 / rescale)).to(torch.uint8)
@@ -61,115 +36,92 @@ class ReplayBuffer:
         self.size = min(self.size + len(stored), capacity)
 
     def sample(self, n: int, generator: torch.Generator | None, rescale: float = 1.0) -> Tensor:
-        """Return n stored images, drawn evenly with repetition, as floats in [0, rescale]."""
+        """Return n random stored images, drawn with replacement, as floats in [0, rescale]."""
         index = torch.randint(self.size, (n,), generator=generator, device=self.images.device)
         return dequantise(self.images[index], generator, rescale)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the stored images and the position that is written next."""
         return {"images": self.images[: self.size].cpu(), "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the images over; a buffer of another capacity keeps the newest that fit."""
+        """Load the images of a saved buffer; if they are more than the capacity, keep the newest."""
         images, position, capacity = state["images"], state["position"], len(self.images)
         if len(images) > capacity:
             images = torch.cat([images[position:], images[:position]])[len(images) - capacity :]
             position = 0
         self.size = len(images)
-        self.position = position if self.size == capacity else self.size
+        self.position = position if self.size == len(self.images) else self.size
         self.images[: self.size] = images.to(self.images.device)
 
 
-def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's log.jsonl, up to one cut short by a killed process."""
-    lines: list[dict[str, Any]] = []
-    path = folder / "log.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+class ClippedAdam:
+    """Adam as in TensorFlow 1, with each gradient clipped by its own history.
 
+    A gradient is clipped elementwise to ±(3·sqrt(v/(1 − β2ᵗ)) + 0.1), v the second moment before this step. The step
+    is p −= lr·sqrt(1 − β2ᵗ)/(1 − β1ᵗ) · m/(sqrt(v) + eps), with eps outside the bias correction ("epsilon hat").
 
-def read_series(folder: pathlib.Path, name: str) -> tuple[list[int], list[float]]:
-    """Return the iterations and values of a logged number, over the whole run."""
-    lines = [line for line in read_log(folder) if name in line]
-    return [line["iteration"] for line in lines], [line[name] for line in lines]
-
-
-class RunLog:
-    """The log of a run: TensorBoard, one JSON object per line in log.jsonl, and pictures, all below one folder.
-
-    resume: lines behind this iteration are dropped, so that a resumed run's log reads as if it had never stopped.
+    It has the groups and the states of a torch.optim.Optimizer. It does not inherit from that class, which loads
+    torch's compiler and would add two seconds to every start.
     """
 
-    def __init__(self, folder: pathlib.Path, resume: int = 0):
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.0, 0.999),
+        eps: float = 1e-8,
+    ):
+        parameters = list(parameters)
+        self.param_groups: list[dict[str, Any]] = [{"params": parameters, "lr": lr, "betas": betas, "eps": eps, "t": 0}]
+        self.state = {p: {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for p in parameters}
 
-        path = folder / "log.jsonl"
-        kept = [line for line in read_log(folder) if line["iteration"] <= resume]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
-        self.file = path.open("a", buffering=1)
-        self.board: SummaryWriter = SummaryWriter(str(folder / "tensorboard"), purge_step=resume + 1)
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.state:
+            parameter.grad = None
 
-    def event(self, iteration: int, values: dict[str, Any]) -> None:
-        """Write what happened to the JSON log alone."""
-        self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+    def state_dict(self) -> dict[str, Any]:
+        """Return settings, step count and moments; a parameter is identified by its number."""
+        (group,) = self.param_groups
+        return {
+            "state": dict(enumerate(self.state.values())),
+            "param_groups": [group | {"params": list(range(len(self.state)))}],
+        }
 
-    def scalars(self, iteration: int, values: dict[str, float]) -> None:
-        """Write numbers to both logs."""
-        self.event(iteration, values)
-        for name, value in values.items():
-            self.board.add_scalar(name, value, iteration)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, onto the devices of the parameters.
 
-    def picture(self, iteration: int, name: str, path: str | pathlib.Path) -> None:
-        """Show a PNG file in TensorBoard."""
-        import imageio.v3 as imageio
+        Raises ValueError if the moments do not have the shapes of the parameters.
+        """
+        moments: list[dict[str, Tensor]] = [state["state"][number] for number in sorted(state["state"])]
+        if [m["m"].shape for m in moments] != [parameter.shape for parameter in self.state]:
+            raise ValueError(f"moments of {len(moments)} other parameters than these {len(self.state)}")
+        for parameter, pair in zip(self.state, moments, strict=True):
+            self.state[parameter] = {name: moment.to(parameter.device, copy=True) for name, moment in pair.items()}
+        self.param_groups[0] |= {name: value for name, value in state["param_groups"][0].items() if name != "params"}
 
-        pixels = imageio.imread(path)
-        self.board.add_image(name, pixels, iteration, dataformats="HWC" if pixels.ndim == 3 else "HW")
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["t"] += 1
+            (beta1, beta2), t = group["betas"], group["t"]
+            rate = group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in parameters]
+            first, second = ([self.state[p][key] for p in parameters] for key in ("m", "v"))
 
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()
+            bound = torch._foreach_sqrt(torch._foreach_div(second, 1 - beta2**t))
+            torch._foreach_mul_(bound, 3.0)
+            torch._foreach_add_(bound, 0.1)
+            clipped = torch._foreach_minimum(gradients, bound)
+            torch._foreach_neg_(bound)
+            torch._foreach_maximum_(clipped, bound)
 
-
-class Progress:
-    """A progress bar with rate and time left on a terminal, a plain line every `every` seconds elsewhere."""
-
-    def __init__(self, total: int, start: int = 0, *, what: str, every: float = 10.0, quiet: bool = False):
-        self.total, self.what, self.every, self.quiet = total, what, every, quiet
-        self.start = self.done = start
-        self.begun = self.printed = time.monotonic()
-        self.text = ""
-        self.bar = None
-        if sys.stderr.isatty() and not quiet:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, initial=start, desc=what, dynamic_ncols=True)
-
-    def update(self, done: int) -> None:
-        """Say how many are done."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(self.text, refresh=False)
-            self.bar.update(done - self.done)
-        self.done = done
-        now = time.monotonic()
-        if self.bar is None and not self.quiet and (now - self.printed >= self.every or done == self.total):
-            rate = (done - self.start) / max(now - self.begun, 1e-9)
-            left = (self.total - done) / max(rate, 1e-9)
-            print(f"{self.what} {done}/{self.total} | {rate:.3g}/s | {left:.0f} s left | {self.text}", flush=True)
-            self.printed = now
-
-    def say(self, message: str) -> None:
-        """Print a line without breaking the bar."""
-        if self.bar is not None:
-            self.bar.write(message)
-        elif not self.quiet:
-            print(message, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+            torch._foreach_lerp_(first, clipped, 1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, clipped, clipped, 1 - beta2)
+            denominator = torch._foreach_sqrt(second)
+            torch._foreach_add_(denominator, group["eps"])
+            torch._foreach_addcdiv_(parameters, first, denominator, -rate)

@@ -1,12 +1,12 @@
-"""Time whole training iterations: over steps and batch sizes, beside their chain alone, and with the KL term.
+"""Time training iterations over steps and batch sizes, compared with their chain alone, and with the KL term.
 
     python benchmarks/iteration.py
     python benchmarks/iteration.py --network=ResNet32 --steps=20,60 --output=benchmarks/iteration_cpu.json
     python benchmarks/iteration.py --device=cuda --precision=fp16 --network=ResNet32Large --steps=60 --batch_sizes=128
 
-On a GPU the chain is compiled and captured, as in train.py. The KL term's gradient flows through the whole chain. Each
-step is computed again in the backward pass; "KL, kept" keeps all activations instead, what everyone would write first.
-Memory is the peak beyond what the process held before.
+On a GPU the chain is compiled and captured, as in train.py. The gradient of the KL term flows through the whole chain,
+whose steps are computed again in the backward pass; "KL, kept" keeps all activations instead, which is the simplest way
+to write it. Memory is the peak minus the memory that the process held before.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ import cli
 import data
 import models
 import timing
-from acceleration import Acceleration, products_in, set_kernel_choice, set_tf32
+from acceleration import Acceleration
 from cli import flag
 from ebm.settings import TrainSettings
-from optimizer import ClippedAdam
-from training import REPLAY_SIZE, State, draw_negatives, train_step
-from utils import ReplayBuffer
+from ebm.training.chains import run_chains
+from ebm.training.setup import REPLAY_SIZE
+from ebm.training.state import State
+from hardware import allow_tf32, set_kernel_choice, set_tf32
+from train import start_chains, train_step
+from utils import ClippedAdam, ReplayBuffer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,11 @@ class Settings(timing.BenchmarkNetwork):
 
 
 def measure_iteration(settings: Settings, num_steps: int, batch_size: int, what: str) -> dict[str, Any]:
-    """Return a row of figures of an iteration, or of what else is to be timed: "chain", "KL" or "KL, kept"."""
+    """Return a row of figures of a training iteration.
+
+    what: "iteration", "chain" (its chain alone), "KL" (an iteration with the KL term), or "KL, kept" (the same with all
+    activations in memory).
+    """
     device, on_gpu = settings.device, settings.device == "cuda"
     set_kernel_choice(deterministic=False)
     set_tf32(False)
@@ -68,11 +75,12 @@ def measure_iteration(settings: Settings, num_steps: int, batch_size: int, what:
     )
 
     def run() -> None:
-        with products_in(settings.precision):
+        with allow_tf32(settings.precision):
             if what == "chain":
-                draw_negatives(state, train_settings, models.spectral_norm_once(model), images, None)
+                run_chains(state, train_settings, models.freeze_energy(model), images, None)
             else:
-                train_step(state, train_settings, images, None, average=lambda: None)
+                start = start_chains(state, train_settings, images)
+                train_step(state, train_settings, images, None, start, average_gradients=lambda: None)
 
     def call_step(step: Callable[..., object], *arguments: object, use_reentrant: bool) -> object:
         return step(*arguments)
@@ -91,18 +99,18 @@ def main(settings: Settings) -> None:
     plans += [(steps[0], n, what) for n in batch_sizes[1:] for what in ("chain", "iteration")]
     rows: list[dict[str, Any]] = []
     for plan in plans:
-        if settings.device == "cuda":  # whose memory torch counts itself
+        if settings.device == "cuda":
             row = measure_iteration(settings, *plan)
-        else:
+        else:  # a process of its own, because the peak of CPU memory depends on what the process did before
             with multiprocessing.get_context("fork").Pool(1) as pool:
                 row = pool.apply(measure_iteration, (settings, *plan))
-        beside = ""
+        comparison = ""
         if row["what"] == "iteration":
             row["of chain's rate"] = share = rows[-1]["ms"] / row["ms"]
-            beside = f"  {share:.1%} of the chain's rate"
+            comparison = f"  {share:.1%} of the chain's rate"
         rows.append(row)
         line = "{steps:4} steps  batch {batch:3}  {what:10} {ms:9.1f} ms  peak {peak MB:7.1f} MB".format(**row)
-        print(line + beside, flush=True)
+        print(line + comparison, flush=True)
     if settings.output:
         print(f"wrote {timing.write_rows(settings, rows, **timing.describe_machine(settings.device))}")
 

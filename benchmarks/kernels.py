@@ -1,4 +1,4 @@
-"""Show where the time of a Langevin step goes: its longest kernels on a GPU, its longest operators on a CPU.
+"""List the kernels (on a GPU) or operators (on a CPU) that take most of the time of a Langevin step.
 
     python benchmarks/kernels.py --network=MnistNet
     python benchmarks/kernels.py --device=cuda --precision=fp16 --batch_size=128 --output=benchmarks/kernels.json
@@ -23,8 +23,9 @@ import cli
 import models
 import sampling
 import timing
-from acceleration import Acceleration, set_kernel_choice, set_tf32
+from acceleration import Acceleration
 from cli import flag
+from hardware import set_kernel_choice, set_tf32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Settings(timing.BenchmarkNetwork):
 
     batch_size: int = flag(16, "images per step", at_least=1)
     steps: int = flag(5, "Langevin steps", at_least=1)
-    longest: int = flag(20, "how many to show", at_least=1)
+    longest: int = flag(20, "how many kernels or operators to list", at_least=1)
 
 
 def main(settings: Settings) -> None:
@@ -54,12 +55,12 @@ def main(settings: Settings) -> None:
     def run() -> None:
         acceleration.run(chain, weights, x, None, generator, repeated=False)
 
-    timing.measure_seconds(run, settings.device)  # compiles and chooses kernels
+    timing.measure_seconds(run, settings.device)  # the first run compiles and chooses kernels
     activities = [ProfilerActivity.CPU] + on_gpu * [ProfilerActivity.CUDA]
     with profile(activities=activities) as profiler:
         timing.measure_seconds(run, settings.device)
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    # Annotations last as long as the kernels that they are about.
+    # Annotations would count the time of the kernels that they describe twice.
     events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
     time_of = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
     total = sum(time_of.values())

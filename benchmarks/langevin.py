@@ -1,16 +1,16 @@
-"""Time a Langevin step against the plain loop everyone writes, torchebm, and the machine's matrix-product rate.
+"""Time a Langevin step, compared with a plain PyTorch loop, torchebm and the machine's matrix-product rate.
 
     python benchmarks/langevin.py                                         # MnistNet, DspritesNet, ResNet32, batch 16
     python benchmarks/langevin.py --compile --output=benchmarks/cpu.json    # and a plot beside it, cpu.png
     python benchmarks/langevin.py --device=cuda --networks=ResNet32 --batch_size=128 --steps=60 --compile \\
         --precisions=fp16,bf16,tf32,float32
 
-All of a network is measured in turns, in one run; the best of --rounds counts. "of limit" is the rate of
-direct-convolution operations over that of a matrix product in the same number type: folding does fewer of them, so it
-can exceed 100 %. "off" is the median relative error of gradients to images, against float64.
+All variants of a network are measured in turns, in one run; the best of --rounds counts. "of limit" is the rate of
+direct-convolution operations divided by that of a matrix product in the same number type. It can exceed 100 %, because
+folding needs fewer operations. "off" is the median relative error of gradients for images, compared with float64.
 
-The plain loop and torchebm (`pip install torchebm`) run as PyTorch does where nobody sets anything, on a GPU with
-convolutions in TF32; torchebm samples from the network with its weights frozen and normalised once.
+The plain loop and torchebm (`pip install torchebm`) run with PyTorch's default settings, on a GPU with convolutions in
+TF32; torchebm samples from the network with its weights frozen and normalised once.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ import models
 import pictures
 import sampling
 import timing
-from acceleration import PRECISIONS, REMEDIES, Acceleration, products_in, set_kernel_choice, set_tf32
+from acceleration import REMEDIES, Acceleration
 from cli import flag
 from errors import UsageError
-from utils import keep_freed_memory
+from hardware import PRECISIONS, allow_tf32, keep_freed_memory, set_kernel_choice, set_tf32
 
 STEP_LR = 10.0
-THEIRS = ("plain", "torchebm")  # names of what others write begin so
-PADDED_CHANNELS = 8  # channels that the images are padded to, in a variant
+THEIRS = ("plain", "torchebm")  # the first words of variants that are not this project's
+PADDED_CHANNELS = 8  # the number of channels in the variant with padded images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Settings(timing.BenchmarkDevice):
         "also time changes to the fastest way, in the first number type: pooling not folded, images padded to 8 "
         "channels, input biases as maps",
     )
-    compile_only: bool = flag(False, "only compile all steps, which fills torch's cache, and leave")
+    compile_only: bool = flag(False, "compile all steps, which fills torch's cache, then stop")
     limit_size: int | None = flag(
         None, "rows and columns of the product; default 2048 on a CPU, 8192 on a GPU", at_least=1
     )
@@ -72,18 +72,18 @@ class Settings(timing.BenchmarkDevice):
 
 
 class Variant(NamedTuple):
-    """A way to run a chain: its name, the number type whose matrix product is its limit, and the chain itself."""
+    """A way to run a chain: its name, the number type whose matrix product sets its limit, and a call that runs it."""
 
     name: str
     precision: str
     run: Callable[[], object]
 
 
-# ---- what others write: chains of so many steps from images x (N, C, H, W) ----
+# ---- other implementations: chains of `steps` steps from images x (N, C, H, W) ----
 
 
 def plain_energy(model: models.EnergyNetwork, weights: models.Weights, x: Tensor) -> Tensor:
-    """Evaluate stage by stage in NCHW, by the library's convolution."""
+    """Return the energies (N,), evaluated stage by stage in NCHW with PyTorch's convolution."""
     with mock.patch.object(models, "convolve", lambda x, k, s, p: F.conv2d(x, k, stride=s, padding=p)):
         for stage in model.stages.values():
             x = stage(weights, x, None)
@@ -91,7 +91,7 @@ def plain_energy(model: models.EnergyNetwork, weights: models.Weights, x: Tensor
 
 
 def run_plain_chain(model: models.EnergyNetwork, x: Tensor, steps: int, autocast: torch.dtype | None = None) -> None:
-    """Normalise at every step, let the weights require gradients, and call backward()."""
+    """Run a chain that normalises at every step, lets the weights require gradients and calls backward()."""
     with timing.pytorch_defaults(), torch.autocast(x.device.type, autocast, enabled=autocast is not None):
         for _ in range(steps):
             x = (x + 0.005 * torch.randn_like(x)).detach().requires_grad_()
@@ -102,7 +102,7 @@ def run_plain_chain(model: models.EnergyNetwork, x: Tensor, steps: int, autocast
 
 
 def run_torchebm_chain(model: models.EnergyNetwork, x: Tensor, steps: int) -> None:
-    """Let torchebm's LangevinDynamics sample from the network, its weights normalised once."""
+    """Run a chain by torchebm's LangevinDynamics, with the network's weights normalised once."""
     from torchebm.core import BaseModel
     from torchebm.samplers import LangevinDynamics
 
@@ -118,11 +118,11 @@ def run_torchebm_chain(model: models.EnergyNetwork, x: Tensor, steps: int) -> No
         sampler.sample(x=x, n_steps=steps)
 
 
-# ---- this project's ways, and changes to them that are worth a measurement ----
+# ---- this project's chains, and variants of them ----
 
 
 def freeze_weights(model: models.EnergyNetwork, fold: bool = True) -> models.Weights:
-    """Return what a chain needs: normalised anew, pooling folded into the kernels or not."""
+    """Return the frozen weights of a chain, normalised anew. fold: fold the pooling into the kernels."""
     with torch.no_grad():
         return models.detach(model.prepare(fold=fold))
 
@@ -137,30 +137,32 @@ def make_chain(
     captured: bool,
     steps: int,
 ) -> Callable[[], object]:
-    """Return a chain as train.py runs it: weights prepared anew, then the steps."""
+    """Return a call that runs a chain as train.py does: it prepares the weights, then makes the steps."""
     acceleration = Acceleration(precision, compiled, captured, asked=frozenset(REMEDIES))
     generator = torch.Generator(x.device).manual_seed(0)
 
     def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
-        own = functools.partial(energy, weights)
-        return sampling.langevin(own, x, num_steps=steps, step_lr=STEP_LR, generator=generator, compiled=compiled)
+        frozen = functools.partial(energy, weights)
+        return sampling.langevin(frozen, x, num_steps=steps, step_lr=STEP_LR, generator=generator, compiled=compiled)
 
     return lambda: acceleration.run(chain, prepare(), x, None, generator, repeated=True)
 
 
 class PaddedImages:
-    """Images and the first kernel get channels of zeros, up to PADDED_CHANNELS of them."""
+    """A variant in which zeros pad the channels of images and of the first kernel, to PADDED_CHANNELS channels."""
 
     def __init__(self, model: models.EnergyNetwork):
         self.model = model
         self.channels = 0, 0, 0, 0, 0, PADDED_CHANNELS - model.config.image_shape[0]
 
     def prepare(self) -> models.Weights:
+        """Return the frozen weights, the first kernel padded."""
         weights = freeze_weights(self.model)
         kernel = F.pad(weights["c1_pre.kernel"], self.channels)
         return weights | {"c1_pre.kernel": kernel.contiguous(memory_format=torch.channels_last)}
 
     def energy(self, weights: models.Weights, images: Tensor) -> Tensor:
+        """Return the energies (N,) of images (N, C, H, W), which are padded first."""
         x = F.pad(images.to(weights["fc5.kernel"].dtype), self.channels)
         for stage in self.model.stages.values():
             x = stage(weights, x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x, None)
@@ -168,7 +170,7 @@ class PaddedImages:
 
 
 class ConvWithBiasMap(nn.Module):
-    """A convolution whose input bias is a map added after it, since conv(x + b) = conv(x) + conv(b)."""
+    """A convolution whose input bias is added after it as a map, because conv(x + b) = conv(x) + conv(b)."""
 
     def __init__(self, conv: models.Conv):
         super().__init__()
@@ -177,14 +179,14 @@ class ConvWithBiasMap(nn.Module):
 
     def forward(self, weights: models.Weights, x: Tensor, labels: Tensor | None) -> Tensor:
         name, bias = f"{self.conv.name}.map", weights[f"{self.conv.name}.input_bias"]
-        if name not in weights:  # once per chain, by `BiasMaps.prepare`
+        if name not in weights:  # only when `BiasMaps.prepare` calls this, once per chain
             weights[name] = self.conv(weights, bias[:, :, None, None].expand(1, -1, *x.shape[2:]), labels)
         x = self.conv(weights, x, labels) + weights[name]
         return x if self.activation is None else self.activation(x)
 
 
 class BiasMaps:
-    """Input biases are maps, made once per chain."""
+    """A variant in which input biases are maps that are computed once per chain."""
 
     def __init__(self, model: models.EnergyNetwork):
         self.model, self.twin = model, copy.deepcopy(model)
@@ -195,6 +197,7 @@ class BiasMaps:
         self.energy = self.twin.energy
 
     def prepare(self) -> models.Weights:
+        """Return the frozen weights, the maps included."""
         weights = freeze_weights(self.model)
         with torch.no_grad():
             self.energy(weights, weights["fc5.bias"].new_zeros(1, *self.model.config.image_shape))
@@ -204,7 +207,10 @@ class BiasMaps:
 def make_chains(
     settings: Settings, model: models.EnergyNetwork, x: Tensor, precision: str
 ) -> dict[str, Callable[[], object]]:
-    """Return by name the chains of this project that are asked for: all ways, then changes to the last, the fastest."""
+    """Return this project's chains that the settings ask for, by name.
+
+    They are uncompiled and compiled, not captured and captured; then come variants of the last one, the fastest.
+    """
     captures = [False, True] if x.device.type == "cuda" and not settings.compile_only else [False]
     compiles = [False, True] if settings.compile or settings.compile_only else [False]
     prepare = functools.partial(freeze_weights, model)
@@ -229,15 +235,15 @@ def make_chains(
 
 
 def list_variants(settings: Settings, model: models.EnergyNetwork, x: Tensor) -> list[Variant]:
-    """Return everything that is measured on a network."""
+    """Return the variants that are measured on a network."""
     on_gpu = x.device.type == "cuda"
-    usual = "tf32" if on_gpu else "float32"  # in PyTorch's convolutions
-    variants = [Variant("plain loop", usual, functools.partial(run_plain_chain, model, x, settings.steps))]
+    default = "tf32" if on_gpu else "float32"  # the number type of PyTorch's convolutions
+    variants = [Variant("plain loop", default, functools.partial(run_plain_chain, model, x, settings.steps))]
     if on_gpu:
         autocast = functools.partial(run_plain_chain, model, x, settings.steps, torch.bfloat16)
         variants.append(Variant("plain loop, autocast", "bf16", autocast))
     if importlib.util.find_spec("torchebm"):
-        variants.append(Variant("torchebm", usual, functools.partial(run_torchebm_chain, model, x, settings.steps)))
+        variants.append(Variant("torchebm", default, functools.partial(run_torchebm_chain, model, x, settings.steps)))
     for precision in settings.precisions:
         chains = make_chains(settings, model, x, precision)
         variants += [Variant(name, precision, run) for name, run in chains.items()]
@@ -245,18 +251,21 @@ def list_variants(settings: Settings, model: models.EnergyNetwork, x: Tensor) ->
 
 
 def count_operations(model: models.EnergyNetwork, x: Tensor) -> float:
-    """Return the multiplications and additions of a step by direct convolution, in units of 1e9."""
+    """Return the number of multiplications and additions of a step by direct convolution, in units of 1e9."""
     with FlopCounterMode(display=False) as counter:
         model.energy(models.detach(model.prepare(fold=False)), x.clone().requires_grad_()).sum().backward()
     return counter.get_total_flops() / 1e9
 
 
 def measure_gradient_error(model: models.EnergyNetwork, x: Tensor, precision: str) -> float:
-    """Return by what share gradients to images are off in a number type, the median over images, against float64."""
+    """Return the relative error of gradients for images in a number type, compared with float64.
+
+    It is the median over images.
+    """
     exact_model = copy.deepcopy(model).double()
     exact = sampling.input_gradient(functools.partial(exact_model.energy, freeze_weights(exact_model)), x.double())
     weights = models.cast(freeze_weights(model), PRECISIONS[precision])
-    with products_in(precision):
+    with allow_tf32(precision):
         rounded = sampling.input_gradient(functools.partial(model.energy, weights), x)
     return ((rounded - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).median().item()
 
@@ -270,14 +279,14 @@ def measure_network(settings: Settings, name: str, limits: dict[str, float]) -> 
         try:  # the first run compiles, captures and chooses kernels
             if settings.device == "cuda":
                 memory[variant] = timing.measure_peak_memory(variant.run, settings.device)
-            else:  # which keeps what variants before freed, so that it would tell little
+            else:  # a CPU keeps the memory that earlier variants freed, so that a peak would mean little
                 variant.run()
                 memory[variant] = None
         except (UsageError, ImportError, torch.OutOfMemoryError) as error:
             print(f"{name}, {variant.name}, {variant.precision}: left out, {str(error).splitlines()[0]}", flush=True)
     best = timing.measure_best_seconds({variant: variant.run for variant in memory}, settings.rounds, settings.device)
     plain = next((seconds for variant, seconds in best.items() if variant.name == "plain loop"), float("nan"))
-    work = count_operations(model, x) * settings.steps
+    operations = count_operations(model, x) * settings.steps  # in units of 1e9
     errors = {precision: measure_gradient_error(model, x[:8], precision) for precision in settings.precisions}
     return [
         {
@@ -287,8 +296,8 @@ def measure_network(settings: Settings, name: str, limits: dict[str, float]) -> 
             "ms per step": 1e3 * seconds / settings.steps,
             "times plain": plain / seconds,
             "images per s": settings.batch_size * settings.steps / seconds,
-            "GFLOP/s": work / seconds,
-            "of limit": work / seconds / limits[variant.precision],
+            "GFLOP/s": operations / seconds,
+            "of limit": operations / seconds / limits[variant.precision],
             "limit GFLOP/s": limits[variant.precision],
             "gradient error": errors[variant.precision] if variant.name == "eager" else None,
             "peak MB": memory[variant],
@@ -298,7 +307,7 @@ def measure_network(settings: Settings, name: str, limits: dict[str, float]) -> 
 
 
 def compile_steps(settings: Settings, names: Sequence[str]) -> None:
-    """Compile the steps of all variants that are compiled, as chains of one step."""
+    """Compile the steps of all compiled variants, by running chains of one step."""
     for name in names:
         model = timing.build_network(name, settings.num_filters, settings.device)
         x = timing.draw_images(model, settings.batch_size, settings.device)
@@ -341,13 +350,14 @@ def main(settings: Settings) -> None:
 
 
 def write_figures(settings: Settings, rows: list[dict[str, Any]]) -> None:
-    """Write the rows so far as JSON, and as bars."""
+    """Write the rows so far as JSON, and plot the shares of the limit as bars."""
     machine = timing.describe_machine(settings.device)
     path = timing.write_rows(settings, rows, operations="of direct convolutions, not folded", **machine)
-    bars: dict[str, dict[str, float]] = {}  # of several number types the fastest variant each
+    # With several number types, this project has one bar for each, that of its fastest variant.
+    bars: dict[str, dict[str, float]] = {}
     for row in rows:
-        every = len(settings.precisions) == 1 or row["variant"].startswith(THEIRS)
-        bar = bars.setdefault(row["variant"] if every else f"this project, {row['precision']}", {})
+        has_own_bar = len(settings.precisions) == 1 or row["variant"].startswith(THEIRS)
+        bar = bars.setdefault(row["variant"] if has_own_bar else f"this project, {row['precision']}", {})
         bar[row["network"]] = max(row["of limit"], bar.get(row["network"], 0))
     title = f"a Langevin step, batch {settings.batch_size}, {machine['hardware']}"
     plot = pictures.plot_bars(bars, path.with_suffix(".png"), ylabel="share of the matrix-product rate", title=title)

@@ -3,8 +3,9 @@
     python benchmarks/loader.py
     python benchmarks/loader.py --workers=1,4,16 --batch_size=64 --output=loader.json
 
-The JPEGs are made here, of ImageNet's usual size; beside it torchvision's ImageFolder in a DataLoader, in turns, in one
-run; the best of --rounds counts. A training run needs batch size times iterations per second.
+The JPEGs are generated, in the usual size of ImageNet's. torchvision's ImageFolder in a DataLoader is measured for
+comparison, in turns with this project's loader in one run; the best of --rounds counts. A training run needs batch size
+times iterations per second.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from PIL import Image
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import cli
 import imagenet
+import streaming
 import timing
 from cli import flag
 from ebm.readers.downloads import import_torchvision
 
-Loader = tuple[Callable[[], object], Callable[[], None]]  # what gives the next batch, and what ends the workers
+Loader = tuple[Callable[[], object], Callable[[], None]]  # a call that reads the next batch, one that ends the workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Settings(timing.BenchmarkOutput):
     batch_size: int = flag(16, "images per batch", at_least=1)
     batches: int = flag(30, "batches per timing", at_least=1)
     rounds: int = flag(3, "timings per variant", at_least=1)
-    width: int = flag(500, "of a JPEG, in pixels", at_least=1)
-    height: int = flag(375, "of a JPEG, in pixels", at_least=1)
+    width: int = flag(500, "width of a JPEG, in pixels", at_least=1)
+    height: int = flag(375, "height of a JPEG, in pixels", at_least=1)
     files: int = flag(64, "JPEGs to make", at_least=1)
 
 
@@ -82,16 +84,16 @@ def start_torchvision_loader(settings: Settings, folder: pathlib.Path, workers: 
     """Return a DataLoader of torchvision's ImageFolder."""
     torchvision = import_torchvision()
     transforms = torchvision.transforms
-    change = [transforms.Resize(imagenet.SIDE), transforms.CenterCrop(imagenet.SIDE), transforms.ToTensor()]
+    change = [transforms.Resize(streaming.SIDE), transforms.CenterCrop(streaming.SIDE), transforms.ToTensor()]
     images = torchvision.datasets.ImageFolder(folder, transforms.Compose(change))
     sampler = torch.utils.data.RandomSampler(images, replacement=True, num_samples=2**20)
     loader = torch.utils.data.DataLoader(images, settings.batch_size, sampler=sampler, num_workers=workers)
-    batches = iter(loader)  # whose workers end with it
+    batches = iter(loader)  # its workers end when it is deleted
     return lambda: next(batches), lambda: None
 
 
 def main(settings: Settings) -> None:
-    import_torchvision()  # fails here where there is none, not after the JPEGs are made
+    import_torchvision()  # so that a missing torchvision is reported before the JPEGs are made
     starts = {"this project": start_own_loader, "torchvision": start_torchvision_loader}
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -101,7 +103,7 @@ def main(settings: Settings) -> None:
         places = imagenet.ClassFolders(folder)
         start_time = time.process_time()
         for place in places:
-            imagenet.decode(place)
+            streaming.decode_image(place)
         processor = 1000 * (time.process_time() - start_time) / len(places)
         print(f"one image takes {processor:.2f} ms of a processor: at best {1000 / processor:.0f} images/s per worker")
         for workers in settings.workers:
@@ -109,7 +111,7 @@ def main(settings: Settings) -> None:
             for _ in range(settings.rounds):
                 for variant, start in starts.items():
                     read_batch, stop = start(settings, folder, workers)
-                    for _ in range(4):  # the workers start
+                    for _ in range(4):  # until the workers have started
                         read_batch()
                     start_time = time.perf_counter()
                     for _ in range(settings.batches):
@@ -122,8 +124,8 @@ def main(settings: Settings) -> None:
                 rows.append(row)
                 print(f"{variant:13} {workers:3} workers {rate:7.0f} images/s {rate / workers:7.0f} each", flush=True)
     if settings.output:
-        measured = {"torch": torch.__version__, "kilobytes": kilobytes, "processor ms": processor}
-        print(f"wrote {timing.write_rows(settings, rows, **measured)}")
+        figures = {"torch": torch.__version__, "kilobytes": kilobytes, "processor ms": processor}
+        print(f"wrote {timing.write_rows(settings, rows, **figures)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure what a machine can do: matrix products by number type, and copies.
+"""Measure the rates of a machine: matrix products by number type, and copies in memory.
 
 python benchmarks/machine.py
 python benchmarks/machine.py --device=cuda --output=benchmarks/machine.json
@@ -13,8 +13,8 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import cli
 import timing
-from acceleration import PRECISIONS
 from cli import flag
+from hardware import PRECISIONS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""Train the same small network by several recipes, one change each, and plot how good samples become.
+"""Train one small network by several recipes, one change each, and plot the quality of the samples.
 
     python benchmarks/recipes.py --output=benchmarks/recipes.json      # and recipes.png
     python benchmarks/recipes.py --precisions=float32,bf16 --seeds=4 --output=benchmarks/precision_digits.json
 
-Quality is the classifier Fréchet distance of train.py --quality, of chains from noise. A recipe changes the preset's
-settings, but for the first, which is the preset with the published learning rate. --precisions compares number types
-instead, of the preset as it is. Runs stay in --logdir.
+Quality is the classifier Fréchet distance of train.py --quality, of chains from noise. The first recipe is the preset
+with the published learning rate; each other recipe changes settings of the preset. --precisions compares number types
+of the unchanged preset instead. The folders of the runs stay in --logdir.
 
-With several seeds every recipe is compared with the first one: by a t-test, paired by seed, of the logarithm of the
+With several seeds, every recipe is compared with the first one by a t-test, paired by seed, of the logarithm of the
 distance, averaged over the second half of each run.
 """
 
@@ -25,10 +25,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import cli
 import pictures
 import timing
-from acceleration import PRECISIONS
 from cli import flag
 from errors import UsageError
-from utils import read_series
+from hardware import PRECISIONS
+from logs import read_series
 
 TRAIN = pathlib.Path(__file__).resolve().parent.parent / "train.py"
 RECIPES = {
@@ -41,7 +41,8 @@ RECIPES = {
     "lr 1e-2, 40 steps": "--lr=1e-2 --num_steps=40",
     "lr 1e-2, bf16": "--lr=1e-2 --precision=bf16",
 }
-PANELS = {"feature_distance": "classifier Fréchet distance", "e_pos_std": "std of E(x) of data"}  # on logarithmic axes
+# The figures that are plotted, on logarithmic axes.
+PANELS = {"feature_distance": "classifier Fréchet distance", "e_pos_std": "std of E(x) of data"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +50,18 @@ class Settings(timing.BenchmarkOutput):
     """Benchmark"""
 
     preset: str = flag("digits_cpu", "the settings that all runs share")
-    train_flags: str = flag("", "more flags of train.py for all of them")
-    recipes: int = flag(len(RECIPES), "train by the first so many", at_least=1)
+    train_flags: str = flag("", "more flags of train.py for all runs")
+    recipes: int = flag(len(RECIPES), "number of recipes, the first ones", at_least=1)
     precisions: tuple[str, ...] = flag((), "compare these number types instead", choices=tuple(PRECISIONS))
-    seeds: int = flag(1, "train so often by each, from other seeds", at_least=1)
+    seeds: int = flag(1, "runs per recipe, from different seeds", at_least=1)
     max_iter: int = flag(400, "iterations of a run", at_least=1)
     test_interval: int = flag(50, "iterations between measurements", at_least=1)
-    logdir: str = flag("cachedir/recipes", "where the runs go")
+    logdir: str = flag("cachedir/recipes", "folder of the runs")
     output: str = flag("", "also write the figures to this JSON file, and a plot beside it")
 
 
 def train_recipe(settings: Settings, exp: str, recipe: str, seed: int) -> pathlib.Path:
-    """Train by one recipe and return the folder of the run; raise UsageError where training fails."""
+    """Train by one recipe and return the folder of the run; raise UsageError if training fails."""
     words = [f"--preset={settings.preset}", f"--logdir={settings.logdir}", f"--exp={exp}", f"--seed={seed}"]
     words += [f"--max_iter={settings.max_iter}", f"--test_interval={settings.test_interval}", "--quality"]
     words += ["--num_samples=200", "--sample_steps=100", "--precision=float32"]
@@ -73,7 +74,7 @@ def train_recipe(settings: Settings, exp: str, recipe: str, seed: int) -> pathli
 
 
 def join_series(folders: list[pathlib.Path], key: str) -> tuple[list[float], list[float]]:
-    """Return a logged number of several runs as one line, which breaks off between them."""
+    """Return a logged figure of several runs as one line (x, y), with a gap between runs."""
     x: list[float] = []
     y: list[float] = []
     for iterations, values in (read_series(folder, key) for folder in folders):
@@ -83,13 +84,13 @@ def join_series(folders: list[pathlib.Path], key: str) -> tuple[list[float], lis
 
 
 def average_log_distance(folder: pathlib.Path) -> float:
-    """Return the mean logarithm of the second half of a run's distances."""
+    """Return the mean logarithm of a run's distances over its second half."""
     distances = read_series(folder, "feature_distance")[1]
     return statistics.fmean(map(math.log, distances[len(distances) // 2 :]))
 
 
 def print_comparison(runs: dict[str, list[pathlib.Path]]) -> None:
-    """Print how far every recipe's distances are from those of the first."""
+    """Print the ratio of every recipe's distance to that of the first recipe, with the p value."""
     import scipy.stats
 
     first, *others = runs

@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, files, networks, timing, memory, a machine's limits, PyTorch's own settings."""
+"""Tools of all benchmarks: flags, files, networks, timing, memory, a machine's limits, PyTorch's default settings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 import cli
 import models
-from acceleration import PRECISIONS, products_in, set_tf32
 from cli import flag
 from errors import UsageError
+from hardware import PRECISIONS, allow_tf32, set_tf32
 from reports import write_json
 
-# Rows and columns of the matrix product that sets a limit; less is launch-bound on a GPU.
+# Rows and columns of the matrices whose product sets a limit; a smaller product is launch-bound on a GPU.
 MATRIX_SIZES = {"cpu": 2048, "cuda": 8192}
 COPY_SIZES = {"cpu": 2**28, "cuda": 2**31}  # bytes
 
@@ -35,7 +35,7 @@ NETWORKS = {
     "ResNet128": ((3, 128, 128), 64),
 }
 
-Action = Callable[[], object]  # what is timed
+Action = Callable[[], object]  # a call that is timed
 Key = TypeVar("Key")
 
 
@@ -66,22 +66,25 @@ class BenchmarkNetwork(BenchmarkDevice):
 
 
 def write_rows(settings: BenchmarkOutput, rows: Sequence[Mapping[str, Any]], **described: object) -> pathlib.Path:
-    """Write a benchmark's rows, its settings and what else describes them to the file `output`; return its path.
+    """Write a benchmark's rows, its settings and further descriptions to the file `output`; return its path.
 
-    Raises UsageError where it cannot be written.
+    Raises UsageError if the file cannot be written.
     """
     contents = {"settings": described | cli.to_dict(settings), "rows": rows}
     try:
         return write_json(pathlib.Path(settings.output), contents)
     except UsageError as error:
-        raise UsageError(f"`output`={error}") from None  # which begins with the path
+        raise UsageError(f"`output`={error}") from None  # the message begins with the path
 
 
 # ---- networks and images ----
 
 
 def build_network(name: str, num_filters: int | None, device: str) -> models.EnergyNetwork:
-    """Return a network of this width or that of the published commands, untrained, but with no block still at zero."""
+    """Return an untrained network in which no residual block is near zero.
+
+    num_filters: its width; None: that of the published commands.
+    """
     shape, filters = NETWORKS[name]
     config = models.ModelConfig(name, shape, num_filters or filters)
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +96,7 @@ def build_network(name: str, num_filters: int | None, device: str) -> models.Ene
 
 
 def draw_images(model: models.EnergyNetwork, number: int, device: str) -> Tensor:
-    """Return images of noise (number, C, H, W) in [0, 1], of the shape that a network takes."""
+    """Return noise images (number, C, H, W), uniform in [0, 1], of the shape that a network takes."""
     return torch.rand(number, *model.config.image_shape, device=device)
 
 
@@ -101,7 +104,7 @@ def draw_images(model: models.EnergyNetwork, number: int, device: str) -> Tensor
 
 
 def measure_seconds(run: Action, device: str) -> float:
-    """Return the seconds that a run takes, to the end of what it queues."""
+    """Return the seconds that a call takes, until the GPU has finished its work, too."""
     start = time.perf_counter()
     run()
     if device == "cuda":
@@ -110,7 +113,7 @@ def measure_seconds(run: Action, device: str) -> float:
 
 
 def measure_best_seconds(runs: Mapping[Key, Action], rounds: int, device: str) -> dict[Key, float]:
-    """Return by key the least seconds of so many rounds, in which the runs take turns."""
+    """Return the smallest time of each call over several rounds, in seconds; the calls take turns in each round."""
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():
@@ -119,13 +122,13 @@ def measure_best_seconds(runs: Mapping[Key, Action], rounds: int, device: str) -
 
 
 def measure_peak_memory(run: Action, device: str) -> float:
-    """Return how many MB a run takes at its peak, beyond what this process holds before.
+    """Return the peak memory of a call in MB, minus the memory that the process held before.
 
-    On a GPU that is what torch reserves, so that a captured graph's pool counts, in a second run, since the first tries
-    out kernels; on a CPU resident memory (Linux).
+    On a CPU it is resident memory (Linux). On a GPU it is the memory that torch reserves, so that the pool of a
+    captured graph counts, in a second call, because the first one tries out kernels.
     """
     if device == "cpu":
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # this resets the peak
         before = read_resident_memory("VmRSS")
         run()
         return read_resident_memory("VmHWM") - before
@@ -139,7 +142,7 @@ def measure_peak_memory(run: Action, device: str) -> float:
 
 
 def read_resident_memory(field: str) -> float:
-    """Return a line of what Linux says of this process's memory, in MB."""
+    """Return a memory figure of this process in MB. field: its name in /proc/self/status, such as "VmRSS"."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
 
@@ -148,26 +151,26 @@ def read_resident_memory(field: str) -> float:
 
 
 def measure_matrix_rate(precision: str, device: str, size: int | None = None) -> float:
-    """Return the GFLOP/s of the product of two square matrices of random numbers, of this type, the best of many."""
+    """Return the best GFLOP/s, over half a second, of the product of two random square matrices in a number type."""
     size = size or MATRIX_SIZES[device]
     a, b = (torch.randn(size, size, device=device).to(PRECISIONS[precision]) for _ in range(2))
     best, end = float("inf"), time.monotonic() + 0.5
-    with products_in(precision):
+    with allow_tf32(precision):
         measure_seconds(lambda: a @ b, device)
-        while time.monotonic() < end:  # an idle GPU takes its time to reach its clock rate
+        while time.monotonic() < end:  # an idle GPU needs some time to reach its full clock rate
             best = min(best, measure_seconds(lambda: a @ b, device))
         return 2 * size**3 / 1e9 / min(best, measure_seconds(lambda: a @ b, device))
 
 
 def measure_copy_rate(device: str, rounds: int = 3) -> float:
-    """Return the GB/s of a copy within the device's memory, counting bytes read and written."""
+    """Return the best GB/s of a copy within the device's memory, counting bytes read and written."""
     source, target = (torch.zeros(COPY_SIZES[device], dtype=torch.uint8, device=device) for _ in range(2))
     seconds = measure_best_seconds({"copy": lambda: target.copy_(source)}, rounds, device)["copy"]
     return 2 * COPY_SIZES[device] / 1e9 / seconds
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Return the versions that figures depend on, and what they are measured on."""
+    """Return the versions and the hardware that figures depend on."""
     facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     if device == "cuda":
         facts |= {"hardware": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
@@ -179,7 +182,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def pytorch_defaults() -> Iterator[None]:
-    """Compute inside as PyTorch does where nobody sets anything: convolutions in TF32, matrix products not."""
+    """Restore PyTorch's default settings inside the block: on a GPU convolutions in TF32, matrix products not."""
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = False, True
     try:

@@ -1,7 +1,7 @@
-"""Every setting of every script, once: its default, range, unit and help; a script's flags are made from these.
+"""The settings of all scripts: each has its default, range, unit and help here, and the flags are made from them.
 
-Groups that scripts share are base classes, so a function takes the group that it needs and a script's settings fit.
-Below a script's `main` nobody knows of flags.
+Groups that several scripts share are base classes: a function declares the group that it needs, and the settings of
+any script that inherit from this group can be passed to it. Below a script's `main` no code knows of flags.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import dataclasses
 import pathlib
 
 import dsprites
-from acceleration import PRECISIONS
 from cli import flag
 from data import DATASETS
 from distributed import BACKENDS
+from hardware import PRECISIONS
 from presets import PRESETS
 from sampling import PROJ_NORM_TYPES
 
 DEVICES = ("auto", "cpu", "cuda")
 NOISE_UNIT = 0.005  # standard deviation of a Langevin step's noise at noise_scale 1, for images in [0, 1]
 
-# Settings that choose a larger network for colour images, and the network.
+# A setting that chooses a larger network for colour images -> the name of this network.
 SIZES = {"large_model": "ResNet32Large", "larger_model": "ResNet32Larger", "wider_model": "ResNet32Wider"}
-# What a model of sprites is conditioned on, and the subset of sprites, by the setting that chooses it.
+# Settings of dSprites -> the concept that the model is conditioned on, or the subset of sprites that it is trained on.
 CONDITIONS = {f"cond_{name}": name for name in dsprites.CONCEPTS}
 SUBSETS = {"dsprites_restrict" if name == "restrict" else f"d{name}_only": name for name in dsprites.SUBSETS}
 
@@ -33,27 +33,37 @@ SUBSETS = {"dsprites_restrict" if name == "restrict" else f"d{name}_only": name 
 
 @dataclasses.dataclass(frozen=True)
 class DataFiles:
-    """Where data lies"""
+    """Data files"""
 
-    datadir: str = flag("data", "where torchvision's datasets are kept or downloaded to")
-    download: bool = flag(True, "download what is not there yet")
-    data_path: str | None = flag(None, "the folder of images of --dataset=folder; class subfolders give labels")
-    imagenet_path: str | None = flag(None, "the 32x32 files of --dataset=imagenet, pickles or .npz")
-    imagenet_datadir: str | None = flag(None, "TFRecords or class folders of --dataset=imagenetfull")
-    dsprites_path: str | None = flag(None, "the published .npz; without it sprites are drawn from their latents")
+    datadir: str = flag("data", "folder of the data sets that torchvision can download, such as mnist, cifar10 or svhn")
+    download: bool = flag(True, "download files that are missing, such as data sets")
+    data_path: str | None = flag(
+        None, "folder of images for --dataset=folder; if it has subfolders, each of them is a class"
+    )
+    imagenet_path: str | None = flag(
+        None, "folder of the downsampled 32x32 ImageNet files, pickles or .npz, for --dataset=imagenet"
+    )
+    imagenet_datadir: str | None = flag(
+        None, "folder of ImageNet TFRecords, or of image files in class folders, for --dataset=imagenetfull"
+    )
+    dsprites_path: str | None = flag(
+        None, "the published dSprites file, an .npz; default: the program draws the sprites itself"
+    )
 
     def find_path(self, dataset: str) -> str | None:
-        """Return the path that belongs to a data set, None where it was not given or takes none."""
+        """Return the path setting of a data set by its name; None if it is not set or the data set has none."""
         name = DATASETS[dataset].path_setting
         return getattr(self, name) if name else None
 
 
 @dataclasses.dataclass(frozen=True)
 class ChainPrecision:
-    """Number type"""
+    """Number type in chains"""
 
     precision: str = flag(
-        "float32", "number type of energies and gradients along chains, as in train.py", choices=tuple(PRECISIONS)
+        "float32",
+        "number type of energies and gradients in Langevin chains; images stay in float32",
+        choices=tuple(PRECISIONS),
     )
 
 
@@ -61,36 +71,42 @@ class ChainPrecision:
 class ModelChoice:
     """Model"""
 
-    exp: str = flag("default", "name of the experiment, the model's folder below --modeldir")
-    modeldir: str = flag("cachedir", "where experiments are kept")
-    resume_iter: str = flag("latest", "the checkpoint's iteration, 'best' or 'latest' (also -1)")
-    ema: bool = flag(False, "take the averaged weights of a run with --ema_decay")
-    logdir: str = flag("sandbox_cachedir", "where results go")
-    seed: int = flag(0, "of everything random", at_least=0)
-    device: str = flag("auto", "where to compute; auto takes a GPU if there is one", choices=DEVICES)
+    exp: str = flag("default", "name of the experiment; its model is in <modeldir>/<exp>/")
+    modeldir: str = flag("cachedir", "folder of all experiments")
+    resume_iter: str = flag("latest", "iteration of the checkpoint to load, 'best' or 'latest' (-1 also means latest)")
+    ema: bool = flag(False, "load the averaged weights, which a training run with --ema_decay saves")
+    logdir: str = flag("sandbox_cachedir", "folder for results")
+    seed: int = flag(0, "seed of all random numbers", at_least=0)
+    device: str = flag("auto", "device to compute on; auto: a GPU if there is one, else the CPU", choices=DEVICES)
 
 
 @dataclasses.dataclass(frozen=True)
 class TestData(DataFiles):
     """Data"""
 
-    dataset: str | None = flag(None, "as in train.py; default what the model was trained on, or cifar10")
-    data_workers: int = flag(5, "threads that decode images from the disk", at_least=0)
+    dataset: str | None = flag(
+        None,
+        "name of the data set, one of those in train.py --help; default: the one that the model was trained on, "
+        "else cifar10",
+    )
+    data_workers: int = flag(5, "number of parallel workers that decode image files; 0: no extra processes", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckedNetwork:
-    """Network (read from the checkpoint; what is given here is checked against it)"""
+    """Network (the checkpoint defines it; these flags are only compared with it)"""
 
-    swish_act: bool | None = flag(None, "swish activations: the one thing that a TensorFlow checkpoint does not tell")
-    cclass: bool | None = flag(None, "conditioned on the class")
-    large_model: bool | None = flag(None, "ResNet32Large")
-    larger_model: bool | None = flag(None, "ResNet32Larger")
-    wider_model: bool | None = flag(None, "ResNet32Wider")
-    use_attention: bool | None = flag(None, "self attention in the residual networks")
-    spec_norm: bool | None = flag(None, "spectral normalisation")
-    bn: bool = flag(False, "no network here has batch normalisation", inert=True)
-    use_bias: bool = flag(True, "biases are what the checkpoint holds", inert=True)
+    swish_act: bool | None = flag(
+        None, "swish activations; give it for a TensorFlow checkpoint, which does not store the activation function"
+    )
+    cclass: bool | None = flag(None, "the network is conditioned on class labels")
+    large_model: bool | None = flag(None, "the network is ResNet32Large")
+    larger_model: bool | None = flag(None, "the network is ResNet32Larger")
+    wider_model: bool | None = flag(None, "the network is ResNet32Wider")
+    use_attention: bool | None = flag(None, "the residual network has self-attention")
+    spec_norm: bool | None = flag(None, "the weights have spectral normalisation")
+    bn: bool = flag(False, "no network of this project has batch normalisation", inert=True)
+    use_bias: bool = flag(True, "the checkpoint determines which layers have biases", inert=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,20 +117,34 @@ class CheckedNetwork:
 class RunSettings:
     """Run"""
 
-    preset: str | None = flag(None, "settings of a published or shipped run; flags beside it win", presets=PRESETS)
-    exp: str = flag("default", "name of the experiment, its folder below --logdir")
-    logdir: str = flag("cachedir", "where experiments are kept")
-    train: bool = flag(True, "train; --train=False only samples from the checkpoint and reports")
-    resume_iter: str = flag("-1", "go on from this iteration's checkpoint, or 'latest'; -1 starts anew")
-    max_iter: int | None = flag(None, "stop after this many iterations", at_least=0)
-    epoch_num: int = flag(10000, "stop after this many passes over the data", at_least=1)
-    seed: int = flag(0, "of everything random; every worker derives its own", at_least=0)
-    device: str = flag("auto", "where to compute; auto takes a GPU if there is one", choices=DEVICES)
-    deterministic: bool = flag(
-        False, "on a GPU take kernels that give the same bits in every run; slower, see --compile"
+    preset: str | None = flag(
+        None,
+        "use the flags of a published or shipped run; flags given on the command line override them",
+        presets=PRESETS,
     )
-    backend: str = flag("auto", "what joins several workers", choices=BACKENDS)
-    num_gpus: int = flag(1, "a process drives one device; start workers with mpiexec", at_least=1, inert=True)
+    exp: str = flag("default", "name of the experiment; its files go to <logdir>/<exp>/")
+    logdir: str = flag("cachedir", "folder of all experiments")
+    train: bool = flag(True, "train the model; --train=False only samples from a checkpoint and writes the report")
+    resume_iter: str = flag("-1", "iteration of the checkpoint to resume from, or 'latest'; -1 starts a new run")
+    max_iter: int | None = flag(None, "number of the last iteration; default: set by --epoch_num", at_least=0)
+    epoch_num: int = flag(
+        10000, "without --max_iter: number of passes over the data (for mnist at most 60,000 iterations)", at_least=1
+    )
+    seed: int = flag(0, "seed of all random numbers; each worker derives its own seed from it", at_least=0)
+    device: str = flag("auto", "device to compute on; auto: a GPU if there is one, else the CPU", choices=DEVICES)
+    deterministic: bool = flag(
+        False,
+        "on a GPU: use only kernels that give the same bits in every run; slower, and turns off --compile unless "
+        "it is given",
+    )
+    backend: str = flag(
+        "auto",
+        "library that averages gradients over several workers; auto: chosen by how the workers were started",
+        choices=BACKENDS,
+    )
+    num_gpus: int = flag(
+        1, "each process uses one device; for several GPUs start several workers with mpiexec", at_least=1, inert=True
+    )
 
     @property
     def folder(self) -> pathlib.Path:
@@ -126,73 +156,101 @@ class RunSettings:
 class TrainingData(DataFiles):
     """Data"""
 
-    dataset: str = flag("mnist", "what to train on", choices=tuple(DATASETS))
-    image_size: int | None = flag(None, "height and width of --dataset=folder, in pixels", at_least=8)
-    channels: int | None = flag(None, "1 (grey) or 3 (colour), of --dataset=folder", at_least=1, at_most=3)
-    data_workers: int = flag(4, "processes that decode images from the disk", at_least=0)
-    batch_size: int = flag(256, "images per iteration and worker", at_least=1)
-    single: bool = flag(False, "overfit one image")
-    augment: bool = flag(False, "random crops (4 pixels of padding) and horizontal flips")
-    mixup: bool = flag(False, "convex mixes of two images, weight Beta(1, 1)")
-    cutout: bool = flag(False, "blank a random square of each image")
-    cutout_inside: bool = flag(False, "keep the square wholly inside the image")
-    cutout_prob: float = flag(1.0, "share of images with a square", at_least=0, at_most=1)
-    cutout_mask_size: int = flag(16, "side of the square, in pixels", at_least=1)
-    rescale: float = flag(1.0, "images are in [0, rescale]", at_least=1e-6)
+    dataset: str = flag("mnist", "data set to train on", choices=tuple(DATASETS))
+    image_size: int | None = flag(
+        None,
+        "for --dataset=folder: resize images to this height and width in pixels; default: no resizing, all images "
+        "must have one size",
+        at_least=8,
+    )
+    channels: int | None = flag(
+        None, "for --dataset=folder: 1 (grey) or 3 (colour); default: as in the first image", at_least=1, at_most=3
+    )
+    data_workers: int = flag(4, "number of parallel workers that decode image files; 0: no extra processes", at_least=0)
+    batch_size: int = flag(256, "images per iteration on each worker", at_least=1)
+    single: bool = flag(False, "train on a single image, to check that the model can overfit it")
+    augment: bool = flag(False, "augment images by random crops (4 pixels of padding) and horizontal flips")
+    mixup: bool = flag(False, "train on convex combinations of two images, weighted by a draw from Beta(1, 1)")
+    cutout: bool = flag(False, "set a random square of each image to black")
+    cutout_inside: bool = flag(False, "keep the cutout square completely inside the image")
+    cutout_prob: float = flag(1.0, "share of the images that get a cutout square, 0 to 1", at_least=0, at_most=1)
+    cutout_mask_size: int = flag(16, "side of the cutout square, in pixels", at_least=1)
+    rescale: float = flag(1.0, "largest pixel value: images are scaled to [0, rescale]", at_least=1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
 class SpriteSettings:
     """dSprites"""
 
-    cond_shape: bool = flag(False, "condition on the shape, one of three")
-    cond_size: bool = flag(False, "condition on the scale, 0.5 to 1 (also --cond_scale)", alias="cond_scale")
-    cond_pos: bool = flag(False, "condition on the position, x and y in 0 to 1")
-    cond_rot: bool = flag(False, "condition on the rotation, cosine and sine")
-    dshape_only: bool = flag(False, "only the shape varies")
-    dpos_only: bool = flag(False, "only the position varies")
-    dsize_only: bool = flag(False, "only the scale varies")
-    drot_only: bool = flag(False, "only the rotation varies")
-    dsprites_restrict: bool = flag(False, "squares that are not rotated")
+    cond_shape: bool = flag(
+        False, "condition the model on the sprite's shape: square, ellipse or heart; needs --cclass"
+    )
+    cond_size: bool = flag(
+        False,
+        "condition the model on the sprite's scale, 0.5 to 1; needs --cclass (also called --cond_scale)",
+        alias="cond_scale",
+    )
+    cond_pos: bool = flag(False, "condition the model on the sprite's position, x and y from 0 to 1; needs --cclass")
+    cond_rot: bool = flag(False, "condition the model on the cosine and sine of the sprite's rotation; needs --cclass")
+    dshape_only: bool = flag(False, "train on sprites that differ only in shape")
+    dpos_only: bool = flag(False, "train on sprites that differ only in position")
+    dsize_only: bool = flag(False, "train on sprites that differ only in scale")
+    drot_only: bool = flag(False, "train on sprites that differ only in rotation")
+    dsprites_restrict: bool = flag(False, "train on unrotated squares of any size and position")
 
 
 @dataclasses.dataclass(frozen=True)
 class NegativeSettings:
-    """Sampling of the negatives"""
+    """Negative samples (Langevin chains during training)"""
 
     datasource: str = flag(
         "random",
-        "chains start from noise, noised data, or half and half",
+        "start of the chains: random (noise), default (data plus noise), or both (half of the chains each)",
         choices=("random", "default", "both"),
     )
-    num_chains: int | None = flag(None, "chains per iteration; default one per image of the batch", at_least=1)
-    num_steps: int = flag(20, "Langevin steps per iteration", at_least=0)
-    step_lr: float = flag(1.0, "step size of the gradient in a Langevin step", at_least=0)
-    noise_scale: float = flag(1.0, "noise of a Langevin step, in units of 0.005", at_least=0)
-    proj_norm: float = flag(0.0, "clip the gradient of a Langevin step to this norm; 0: no clip", at_least=0)
-    proj_norm_type: str = flag("li", "clip elementwise (li), or the whole batch's norm (l2)", choices=PROJ_NORM_TYPES)
+    num_chains: int | None = flag(
+        None, "chains per iteration on each worker, at most --batch_size; default: --batch_size", at_least=1
+    )
+    num_steps: int = flag(20, "Langevin steps per training iteration", at_least=0)
+    step_lr: float = flag(1.0, "step size of a Langevin step: the factor of the energy gradient", at_least=0)
+    noise_scale: float = flag(
+        1.0, "standard deviation of a Langevin step's noise, in units of 0.005 for images in [0, 1]", at_least=0
+    )
+    proj_norm: float = flag(
+        0.0, "clip the gradient of a Langevin step to this size, see --proj_norm_type; 0: no clipping", at_least=0
+    )
+    proj_norm_type: str = flag(
+        "li",
+        "li clips each element of the gradient; l2 clips the L2 norm of the gradient of the whole batch",
+        choices=PROJ_NORM_TYPES,
+    )
     replay_batch: bool = flag(
-        False, "start chains from a buffer of 10,000 earlier end points, a share --replay_rate of them"
+        False, "start a share of the chains, --replay_rate, from a replay buffer of 10,000 earlier samples"
     )
     replay_rate: float = flag(
-        0.95, "share of the chains that --replay_batch starts from the buffer", at_least=0, at_most=1
+        0.95,
+        "share of the chains that start from the replay buffer, 0 to 1; needs --replay_batch",
+        at_least=0,
+        at_most=1,
     )
-    pcd: bool = flag(False, "start all chains from the previous end points")
-    hmc: bool = flag(False, "Hamiltonian Monte Carlo moves instead of gradient steps; needs --zero_kl")
+    pcd: bool = flag(
+        False, "persistent contrastive divergence: start the chains where those of the previous iteration ended"
+    )
+    hmc: bool = flag(False, "use Hamiltonian Monte Carlo moves instead of Langevin steps; needs --zero_kl")
     precision: str = flag(
         "auto",
-        "number type of energies and their gradients; images and parameters stay float32. fp16: in chains only, the "
-        "loss is then in TF32. auto: on GPUs fp16, with the KL term or --hmc TF32; on CPUs with AMX bf16 for MnistNet, "
-        "by Langevin chains with --zero_kl; else float32",
+        "number type of energies and gradients; images and parameters stay in float32. fp16 is used in chains "
+        "only, the loss is then computed in TF32. auto: on a GPU fp16, but TF32 with the KL term or --hmc; on a "
+        "CPU with AMX bf16 for MnistNet, if chains are Langevin steps with --zero_kl; else float32",
         choices=("auto", *PRECISIONS),
     )
     compile: bool | None = flag(
         None,
-        "compile the Langevin step, up to a minute once; default on GPUs but for --deterministic. Not with the KL term "
-        "or --hmc",
+        "compile the Langevin step, which takes up to a minute once; default: on for GPUs without --deterministic, "
+        "else off. Has no effect with the KL term or --hmc",
     )
     cuda_graph: bool | None = flag(
-        None, "launch each chain as one CUDA graph; default on GPUs. Not with the KL term or --hmc"
+        None, "launch each chain as one CUDA graph; default: on for GPUs. Needs --zero_kl and excludes --hmc"
     )
 
 
@@ -200,75 +258,103 @@ class NegativeSettings:
 class LossSettings:
     """Loss and update"""
 
-    objective: str = flag("cd", "contrastive divergence, or a relative of it", choices=("cd", "logsumexp", "softplus"))
+    objective: str = flag(
+        "cd",
+        "loss: cd (contrastive divergence), logsumexp (samples weighted by softmax(-E)) or softplus (of the "
+        "difference of energies)",
+        choices=("cd", "logsumexp", "softplus"),
+    )
     zero_kl: bool = flag(False, "leave out the KL term, whose gradient flows through the whole chain")
-    ml_coeff: float = flag(1.0, "weight of the likelihood term")
-    l2_coeff: float = flag(1.0, "weight of the squared energies", at_least=0)
+    ml_coeff: float = flag(1.0, "weight of the likelihood term of the loss")
+    l2_coeff: float = flag(1.0, "weight of the mean squared energies, the regulariser of the loss", at_least=0)
     mismatch: float = flag(
-        0.0, "weight of a second contrast, of images with their own labels to the whole batch with others'", at_least=0
+        0.0,
+        "weight of a second contrastive loss over the whole batch: images with their own labels against images "
+        "with the labels of other images; 0: none",
+        at_least=0,
     )
     temperature: float = flag(1.0, "factor of the energy in chains and loss", at_least=0)
     lr: float = flag(3e-4, "learning rate of Adam", at_least=0)
     ema_decay: float = flag(
-        0.0, "keep a moving average of the weights, and sample with it; 0: none", at_least=0, at_most=1
+        0.0,
+        "decay of a moving average of the weights, with which the run then samples, 0 to 1; 0: no average",
+        at_least=0,
+        at_most=1,
     )
-    guard: bool = flag(True, "roll a diverging run back to its last good state, with half the learning rate")
-    max_rollbacks: int = flag(10, "stop a run that diverges more often than this", at_least=0)
+    guard: bool = flag(True, "if the run diverges, return to its last good state and halve the learning rate")
+    max_rollbacks: int = flag(
+        10, "number of returns to a good state after which a further divergence stops the run", at_least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSettings:
     """Network"""
 
-    cclass: bool = flag(False, "condition on the class")
-    model_cclass: bool = flag(False, "conditional, with classes the model infers itself")
+    cclass: bool = flag(False, "condition the network on class labels")
+    model_cclass: bool = flag(False, "condition the network on classes that it infers itself from its energies")
     num_filters: int | None = flag(
-        None, "width; default 64 (grey, 128x128), 128, 192 (wider), 256 (imagenet)", at_least=1
+        None,
+        "number of filters, the width of the network; default: 64 (grey images, sprites, 128x128), 128 (colour "
+        "32x32), 192 (--wider_model), 256 (imagenet)",
+        at_least=1,
     )
-    large_model: bool = flag(False, "ResNet32Large, with dropout")
-    larger_model: bool = flag(False, "ResNet32Larger")
-    wider_model: bool = flag(False, "ResNet32Wider")
-    use_attention: bool = flag(False, "self attention in the residual networks")
-    swish_act: bool = flag(False, "swish instead of leaky ReLU, where the reference honours it")
-    downsample: bool = flag(False, "average pooling instead of stride 2 (networks for grey images)")
-    spec_norm: bool = flag(True, "spectral normalisation")
-    spec_iter: int = flag(1, "power iterations of the spectral norm per training iteration", at_least=1)
-    spec_norm_val: float = flag(1.0, "spectral norm of the normalised weights", at_least=0)
-    spec_eval: bool = flag(False, "keep the power iteration's vector as it is")
+    large_model: bool = flag(False, "use the network ResNet32Large, which has dropout")
+    larger_model: bool = flag(False, "use the network ResNet32Larger")
+    wider_model: bool = flag(False, "use the network ResNet32Wider")
+    use_attention: bool = flag(False, "add self-attention to the residual network")
+    swish_act: bool = flag(
+        False, "use swish instead of leaky ReLU, in those networks where the reference implementation has it"
+    )
+    downsample: bool = flag(False, "in networks for grey images: use average pooling instead of stride 2")
+    spec_norm: bool = flag(True, "use spectral normalisation of the weights")
+    spec_iter: int = flag(1, "power iterations per training iteration that estimate the spectral norm", at_least=1)
+    spec_norm_val: float = flag(1.0, "spectral norm of the weights after normalisation", at_least=0)
+    spec_eval: bool = flag(False, "keep the vector of the power iteration fixed while training")
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputSettings:
     """Output"""
 
-    log_interval: int = flag(10, "iterations between lines of the log", at_least=1)
-    save_interval: int = flag(1000, "iterations between checkpoints", at_least=1)
-    test_interval: int = flag(1000, "iterations between pictures and quality figures", at_least=1)
-    num_samples: int = flag(100, "images that --train=False, or the end of a run, samples", at_least=1)
-    quality: bool = flag(False, "measure samples against the data in the features of a small classifier")
-    sample_steps: int | None = flag(None, "Langevin steps of those chains; default 10 times --num_steps", at_least=0)
-    proposal_debug: bool = flag(False, "the reference printed proposals; log.jsonl has the figures", inert=True)
+    log_interval: int = flag(10, "iterations between two lines of the log", at_least=1)
+    save_interval: int = flag(1000, "iterations between two checkpoints", at_least=1)
+    test_interval: int = flag(
+        1000, "iterations between two tests, which draw pictures and measure sample quality", at_least=1
+    )
+    num_samples: int = flag(
+        100, "number of images to sample with --train=False, at the end of a run, and to measure --quality", at_least=1
+    )
+    quality: bool = flag(False, "measure the distance of samples to the data in the features of a small classifier")
+    sample_steps: int | None = flag(
+        None,
+        "Langevin steps of the chains that sample images for pictures and reports; default: 10 times --num_steps",
+        at_least=0,
+    )
+    proposal_debug: bool = flag(
+        False, "the reference prints proposals here; this project writes their figures to log.jsonl", inert=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings(
     RunSettings, TrainingData, SpriteSettings, NegativeSettings, LossSettings, NetworkSettings, OutputSettings
 ):
-    """All settings of a training run."""
+    """All settings of train.py."""
 
     @property
     def noise_std(self) -> float:
-        """Standard deviation of a Langevin step's noise, in units of the images."""
+        """The standard deviation of a Langevin step's noise, for images in [0, rescale]."""
         return NOISE_UNIT * self.rescale * self.noise_scale
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The range of the images."""
+        """The range of pixel values."""
         return 0.0, self.rescale
 
     @property
     def has_plain_chains(self) -> bool:
-        """Whether chains are Langevin steps that no gradient flows back through."""
+        """Whether chains consist of Langevin steps through which no gradient flows back."""
         return self.zero_kl and not self.hmc
 
 
@@ -280,15 +366,23 @@ class TrainSettings(
 class SandboxChains(ChainPrecision):
     """Sampling"""
 
-    num_steps: int = flag(20, "Langevin steps of a round, or of a refinement; 0: none", at_least=0)
-    step_lr: float | None = flag(None, "step size of the gradient; default the model's in training, or 10", at_least=0)
-    proj_norm: float = flag(0.0, "clip the gradient elementwise to this; 0: no clip", at_least=0)
-    batch_size: int = flag(32, "images at a time; lowered by itself where memory is short", at_least=1)
+    num_steps: int = flag(
+        20, "Langevin steps per round of a chain, and per refinement before classification; 0: none", at_least=0
+    )
+    step_lr: float | None = flag(
+        None,
+        "step size of a Langevin step: the factor of the energy gradient; default: as in training, else 10",
+        at_least=0,
+    )
+    proj_norm: float = flag(0.0, "clip each element of the gradient to ± this value; 0: no clipping", at_least=0)
+    batch_size: int = flag(
+        32, "images that the network processes at once; lowered automatically if memory is short", at_least=1
+    )
     limit: int | None = flag(
-        None, "look at this many images; by default at all, or as many as a picture shows", at_least=1
+        None, "number of images to examine; default: all, or as many as a picture shows", at_least=1
     )
     single: bool = flag(False, "the same as --limit=1")
-    datasource: str = flag("random", "where chains start is a matter of the task", inert=True)
+    datasource: str = flag("random", "the task determines where chains start", inert=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,57 +390,78 @@ class SandboxData(TestData):
     """Data"""
 
     svhn: bool = flag(False, "the same as --dataset=svhn")
-    cond_shape: bool | None = flag(None, "the dSprites model is conditioned on its shape; default as trained")
+    cond_shape: bool | None = flag(None, "the dSprites model is conditioned on the shape; default: as in training")
     cond_size: bool | None = flag(
-        None, "the dSprites model is conditioned on its size; default as trained", alias="cond_scale"
+        None,
+        "the dSprites model is conditioned on the size; default: as in training (also called --cond_scale)",
+        alias="cond_scale",
     )
-    cond_pos: bool | None = flag(None, "the dSprites model is conditioned on its position; default as trained")
-    cond_rot: bool | None = flag(None, "the dSprites model is conditioned on its rotation; default as trained")
+    cond_pos: bool | None = flag(None, "the dSprites model is conditioned on the position; default: as in training")
+    cond_rot: bool | None = flag(None, "the dSprites model is conditioned on the rotation; default: as in training")
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationSettings:
     """Classification (tasks label and labelfinetune)"""
 
-    pgd: int = flag(0, "steps of the attack on test images; 0: none", at_least=0)
-    lnorm: str = flag("-1", "norm of the attack's ball: -1 is L∞, 2 is L2", choices=("-1", "2"))
-    lival: float = flag(8.0, "radius of the L∞ ball, in units of 1/255", at_least=0)
-    l2val: float = flag(40.0, "radius of the L2 ball, in units of 1/255", at_least=0)
-    adaptive: int = flag(0, "attack through the refinement, averaging this many draws of its noise", at_least=0)
-    refine: float = flag(8.0, "radius of the L∞ ball of the refinement, in units of 1/255", at_least=0)
-    labelgrid: bool = flag(False, "task label over L∞ balls of 0 to 30/255, or L2 balls of 0 to 95/255")
-    train: bool = flag(True, "task labelfinetune: train; --notrain loads what was trained before")
+    pgd: int = flag(0, "steps of the PGD attack on test images; 0: no attack", at_least=0)
+    lnorm: str = flag(
+        "-1", "norm of the ball within which the attack moves an image: -1 is L∞, 2 is L2", choices=("-1", "2")
+    )
+    lival: float = flag(8.0, "radius of the attack's L∞ ball, in units of 1/255", at_least=0)
+    l2val: float = flag(40.0, "radius of the attack's L2 ball, in units of 1/255", at_least=0)
+    adaptive: int = flag(
+        0,
+        "attack through the refinement, and average the gradient over this many draws of its noise; 0: the attack "
+        "ignores the refinement",
+        at_least=0,
+    )
+    refine: float = flag(
+        8.0,
+        "radius of the L∞ ball within which Langevin steps refine an image before it is classified, in units of 1/255",
+        at_least=0,
+    )
+    labelgrid: bool = flag(
+        False, "task label: repeat the attack with L∞ balls of 0 to 30/255, or L2 balls of 0 to 95/255"
+    )
+    train: bool = flag(True, "task labelfinetune: train the classifier; --notrain loads the one of an earlier run")
 
 
 @dataclasses.dataclass(frozen=True)
 class OutlierSettings:
-    """Out-of-distribution sets of mixenergy (several at once; none: --interpolationmix)"""
+    """Out-of-distribution sets of task mixenergy (several are possible; default: --interpolationmix)"""
 
-    svhnmix: bool = flag(False, "SVHN")
-    cifar100mix: bool = flag(False, "CIFAR-100")
-    texturemix: bool = flag(False, "Describable Textures")
-    randommix: bool = flag(False, "Gaussian noise, 0.5 + 0.5·N(0, 1)")
-    interpolationmix: bool = flag(False, "means of two test images")
-    mixset: tuple[str, ...] = flag((), "further data sets by name, such as mnist,digits")
-    mixfolder: tuple[str, ...] = flag((), "a folder of images; may be given several times", repeated=True)
+    svhnmix: bool = flag(False, "compare with SVHN")
+    cifar100mix: bool = flag(False, "compare with CIFAR-100")
+    texturemix: bool = flag(False, "compare with the Describable Textures")
+    randommix: bool = flag(False, "compare with Gaussian noise, 0.5 + 0.5·N(0, 1)")
+    interpolationmix: bool = flag(False, "compare with averages of two test images")
+    mixset: tuple[str, ...] = flag(
+        (), "compare with further data sets, names separated by commas, such as mnist,digits"
+    )
+    mixfolder: tuple[str, ...] = flag((), "compare with the images of this folder; may be repeated", repeated=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentSettings:
-    """Directions of task latent"""
+    """Directions in task latent"""
 
-    hessian: bool = flag(True, "of the energy's curvature; --nohessian: of the last features' change")
+    hessian: bool = flag(
+        True,
+        "move images along eigenvectors of the energy's Hessian; --nohessian: along the directions in which the "
+        "features of the last layer change most",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class SandboxSettings(
     ModelChoice, SandboxData, SandboxChains, ClassificationSettings, OutlierSettings, LatentSettings, CheckedNetwork
 ):
-    """All settings of the sandbox."""
+    """All settings of ebm_sandbox.py."""
 
     @property
     def most_images(self) -> int | None:
-        """How many images to look at, None: as many as a task looks at by itself."""
+        """The number of images to examine; None: the task decides."""
         return 1 if self.single else self.limit
 
 
@@ -358,43 +473,64 @@ class SandboxSettings(
 class CombineRun:
     """Run"""
 
-    logdir: str = flag("cachedir", "where the models' experiments are kept")
-    savedir: str = flag("cachedir", "where results go, into <exp>/<task>/")
-    exp: str = flag("combine", "name of the results' folder")
-    batch_size: int = flag(256, "images at a time", at_least=1)
-    limit: int | None = flag(None, "images to make or look at; default a batch, 30 of labeldiscover", at_least=1)
-    seed: int = flag(0, "of everything random", at_least=0)
-    device: str = flag("auto", "where to compute; auto takes a GPU if there is one", choices=DEVICES)
-    dsprites_path: str | None = flag(None, "the published .npz; without it sprites are drawn from their latents")
-    data_workers: int = flag(4, "sprites are in memory or drawn", inert=True)
+    logdir: str = flag("cachedir", "folder of all experiments, among them those of the models")
+    savedir: str = flag("cachedir", "folder for results, which go to <savedir>/<exp>/<task>/")
+    exp: str = flag("combine", "name of the folder for results, see --savedir")
+    batch_size: int = flag(256, "images that the models process at once", at_least=1)
+    limit: int | None = flag(
+        None,
+        "number of images to sample or examine; default: --batch_size, in task labeldiscover 30 times as many",
+        at_least=1,
+    )
+    seed: int = flag(0, "seed of all random numbers", at_least=0)
+    device: str = flag("auto", "device to compute on; auto: a GPU if there is one, else the CPU", choices=DEVICES)
+    dsprites_path: str | None = flag(
+        None, "the published dSprites file, an .npz; default: the program draws the sprites itself"
+    )
+    data_workers: int = flag(4, "sprites are in memory or drawn, no image file is decoded", inert=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConceptChoice:
     """Concepts"""
 
-    cond_size: bool = flag(True, "take the size of a sprite into account", alias="cond_scale")
-    exp_size: str = flag("dsprites_cond_size", "experiment of the size's model")
-    resume_size: str = flag("latest", "its iteration, 'best' or 'latest' (also -1)")
-    cond_shape: bool = flag(True, "take the shape of a sprite into account")
-    exp_shape: str = flag("dsprites_cond_shape", "experiment of the shape's model")
-    resume_shape: str = flag("latest", "its iteration, 'best' or 'latest' (also -1)")
-    cond_pos: bool = flag(True, "take the position of a sprite into account")
-    exp_pos: str = flag("dsprites_cond_pos", "experiment of the position's model")
-    resume_pos: str = flag("latest", "its iteration, 'best' or 'latest' (also -1)")
-    cond_rot: bool = flag(True, "take the rotation of a sprite into account")
-    exp_rot: str = flag("dsprites_cond_rot", "experiment of the rotation's model")
-    resume_rot: str = flag("latest", "its iteration, 'best' or 'latest' (also -1)")
-    ema: bool = flag(False, "take the averaged weights of runs with --ema_decay")
-    combine: str = flag("alternate", "alternate, sum, or an expression, see above")
+    cond_size: bool = flag(
+        True, "combine the model of the sprite's size with the others (also called --cond_scale)", alias="cond_scale"
+    )
+    exp_size: str = flag("dsprites_cond_size", "experiment of the model that is conditioned on the size")
+    resume_size: str = flag(
+        "latest", "iteration of the size model's checkpoint, 'best' or 'latest' (-1 also means latest)"
+    )
+    cond_shape: bool = flag(True, "combine the model of the sprite's shape with the others")
+    exp_shape: str = flag("dsprites_cond_shape", "experiment of the model that is conditioned on the shape")
+    resume_shape: str = flag(
+        "latest", "iteration of the shape model's checkpoint, 'best' or 'latest' (-1 also means latest)"
+    )
+    cond_pos: bool = flag(True, "combine the model of the sprite's position with the others")
+    exp_pos: str = flag("dsprites_cond_pos", "experiment of the model that is conditioned on the position")
+    resume_pos: str = flag(
+        "latest", "iteration of the position model's checkpoint, 'best' or 'latest' (-1 also means latest)"
+    )
+    cond_rot: bool = flag(True, "combine the model of the sprite's rotation with the others")
+    exp_rot: str = flag("dsprites_cond_rot", "experiment of the model that is conditioned on the rotation")
+    resume_rot: str = flag(
+        "latest", "iteration of the rotation model's checkpoint, 'best' or 'latest' (-1 also means latest)"
+    )
+    ema: bool = flag(False, "load the averaged weights, which training runs with --ema_decay save")
+    combine: str = flag("alternate", "how energies are combined: alternate, sum, or an expression as described above")
     weights: tuple[str, ...] = flag(
-        (), "conceptcombine: name=factor of an energy in alternate or sum, as pos=2; may be repeated", repeated=True
+        (),
+        "task conceptcombine with alternate or sum: factor of one concept's energy, such as pos=2; may be repeated",
+        repeated=True,
     )
     models: tuple[str, ...] = flag(
-        (), "name=exp[:iteration], a further model for expressions; may be repeated", repeated=True
+        (), "a further model for expressions, as name=exp or name=exp:iteration; may be repeated", repeated=True
     )
     labels: tuple[str, ...] = flag(
-        (), "name=label, as shape=heart, size=0.7, pos=0.2,0.8, rot=90; may be repeated", repeated=True
+        (),
+        "label of one model, such as shape=heart, size=0.7, pos=0.2,0.8 or rot=90 (degrees); default: the label of "
+        "a random sprite; may be repeated",
+        repeated=True,
     )
 
 
@@ -402,54 +538,69 @@ class ConceptChoice:
 class CombineChains(ChainPrecision):
     """Sampling"""
 
-    num_steps: int = flag(20, "rounds of Langevin dynamics, or steps on a label", at_least=0)
-    step_lr: float = flag(500.0, "step size of the gradient", at_least=0)
-    label_lr: float = flag(1.0, "labeldiscover: step size of the gradient on a label", at_least=0)
+    num_steps: int = flag(
+        20, "Langevin steps on each energy; in task labeldiscover: Langevin steps on the label", at_least=0
+    )
+    step_lr: float = flag(500.0, "step size of a Langevin step: the factor of the energy gradient", at_least=0)
+    label_lr: float = flag(
+        1.0, "labeldiscover: step size of a step on the label: the factor of the energy gradient", at_least=0
+    )
     first_noise: float = flag(
-        0.0, "conceptcombine: noise of the first rounds, from where it falls to 0.005; 0: that throughout", at_least=0
+        0.0,
+        "conceptcombine: standard deviation of the noise at the first step, from which it falls to 0.005; 0: "
+        "always 0.005",
+        at_least=0,
     )
     first_step_lr: float = flag(
         0.0,
-        "conceptcombine: step size of the first rounds, from where it falls to --step_lr; 0: that throughout",
+        "conceptcombine: step size of the first step, from which it falls to --step_lr; 0: always --step_lr",
         at_least=0,
     )
-    restarts: int = flag(1, "conceptcombine: chains per image, of which the lowest energy is kept", at_least=1)
+    restarts: int = flag(
+        1, "conceptcombine: number of chains per image, of which the one with the lowest energy is used", at_least=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class CombineTraining:
-    """Training"""
+    """Training (tasks train, gentest and genbaseline)"""
 
-    train_flags: str = flag("--max_iter=10000", "for train.py, after the published flags of task train")
-    train: bool = flag(False, "gentest: train anew, even where trained models are kept")
-    joint_shape: bool = flag(False, "gentest, genbaseline: position with shape, not with size")
-    joint_rot: bool = flag(False, "gentest, genbaseline: position with rotation, not with size")
-    break_steps: int = flag(300, "gentest, genbaseline: training iterations", at_least=1)
+    train_flags: str = flag(
+        "--max_iter=10000", "train: flags for train.py, which follow the published flags and override them"
+    )
+    train: bool = flag(False, "gentest: train the models again even if trained ones exist")
+    joint_shape: bool = flag(False, "gentest, genbaseline: combine position with shape instead of size")
+    joint_rot: bool = flag(False, "gentest, genbaseline: combine position with rotation instead of size")
+    break_steps: int = flag(300, "gentest, genbaseline: number of training iterations", at_least=1)
     lr: float = flag(1e-3, "gentest: learning rate of the energy models", at_least=0)
-    frac: float = flag(0.0, "genbaseline: share of the unseen combinations that is trained on", at_least=0, at_most=1)
-    plot_curve: bool = flag(False, "genbaseline over --frac from 0 to 1")
+    frac: float = flag(0.0, "genbaseline: share of the unseen combinations to train on, 0 to 1", at_least=0, at_most=1)
+    plot_curve: bool = flag(False, "genbaseline: repeat for --frac from 0 to 1 in steps of 0.1, and plot the curve")
 
 
 @dataclasses.dataclass(frozen=True)
 class CombineNetwork:
-    """Network (read from the checkpoint; what is given here is checked against it)"""
+    """Network (checkpoints define it; these flags are compared with them, and used where gentest trains)"""
 
     num_filters: int | None = flag(
-        None, "width; of what gentest and genbaseline train, too, there by default 64", at_least=1
+        None,
+        "number of filters, the width of the network; default for training in gentest and genbaseline: 64",
+        at_least=1,
     )
-    cclass: bool | None = flag(None, "conditioned on the concept")
-    spec_norm: bool | None = flag(None, "spectral normalisation; of what gentest trains, too, there by default")
-    use_attention: bool | None = flag(None, "no network for sprites has attention")
+    cclass: bool | None = flag(None, "the networks are conditioned on a concept")
+    spec_norm: bool | None = flag(None, "spectral normalisation of the weights; default for training in gentest: True")
+    use_attention: bool | None = flag(None, "the network has self-attention; no network for sprites has it")
     swish_act: bool | None = flag(
-        None, "swish, as the published commands train, and so the default for TensorFlow's checkpoints and gentest"
+        None,
+        "swish activations, as in the published commands; default for TensorFlow checkpoints and for training in "
+        "gentest: True",
     )
-    proj_cclass: bool = flag(False, "labels enter the networks as they did in training", inert=True)
-    use_bias: bool = flag(True, "biases are what the checkpoint holds", inert=True)
+    proj_cclass: bool = flag(False, "labels enter a network as they did in training", inert=True)
+    use_bias: bool = flag(True, "the checkpoint determines which layers have biases", inert=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class CombineSettings(CombineRun, ConceptChoice, CombineChains, CombineTraining, CombineNetwork):
-    """All settings of the combination of concepts."""
+    """All settings of ebm_combine.py."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,20 +611,32 @@ class CombineSettings(CombineRun, ConceptChoice, CombineChains, CombineTraining,
 class SampleChoice:
     """Samples"""
 
-    num: int = flag(100, "images", at_least=1)
-    label: str | None = flag(None, "class of all images, by number or name; default one class after the other")
-    folder: bool = flag(False, "write every image as a PNG, too")
+    num: int = flag(100, "number of images to sample", at_least=1)
+    label: str | None = flag(
+        None, "class of all images, by its number or name; default: the classes one after the other"
+    )
+    folder: bool = flag(False, "also write each image to a PNG file of its own")
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleChains(ChainPrecision):
     """Sampling"""
 
-    num_steps: int | None = flag(None, "Langevin steps; default as the run's own samples, or 200", at_least=0)
-    step_lr: float | None = flag(None, "step size of the gradient; default the model's in training, or 10", at_least=0)
-    proj_norm: float = flag(0.0, "clip the gradient elementwise to this; 0: no clip", at_least=0)
-    noise_scale: float = flag(NOISE_UNIT, "standard deviation of a step's noise", at_least=0)
-    batch_size: int = flag(100, "images at a time", at_least=1)
+    num_steps: int | None = flag(
+        None,
+        "Langevin steps per image; default: as many as the training run takes for its own samples, else 200",
+        at_least=0,
+    )
+    step_lr: float | None = flag(
+        None,
+        "step size of a Langevin step: the factor of the energy gradient; default: as in training, else 10",
+        at_least=0,
+    )
+    proj_norm: float = flag(0.0, "clip each element of the gradient to ± this value; 0: no clipping", at_least=0)
+    noise_scale: float = flag(
+        NOISE_UNIT, "standard deviation of a Langevin step's noise, for images in [0, 1]", at_least=0
+    )
+    batch_size: int = flag(100, "images that are sampled at once", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -485,25 +648,31 @@ class SampleSettings(ModelChoice, SampleChoice, SampleChains, CheckedNetwork):
 class DemoRun:
     """Model"""
 
-    exp: str = flag("default", "name of the experiment, the model's folder below --logdir")
-    resume_iter: str = flag("latest", "iteration of the checkpoint, 'best' or 'latest'")
-    logdir: str = flag("cachedir", "where experiments are kept")
-    ema: bool = flag(False, "take the averaged weights of a run with --ema_decay")
-    savedir: str = flag("sandbox_cachedir", "where the pictures go, to a folder named as the experiment")
-    seed: int = flag(0, "of classes, noise and chains", at_least=0)
-    device: str = flag("auto", "where to compute; auto takes a GPU if there is one", choices=DEVICES)
+    exp: str = flag("default", "name of the experiment; its model is in <logdir>/<exp>/")
+    resume_iter: str = flag("latest", "iteration of the checkpoint to load, 'best' or 'latest'")
+    logdir: str = flag("cachedir", "folder of all experiments")
+    ema: bool = flag(False, "load the averaged weights, which a training run with --ema_decay saves")
+    savedir: str = flag("sandbox_cachedir", "folder for the pictures, which go to <savedir>/<exp>/")
+    seed: int = flag(0, "seed of classes, noise and chains", at_least=0)
+    device: str = flag("auto", "device to compute on; auto: a GPU if there is one, else the CPU", choices=DEVICES)
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoChains(ChainPrecision):
     """Sampling"""
 
-    num_steps: int = flag(200, "Langevin steps", at_least=1)
-    step_lr: float = flag(180.0, "step size of the gradient in a Langevin step", at_least=0)
-    batch_size: int = flag(16, "images, in a grid as square as possible", at_least=1)
-    classes: str | None = flag(None, "numbers from 0 or names, commas between; repeated to fill the grid")
-    class_names: str | None = flag(None, "a text file with the classes' names, one per line in their order")
-    every: int = flag(1, "Langevin steps per frame", at_least=1)
+    num_steps: int = flag(200, "Langevin steps of the chains", at_least=1)
+    step_lr: float = flag(180.0, "step size of a Langevin step: the factor of the energy gradient", at_least=0)
+    batch_size: int = flag(16, "number of images, shown in a grid that is as square as possible", at_least=1)
+    classes: str | None = flag(
+        None,
+        "classes of the images, numbers from 0 or names, separated by commas and repeated to fill the grid; "
+        "default: random classes",
+    )
+    class_names: str | None = flag(
+        None, "text file with the names of the classes, one per line in the order of their numbers"
+    )
+    every: int = flag(1, "Langevin steps per frame of the GIF", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -515,43 +684,69 @@ class DemoSettings(DemoRun, DemoChains, CheckedNetwork):
 class EnsembleChoice:
     """Checkpoints"""
 
-    iterations: tuple[str, ...] = flag((), "measure at each of these, such as 200,400,800 or all, and draw the curve")
-    idx: int = flag(0, "number of this evaluation, in the name of its folder", at_least=0)
-    ensemble: int = flag(10, "checkpoints that take turns: 300 iterations apart, else the newest", at_least=1)
+    iterations: tuple[str, ...] = flag(
+        (), "iterations to measure, such as 200,400,800 or all, and to plot as a curve; default: --resume_iter alone"
+    )
+    idx: int = flag(0, "number of this evaluation, which is part of the name of its folder", at_least=0)
+    ensemble: int = flag(
+        10,
+        "number of checkpoints whose energies take turns in the chains: those 300 iterations apart if they exist, "
+        "else the newest",
+        at_least=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolSettings(ChainPrecision):
-    """Sampling from a pool of persistent chains"""
+    """Sampling from pools of persistent chains"""
 
-    im_number: int = flag(50_000, "images to draw", at_least=4)
-    num_steps: int = flag(20, "Langevin steps of a round", at_least=1)
-    step_lr: float | None = flag(None, "step size of the gradient; default the model's in training, or 10", at_least=0)
-    proj_norm: float = flag(0.05, "clip the gradient elementwise to this; 0: no clip", at_least=0)
-    noise_scale: float = flag(NOISE_UNIT, "standard deviation of a step's noise", at_least=0)
-    batch_size: int = flag(512, "chains of a round, out of a pool of 1,000", at_least=1)
-    repeat_scale: int = flag(100, "half the number of rounds of a pool", at_least=1)
-    nomix: int = flag(10, "last rounds, in which no chain starts again or gets a new label", at_least=0)
+    im_number: int = flag(50_000, "number of images to sample", at_least=4)
+    num_steps: int = flag(20, "Langevin steps per round", at_least=1)
+    step_lr: float | None = flag(
+        None,
+        "step size of a Langevin step: the factor of the energy gradient; default: as in training, else 10",
+        at_least=0,
+    )
+    proj_norm: float = flag(0.05, "clip each element of the gradient to ± this value; 0: no clipping", at_least=0)
+    noise_scale: float = flag(
+        NOISE_UNIT, "standard deviation of a Langevin step's noise, for images in [0, 1]", at_least=0
+    )
+    batch_size: int = flag(512, "chains that run in one round, drawn at random from a pool of 1,000", at_least=1)
+    repeat_scale: int = flag(100, "half the number of rounds per pool", at_least=1)
+    nomix: int = flag(10, "number of rounds at the end in which no chain restarts or gets a new label", at_least=0)
 
     @property
     def rounds(self) -> int:
-        """How many rounds a pool lasts."""
+        """The number of rounds of a pool."""
         return 2 * self.repeat_scale
 
 
 @dataclasses.dataclass(frozen=True)
 class MeasureSettings:
-    """Measures"""
+    """Quality measures"""
 
-    features: str = flag("auto", "what compares images; auto: see above", choices=("auto", "inception", "classifier"))
-    inception_weights: str | None = flag(None, "file of the Inception weights, as torch-fidelity publishes it")
-    inception_sha256: str = flag("6726825d", "how its SHA-256 has to begin; default that of the released weights")
-    splits: int = flag(5_000, "images of a split of the Inception score", at_least=1)
-    reference: str | None = flag(
-        None, "real images; default both of cifar10, else train", choices=("train", "test", "both")
+    features: str = flag(
+        "auto",
+        "network in whose features images are compared; auto: Inception for colour images if its weights are "
+        "available, else a classifier",
+        choices=("auto", "inception", "classifier"),
     )
-    real_number: int = flag(100_000, "real images, at random where there are more", at_least=100)
-    cache: str | None = flag(None, "where what is known of real images is kept; default --logdir/statistics")
+    inception_weights: str | None = flag(
+        None, "file of the Inception weights as published by torch-fidelity; default: in torch's cache folder"
+    )
+    inception_sha256: str = flag(
+        "6726825d", "first digits of the SHA-256 of the Inception weights; default: those of the published file"
+    )
+    splits: int = flag(5_000, "images per split of the Inception score", at_least=1)
+    reference: str | None = flag(
+        None,
+        "split of the data set to compare with; default: both for cifar10, else train",
+        choices=("train", "test", "both"),
+    )
+    real_number: int = flag(
+        100_000, "largest number of real images to compare with, drawn at random from a larger data set", at_least=100
+    )
+    cache: str | None = flag(None, "folder where statistics of real images are kept; default: <logdir>/statistics")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -561,19 +756,28 @@ class InceptionSettings(ModelChoice, EnsembleChoice, PoolSettings, MeasureSettin
 
 @dataclasses.dataclass(frozen=True)
 class AnnealingSettings:
-    """Annealing"""
+    """Annealed importance sampling"""
 
-    limit: int = flag(1000, "test images to look at, drawn at random", at_least=1)
+    limit: int = flag(1000, "number of test images to measure, drawn at random", at_least=1)
     pdist: tuple[int, ...] = flag(
-        (10,), "distributions from box to model; several, such as 10,100,1000, are compared", at_least=1
+        (10,),
+        "number of distributions from the box to the model; several numbers, such as 10,100,1000, are compared",
+        at_least=1,
     )
     alr: float | None = flag(
-        None, "step size of HMC; default 0.0045 colour (0.0085 at rescale 8), 0.0065 grey", at_least=0
+        None,
+        "step size of HMC; default: 0.0065 for grey images, 0.0045 for colour (0.0085 with --rescale=8), 0.0085 "
+        "for gauss",
+        at_least=0,
     )
-    batch_size: int = flag(16, "chains, under each class if the model is conditioned on classes", at_least=2)
-    temperature: float | None = flag(None, "factor of the energy; default as in training", at_least=0)
-    rescale: float | None = flag(None, "images are in [0, rescale]; default as in training", at_least=1e-6)
-    gauss_dim: int = flag(500, "dimensions of --dataset=gauss, whose precision is --temperature", at_least=1)
+    batch_size: int = flag(16, "number of chains, for each class if the model is conditioned on classes", at_least=2)
+    temperature: float | None = flag(None, "factor of the energy; default: as in training", at_least=0)
+    rescale: float | None = flag(
+        None, "largest pixel value: images are scaled to [0, rescale]; default: as in training", at_least=1e-6
+    )
+    gauss_dim: int = flag(
+        500, "for --dataset=gauss: number of dimensions; its precision (inverse variance) is --temperature", at_least=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)

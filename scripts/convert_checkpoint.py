@@ -1,9 +1,9 @@
-"""Convert a TensorFlow checkpoint to this project's format, with its optimizer where it has one.
+"""Convert a TensorFlow checkpoint to this project's format, with its optimizer if it has one.
 
     python scripts/convert_checkpoint.py cachedir/cifar10_cond/model_74700 cachedir/cifar10_cond/model_74700.pt
     python scripts/convert_checkpoint.py --swish_act cachedir/imagenet128_cond/model_2238000 model_2238000.pt
 
-Every script reads TensorFlow's files as they are; converted, a checkpoint is one file that loads faster.
+Every script also reads TensorFlow's files directly; a converted checkpoint is a single file and loads faster.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import checkpoint
 from ebm.readers.tensorflow import read_tf_checkpoint
 from errors import UsageError
-from optimizer import ClippedAdam
+from utils import ClippedAdam
 
 
 def convert_checkpoint(
     source: str | pathlib.Path, target: pathlib.Path, *, swish_act: bool = False, label_size: int | None = None
 ) -> None:
-    """Write a TF1 checkpoint in our format, with its optimizer where it has one, and print what was found.
+    """Write a TF1 checkpoint in our format, with its optimizer if it has one, and print its network and variables.
 
-    The iteration is the number that ends the name of `source`, 0 where there is none.
+    The iteration is the number at the end of the name of `source`, or 0 without a number.
     """
     model = checkpoint.load_tf_energy(source, swish_act=swish_act, label_size=label_size)
     variables = read_tf_checkpoint(source)
@@ -54,12 +54,12 @@ def convert_checkpoint(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Convert a checkpoint as the command line says; return the exit status, 2 for a mistake of the user."""
+    """Convert the checkpoint that the command line names; return the exit status, 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="TF1 checkpoint: the path without .index")
     parser.add_argument("target", type=pathlib.Path, help="file to write, such as model_74700.pt")
     parser.add_argument("--swish_act", action="store_true", help="the network was trained with --swish_act")
-    parser.add_argument("--label_size", type=int, help="width of its labels, 0: unconditional; by default inferred")
+    parser.add_argument("--label_size", type=int, help="width of its labels, 0: unconditional; default: inferred")
     options = parser.parse_args(arguments)
     try:
         convert_checkpoint(options.source, options.target, swish_act=options.swish_act, label_size=options.label_size)

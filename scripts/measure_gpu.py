@@ -1,12 +1,13 @@
-"""Measure on one GPU everything that was never measured there, in at most eight minutes: what `make gpu` runs.
+"""Measure on one GPU, in at most eight minutes, everything that was never measured there; `make gpu` runs this.
 
     python scripts/measure_gpu.py --output=benchmarks/gpu
     python scripts/measure_gpu.py --device=cpu --output=build/rehearsal      # the same steps at tiny sizes
 
-Tests, speed of all variants, three minutes of training, a profile, a resumed run, NCCL: the most valuable first. A step
-that fails or takes too long does not end the rest. Each writes its figures at once: report.json has them all, log.txt
-what was printed; pictures lie beside. Nothing is downloaded. CIFAR-10 (JPEG) for the training is taken from
-data/cifar10_jpeg.tar.xz (train/<class>/*.jpg), else it is digits; torchebm from data/torchebm*.whl, if it lies there.
+The steps are tests, the speed of all variants, three minutes of training, a profile, a resumed run and NCCL, the most
+valuable first. If a step fails or takes too long, the next one follows. Each step writes its figures at once to
+report.json and its output to log.txt; pictures are in the same folder. Nothing is downloaded. Training uses CIFAR-10
+(JPEG) from data/cifar10_jpeg.tar.xz (train/<class>/*.jpg) if that file is there, else digits. torchebm is measured if
+its wheel is there as data/torchebm*.whl.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 START = 30  # seconds until a training on a GPU makes its first iteration
-KEPT = 20_000  # characters of what a step printed that go into the log, its last ones
+KEPT = 20_000  # the last characters of a step's output, which go into the log
 TRAIN = "--cclass --zero_kl --replay_batch --num_steps=20 --step_lr=10 --proj_norm=0.01 --lr=1e-3 --ema_decay=0.999"
-RESERVE = 110  # seconds that the training leaves for the steps after it
+RESERVE = 110  # seconds that are left for the steps after the training
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large the steps are: as in the published commands on a GPU, tiny in a rehearsal on a CPU."""
+    """The sizes of the steps: those of the published commands on a GPU, tiny ones in a rehearsal on a CPU."""
 
     chain: tuple[str, ...]  # flags of benchmarks/langevin.py and kernels.py
     iteration: tuple[str, ...]
     train: tuple[str, ...]
-    fast: str  # the number type of a GPU's default
-    others: tuple[str, ...]
-    training_seconds: float  # of iterations
-    compiled: tuple[str, ...]  # flags of benchmarks/langevin.py for what is compiled beside the first steps
+    fast: str  # the default number type of the device
+    others: tuple[str, ...]  # the other number types
+    training_seconds: float  # for iterations alone
+    compiled: tuple[str, ...]  # flags of benchmarks/langevin.py for each compilation during the first steps
 
 
 GPU = Sizes(
@@ -81,7 +82,7 @@ CPU = Sizes(
 
 
 class Session:
-    """A folder for results, another for what is thrown away, and the time that is left."""
+    """The folder of the results, a temporary folder and the time limit of all steps."""
 
     def __init__(self, output: pathlib.Path, work: pathlib.Path, device: str, seconds: float):
         self.output, self.work, self.device = output, work, device
@@ -96,15 +97,15 @@ class Session:
         self.environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # several programs compile at once
         self.programs: dict[str, subprocess.Popen[bytes]] = {}
         output.mkdir(parents=True, exist_ok=True)
-        for name in ("report.json", "log.txt", "curves.png", "samples.png"):  # of an earlier call
+        for name in ("report.json", "log.txt", "curves.png", "samples.png"):  # an earlier call may have written them
             (output / name).unlink(missing_ok=True)
 
     def left(self) -> float:
-        """Return the seconds that are left of all."""
+        """Return the seconds that are left for all further steps."""
         return self.end - time.monotonic()
 
     def start(self, name: str, words: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a Python program in the background; it prints to a file of its own."""
+        """Start a Python program in the background, with its output in <name>.txt of the temporary folder."""
         with (self.work / f"{name}.txt").open("wb") as file:
             program = subprocess.Popen(
                 [sys.executable, *words], cwd=self.work, env=self.environment, stdin=subprocess.DEVNULL,
@@ -114,7 +115,7 @@ class Session:
         return program
 
     def finish_programs(self, seconds: float) -> None:
-        """Wait so long for what runs in the background; stop it then, and log what failed."""
+        """Wait for the programs in the background, then stop those that still run; log those that failed."""
         print(f"waiting for compilations, {seconds:.0f} s at most", flush=True)
         end = time.monotonic() + seconds
         for name, program in self.programs.items():
@@ -125,18 +126,19 @@ class Session:
             stop(program)
 
     def log(self, name: str, status: int | str) -> None:
-        """Append the end of what a program printed to the log."""
-        printed = self.work / f"{name}.txt"
-        said = printed.read_text(errors="replace")[-KEPT:] if printed.exists() else ""
+        """Append the end of a program's output to the log."""
+        path = self.work / f"{name}.txt"
+        text = path.read_text(errors="replace")[-KEPT:] if path.exists() else ""
         with (self.output / "log.txt").open("a") as log:
-            log.write(self.without_places(f"==== {name}: {status}\n{said}\n"))
+            log.write(self.without_places(f"==== {name}: {status}\n{text}\n"))
 
     def step(self, name: str, seconds: float, *words: str) -> bool:
-        """Run a Python program, stopped after so many seconds; record its status and figures; return whether it worked.
+        """Run a Python program; record its status and figures; return whether it worked.
 
-        Its figures are what it writes to <name>.json in the working folder.
+        The program is stopped after so many seconds. Its figures are those that it writes to <name>.json in the
+        temporary folder.
         """
-        begun, limit = time.monotonic(), min(seconds, self.left())
+        start_time, limit = time.monotonic(), min(seconds, self.left())
         print(f"{name}: python {' '.join(words)}", flush=True)
         status: int | str = "no time was left"
         if limit > 1:
@@ -146,30 +148,30 @@ class Session:
             except subprocess.TimeoutExpired:
                 status = f"stopped after {limit:.0f} s"
             stop(self.programs.pop(name))
-        took = time.monotonic() - begun
+        took = time.monotonic() - start_time
         print(f"  {'done' if status == 0 else status}, {took:.0f} s, {self.left():.0f} s left of all", flush=True)
         self.report["steps"][name] = {"command": ["python", *words], "status": status, "seconds": round(took, 1)}
         figures = self.work / f"{name}.json"
-        with contextlib.suppress(OSError, ValueError):  # there are none, or they were cut short
+        with contextlib.suppress(OSError, ValueError):  # the file may be missing or cut short
             self.report[name] = json.loads(figures.read_text())
         (self.output / "report.json").write_text(self.without_places(json.dumps(self.report, indent=1)) + "\n")
         self.log(name, status)
         return status == 0
 
     def without_places(self, text: str) -> str:
-        """Return a text without this machine's folders."""
+        """Return a text in which the folders of this machine are replaced."""
         return text.replace(str(self.work), "<work>").replace(f"{ROOT}/", "")
 
 
 def stop(program: subprocess.Popen) -> None:
-    """End a program and all that it started."""
+    """Kill a program and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(program.pid, signal.SIGKILL)
     program.wait()
 
 
 def unpack_wheels(data: pathlib.Path, work: pathlib.Path) -> None:
-    """Make torchebm importable, where its wheel lies in the data folder."""
+    """Unpack the wheel of torchebm, if the data folder has one, so that the steps can import it."""
     for wheel in data.glob("torchebm*.whl"):
         try:
             with zipfile.ZipFile(wheel) as archive:
@@ -179,7 +181,7 @@ def unpack_wheels(data: pathlib.Path, work: pathlib.Path) -> None:
 
 
 def unpack_images(data: pathlib.Path, work: pathlib.Path) -> list[str]:
-    """Return the flags of train.py for CIFAR-10 (JPEG), where it lies in the data folder, else for the digits."""
+    """Unpack CIFAR-10 (JPEG) if the data folder has it; return the flags of train.py for it, else for digits."""
     images = data / "cifar10_jpeg.tar.xz"
     try:
         with tarfile.open(images) as archive:
@@ -200,10 +202,10 @@ def measure(session: Session, data: pathlib.Path) -> None:
         session.step(name, seconds, str(ROOT / "benchmarks" / script), device, *words, f"--output={work / name}.json")
 
     def time_chains(name: str, seconds: float, networks: str, precisions: Sequence[str], *words: str) -> None:
-        chosen = f"--networks={networks}", f"--precisions={','.join(precisions)}"
-        run_benchmark(name, seconds, "langevin.py", *chosen, *sizes.chain, *words)
+        flags = f"--networks={networks}", f"--precisions={','.join(precisions)}"
+        run_benchmark(name, seconds, "langevin.py", *flags, *sizes.chain, *words)
 
-    # Compiling takes long, and few of the cores: it runs beside the first steps, into one cache.
+    # Compiling takes long but few of the cores, so that it runs during the first steps. All programs share one cache.
     langevin = str(ROOT / "benchmarks" / "langevin.py")
     for number, flags in enumerate(sizes.compiled):
         session.start(f"compile_{number}", [langevin, device, *sizes.chain, "--compile_only", *flags.split()])
@@ -235,9 +237,10 @@ def measure(session: Session, data: pathlib.Path) -> None:
 
 
 def run_training(session: Session, train: Sequence[str], seconds: float) -> int:
-    """Train a class-conditional model for as long as there is time; keep its curves and samples; return the iterations.
+    """Train a class-conditional model for so many seconds; keep its curves and samples; return the last iteration.
 
-    How many iterations fit is known from the benchmark of ResNet32's.
+    The number of iterations follows from the benchmark of ResNet32's iterations. The seconds are fewer if less time is
+    left.
     """
     rows = [row for row in session.report.get("iteration", {}).get("rows", []) if row["what"] == "iteration"]
     seconds = min(seconds, session.left() - RESERVE - START)
@@ -259,8 +262,8 @@ def main() -> None:
     parser.add_argument(
         "--output", type=pathlib.Path, default=ROOT / "benchmarks" / "gpu", help="folder of the results"
     )
-    parser.add_argument("--data", type=pathlib.Path, default=ROOT / "data", help="where images and wheels may lie")
-    parser.add_argument("--seconds", type=float, default=480, help="for all steps together")
+    parser.add_argument("--data", type=pathlib.Path, default=ROOT / "data", help="folder of images and wheels, if any")
+    parser.add_argument("--seconds", type=float, default=480, help="time limit of all steps together")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "error: torch sees no GPU here; --device=cpu rehearses the steps\n")

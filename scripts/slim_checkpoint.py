@@ -1,24 +1,25 @@
-"""Write a checkpoint that holds the network alone, in half precision: what the models in cachedir/ are.
+"""Write a checkpoint that holds the network alone, in half precision, like the models in cachedir/.
 
     python scripts/slim_checkpoint.py cachedir/demo/model_500.pt model_500.pt [--ema]
 
-Without optimizer, replay buffer and generators a run can start from it, but not go on bit for bit. Of the flags those
-that name places on this machine are left out.
+It has no optimizer, replay buffer and generators, so that a run can start from it but not continue bit for bit. Flags
+that name folders of this machine are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import checkpoint
-from data import DATASETS
+from ebm.settings import DataFiles
 from errors import UsageError
 
 KEPT = ("config", "iteration", "flags", "class_names")
-PLACES = {"exp", "logdir", "datadir", *(source.path_setting for source in DATASETS.values())}
+PLACES = {"exp", "logdir", *(field.name for field in dataclasses.fields(DataFiles))}
 
 
 def main() -> None:

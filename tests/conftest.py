@@ -28,15 +28,17 @@ import data
 import distributed
 import dsprites
 import models
-import sandbox_tasks
-import trainer
-import training
 from acceleration import Acceleration
 from ebm.settings import SandboxSettings, TrainSettings
-from imagenet import SIDE
-from optimizer import ClippedAdam
-from sandbox import Sandbox
-from utils import Progress, ReplayBuffer
+from ebm.training.run import Run
+from ebm.training.state import State, Step
+from examined import ExaminedModel
+from progress import Progress
+from sandbox_tasks import SandboxRun
+from streaming import SIDE
+from train import start_chains, train_step
+from utils import ClippedAdam, ReplayBuffer
+from watch import Launch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -94,7 +96,7 @@ def run_commands(script: str, commands: dict[str, list[str]], setup: str = "", *
 
 def skip_without_horovod() -> None:
     """Skip the test that calls this where Horovod does not work under mpiexec."""
-    if problem := distributed._horovod_problem(distributed.Launch("mpiexec"), torch.device("cpu")):
+    if problem := distributed.find_horovod_problem(Launch("mpiexec"), torch.device("cpu")):
         pytest.skip(f"{problem}: run scripts/install_horovod.sh")
 
 
@@ -129,10 +131,10 @@ class Planted:
         return {}
 
 
-def make_state(label_size: int = 3, precision: str = "float32", **config: Any) -> training.State:
+def make_state(label_size: int = 3, precision: str = "float32", **config: Any) -> State:
     """Return the state of a run that is about to begin, on a small network for grey images."""
     model = make_model(dataclasses.replace(CONFIG, label_size=label_size, **config))
-    return training.State(
+    return State(
         model=model.train(),
         optimizer=ClippedAdam(model.parameters(), lr=1e-3),
         buffer=ReplayBuffer(100, SHAPE),
@@ -142,23 +144,27 @@ def make_state(label_size: int = 3, precision: str = "float32", **config: Any) -
     )
 
 
-def make_trainer(state: training.State, folder: pathlib.Path, said: list[str]) -> trainer.Trainer:
-    """Return a trainer of one iteration that appends what it says to a list."""
-    workers: Any = SimpleNamespace(rank=0, size=1, device="cpu", print=said.append)
-    dataset: Any = SimpleNamespace(class_names=("a", "b", "c"))
-    cadence, settings = trainer.Cadence(stop=1), TrainSettings(num_steps=1)
-    others: dict[str, Any] = {"flags": {}, "seed": 0, "num_samples": 3, "sample_steps": 1}
-    return trainer.Trainer(state, settings, dataset, workers, folder, cadence, **others)
+def make_run(state: State, folder: pathlib.Path, said: list[str] | None = None, **settings: Any) -> Run:
+    """Return a run of one iteration in this folder, with settings besides, that appends what it says to a list."""
+    workers: Any = SimpleNamespace(rank=0, size=1, device="cpu", print=[].append if said is None else said.append)
+    dataset = data.StoredImages("toy", draw_bytes(24, *SHAPE), torch.arange(24) % 3, ("a", "b", "c"))
+    chosen = {"max_iter": 1, "num_steps": 1, "num_samples": 3, "sample_steps": 1, "lr": 1e-3} | settings
+    return Run(TrainSettings(logdir=str(folder.parent), exp=folder.name, **chosen), state, dataset, workers)
 
 
-def train_on_noise(state: training.State, settings: TrainSettings, iterations: int = 3, seed: int = 1) -> Tensor:
+def train_once(state: State, settings: TrainSettings, images: Tensor, labels: Tensor | None) -> Step:
+    """Make one iteration on a batch, as a run of one worker does."""
+    return train_step(state, settings, images, labels, start_chains(state, settings, images), lambda: None)
+
+
+def train_on_noise(state: State, settings: TrainSettings, iterations: int = 3, seed: int = 1) -> Tensor:
     """Train on batches of 8 random images of 3 classes; return the chains' end points (iterations, n, C, H, W)."""
     device = state.generator.device
     draws, ends = torch.Generator(device).manual_seed(seed), []
     for _ in range(iterations):
         images = torch.rand(8, *state.model.config.image_shape, generator=draws, device=device)
         labels = torch.eye(3, device=device)[torch.randint(3, (8,), generator=draws, device=device)]
-        ends.append(training.train_step(state, settings, images, labels, lambda: None).samples)
+        ends.append(train_once(state, settings, images, labels).samples)
     return torch.stack(ends)
 
 
@@ -197,25 +203,27 @@ def make_dataset(image_shape: tuple[int, ...], classes: int = 3, seed: int = 0) 
     return data.StoredImages("toy", draw_bytes(24, *image_shape, seed=seed), labels, names)
 
 
-def make_sandbox(network: str, image_shape: tuple[int, int, int], label_size: int = 0, **settings: Any) -> Sandbox:
-    """Return a sandbox around a small untrained network."""
+def make_sandbox(
+    network: str, image_shape: tuple[int, int, int], label_size: int = 0, **settings: Any
+) -> ExaminedModel:
+    """Return a small untrained network to be examined."""
     config = models.ModelConfig(network, image_shape, 2, label_size, swish_act=network == "MnistNet")
-    return Sandbox(make_model(config), make_generator(), **{"num_steps": 2, "batch_size": 16} | settings)
+    return ExaminedModel(make_model(config), make_generator(), **{"num_steps": 2, "batch_size": 16} | settings)
 
 
 def make_sandbox_run(
-    box: Sandbox,
+    box: ExaminedModel,
     folder: pathlib.Path,
     *,
     classes: int = 3,
     mixes: Sequence[str] = (),
     load_mix: Any = None,
     **settings: Any,
-) -> sandbox_tasks.Run:
+) -> SandboxRun:
     """Return a run of a sandbox's tasks on small random data sets."""
     shape = box.model.config.image_shape
     splits = {split: make_dataset(shape, classes, seed) for seed, split in enumerate(["train", "test"])}
-    return sandbox_tasks.Run(box, SandboxSettings(**settings), splits.__getitem__, load_mix, mixes, folder)
+    return SandboxRun(box, SandboxSettings(**settings), splits.__getitem__, load_mix, mixes, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,8 +326,8 @@ def write_colour_sets(root: pathlib.Path, count: int = 6) -> None:
 
 def write_sprites(path: pathlib.Path, index: Any, **changes: np.ndarray) -> Tensor:
     """Write sprites of these numbers as the published file holds them; its metadata is a pickle. Return the images."""
-    latents = dsprites.latents_of(torch.as_tensor(index))
-    images = dsprites.render(*latents.unbind(1))
+    latents = dsprites.compute_latents(torch.as_tensor(index))
+    images = dsprites.render_sprites(*latents.unbind(1))
     values = np.concatenate([np.ones((len(latents), 1)), latents.double().numpy()], 1)
     arrays: dict[str, Any] = {
         "metadata": np.array(SPRITE_BOMB, dtype=object),

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import acceleration
+import hardware
 import models
 import sampling
 from acceleration import Acceleration, CannotCapture
-from conftest import ENVIRONMENT, ROOT, SHAPE, make_state, make_trainer, run_python, train_on_noise
+from conftest import ENVIRONMENT, ROOT, SHAPE, make_run, make_state, run_python, train_on_noise
 from ebm.settings import ChainPrecision, TrainSettings
 from errors import UsageError
 from sampling import CannotCompile
@@ -70,7 +71,7 @@ def test_precisions_of_the_command_line():
         {field.name: field.metadata["flag"].choices for field in dataclasses.fields(kind)}["precision"]
         for kind in (TrainSettings, ChainPrecision)
     ]
-    assert offered == [("auto", *acceleration.PRECISIONS), tuple(acceleration.PRECISIONS)]
+    assert offered == [("auto", *hardware.PRECISIONS), tuple(hardware.PRECISIONS)]
 
 
 def test_chains_drawn_during_training_run_as_training_does(monkeypatch, tmp_path):
@@ -90,9 +91,8 @@ def test_chains_drawn_during_training_run_as_training_does(monkeypatch, tmp_path
     for precision in ("float32", "bf16"):
         state = make_state(precision=precision)
         state.acceleration.compiled = True
-        run = make_trainer(state, tmp_path, [])
-        run.settings = TrainSettings(num_steps=1, num_chains=4, batch_size=8, step_lr=100.0)
-        chains = run.fresh_chains(6)
+        run = make_run(state, tmp_path, num_chains=4, batch_size=8, step_lr=100.0)
+        chains = run.sampler.draw_chains(6)
         images.append(chains.images)
         assert chains.energies.shape == (6,)
         labels = torch.eye(3)[torch.arange(6) % 3]
@@ -218,9 +218,9 @@ def test_tf32_is_for_what_is_inside():
     flags = [lambda: torch.backends.cudnn.allow_tf32, lambda: torch.backends.cuda.matmul.allow_tf32]
     before = [flag() for flag in flags]
     try:
-        acceleration.set_tf32(False)
-        for precision in acceleration.PRECISIONS:
-            with contextlib.suppress(KeyError), acceleration.products_in(precision):
+        hardware.set_tf32(False)
+        for precision in hardware.PRECISIONS:
+            with contextlib.suppress(KeyError), hardware.allow_tf32(precision):
                 assert [flag() for flag in flags] == 2 * [precision != "float32"]
                 raise KeyError
             assert [flag() for flag in flags] == [False, False]

@@ -9,8 +9,18 @@ import torch
 
 import models
 from conftest import ROOT, make_model, run_python, write_checkpoint
-from likelihood import Bracket, Target, figures_of, gauss_log_z, gauss_samples, log_z
-from sampling import SPILL, anneal, beyond, box_images
+from likelihood import (
+    SPILL,
+    Bracket,
+    Target,
+    anneal,
+    bound_log_z,
+    compute_figures,
+    compute_gauss_log_z,
+    draw_box_images,
+    draw_gauss_samples,
+    measure_walls,
+)
 
 
 def gaussian(precision, rescale):
@@ -18,9 +28,9 @@ def gaussian(precision, rescale):
 
 
 def integrate(energy, rescale):
-    """∫ exp(−E − beyond) over one dimension, by summation over a fine grid."""
+    """∫ exp(−E − walls) over one dimension, by summation over a fine grid."""
     x = torch.linspace(-0.1, rescale + 0.1, 400_001, dtype=torch.float64)[:, None]
-    return (-energy(x) - beyond(x, (0.0, rescale))).exp().sum().item() * (x[1] - x[0]).item()
+    return (-energy(x) - measure_walls(x, (0.0, rescale))).exp().sum().item() * (x[1] - x[0]).item()
 
 
 @pytest.mark.parametrize(("precision", "rescale"), [(1.0, 1.0), (400.0, 0.1), (1e5, 1.0), (0.5, 8.0)])
@@ -28,8 +38,8 @@ def test_the_gaussian_is_known(precision, rescale):
     """Breaks when its closed form forgets a wall, or its exact samples are of another density."""
     energy = gaussian(precision, rescale)
     whole = integrate(energy, rescale)
-    assert gauss_log_z(3, precision, rescale) == pytest.approx(3 * math.log(whole), abs=1e-4)
-    samples = gauss_samples((100_000, 1), precision, rescale, torch.Generator().manual_seed(0))
+    assert compute_gauss_log_z(3, precision, rescale) == pytest.approx(3 * math.log(whole), abs=1e-4)
+    samples = draw_gauss_samples((100_000, 1), precision, rescale, torch.Generator().manual_seed(0))
     mean_energy = integrate(lambda x: energy(x) - energy(x).log(), rescale) / whole
     assert energy(samples).mean().item() == pytest.approx(mean_energy, rel=0.02)
 
@@ -37,7 +47,7 @@ def test_the_gaussian_is_known(precision, rescale):
 def test_samples_of_the_box():
     """Breaks when chains do not start in the density whose volume the bounds count from."""
     assert integrate(lambda x: 0 * x[:, 0], 2.0) == pytest.approx(2 + SPILL, rel=1e-6)
-    x = box_images((400_000,), (0.0, 2.0), torch.Generator().manual_seed(0))
+    x = draw_box_images((400_000,), (0.0, 2.0), torch.Generator().manual_seed(0))
     for outside in (x[x < 0], 2 - x[x > 2]):
         assert len(outside) / len(x) == pytest.approx(SPILL / 2 / (2 + SPILL), rel=0.05)
         assert outside.square().mean().item() == pytest.approx(1 / (2 * 100**2), rel=0.05)
@@ -67,10 +77,10 @@ def test_the_bounds_bracket_a_gaussian_and_close(precision, numbers, exact):
     A narrow Gaussian is reached by the chains in so many moves: then the reverse run may start where they end.
     """
     shape = (32, 12)
-    known, gaps = gauss_log_z(12, precision, 1.0), []
-    samples = gauss_samples(shape, precision, 1.0, torch.Generator().manual_seed(1)) if exact else None
+    known, gaps = compute_gauss_log_z(12, precision, 1.0), []
+    samples = draw_gauss_samples(shape, precision, 1.0, torch.Generator().manual_seed(1)) if exact else None
     for number in numbers:
-        bracket = log_z(
+        bracket = bound_log_z(
             gaussian(precision, 1.0), shape, num_distributions=number, step_size=0.012, samples=samples,
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
@@ -92,7 +102,7 @@ def test_bits_per_dimension_in_closed_form():
     }
     values = torch.tensor([0.0, -math.log(2), -math.log(2), -math.log(2)])
     share = {"class 0": 0.25, "class 1": 0.75}
-    figures = figures_of(Target({}, (5,), share, values, None, 2.0, 0.01, {}), brackets)
+    figures = compute_figures(Target({}, (5,), share, values, None, 2.0, 0.01, {}), brackets)
     expected = 8 + math.log2(1 + SPILL / 2)
     assert figures["bits/dim ≥"] == pytest.approx(expected)
     assert figures["bits/dim ≤"] == pytest.approx(expected + 1 / math.log(2))
@@ -109,7 +119,7 @@ def test_script_on_the_gaussian(tmp_path):
     result = ais(tmp_path, "--dataset=gauss", "--gauss_dim=7", "--temperature=300", "--pdist=3,9")
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out/gauss/ais/ais.json").read_text())
-    assert found["log Z"] == pytest.approx(gauss_log_z(7, 300.0, 1.0)) and set(found["bounds"]) == {
+    assert found["log Z"] == pytest.approx(compute_gauss_log_z(7, 300.0, 1.0)) and set(found["bounds"]) == {
         "pdist 3",
         "pdist 9",
     }

@@ -14,22 +14,21 @@ import torch
 import checkpoint
 import cli
 import combine
-import composition
 import data
 import dsprites
 import models
 import reports
-import training
 import unseen
-from combine import Run
-from composition import parse
+from combine import ConceptRun, lower_in_steps
+from composition import parse_expression
 from concept_models import ConceptModel
 from conftest import ROOT, Planted, make_generator, make_model, make_progress, run_commands, write_checkpoint
 from dsprites import CONCEPTS
 from ebm.settings import CombineSettings, TrainSettings
+from ebm.training.state import State
 from errors import UsageError
-from optimizer import ClippedAdam
-from utils import ReplayBuffer
+from sampling import langevin
+from utils import ClippedAdam, ReplayBuffer
 
 SIZES = {name: concept.label_size for name, concept in CONCEPTS.items()}
 
@@ -63,8 +62,8 @@ def test_energies_of_expressions():
         "~(a & b)": -(a + b),
     }
     for text, energies in expected.items():
-        torch.testing.assert_close(parse(text).energy(given), energies, msg=text)
-    assert parse("b & (a | b2) & ~b").names == ["b", "a", "b2", "b"]
+        torch.testing.assert_close(parse_expression(text).energy(given), energies, msg=text)
+    assert parse_expression("b & (a | b2) & ~b").names == ["b", "a", "b2", "b"]
 
 
 def test_logic_of_expressions():
@@ -77,7 +76,7 @@ def test_logic_of_expressions():
         "~(a | b)": [False, False, False, True],
     }
     for text, truths in expected.items():
-        assert parse(text).holds(given).tolist() == truths, text
+        assert parse_expression(text).holds(given).tolist() == truths, text
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,7 @@ def test_logic_of_expressions():
 def test_mistakes_in_expressions(text, place, message):
     """Breaks when a mistake is not found, or the caret does not stand under it."""
     with pytest.raises(UsageError) as error:
-        parse(text)
+        parse_expression(text)
     first, shown, caret = str(error.value).split("\n")
     assert first.startswith("`combine`: ") and message in first
     assert shown == f"  {text}" and caret == " " * (place + 2) + "^"
@@ -117,13 +116,13 @@ def end_of_chain(energies, start=0.9, **settings):
     """Return where a chain without noise ends, in every pixel."""
     x = torch.full((2, 1, 3, 3), start)
     settings = {"num_steps": 200, "step_lr": 0.1, "noise_std": 0.0, "generator": make_generator()} | settings
-    end = composition.chain(energies, x, **settings)
+    end = langevin(energies, x, gradient_first=True, **settings)
     assert end.max() - end.min() < 1e-6
     return end.mean().item()
 
 
 def composed(text):
-    expression = parse(text)
+    expression = parse_expression(text)
     return lambda x: expression.energy({name: energy(x) for name, energy in QUADRATIC.items()})
 
 
@@ -150,15 +149,6 @@ def test_alternating_chain():
     assert end_of_chain([composed("b"), composed("a")], step_lr=step) == pytest.approx(after_a, abs=1e-5)
 
 
-def test_gradient_is_taken_before_the_noise():
-    """Breaks when the noise moves the point whose gradient is taken: half of it would be gone after this step."""
-    x = torch.full((100, 1, 4, 4), 0.5)
-    end = composition.chain([composed("a")], x, num_steps=1, step_lr=0.5 / K1, generator=make_generator())
-    offset = end - (0.5 + A) / 2
-    assert offset.mean().item() == pytest.approx(0, abs=1e-3)
-    assert offset.std().item() == pytest.approx(0.005, rel=0.06)
-
-
 # ---- recognising sprites ----
 
 
@@ -167,29 +157,29 @@ def small_grid(monkeypatch):
     """Sprites at 9 places only: everything that goes through the grid is fast."""
     places = tuple(k / 31 for k in (0, 16, 31))
     monkeypatch.setattr(dsprites, "LATENTS", dsprites.LATENTS | {"x": places, "y": places})
-    return dsprites.Sprites(dsprites.latents_of(torch.arange(3 * 6 * 40 * 9)))
+    return dsprites.Sprites(dsprites.compute_latents(torch.arange(3 * 6 * 40 * 9)))
 
 
 def test_nearest_is_exact(small_grid):
     """Breaks when another sprite is nearer than the one found, for sprites with much noise and for no sprites."""
-    every = dsprites.render(*small_grid.latents.unbind(1))
+    every = dsprites.render_sprites(*small_grid.latents.unbind(1))
     clean = every[torch.randint(len(every), (6,), generator=make_generator())]
     noisy = clean + 0.7 * torch.randn(clean.shape, generator=make_generator(1))
     blurred = torch.nn.functional.avg_pool2d(clean, 9, stride=1, padding=4)
     queries = torch.cat([clean, noisy, blurred, torch.rand(3, 1, 64, 64, generator=make_generator(2))])
-    latents, distances = dsprites.nearest(queries)
+    latents, distances = dsprites.find_nearest_sprites(queries)
     brute = torch.cdist(queries.flatten(1).double(), every.flatten(1).double())
     torch.testing.assert_close(distances.double(), brute.amin(1), rtol=1e-5, atol=1e-4)
-    own = (queries - dsprites.render(*latents.unbind(1))).flatten(1).norm(dim=1)
+    own = (queries - dsprites.render_sprites(*latents.unbind(1))).flatten(1).norm(dim=1)
     torch.testing.assert_close(own, distances, rtol=1e-5, atol=1e-4)
 
 
 def test_real_sprites_are_right():
     """Breaks when a rendered sprite, on the whole grid, is taken for another one or not called right."""
-    latents = dsprites.latents_of(torch.randint(dsprites.SIZE, (24,), generator=make_generator(5)))
-    images = dsprites.render(*latents.unbind(1))
-    found, distances = dsprites.nearest(images)
-    assert torch.equal(dsprites.render(*found.unbind(1)), images) and distances.max() == 0
+    latents = dsprites.compute_latents(torch.randint(dsprites.SIZE, (24,), generator=make_generator(5)))
+    images = dsprites.render_sprites(*latents.unbind(1))
+    found, distances = dsprites.find_nearest_sprites(images)
+    assert torch.equal(dsprites.render_sprites(*found.unbind(1)), images) and distances.max() == 0
     assert all(truth.all() for truth in combine.judge_latents(found, latents).values())
 
 
@@ -232,13 +222,13 @@ def test_shares_by_shape():
 def plant(energy, label_size, condition):
     """Return a concept whose energy is a given function of images and labels."""
     model = Planted(energy, models.ModelConfig("DspritesNet", (1, 64, 64), 8, label_size))
-    return ConceptModel(model, {}, condition)  # type: ignore[arg-type]
+    return ConceptModel(models.freeze_energy(model), condition)  # type: ignore[arg-type]
 
 
 def run_on(concepts, sprites, folder, labels=None, weights=None, **settings):
     defaults = {"batch_size": 8, "num_steps": 2, "num_filters": 4, "break_steps": 3}
     chosen = CombineSettings(**defaults | settings)
-    return Run(chosen, concepts, labels or {}, weights or {}, sprites, make_generator(), folder)
+    return ConceptRun(chosen, concepts, labels or {}, weights or {}, sprites, make_generator(), folder)
 
 
 def tiny():
@@ -246,7 +236,7 @@ def tiny():
     concepts = {}
     for name, size in SIZES.items():
         model = make_model(models.ModelConfig("DspritesNet", (1, 64, 64), 4, size), size)
-        concepts[name] = ConceptModel(model, models.spectral_norm_once(model), name)
+        concepts[name] = ConceptModel(models.freeze_energy(model), name)
     return concepts
 
 
@@ -267,7 +257,7 @@ def drawn_to(sprites, offset=None):
             latents[:, columns] = labels
             if offset is not None:
                 latents += offset
-            return (images - dsprites.render(*latents.unbind(1))).square().flatten(1).sum(1) / 2
+            return (images - dsprites.render_sprites(*latents.unbind(1))).square().flatten(1).sum(1) / 2
 
         return plant(energy, SIZES[condition], condition)
 
@@ -308,9 +298,9 @@ def test_steps_fall_from_the_first_rounds_to_the_last():
         return 0.01 * x.flatten(1).sum(1)
 
     ends = [
-        composition.chain(
-            [slope], torch.ones(1, 1, 8, 8), num_steps=n, step_lr=0.25, first_step_lr=2.0, noise_std=0.0,
-            generator=make_generator(),
+        langevin(
+            slope, torch.ones(1, 1, 8, 8), num_steps=n, step_lr=lower_in_steps(2.0, 0.25, n), noise_std=0.0,
+            generator=make_generator(), gradient_first=True,
         ).mean().item()
         for n in (1, 5, 10)
     ]  # fmt: skip
@@ -327,8 +317,8 @@ def test_noise_falls_from_the_first_rounds_to_the_last():
         return 0 * x.flatten(1).sum(1)
 
     x = torch.full((4, 1, 64, 64), 0.5)
-    noise = {"noise_std": 0.005, "first_noise_std": 0.04}
-    end = composition.chain([flat], x, num_steps=10, step_lr=1.0, generator=make_generator(), **noise)
+    settings = {"num_steps": 10, "step_lr": 1.0, "noise_std": lower_in_steps(0.04, 0.005, 10)}
+    end = langevin(flat, x, generator=make_generator(), gradient_first=True, **settings)
     stds = [(new - old).std().item() for old, new in zip(seen, [*seen[1:], end], strict=True)]
     assert stds == pytest.approx([0.04, 0.035, 0.03, 0.025, 0.02, 0.015, 0.01, 0.005, 0.005, 0.005], rel=0.03)
 
@@ -369,18 +359,29 @@ def test_first_round_is_as_asked_for(small_grid, tmp_path):
     assert images.std().item() == pytest.approx(0.1, rel=0.05)
 
 
+def test_gradient_is_taken_before_the_noise(small_grid, tmp_path):
+    """Breaks when the noise moves the point whose gradient is taken: half of it would be gone after this step."""
+    concepts = {"size": plant(lambda images, labels: QUADRATIC["a"](images), SIZES["size"], "size")}
+    run = run_on(concepts, small_grid, tmp_path, num_steps=1, step_lr=0.5 / K1)
+    start = models.noise_images(concepts["size"].config, 4, make_generator())
+    end = run.chain([composed("a")], 4, make_progress())
+    offset = (end - (start + A) / 2)[(start > 0) & (start < 1)]  # where no bound is near the end
+    assert offset.mean().item() == pytest.approx(0, abs=1e-3)
+    assert offset.std().item() == pytest.approx(0.005, rel=0.06)
+
+
 def test_restarts_keep_the_lowest_energy(small_grid, tmp_path):
     """Breaks when the chain that is kept is not that with the lowest sum of energies, or is another image's.
 
     Without steps the chains are the noise they start from: drawn once more by hand, the choice is known.
     """
     run = run_on(drawn_to(small_grid), small_grid, tmp_path, limit=5, num_steps=0, restarts=4)
-    plan = [composition.parse("size"), composition.parse("pos")]
+    plan = [parse_expression("size"), parse_expression("pos")]
     targets = small_grid.latents[run.targets(1, 5)]
     images = run.generate(plan, targets, make_progress(1))
     again = make_generator()
-    starts = [training.noise_images((5, 1, 64, 64), again, network="DspritesNet") for _ in range(4)]
-    totals = torch.stack([run.energy(composition.parse("size & pos"), targets)(start) for start in starts])
+    starts = [models.noise_images(next(iter(run.concepts.values())).config, 5, again) for _ in range(4)]
+    totals = torch.stack([run.energy(parse_expression("size & pos"), targets)(start) for start in starts])
     assert len(totals.argmin(0).unique()) > 1
     for place, best in enumerate(totals.argmin(0)):
         assert torch.equal(images[place], starts[best][place])
@@ -405,7 +406,7 @@ def test_expression_with_two_targets(small_grid, tmp_path):
     torch.testing.assert_close(latents[1, :, 3:], torch.ones(5, 2))
     assert len(latents[1, :, 2].unique()) > 1  # only the first target's rotation is fixed
     truths = {"pos": torch.tensor([False]), "pos2": torch.tensor([True])}
-    assert parse("pos | pos2").holds(truths).all()
+    assert parse_expression("pos | pos2").holds(truths).all()
 
 
 def test_models_of_other_labels(small_grid, tmp_path):
@@ -443,7 +444,7 @@ def test_labeldiscover_finds_labels(small_grid, tmp_path):
     latents = small_grid.latents[run_on({}, small_grid, tmp_path).targets(1, 5)[0]]  # of the same seed
 
     def planted(name):
-        true = dsprites.label_vectors(latents, name)
+        true = dsprites.compute_labels(latents, name)
 
         def energy(images, labels):
             return 2 * (labels - true.repeat_interleave(len(labels) // len(true), 0)).square().sum(1)
@@ -478,14 +479,14 @@ def test_untrained_models_go_through(small_grid, tmp_path):
 @pytest.mark.parametrize(("other", "values"), [("size", 6), ("shape", 3), ("rot", 40)])
 def test_slices(other, values):
     """Breaks when training sees what is tested, the slices are not balanced, or a combination is missing."""
-    latents = dsprites.latents_of(torch.arange(dsprites.SIZE))
-    seen, rest = unseen.slices(latents, other)
+    latents = dsprites.compute_latents(torch.arange(dsprites.SIZE))
+    seen, rest = unseen.select_slices(latents, other)
     assert len(seen) == 2 * 1024 and len(rest) == (values - 1) * (1024 - 1)
     assert not set(seen.tolist()) & set(rest.tolist())
     assert len(seen.unique()) == 1024 + values - 1
     moved = ((latents[seen][:, 3:] - 16 / 31).abs() > 1e-3).any(1)
     assert moved.sum() == 1023  # in the other slice the sprite stays in the middle
-    labels = unseen.labels_of(latents[rest], other)
+    labels = unseen.join_labels(latents[rest], other)
     assert labels.shape[1] == 2 + SIZES[other]
     assert len(labels.unique(dim=0)) == len(rest) or other == "rot"  # where 0 and 2π are one label
 
@@ -505,12 +506,12 @@ def test_product_adds_energies():
 def test_generator_has_as_many_parameters(small_grid, tmp_path):
     """Breaks when the generator is larger or smaller than the two energy networks, or its seed draws nothing."""
     run = run_on({}, small_grid, tmp_path, num_filters=64)
-    count = unseen.parameters(unseen.new_product(run, "size"))
+    count = unseen.count_parameters(unseen.build_product(run, "size"))
     before = torch.get_rng_state()
-    made = unseen.new_generator(run, "size")
+    made = unseen.build_generator(run, "size")
     assert torch.equal(torch.get_rng_state(), before)
-    assert unseen.parameters(made) == pytest.approx(count, rel=0.02)
-    again = unseen.new_generator(run, "size")
+    assert unseen.count_parameters(made) == pytest.approx(count, rel=0.02)
+    again = unseen.build_generator(run, "size")
     assert all(torch.equal(one, other) for one, other in zip(made.parameters(), again.parameters(), strict=True))
     assert made(torch.zeros(2, 3)).shape == (2, 1, 64, 64)
 
@@ -518,10 +519,10 @@ def test_generator_has_as_many_parameters(small_grid, tmp_path):
 def test_generator_learns(small_grid, tmp_path):
     """Breaks when training the generator gets stuck at black images, or does not lead to those of its labels."""
     run = run_on({}, small_grid, tmp_path, num_filters=8, break_steps=40)
-    index = unseen.slices(small_grid.latents, "size")[0][:1].repeat(8)
-    sample = unseen.train_generator(run, unseen.new_generator(run, "size"), index, "size")
+    index = unseen.select_slices(small_grid.latents, "size")[0][:1].repeat(8)
+    sample = unseen.train_generator(run, unseen.build_generator(run, "size"), index, "size")
     true = run.images(index)
-    assert unseen.squared_error(sample(small_grid.latents[index]), true) < 0.9 * true.square().mean()
+    assert unseen.measure_squared_error(sample(small_grid.latents[index]), true) < 0.9 * true.square().mean()
 
 
 def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch):
@@ -534,7 +535,7 @@ def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch):
     (folder / "gentest.json").write_text(json.dumps({"figures": figures}))
 
     kept = checkpoint.load_energy(folder / "pos" / "model_3")
-    start = unseen.new_product(run, "size").networks[0]
+    start = unseen.build_product(run, "size").networks[0]
     moved = [(a - b).abs().max() for a, b in zip(kept.parameters(), start.parameters(), strict=True)]
     assert kept.config.label_size == 2 and max(moved) > 1e-4
     monkeypatch.setattr(unseen, "train_product", None)  # trained models are loaded, not trained again
@@ -550,14 +551,14 @@ def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch):
 
 def test_chains_of_joint_training_start_from_noise_and_5_percent_replay(small_grid, tmp_path):
     """Breaks when more or fewer of the chains go on from earlier end points, or those are not earlier ones."""
-    product = unseen.new_product(run_on({}, small_grid, tmp_path), "size")
+    product = unseen.build_product(run_on({}, small_grid, tmp_path), "size")
     buffer = ReplayBuffer(10, (1, 64, 64))
     batches = data.Batches(2000, 2000, 0)
-    state = training.State(product, ClippedAdam(product.parameters()), buffer, batches, make_generator())
-    noise = unseen.chain_start(state)
+    state = State(product, ClippedAdam(product.parameters()), buffer, batches, make_generator())
+    noise = unseen.draw_starts(state)
     assert noise.mean().item() == pytest.approx(0.5, abs=0.01) and noise.std().item() == pytest.approx(0.5, abs=0.01)
     buffer.push(torch.full((10, 1, 64, 64), 0.25))
-    replayed = unseen.chain_start(state).flatten(1).std(1) < 0.01
+    replayed = unseen.draw_starts(state).flatten(1).std(1) < 0.01
     assert 60 < replayed.sum() < 140
 
 
@@ -565,7 +566,8 @@ def test_chains_of_joint_training_start_from_noise_and_5_percent_replay(small_gr
 
 # A small grid of sprites, and instead of training a line that says which command would train.
 SETUP = """
-import concept_models, dsprites
+import concept_models
+import dsprites
 places = (0.0, 16 / 31, 1.0)
 dsprites.LATENTS |= {"x": places, "y": places}
 dsprites.SIZE = 3 * 6 * 40 * 9
@@ -672,9 +674,9 @@ def test_mistakes_on_the_command_line(commands):
         "not a pair": "--models=pos: expected name=value",
         "weight of nothing": "--weights=rot=2: rot is not combined here",
         "weight of 0": "--weights=size=0: expected a number above 0",
-        "weights twice": "an expression has its own",
+        "weights twice": "--weights is for --combine=alternate and sum",
         "steps that rise": "--first_step_lr=50 cannot fall to --step_lr=400",
-        "unwritable": "--savedir=/dev/null: cannot make",
+        "unwritable": "--savedir: cannot make /dev/null/combine/genbaseline",
     }
     for name, message in expected.items():
         assert message in (results[name][1] or ""), name
@@ -700,7 +702,7 @@ def test_training_all_four(commands):
         assert f"--logdir={root}" in words and "--dsprites_path=some.npz" in words
         assert ("--resume_iter=latest" in words) == (name in ("size", "pos"))
     _, error, ran = results["train fails"]
-    assert "training of size ended with status 7" in error and len(ran) == 1
+    assert "training of size failed with status 7" in error and len(ran) == 1
 
 
 def test_table():
@@ -724,7 +726,9 @@ def test_a_signal_lets_training_save():
         "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), print('saved', flush=True), sys.exit(143))); "
         "print('ready', flush=True); time.sleep(60)"
     )
-    parent = f"import sys, concept_models; sys.exit(concept_models.run_to_end([sys.executable, '-c', {child!r}]))"
+    parent = (
+        f"import sys\nimport concept_models\nsys.exit(concept_models.run_to_end([sys.executable, '-c', {child!r}]))"
+    )
     with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)

@@ -288,10 +288,10 @@ def test_conditions():
     for condition, size in sizes.items():
         dataset = data.load_dataset("dsprites", condition=condition)
         images, labels = dataset.batch(index, make_generator(), 2.0)
-        latents = dsprites.latents_of(index)
-        assert torch.equal(images, 2 * dsprites.render(*latents.unbind(1)))
+        latents = dsprites.compute_latents(index)
+        assert torch.equal(images, 2 * dsprites.render_sprites(*latents.unbind(1)))
         assert labels is not None
-        assert torch.equal(labels, dsprites.label_vectors(latents, condition or "shape"))
+        assert torch.equal(labels, dsprites.compute_labels(latents, condition or "shape"))
         assert dataset.label_size == labels.shape[1] == size
         assert dataset.class_names == (dsprites.SHAPES if size == 3 else ())
     assert len(dataset) == 737_280
@@ -319,8 +319,8 @@ def test_sprites_of_the_published_file(tmp_path):
     dataset = data.load_dataset("dsprites", path=path, condition="pos")
     assert isinstance(dataset.images, dsprites.Sprites) and dataset.images.bits is not None
     images, labels = dataset.batch(torch.tensor([33, 133]), None)
-    wanted = dsprites.latents_of(torch.tensor([33, 33]))
-    assert torch.equal(images, dsprites.render(*wanted.unbind(1)))
+    wanted = dsprites.compute_latents(torch.tensor([33, 33]))
+    assert torch.equal(images, dsprites.render_sprites(*wanted.unbind(1)))
     assert labels is not None
     assert torch.equal(labels, wanted[:, 3:])
     with pytest.raises(UsageError, match="holds no sprite of the chosen subset"):

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import distributed
 from conftest import ROOT, WORKERS, skip_without_horovod
-from distributed import Launch
 from errors import UsageError
+from watch import Launch
 
 TIMEOUT = 3.0  # seconds until the watch ends a job here
 DEADLINE = 100.0  # seconds after which a test gives up on a job
@@ -180,7 +180,7 @@ def test_alone() -> None:
 def test_foreign_objects_are_not_unpickled() -> None:
     """Breaks when what another process sent is unpickled without limits."""
     with pytest.raises(Exception, match="weights_only"):
-        distributed._unpack(distributed._pack(pathlib.Path("x")))
+        distributed.unpack(distributed.pack(pathlib.Path("x")))
 
 
 # ------------------------------------------------------------------------------------------------- jobs of two workers
@@ -240,7 +240,7 @@ LAUNCHERS = {
 def start_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartJob]:
     """Start `start_job("mpiexec torch", "agree")`: a launcher, an engine and a scenario; kill what is left."""
     jobs = []
-    names = {name for _, variables in distributed._LAUNCHERS for name in variables.split()}
+    names = {name for _, variables in distributed.LAUNCHERS for name in variables.split()}
     environment = {name: value for name, value in WORKERS.items() if name not in names}
     environment |= {"PYTHONPATH": str(ROOT)}
 

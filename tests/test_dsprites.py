@@ -33,7 +33,7 @@ def frame_latents():
 def test_published_frames(shape, frames):
     """Breaks with any change of an outline, of the sense of rotation or of the place on the canvas by 1/1000 pixel."""
     real = torch.from_numpy(np.load(FRAMES)["frames"])[slice(*frames)]
-    drawn = dsprites.render(*frame_latents()[slice(*frames)].unbind(1))[:, 0].bool()
+    drawn = dsprites.render_sprites(*frame_latents()[slice(*frames)].unbind(1))[:, 0].bool()
     overlap = (drawn & real).sum((1, 2)) / (drawn | real).sum((1, 2))
     assert overlap.min() == 1.0, f"{shape}: mean IoU {overlap.mean():.4f}"
 
@@ -41,35 +41,37 @@ def test_published_frames(shape, frames):
 def test_order():
     """Breaks if y does not vary fastest, then x, orientation, scale and shape."""
     strides = {"y": 1, "x": 32, "orientation": 32 * 32, "scale": 40 * 32 * 32, "shape": 6 * 40 * 32 * 32}
-    first = dsprites.latents_of(torch.tensor([0]))[0]
+    first = dsprites.compute_latents(torch.tensor([0]))[0]
     for column, (name, values) in enumerate(dsprites.LATENTS.items()):
-        changed = dsprites.latents_of(torch.tensor([strides[name]]))[0]
+        changed = dsprites.compute_latents(torch.tensor([strides[name]]))[0]
         assert changed[column] == torch.tensor(values[1])
         assert (changed != first).sum() == 1
-    last = dsprites.latents_of(torch.tensor([dsprites.SIZE - 1]))[0]
+    last = dsprites.compute_latents(torch.tensor([dsprites.SIZE - 1]))[0]
     assert torch.equal(last, torch.tensor([values[-1] for values in dsprites.LATENTS.values()]))
     assert dsprites.SIZE == 737_280
 
 
 def test_rendering_does_not_depend_on_the_batch():
     """Breaks if sprites drawn together get mixed up, also over the parts that a long batch is drawn in."""
-    latents = dsprites.latents_of(torch.randint(dsprites.SIZE, (1200,), generator=torch.Generator().manual_seed(0)))
-    together = dsprites.render(*latents.unbind(1))
+    latents = dsprites.compute_latents(
+        torch.randint(dsprites.SIZE, (1200,), generator=torch.Generator().manual_seed(0))
+    )
+    together = dsprites.render_sprites(*latents.unbind(1))
     for n in (0, 511, 512, 1199):
-        assert torch.equal(together[n : n + 1], dsprites.render(*latents[n : n + 1].unbind(1)))
+        assert torch.equal(together[n : n + 1], dsprites.render_sprites(*latents[n : n + 1].unbind(1)))
 
 
 def test_window_holds_every_sprite(monkeypatch):
     """Breaks if the pixels that are looked at leave out a corner of the largest sprites."""
-    latents = dsprites.latents_of(torch.arange(dsprites.SIZE).view(3, 6, -1)[:, 5, ::61].flatten())  # of scale 1
-    drawn = dsprites.render(*latents.unbind(1))
+    latents = dsprites.compute_latents(torch.arange(dsprites.SIZE).view(3, 6, -1)[:, 5, ::61].flatten())  # of scale 1
+    drawn = dsprites.render_sprites(*latents.unbind(1))
     monkeypatch.setattr(dsprites, "WINDOW", 32)
-    assert torch.equal(drawn, dsprites.render(*latents.unbind(1)))
+    assert torch.equal(drawn, dsprites.render_sprites(*latents.unbind(1)))
 
 
 def test_subsets():
     """Breaks if a restricted subset fixes another latent or another value than the reference's."""
-    latents = dsprites.latents_of(torch.arange(dsprites.SIZE))
+    latents = dsprites.compute_latents(torch.arange(dsprites.SIZE))
     turned, middle = 30 * np.pi / 39, 16 / 31
     free = {"shape": [0], "pos": [3, 4], "size": [1], "rot": [2], "restrict": [1, 3, 4]}
     values: dict[str, list[float | None]] = {
@@ -81,11 +83,11 @@ def test_subsets():
     }
     counts = {"shape": 3, "pos": 32 * 32, "size": 6, "rot": 40, "restrict": 6 * 32 * 32}
     for subset, wanted in values.items():
-        kept = latents[dsprites.in_subset(latents, subset)]
+        kept = latents[dsprites.is_in_subset(latents, subset)]
         assert len(kept) == counts[subset] == len(kept[:, free[subset]].unique(dim=0))
         for column, value in enumerate(wanted):
             assert value is None or torch.allclose(kept[:, column], torch.tensor(float(value)), atol=1e-6)
-    assert dsprites.in_subset(latents, None).all()
+    assert dsprites.is_in_subset(latents, None).all()
 
 
 def test_label_vectors():
@@ -93,7 +95,7 @@ def test_label_vectors():
     latents = torch.tensor([[3.0, 0.7, np.pi / 2, 0.25, 0.75]])
     wanted = {"shape": [0.0, 0.0, 1.0], "size": [0.7], "pos": [0.25, 0.75], "rot": [0.0, 1.0]}
     for condition, label in wanted.items():
-        assert torch.allclose(dsprites.label_vectors(latents, condition), torch.tensor([label]), atol=1e-6)
+        assert torch.allclose(dsprites.compute_labels(latents, condition), torch.tensor([label]), atol=1e-6)
 
 
 def test_published_file(tmp_path):
@@ -102,11 +104,11 @@ def test_published_file(tmp_path):
     index = torch.arange(0, dsprites.SIZE, 149)  # 4,949: more than one part
     images = write_sprites(path, index)
     latents, bits = dsprites.read_published(path)
-    assert torch.allclose(latents, dsprites.latents_of(index))
-    assert torch.equal(dsprites.unpack(bits), images)
+    assert torch.allclose(latents, dsprites.compute_latents(index))
+    assert torch.equal(dsprites.unpack_bits(bits), images)
     kept, kept_bits = dsprites.read_published(path, lambda latents: latents[:, 0] == 2)
     assert torch.equal(kept, latents[latents[:, 0] == 2])
-    assert torch.equal(dsprites.unpack(kept_bits), images[latents[:, 0] == 2])
+    assert torch.equal(dsprites.unpack_bits(kept_bits), images[latents[:, 0] == 2])
     assert "DSPRITES_BOMB" not in os.environ
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import checkpoint
-import training
-from conftest import GOLDEN, ROOT, SHAPE, is_same_state, make_state, make_trainer, run_python, write_checkpoint
+from conftest import GOLDEN, ROOT, SHAPE, is_same_state, make_run, make_state, run_python, train_once, write_checkpoint
 from ebm.settings import TrainSettings
 from errors import UsageError
 from guard import DivergenceGuard
@@ -22,8 +21,8 @@ def steps(state, decay, number):
     seen = []
     for _ in range(number):
         images = torch.rand(4, *SHAPE, generator=state.generator)
-        options = TrainSettings(zero_kl=True, num_steps=1, batch_size=4, ema_decay=decay)
-        training.train_step(state, options, images, torch.eye(3)[torch.arange(4) % 3], lambda: None)
+        settings = TrainSettings(zero_kl=True, num_steps=1, batch_size=4, ema_decay=decay)
+        train_once(state, settings, images, torch.eye(3)[torch.arange(4) % 3])
         seen.append([parameter.detach().clone() for parameter in state.model.parameters()])
     return seen
 
@@ -88,21 +87,21 @@ def test_samples_are_of_the_averaged_weights(tmp_path):
     state, other = with_average(), make_state()
     steps(state, 1.0, 2)
     other.model.load_state_dict(state.ema.state_dict())
-    samples = [make_trainer(each, tmp_path, []).fresh_chains(3).images for each in (state, other)]
+    samples = [make_run(each, tmp_path).sampler.draw_chains(3).images for each in (state, other)]
     assert torch.equal(*samples)
     state.ema = None
-    assert not torch.equal(samples[0], make_trainer(state, tmp_path, []).fresh_chains(3).images)
+    assert not torch.equal(samples[0], make_run(state, tmp_path).sampler.draw_chains(3).images)
 
 
 def test_a_run_says_where_an_average_starts_or_ends(tmp_path):
     """Breaks when resuming with another --ema_decay drops an average, or starts one, without a word."""
     for state, resumed, words in (
-        (with_average(), make_state(), "has averaged weights, which end here"),
+        (with_average(), make_state(), "has averaged weights, which this run drops"),
         (make_state(), with_average(), "has no averaged weights; the average starts with its weights"),
     ):
         said = []
         checkpoint.save(tmp_path / "model_0.pt", state.shared())
-        make_trainer(resumed, tmp_path, said).resume(tmp_path / "model_0.pt")
+        make_run(resumed, tmp_path, said).resume(tmp_path / "model_0.pt")
         assert words in said[0]
 
 

@@ -32,7 +32,9 @@ root, logdir, *flags = sys.argv[1:]
 sys.path.insert(0, root)
 import torch
 torch.set_num_threads(1)
-import checkpoint, cli, data, distributed, metrics, pictures, train, trainer, utils
+import checkpoint
+import cli
+import train
 from ebm.settings import TrainSettings
 from sklearn.datasets import load_digits
 from torch.utils.tensorboard import SummaryWriter
@@ -97,10 +99,14 @@ import sys
 root, output, backend = sys.argv[1:]
 sys.path.insert(0, root)
 import torch
-import data, distributed, models, training
+import data
+import distributed
+import models
 from ebm.settings import TrainSettings
-from optimizer import ClippedAdam
-from utils import ReplayBuffer
+from ebm.training.run import read_batch
+from ebm.training.state import State
+from train import start_chains, train_step
+from utils import ClippedAdam, ReplayBuffer
 
 workers = distributed.start(backend, "cpu")
 count = 16 // workers.size
@@ -112,12 +118,13 @@ for name in ("rand", "randn"):
 dataset = data.load_dataset("digits")
 model = models.build_model(models.ModelConfig("MnistNet", (1, 28, 28), 4, 10), torch.Generator().manual_seed(0)).train()
 gradients = distributed.GradientAverager(workers, model.parameters())
-state = training.State(model, ClippedAdam(model.parameters(), lr=1e-3), ReplayBuffer(0, (1, 28, 28)),
+state = State(model, ClippedAdam(model.parameters(), lr=1e-3), ReplayBuffer(0, (1, 28, 28)),
     data.Batches(len(dataset), count, 0, workers.rank, workers.size), torch.Generator().manual_seed(0))
-options = TrainSettings(batch_size=count, num_steps=3, step_lr=10.0, zero_kl=True)
+settings = TrainSettings(batch_size=count, num_steps=3, step_lr=10.0, zero_kl=True)
 for _ in range(20):
-    images, labels = training.next_batch(state, options, dataset)
-    training.train_step(state, options, images, labels, gradients.finish)
+    images, labels = read_batch(state, settings, dataset)
+    start = start_chains(state, settings, images)
+    train_step(state, settings, images, labels, start, gradients.finish)
 if workers.rank == 0:
     torch.save(model.state_dict(), output)
 workers.close()
@@ -129,15 +136,16 @@ import sys
 root, output, *flags = sys.argv[1:]
 sys.path.insert(0, root)
 import torch
-import cli, train, trainer
+import cli
+import train
 from ebm.settings import TrainSettings
-run = trainer.Trainer.run
-def run_and_gather(self):
-    run(self)
-    states = self.workers.gather([self.state.model.state_dict(), self.state.ema.state_dict()])
+train_alone = train.train
+def train_and_gather(run):
+    train_alone(run)
+    states = run.workers.gather([run.state.model.state_dict(), run.state.ema.state_dict()])
     if states is not None:
         torch.save(states, output)
-trainer.Trainer.run = run_and_gather
+train.train = train_and_gather
 sys.argv = ["train.py", *flags]
 cli.run(train.main, TrainSettings, "")
 """

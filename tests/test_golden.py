@@ -12,10 +12,11 @@ import torch
 import checkpoint
 import models
 import sampling
-import training
 from conftest import GOLDEN
+from ebm.settings import TrainSettings
 from golden import recipe
-from optimizer import ClippedAdam
+from train import contrastive_loss
+from utils import ClippedAdam
 
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz") if "net" in path.stem or path.stem[:5] in ("mnist", "dspri"))
 CASES = [case for case in CASES if case != "dsprites_frames"]
@@ -83,9 +84,8 @@ def test_network(name, fold):
         assert_close(samples.sum(dim=(1, 2, 3)), case["x_chain_sum"])
         assert_close(samples.square().sum(dim=(1, 2, 3)), case["x_chain_sq"])
 
-    likelihood, regulariser = training.contrastive_loss(
-        model.energy(differentiable, x_pos, labels), model.energy(differentiable, samples, labels)
-    )
+    e_pos, e_neg = model.energy(differentiable, x_pos, labels), model.energy(differentiable, samples, labels)
+    likelihood, regulariser = contrastive_loss(e_pos, e_neg, TrainSettings())
     assert_close((likelihood + regulariser).item(), case["loss_cd"])
     check_gradients(model, likelihood + regulariser, case, "grad_cd")
 

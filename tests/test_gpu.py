@@ -10,10 +10,10 @@ import torch
 import acceleration
 import data
 import guard
+import hardware
 import models
 import pictures
 import quality
-import training
 from acceleration import Acceleration
 from conftest import (
     ENVIRONMENT,
@@ -27,8 +27,9 @@ from conftest import (
     train_on_noise,
 )
 from ebm.settings import TrainSettings
-from optimizer import ClippedAdam
-from utils import ReplayBuffer
+from ebm.training.chains import run_chains
+from ebm.training.state import State
+from utils import ClippedAdam, ReplayBuffer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -39,7 +40,7 @@ PLAIN = TrainSettings(num_steps=5, step_lr=10.0, batch_size=8, zero_kl=True, rep
 @pytest.fixture(autouse=True)
 def exact_products():
     """Compute in float32 proper, whatever the test before has left behind."""
-    acceleration.set_tf32(False)
+    hardware.set_tf32(False)
 
 
 def build_model(network, shape):
@@ -58,7 +59,7 @@ def build_model(network, shape):
 def make_state(network="MnistNet", shape=GREY, seed=0, **ways):
     """Return the state of a run that is about to begin on the GPU, and fails where a way to be fast does."""
     model = build_model(network, shape).cuda().train()
-    return training.State(
+    return State(
         model=model,
         optimizer=ClippedAdam(model.parameters(), lr=1e-3),
         buffer=ReplayBuffer(100, shape, "cuda"),
@@ -68,10 +69,10 @@ def make_state(network="MnistNet", shape=GREY, seed=0, **ways):
     )
 
 
-def train(state, iterations=3, options=PLAIN, seed=1):
+def train(state, iterations=3, settings=PLAIN, seed=1):
     """Train on random images; return the end points of the chains (iterations, 8, C, H, W)."""
-    with acceleration.products_in(state.acceleration.precision):
-        return train_on_noise(state, options, iterations, seed)
+    with hardware.allow_tf32(state.acceleration.precision):
+        return train_on_noise(state, settings, iterations, seed)
 
 
 def assert_close(found, expected, tolerance=1e-3):
@@ -116,7 +117,7 @@ def test_tf32():
     for product in (lambda t: a.to(t) @ b.to(t), lambda t: torch.nn.functional.conv2d(image.to(t), kernel.to(t))):
         exact, errors = product(torch.float64), {}
         for precision in ("float32", "tf32"):
-            with acceleration.products_in(precision):
+            with hardware.allow_tf32(precision):
                 errors[precision] = ((product(torch.float32) - exact).norm() / exact.norm()).item()
         assert errors["float32"] < 1e-5 and 1e-4 < errors["tf32"] < 2e-3
 
@@ -125,13 +126,13 @@ def test_tf32():
 def test_dropout_differs_from_replay_to_replay(compiled):
     """Breaks when a graph records one pattern of dropout for good; without noise nothing else is random here."""
     state = make_state("ResNet32Large", COLOUR, compiled=compiled, captured=True)
-    options = dataclasses.replace(PLAIN, noise_scale=0.0, step_lr=1000.0)
-    weights, start = models.spectral_norm_once(state.model), torch.rand(8, *COLOUR, device="cuda")
-    ends = [training.draw_negatives(state, options, weights, start, torch.eye(8, 3).cuda())[0] for _ in range(2)]
+    settings = dataclasses.replace(PLAIN, noise_scale=0.0, step_lr=1000.0)
+    energy, start = models.freeze_energy(state.model), torch.rand(8, *COLOUR, device="cuda")
+    ends = [run_chains(state, settings, energy, start, torch.eye(8, 3).cuda())[0] for _ in range(2)]
     assert (ends[0] - ends[1]).abs().max() > 1e-4
     state.model.eval()
     state.acceleration.graph = None
-    ends = [training.draw_negatives(state, options, weights, start, torch.eye(8, 3).cuda())[0] for _ in range(2)]
+    ends = [run_chains(state, settings, energy, start, torch.eye(8, 3).cuda())[0] for _ in range(2)]
     assert_close(ends[0], ends[1], tolerance=1e-5)
 
 
@@ -190,9 +191,9 @@ def test_energies_are_those_of_a_cpu(network):
 def test_same_seed_same_images_whatever_the_batch_size():
     """Breaks when noise drawn on the GPU belongs to the batch instead of the image."""
     model = models.build_model(models.ModelConfig("MnistNet", GREY, 4, label_size=3)).cuda()
-    energy, labels = quality.energy_of(model), torch.eye(3, device="cuda").repeat(4, 1)
+    energy, labels = models.freeze_energy(model), torch.eye(3, device="cuda").repeat(4, 1)
     settings = {"num_steps": 3, "step_lr": 10.0, "progress": make_progress()}
-    whole, parts = (quality.fresh_images(energy, labels, model.config, batch_size=n, **settings) for n in (12, 5))
+    whole, parts = (quality.draw_fresh_images(energy, labels, model.config, batch_size=n, **settings) for n in (12, 5))
     assert (whole.int() - parts.int()).abs().float().mean() < 0.1
     assert (whole[0] != whole[3]).any()
 

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from conftest import SHAPE, make_state
+from conftest import SHAPE, make_model, make_state
+from ebm.training.state import Step
 from guard import USUAL, DivergenceGuard
-from training import Step
+from models import PreparedEnergy
 
 
 def make_step(e_pos=0.1, e_neg=-0.1, samples=None, images=None):
@@ -15,7 +16,8 @@ def make_step(e_pos=0.1, e_neg=-0.1, samples=None, images=None):
     zero = torch.zeros(())
     e_pos, e_neg = torch.full((4,), float(e_pos)), torch.full((4,), float(e_neg))
     samples, images = some if samples is None else samples, some if images is None else images
-    return Step(images, some, samples, None, {}, e_pos, e_neg, None, zero, zero, e_pos.mean(), None, None)
+    energy = PreparedEnergy(make_model(), {})
+    return Step(images, some, samples, None, energy, e_pos, e_neg, None, zero, zero, e_pos.mean(), None, None)
 
 
 BOUNDS = (0.0, 1.0)
@@ -36,7 +38,7 @@ SATURATED = torch.ones(4, *SHAPE)
 def test_what_counts(step, words):
     """Breaks when one of the signs of divergence is not seen, or a passing one counts at once."""
     state, guard = make_state(), DivergenceGuard()
-    causes = [guard.cause(state, step, BOUNDS) for _ in range(guard.patience)]
+    causes = [guard.find_cause(state, step, BOUNDS) for _ in range(guard.patience)]
     assert words in causes[-1]
     if "finite" not in words:
         assert causes[:-1] == [None] * (guard.patience - 1)
@@ -46,9 +48,9 @@ def test_what_does_not_count():
     """Breaks when healthy figures, short excursions, or sprites (whose pixels are all at the bounds) set it off."""
     state, guard = make_state(), DivergenceGuard()
     for _ in range(10):
-        assert guard.cause(state, make_step(), BOUNDS) is None
-        assert guard.cause(state, make_step(samples=SATURATED, images=SATURATED), BOUNDS) is None
-        assert guard.cause(state, make_step(samples=SATURATED), BOUNDS) is None
+        assert guard.find_cause(state, make_step(), BOUNDS) is None
+        assert guard.find_cause(state, make_step(samples=SATURATED, images=SATURATED), BOUNDS) is None
+        assert guard.find_cause(state, make_step(samples=SATURATED), BOUNDS) is None
 
 
 @pytest.mark.parametrize(
@@ -68,10 +70,10 @@ def test_what_is_usual(usual, then, word):
     Both were seen: sprites at a learning rate of 3e-2 jumped from 0.05 to 6 at iteration 1150, and were flat at 1200.
     """
     state, guard = make_state(), DivergenceGuard()
-    assert guard.cause(state, then, BOUNDS) is None  # nothing is usual yet
+    assert guard.find_cause(state, then, BOUNDS) is None  # nothing is usual yet
     for _ in range(USUAL):
-        assert guard.cause(state, usual, BOUNDS) is None
-    causes = [guard.cause(state, then, BOUNDS) for _ in range(guard.patience)]
+        assert guard.find_cause(state, usual, BOUNDS) is None
+    causes = [guard.find_cause(state, then, BOUNDS) for _ in range(guard.patience)]
     assert causes[-1] is None if word is None else word in causes[-1]
     assert (causes[0] is not None) == (word == "before")  # a jump may be over by the next check, its harm stays
 
@@ -81,7 +83,7 @@ def test_weights_are_looked_at():
     state, guard = make_state(), DivergenceGuard()
     with torch.no_grad():
         state.model.stages["c1"].weight[0, 0, 0, 0] = float("nan")
-    assert guard.cause(state, make_step(), BOUNDS) == "weights not finite"
+    assert guard.find_cause(state, make_step(), BOUNDS) == "weights not finite"
 
 
 def test_roll_back_restores_and_goes_further_back_each_time():

@@ -17,7 +17,7 @@ from PIL import Image
 import data
 import imagenet
 import models
-import training
+import streaming
 from conftest import (
     IMAGENET_BATCHES,
     ROOT,
@@ -30,14 +30,18 @@ from conftest import (
     encode_noise,
     flip_bit,
     make_model,
+    train_once,
     write_pickle,
     write_records,
 )
 from ebm.settings import TrainSettings
+from ebm.training.run import read_batch
+from ebm.training.state import State, Step
 from errors import UsageError
-from imagenet import SIDE, open_imagenet, read_imagenet32
-from optimizer import ClippedAdam
-from utils import ReplayBuffer, dequantise
+from imagenet import open_imagenet, read_imagenet32
+from pixels import dequantise
+from streaming import SIDE
+from utils import ClippedAdam, ReplayBuffer
 
 pytest.importorskip("google_crc32c")
 
@@ -155,7 +159,7 @@ def records(tmp_path) -> pathlib.Path:
     return tmp_path
 
 
-def assert_is(dataset: imagenet.StreamedImages, index: list[int], expected: list[int]) -> None:
+def assert_is(dataset: streaming.StreamedImages, index: list[int], expected: list[int]) -> None:
     """Compare a batch, bit for bit, with the images that it should hold."""
     images, labels = dataset.batch(torch.tensor(index), torch.Generator().manual_seed(1), rescale=2.0)
     stored = torch.from_numpy(np.stack([middle(seed) for seed in expected]))
@@ -200,7 +204,7 @@ def test_decode_workers_give_the_same_batches(records) -> None:
     assert list(dataset.pending) == [(0, 7)]
     for first in range(9):  # as where a run is rolled back
         dataset.prefetch(torch.tensor([first, first, first]))
-    assert len(dataset.pending) == imagenet.MAX_PENDING
+    assert len(dataset.pending) == streaming.MAX_PENDING
     assert_is(dataset, order[3], order[3])
     dataset.close()
 
@@ -245,7 +249,11 @@ def test_decode_workers_end_with_the_run(tmp_path) -> None:
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.png").write_bytes(encode_noise(0))
     script = f"""
-import imagenet, os, pathlib, signal, torch
+import os
+import pathlib
+import signal
+import torch
+import imagenet
 if __name__ == "__main__":
     dataset = imagenet.open_imagenet(pathlib.Path({str(tmp_path)!r}), "train", workers=1)
     dataset.batch(torch.tensor([0]), None)
@@ -306,10 +314,10 @@ def test_too_many_bad_records_end_the_run(records, monkeypatch) -> None:
     """Red if a run goes on among damaged files, or searches for ever where all are damaged."""
     broken = [encode_example(b"", i) for i in range(1, 5)]
     write_records(records / "train-00001-of-00003", broken)
-    monkeypatch.setattr(imagenet, "MAX_BAD", 3)
+    monkeypatch.setattr(streaming, "MAX_BAD", 3)
     with pytest.raises(UsageError, match=r"train-00001-of-00003 at byte \d+ is no image.*image number 4 of 9"):
         open_imagenet(records, "train", workers=0).batch(torch.tensor([3]), None)
-    monkeypatch.setattr(imagenet, "MAX_BAD", 100)
+    monkeypatch.setattr(streaming, "MAX_BAD", 100)
     for file, count in enumerate(COUNTS):
         write_records(records / f"train-{file:05}-of-00003", broken[:1] * count)
     with pytest.raises(UsageError, match="image number 9 of 9"):
@@ -370,7 +378,7 @@ def tree(tmp_path) -> pathlib.Path:
     return tmp_path
 
 
-def assert_tree(dataset: imagenet.StreamedImages, seeds: list[int], classes: list[int]) -> None:
+def assert_tree(dataset: streaming.StreamedImages, seeds: list[int], classes: list[int]) -> None:
     images, labels = dataset.batch(torch.arange(len(dataset)), torch.Generator().manual_seed(1))
     stored = torch.from_numpy(np.stack([middle(seed) for seed in seeds]))
     assert torch.equal(images, dequantise(stored, torch.Generator().manual_seed(1), 1.0))
@@ -425,7 +433,7 @@ def test_resize_and_crop(kind, width, height) -> None:
             100.0,
         )
     )
-    decoded = imagenet.pixels(encode_image(ramp, kind))
+    decoded = streaming.read_pixels(encode_image(ramp, kind))
     inner = (slice(None), slice(4, -4), slice(4, -4))  # at the edges there is nothing beyond to average
     assert abs(decoded.astype(float) - expected)[inner].max() < 4
 
@@ -436,7 +444,7 @@ def test_detail(kind) -> None:
 
     def stripes(period: int) -> np.ndarray:
         line = np.where(np.arange(4 * SIDE) % period < period // 2, 230, 30).astype(np.uint8)
-        return imagenet.pixels(encode_image(np.broadcast_to(line[:, None], (4 * SIDE, 4 * SIDE, 3)), kind))
+        return streaming.read_pixels(encode_image(np.broadcast_to(line[:, None], (4 * SIDE, 4 * SIDE, 3)), kind))
 
     assert stripes(period=16).std() > 65
     assert abs(stripes(period=2).astype(int) - 130).max() < 15
@@ -449,7 +457,7 @@ def test_no_image_runs_a_program(monkeypatch) -> None:
     started = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **named: started.append(given))
     with pytest.raises(OSError, match="cannot identify"):
-        imagenet.pixels(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+        streaming.read_pixels(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     assert not started
 
 
@@ -461,7 +469,7 @@ def test_grey_and_cmyk_become_colour() -> None:
             image.putpalette([0, 0, 0, 128, 128, 128])
         file = io.BytesIO()
         image.save(file, "JPEG" if mode in ("L", "CMYK") else "PNG")
-        decoded = imagenet.pixels(file.getvalue())
+        decoded = streaming.read_pixels(file.getvalue())
         assert decoded.shape == (3, SIDE, SIDE)
         assert abs(decoded.astype(int) - 128).max() <= 3, mode
 
@@ -470,17 +478,15 @@ def test_grey_and_cmyk_become_colour() -> None:
 # Training
 
 
-def train_once(network: str, dataset) -> training.Step:
+def train_network(network: str, dataset) -> Step:
     """Make one step of the published kind on a narrow network."""
     config = models.ModelConfig(network, dataset.image_shape, num_filters=4, label_size=1000, swish_act=True)
     model = make_model(config)
-    options = TrainSettings(batch_size=2, num_steps=1, step_lr=10.0, replay_batch=True, zero_kl=True)
+    settings = TrainSettings(batch_size=2, num_steps=1, step_lr=10.0, replay_batch=True, zero_kl=True)
     batches = data.Batches(len(dataset), 2, seed=0)
-    state = training.State(
-        model, ClippedAdam(model.parameters()), ReplayBuffer(10, config.image_shape), batches, torch.Generator()
-    )
-    images, labels = training.next_batch(state, options, dataset)
-    return training.train_step(state, options, images, labels, average=lambda: None)
+    buffer = ReplayBuffer(10, config.image_shape)
+    state = State(model, ClippedAdam(model.parameters()), buffer, batches, torch.Generator())
+    return train_once(state, settings, *read_batch(state, settings, dataset))
 
 
 def test_networks_train(tmp_path, records) -> None:
@@ -489,7 +495,7 @@ def test_networks_train(tmp_path, records) -> None:
     images, classes, names = read_imagenet32(tmp_path, "train")
     small = data.StoredImages("imagenet", images, classes, names, noise="centred")
     for network, dataset in (("ResNet32Wider", small), ("ResNet128", open_imagenet(records, "train", workers=0))):
-        step = train_once(network, dataset)
+        step = train_network(network, dataset)
         assert torch.isfinite(step.loss)
         assert step.labels is not None
         assert step.labels.shape == (2, 1000)
@@ -501,5 +507,5 @@ def test_batches_for_a_gpu_are_pinned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *where, **how: calls.append((*where, how)) or self)
     for device in ("cpu", "cuda"):
-        imagenet.StreamedImages([], (), device=device, workers=0).to_device(torch.zeros(1))
+        streaming.StreamedImages([], (), device=device, workers=0).to_device(torch.zeros(1))
     assert calls == [("cpu", {"non_blocking": True}), "pinned", ("cuda", {"non_blocking": True})]

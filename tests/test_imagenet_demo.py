@@ -34,7 +34,8 @@ QUICK = ["--num_steps=4", "--step_lr=100", "--batch_size=3"]
 # Runs many commands in one process, since importing torch takes most of a command's time.
 DRIVER = """
 import contextlib, io, json, os, sys
-import cli, imagenet_demo
+import cli
+import imagenet_demo
 results = {}
 for case, words in json.load(sys.stdin).items():
     os.environ["PATH"] = "with_ffmpeg" if case == "film" else "broken_ffmpeg" if case == "no_film" else "nothing"
@@ -69,7 +70,10 @@ MISTAKES = {
     "no_classes": (["--exp=rescaled", "--classes=1"], "model_7.pt has no classes"),
     "no_such_class": (["--exp=digits", "--classes=5"], "there is no class 5; the network has 0 to 4"),
     "negative": (["--exp=named", "--classes=-1"], "no class is called '-1'"),
-    "no_names": (["--exp=digits", "--classes=hen"], "'hen' cannot be looked up, no names are known here; give numbers"),
+    "no_names": (
+        ["--exp=digits", "--classes=hen"],
+        "the class 'hen' is unknown, because this model has no class names; give numbers",
+    ),
     "misspelt": (
         ["--exp=named", "--classes=maltese dgo"],
         "no class is called 'maltese dgo'; did you mean",
@@ -80,7 +84,7 @@ MISTAKES = {
     "few_names": (["--exp=digits", "--class_names=few.txt"], "few.txt has 1 lines and the network 5 classes"),
     "no_text": (["--exp=digits", "--class_names=models"], "--class_names=models cannot be read: Is a directory"),
     "position": (["--exp=position"], "conditioned on a size, position or rotation"),
-    "no_folder": (["--exp=digits", "--savedir=birds.txt"], "--savedir=birds.txt: cannot make birds.txt/digits"),
+    "no_folder": (["--exp=digits", "--savedir=birds.txt"], "--savedir: cannot make birds.txt/digits"),
     "no_steps": (["--exp=digits", "--num_steps=0"], "--num_steps"),
 }
 
@@ -161,7 +165,7 @@ def expected_pixels(exp: str, classes: list[int], rescale: float) -> np.ndarray:
         bounds=(0, rescale),
         generator=generator,
     )
-    return pictures.grid(x / rescale, columns=2, padding=0).squeeze()
+    return pictures.make_grid(x / rescale, columns=2, padding=0).squeeze()
 
 
 def close(one: np.ndarray, other: np.ndarray) -> bool:

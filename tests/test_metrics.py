@@ -6,20 +6,28 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import metrics
+from classifier import train_feature_classifier
 from conftest import draw_sides
 from errors import UsageError
+from features import Classifier, prepare_distance
+from metrics import frechet_distance, mean_and_covariance
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def distance_of(one: torch.Tensor, other: torch.Tensor) -> float:
+    return frechet_distance(*mean_and_covariance(one), *mean_and_covariance(other))
+
+
 def test_frechet_distance_of_diagonal_gaussians() -> None:
     """Red if a term is lost: here it is |mean|² + Σ (σ_a - σ_b)²."""
     sigma_a, sigma_b = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([3.0, 0.5, 1.0])
     shift = torch.tensor([1.0, -2.0, 0.5])
-    distance = metrics.frechet_distance(torch.zeros(3), sigma_a.square().diag(), shift, sigma_b.square().diag())
+    distance = frechet_distance(torch.zeros(3), sigma_a.square().diag(), shift, sigma_b.square().diag())
     assert distance == pytest.approx(1 + 4 + 0.25 + 4 + 2.25 + 1)
 
 
@@ -28,27 +36,27 @@ def test_frechet_distance_where_the_covariances_do_not_commute() -> None:
     a = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
     b = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
     trace_of_root = math.sqrt((a @ b).trace() + 2 * math.sqrt(a.det() * b.det()))  # Cayley-Hamilton for 2x2
-    distance = metrics.frechet_distance(torch.zeros(2), a, torch.zeros(2), b)
+    distance = frechet_distance(torch.zeros(2), a, torch.zeros(2), b)
     assert distance == pytest.approx(4 + 5 - 2 * trace_of_root, rel=1e-12)
 
 
 def test_frechet_distance_with_fewer_samples_than_features() -> None:
     """Red if singular covariances break the root: a copy is at 0, a shifted copy at the square of the shift."""
     features = normal(10, 64)
-    assert metrics.frechet_distance_of(features, features) == pytest.approx(0, abs=1e-6)
-    assert metrics.frechet_distance_of(features, features + 0.5) == pytest.approx(64 * 0.25, rel=1e-6)
+    assert distance_of(features, features) == pytest.approx(0, abs=1e-6)
+    assert distance_of(features, features + 0.5) == pytest.approx(64 * 0.25, rel=1e-6)
 
 
 def test_frechet_distance_uses_the_unbiased_covariance() -> None:
     """Red if the covariance divides by N: the variances are 2 and 8, of (-1, 1) and (-2, 2)."""
-    distance = metrics.frechet_distance_of(torch.tensor([[-1.0], [1.0]]), torch.tensor([[-2.0], [2.0]]))
+    distance = distance_of(torch.tensor([[-1.0], [1.0]]), torch.tensor([[-2.0], [2.0]]))
     assert distance == pytest.approx(2)
 
 
 def test_mean_and_covariance_of_many_features() -> None:
     """Red if a block of them is lost or centred by a mean of its own; against numpy."""
     features = (normal(10_003, 3) + torch.linspace(0, 5, 10_003)[:, None]).float()
-    mean, covariance = metrics.mean_and_covariance(features)
+    mean, covariance = mean_and_covariance(features)
     assert mean.numpy() == pytest.approx(features.double().mean(0).numpy())
     assert covariance.numpy() == pytest.approx(np.cov(features.double().numpy(), rowvar=False))
 
@@ -56,7 +64,7 @@ def test_mean_and_covariance_of_many_features() -> None:
 def test_frechet_distance_of_diverged_features_is_nan() -> None:
     """Red if a NaN stops the training loop that prints the distance, or becomes a number."""
     features = normal(8, 3)
-    assert math.isnan(metrics.frechet_distance_of(features, features.where(features < 1, math.nan)))
+    assert math.isnan(distance_of(features, features.where(features < 1, math.nan)))
 
 
 def test_kernel_distance_by_hand() -> None:
@@ -132,9 +140,9 @@ def test_scores_that_are_not_finite_are_named() -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 20), (3, 70, 65)])
 def test_classifier_learns_any_size_and_colour(shape: tuple[int, int, int]) -> None:
     """Red if a size breaks the stages, or if training does not learn a plain difference."""
-    classifier = metrics.train_feature_classifier(*draw_sides(200, shape))
+    classifier = train_feature_classifier(*draw_sides(200, shape))
     assert classifier.accuracy == 1
-    assert classifier.features(torch.rand(600, *shape)).shape == (600, 64)
+    assert Classifier(classifier)(torch.rand(600, *shape))[0].shape == (600, 64)
 
 
 def test_classifier_follows_from_the_seed_alone() -> None:
@@ -142,11 +150,11 @@ def test_classifier_follows_from_the_seed_alone() -> None:
     images, labels = draw_sides(100, (1, 8, 8))
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = metrics.train_feature_classifier(images, labels, seed=3).features(images)
+    first = train_feature_classifier(images, labels, seed=3).embed(images)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert torch.equal(metrics.train_feature_classifier(images, labels, seed=3).features(images), first)
-    assert not torch.equal(metrics.train_feature_classifier(images, labels, seed=4).features(images), first)
+    assert torch.equal(train_feature_classifier(images, labels, seed=3).embed(images), first)
+    assert not torch.equal(train_feature_classifier(images, labels, seed=4).embed(images), first)
 
 
 def test_accuracy_is_of_images_held_out() -> None:
@@ -154,7 +162,7 @@ def test_accuracy_is_of_images_held_out() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (400, 1, 8, 8), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 2, (400,), generator=generator)
-    classifier = metrics.train_feature_classifier(images, labels)
+    classifier = train_feature_classifier(images, labels)
     known = (classifier(images).argmax(1) == labels).double().mean()
     assert 0.35 < classifier.accuracy < 0.65 < known
 
@@ -162,29 +170,32 @@ def test_accuracy_is_of_images_held_out() -> None:
 def test_what_the_classifier_cannot_learn_from_is_named() -> None:
     """Red if one class or tiny images fail deep inside training, or train to nothing."""
     with pytest.raises(UsageError, match="two classes"):
-        metrics.train_feature_classifier(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20).long())
+        train_feature_classifier(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20).long())
     with pytest.raises(UsageError, match="8x8"):
-        metrics.train_feature_classifier(*draw_sides(20, (1, 7, 8)))
+        train_feature_classifier(*draw_sides(20, (1, 7, 8)))
 
 
-def test_classifier_distance_on_digits(tmp_path) -> None:
+def test_classifier_distance_on_digits(tmp_path, capsys) -> None:
     """Red if the distance does not rise from real digits over noisy ones to noise, or if storing it changes it."""
     from sklearn.datasets import load_digits
 
     digits, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(digits * (255 / 16)).to(torch.uint8).reshape(-1, 1, 8, 8)
-    classifier = metrics.train_feature_classifier(images, torch.from_numpy(labels))
-    assert classifier.accuracy > 0.9
+    dataset = data.StoredImages("digits", images, torch.from_numpy(labels))
+    distance = prepare_distance(dataset, 500, tmp_path)
+    assert distance.extractor.network.accuracy > 0.9
 
-    distance = metrics.ClassifierDistance.from_images(classifier, images[::2])
-    held = images[1::2] / 255
+    half, rest = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tensor_split(2)
+    held = images[rest] / 255
     noisy = (held + 0.1 * normal(*held.shape).float()).clamp(0, 1)
     noise = torch.rand(held.shape, generator=torch.Generator().manual_seed(0))
-    real, worse, worst = map(distance.distance, (held, noisy, noise))
+    real, worse, worst = map(distance.measure, (held, noisy, noise))
     assert real < worse / 2 < worst / 8
-    assert distance.distance(images[::2]) == pytest.approx(0, abs=1e-6)
+    assert distance.measure(images[half]) == pytest.approx(0, abs=1e-6)
+    assert distance.of_real_images == distance.measure(images[rest[:500]])
 
-    torch.save(distance.state_dict(), tmp_path / "distance.pt")
-    stored = metrics.ClassifierDistance.from_state_dict(torch.load(tmp_path / "distance.pt", weights_only=True))
-    assert stored.distance(noisy) == worse
-    assert stored.classifier.accuracy == classifier.accuracy
+    assert "training" in capsys.readouterr().out
+    stored = prepare_distance(dataset, 500, tmp_path)
+    assert "training" not in capsys.readouterr().out
+    assert stored.measure(noisy) == worse
+    assert stored.extractor.network.accuracy == distance.extractor.network.accuracy

@@ -40,7 +40,7 @@ def test_grid_keeps_colour_and_orientation(tmp_path) -> None:
 
 def test_grid_without_gaps_has_the_size_of_its_images() -> None:
     """Red if an outer border is added: imagenet_demo's 4x4 frames of 128x128 are 512x512."""
-    assert pictures.grid(torch.rand(16, 3, 128, 128), columns=4, padding=0).shape == (512, 512, 3)
+    assert pictures.make_grid(torch.rand(16, 3, 128, 128), columns=4, padding=0).shape == (512, 512, 3)
 
 
 def test_panel_is_a_row_per_image_under_the_names(tmp_path) -> None:
@@ -57,7 +57,7 @@ def test_panel_is_a_row_per_image_under_the_names(tmp_path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gif_has_every_frame_in_order(tmp_path, channels: int) -> None:
     """Red if frames are lost or reordered, the speed is wrong or the GIF stops after one round."""
-    frames = [pictures.grid(torch.full((1, channels, 4, 4), level), columns=1) for level in (0.0, 0.4, 0.8)]
+    frames = [pictures.make_grid(torch.full((1, channels, 4, 4), level), columns=1) for level in (0.0, 0.4, 0.8)]
     with Image.open(pictures.save_gif(frames, tmp_path / "a" / "sample.gif", fps=20)) as gif:
         shown = [(frame.convert("L").getpixel((1, 1)), frame.info["duration"]) for frame in ImageSequence.Iterator(gif)]
         assert gif.info["loop"] == 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import data
+import features
 import metrics
 import models
 import quality
@@ -21,6 +22,7 @@ from conftest import (
     ENVIRONMENT,
     ROOT,
     Bomb,
+    Planted,
     draw_bytes,
     draw_sides,
     make_generator,
@@ -33,15 +35,22 @@ from conftest import (
 from ebm.readers.downloads import import_torchvision
 from ebm.settings import PoolSettings
 from errors import UsageError
-from quality import Reference
+from features import RealImages
+from metrics import mean_and_covariance
+from pixels import to_bytes
 
 CONFIG = models.ModelConfig("MnistNet", (1, 2, 2), 1, label_size=10)
 STILL = PoolSettings(num_steps=1, noise_scale=0.0, repeat_scale=20, batch_size=512)
 
 
+def plant(energy, config=CONFIG):
+    """Return the prepared energy of a network whose energy is a given function of images and labels."""
+    return models.freeze_energy(Planted(energy, config))  # type: ignore[arg-type]
+
+
 def pool(energies, settings, size=1000, config=CONFIG, step_lr=0.0):
     return quality.run_pool(
-        energies, size, config, settings,
+        [plant(energy) for energy in energies], size, config, settings,
         step_lr=step_lr, proj_norm=0.0, generator=make_generator(), progress=make_progress(),
     )  # fmt: skip
 
@@ -120,8 +129,8 @@ def test_the_ensemble_takes_turns_and_batches_are_written_back():
 
 def test_one_pool_after_another():
     """Breaks when a number that is no multiple of 1,000 is rounded, or the pools are the same images."""
-    images = quality.pool_images(
-        [Watcher()], CONFIG, dataclasses.replace(STILL, im_number=1250),
+    images = quality.draw_from_pools(
+        [plant(Watcher())], CONFIG, dataclasses.replace(STILL, im_number=1250),
         step_lr=0.0, proj_norm=0.05, generator=make_generator(), progress=make_progress(),
     )  # fmt: skip
     assert images.shape == (1250, 1, 2, 2) and images.dtype == torch.uint8
@@ -131,8 +140,8 @@ def test_one_pool_after_another():
 def test_diverged_chains_are_named():
     """Breaks when NaN images become bytes, and figures of them."""
     with pytest.raises(UsageError, match="diverged"):
-        quality.pool_images(
-            [lambda images, labels: images.flatten(1).sum(1) * math.nan],
+        quality.draw_from_pools(
+            [plant(lambda images, labels: images.flatten(1).sum(1) * math.nan)],
             CONFIG, PoolSettings(im_number=10, repeat_scale=1),
             step_lr=10.0, proj_norm=0.05, generator=make_generator(), progress=make_progress(),
         )  # fmt: skip
@@ -141,8 +150,8 @@ def test_diverged_chains_are_named():
 def test_bytes_are_those_of_the_reference():
     """Breaks when images are rounded to 255 steps: clip(256·x, 0, 255) gives every byte the same share."""
     levels = torch.tensor([-0.1, 0.0, 0.0039, 0.00391, 0.5, 0.9999, 1.0, 1.1])
-    assert quality.to_bytes(levels).tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
-    assert torch.equal(quality.to_bytes((torch.arange(256) + 0.5) / 256), torch.arange(256).byte())
+    assert to_bytes(levels).tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
+    assert torch.equal(to_bytes((torch.arange(256) + 0.5) / 256), torch.arange(256).byte())
 
 
 # ---- images from noise ----
@@ -151,10 +160,10 @@ def test_bytes_are_those_of_the_reference():
 def test_same_seed_same_images_whatever_the_batch_size():
     """Breaks when noise belongs to the batch instead of the image: its start, or that of any step."""
     model = make_model(models.ModelConfig("MnistNet", (1, 12, 12), 4, label_size=3))
-    energy, labels = quality.energy_of(model), torch.eye(3).repeat(4, 1)
+    energy, labels = models.freeze_energy(model), torch.eye(3).repeat(4, 1)
 
     def sample(batch_size, number=12, seed=0):
-        return quality.fresh_images(
+        return quality.draw_fresh_images(
             energy, labels[:number], model.config,
             num_steps=5, step_lr=100.0, seed=seed, batch_size=batch_size, progress=make_progress(),
         )  # fmt: skip
@@ -178,14 +187,14 @@ def test_fresh_images_follow_the_chain_of_the_paper():
         "seed": 7,
         "progress": make_progress(),
     }
-    images = quality.fresh_images(
-        lambda images, labels: 9 * images.flatten(1).sum(1), torch.zeros(2, 0), config, **settings
+    images = quality.draw_fresh_images(
+        plant(lambda images, labels: 9 * images.flatten(1).sum(1), config), torch.zeros(2, 0), config, **settings
     )
     own = make_generator(7 * 1_000_003 + 1)
     x = torch.rand(1, 1, 2, 2, generator=own)[0]
     for _ in range(3):
         x = (x + 0.1 * torch.randn(1, 2, 2, generator=own) - 0.5 * 0.02).clamp(0, 1)
-    assert torch.equal(images[1], quality.to_bytes(x))
+    assert torch.equal(images[1], to_bytes(x))
 
 
 # ---- Inception ----
@@ -241,13 +250,13 @@ def test_inception_figures_are_those_of_torch_fidelity(tmp_path, monkeypatch):
         isc_splits=2, samples_shuffle=False, kid_subsets=1, kid_subset_size=4, prc_neighborhood=3, save_cpu_ram=True,
     )  # fmt: skip
 
-    state, sha256 = quality.read_inception(path, hashlib.sha256(path.read_bytes()).hexdigest())
-    inception = quality.Inception(state, sha256)
+    state, sha256 = features.read_inception(path, hashlib.sha256(path.read_bytes()).hexdigest())
+    inception = features.Inception(state, sha256)
     dataset = data.StoredImages("toy", real, None)
-    reference = Reference.of("toy", "train", [dataset], 100)
-    statistics = quality.reference_statistics(inception, reference, tmp_path)
+    reference = RealImages.choose("toy", "train", [dataset], 100)
+    statistics = features.load_statistics(inception, reference, tmp_path)
     monkeypatch.setattr(metrics, "frechet_distance", lambda *statistics: float(len(statistics[0])))
-    ours = quality.figures(inception, fake, statistics, splits=2)
+    ours = features.measure_quality(inception, fake, statistics, splits=2)
     monkeypatch.undo()
     assert ours["Inception score"] - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=1e-2)
     assert ours["IS deviation"] == pytest.approx(theirs["inception_score_std"], rel=1e-2)
@@ -259,7 +268,7 @@ def test_inception_figures_are_those_of_torch_fidelity(tmp_path, monkeypatch):
     a, b = statistics.features[:, :20], inception(fake)[0][:, :20]
     parts = [metric_fid.fid_features_to_statistics(part) for part in (a, b)]
     fid = metric_fid.fid_statistics_to_metric(*parts, verbose=False)["frechet_inception_distance"]
-    assert metrics.frechet_distance_of(a, b) == pytest.approx(fid, rel=1e-4)
+    assert metrics.frechet_distance(*mean_and_covariance(a), *mean_and_covariance(b)) == pytest.approx(fid, rel=1e-4)
 
 
 def test_weights_that_are_not_the_released_ones(tmp_path, monkeypatch):
@@ -271,7 +280,7 @@ def test_weights_that_are_not_the_released_ones(tmp_path, monkeypatch):
 
     def message(name, **given):
         with pytest.raises(UsageError) as error:
-            quality.Inception(*quality.read_inception(tmp_path / name, **given))
+            features.Inception(*features.read_inception(tmp_path / name, **given))
         assert "\n" not in str(error.value) and "`inception_weights`" in str(error.value)
         return str(error.value)
 
@@ -294,13 +303,13 @@ def test_weights_are_found_or_downloaded_or_asked_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     with pytest.raises(UsageError, match=r"no network here.*`inception_weights`") as error:
-        quality.find_inception()
-    assert "\n" not in str(error.value) and asked == [quality.INCEPTION_SHA256]
+        features.find_inception()
+    assert "\n" not in str(error.value) and asked == [features.INCEPTION_SHA256]
     with pytest.raises(UsageError, match="`download`=False"):
-        quality.find_inception(download=False)
+        features.find_inception(download=False)
     path = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     path.touch()
-    assert quality.find_inception() == path and len(asked) == 1
+    assert features.find_inception() == path and len(asked) == 1
 
 
 # ---- real images ----
@@ -320,30 +329,30 @@ class Means:
 
 
 def toy(images):
-    return Reference.of("toy", "train", [data.StoredImages("toy", images, None)], 1000)
+    return RealImages.choose("toy", "train", [data.StoredImages("toy", images, None)], 1000)
 
 
 def test_statistics_are_computed_once(tmp_path, capsys):
     """Breaks when they are computed again, or kept for other images or other weights, or a damaged file is fatal."""
     images, _ = draw_sides(20, (1, 8, 8))
     extractor = Means()
-    first = quality.reference_statistics(extractor, toy(images), tmp_path)
-    again = quality.reference_statistics(extractor, toy(images), tmp_path)
+    first = features.load_statistics(extractor, toy(images), tmp_path)
+    again = features.load_statistics(extractor, toy(images), tmp_path)
     assert extractor.calls == 1 and torch.equal(first.covariance, again.covariance)
     torch.testing.assert_close(first.mean, images.flatten(1)[:, :5].double().mean(0))
 
     other = images.clone()
     other[3] ^= 1
-    quality.reference_statistics(extractor, toy(other), tmp_path)
+    features.load_statistics(extractor, toy(other), tmp_path)
     assert extractor.calls == 2
     extractor.identity = "2"
-    quality.reference_statistics(extractor, toy(images), tmp_path)
+    features.load_statistics(extractor, toy(images), tmp_path)
     assert extractor.calls == 3
 
     for path in tmp_path.iterdir():
         path.write_bytes(b"damaged")
     capsys.readouterr()
-    quality.reference_statistics(extractor, toy(images), tmp_path)
+    features.load_statistics(extractor, toy(images), tmp_path)
     assert extractor.calls == 4 and "is damaged and made again" in capsys.readouterr().out
 
 
@@ -352,34 +361,36 @@ def test_reference_keeps_images_with_their_classes():
     images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
     labels = torch.arange(40)
     parts = [data.StoredImages("toy", images[:30], labels[:30]), data.StoredImages("toy", images[30:], labels[30:])]
-    reference = Reference.of("toy", "both", parts, 25)
+    reference = RealImages.choose("toy", "both", parts, 25)
     found = torch.cat(list(reference.batches(reference.numbers))).flatten()
     assert torch.equal(found, reference.classes()) and len(found.unique()) == 25 and found.max() >= 30
-    assert torch.equal(Reference.of("toy", "both", parts, 25).numbers, reference.numbers)
+    assert torch.equal(RealImages.choose("toy", "both", parts, 25).numbers, reference.numbers)
     assert "25 of 40 images of train and test" in str(reference)
-    assert len(Reference.of("toy", "both", parts, 100)) == 40
+    assert len(RealImages.choose("toy", "both", parts, 100)) == 40
 
 
 def test_classifier_is_kept_and_scores_perfect_images(tmp_path, capsys):
     """Breaks when the classifier is trained twice, differs once stored, or real images are not at distance 0."""
     images, labels = draw_sides(100, (1, 8, 8))
-    reference = Reference.of("toy", "train", [data.StoredImages("toy", images, labels, ("left", "right"))], 1000)
-    first = quality.classifier_of(reference, tmp_path)
+    reference = RealImages.choose("toy", "train", [data.StoredImages("toy", images, labels, ("left", "right"))], 1000)
+    first = features.load_classifier(reference, tmp_path)
     assert "training" in capsys.readouterr().out
-    again = quality.classifier_of(reference, tmp_path)
+    again = features.load_classifier(reference, tmp_path)
     assert "training" not in capsys.readouterr().out
     assert again.identity == first.identity and again.network.accuracy == first.network.accuracy == 1
     assert torch.equal(again(images)[0], first(images)[0])
 
-    real = quality.reference_statistics(again, reference, tmp_path)
-    figures = quality.figures(again, images, real)
+    real = features.load_statistics(again, reference, tmp_path)
+    figures = features.measure_quality(again, images, real)
     assert list(figures) == ["classifier Fréchet distance", "classifier precision", "classifier recall"]
     assert list(figures.values()) == pytest.approx([0, 1, 1], abs=1e-6)
-    worse = quality.figures(again, torch.randint(0, 256, images.shape, generator=make_generator()).byte(), real)
-    assert worse["classifier Fréchet distance"] > 10 * quality.distance_of_real(real, 50)[1]
+    worse = features.measure_quality(
+        again, torch.randint(0, 256, images.shape, generator=make_generator()).byte(), real
+    )
+    assert worse["classifier Fréchet distance"] > 10 * features.measure_real(real, 50)[1]
 
     with pytest.raises(UsageError, match="no classes"):
-        quality.classifier_of(toy(images), tmp_path)
+        features.load_classifier(toy(images), tmp_path)
 
 
 # ---- the scripts ----
@@ -452,7 +463,7 @@ def test_evaluations_end_to_end(models_folder):
         "im_number=8",
         "step_lr=7.5",
         "ensemble=1/2",
-        "right on images held out",
+        "correct on held-out images",
     ):
         assert shown in printed
     assert (folder / "curve.png").exists() and (folder / "samples_800.png").exists()
@@ -462,7 +473,7 @@ def test_evaluations_end_to_end(models_folder):
     assert "model_900.pt, " in printed and "model_600.pt, " in printed and "model_300.pt\n" in printed
 
     printed, error = done["colour"]
-    assert error is None and "note: no Inception weights" in printed and "compare with no FID" in printed
+    assert error is None and "note: no Inception weights" in printed and "cannot be compared with any FID" in printed
     assert "SHA-256" in done["bad weights"][1] and "--inception_weights" in done["bad weights"][1]
     assert "--features=inception" in done["grey"][1]
     assert "--dataset=digits" in done["other size"][1]
@@ -489,7 +500,7 @@ def test_samples_end_to_end(models_folder):
     difference = np.abs(images[0].astype(int) - images[1])
     assert 0 < difference.mean() < 5
     assert "did you mean two?" in done["no class"][1]
-    assert "no classes" in done["unconditional"][1]
+    assert "not conditioned on classes" in done["unconditional"][1]
 
 
 @pytest.mark.parametrize("script", ["eval_inception", "sample"])

@@ -9,14 +9,17 @@ import sys
 from unittest import mock
 
 import pytest
+import torch
 
 import checkpoint
+import data
 import models
 import sandbox_tasks
 from conftest import (
     IMAGENET_BATCHES,
     ROOT,
     WORKERS,
+    draw_bytes,
     draw_imagenet_batch,
     encode_example,
     encode_noise,
@@ -154,14 +157,22 @@ def test_command(place, command):
 
 
 def test_snippets(tmp_path):
-    """Breaks when a network or a task as the README writes them no longer runs."""
-    network, task = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """Breaks when a network, a data set or a task as the README writes them no longer runs."""
+    network, dataset, task = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     with mock.patch.dict(models.NETWORKS):
         exec(network, vars(models).copy())
         box = make_sandbox("SmallNet", (3, 8, 8))
-    namespace = vars(sandbox_tasks).copy()
-    exec(task, namespace)
-    report = namespace["brightness"](make_sandbox_run(box, tmp_path, classes=0))
+    with mock.patch.dict(data.DATASETS):
+        exec(dataset, vars(data).copy())
+        images = draw_bytes(4, 3, 8, 8)
+        torch.save((images, torch.tensor([0, 1, 1, 0])), tmp_path / "test.pt")
+        pets = data.load_dataset("pets", split="test", root=tmp_path)
+        _, labels = pets.batch(torch.tensor([2, 3]), None)
+    assert torch.equal(pets.raw(torch.arange(4)), images)
+    assert labels is not None and labels.tolist() == [[0, 1], [1, 0]]
+    with mock.patch.dict(sandbox_tasks.TASKS):
+        exec(task, vars(sandbox_tasks).copy())
+        report = sandbox_tasks.TASKS["brightness"](make_sandbox_run(box, tmp_path, classes=0))
     assert len(report.figures) == 3 and all(map(math.isfinite, report.figures.values()))
 
 

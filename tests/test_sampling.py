@@ -86,6 +86,91 @@ def test_same_generator_same_images_and_global_state_untouched():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_several_energies_take_turns():
+    """Breaks when energies are summed or visited in another order, or a round on all is not one step."""
+    start, rate, rounds = torch.tensor([[0.9], [0.1]], dtype=torch.float64), 0.1, 7
+    (low, a), (high, b) = (0.2, 2.0), (0.7, 4.0)  # centre and curvature of two quadratics
+    energies = [lambda x: quadratic(a)(x - low), lambda x: quadratic(b)(x - high)]
+    told = []
+    end = sampling.langevin(
+        energies,
+        start,
+        num_steps=rounds,
+        step_lr=rate,
+        noise_std=0.0,
+        gradient_first=True,
+        after_step=told.append,
+    )
+    # A step on one is c + (1 − rate·a)·(x − c), so that a round on both shrinks the way to a fixed point.
+    p, q = 1 - rate * a, 1 - rate * b
+    fixed = (q * (1 - p) * low + (1 - q) * high) / (1 - p * q)
+    torch.testing.assert_close(end, fixed + (p * q) ** rounds * (start - fixed))
+    for k, images in enumerate(told, start=1):
+        torch.testing.assert_close(images, fixed + (p * q) ** k * (start - fixed))
+    assert len(told) == rounds
+
+
+def test_gradient_before_the_noise():
+    """Breaks when gradient_first does nothing, or visits share noise: a step of rate 1 / a leaves the noise alone."""
+    x = torch.rand(4, 3, dtype=torch.float64)
+    draws = torch.Generator().manual_seed(0)
+    first, second = (0.3 * torch.randn(4, 3, generator=draws, dtype=torch.float64) for _ in range(2))
+    for energies, expected in ((quadratic(4.0), first), ([quadratic(4.0)] * 2, second)):
+        end = sampling.langevin(
+            energies,
+            x,
+            num_steps=1,
+            step_lr=0.25,
+            noise_std=0.3,
+            bounds=(-9, 9),
+            generator=torch.Generator().manual_seed(0),
+            gradient_first=True,
+        )
+        torch.testing.assert_close(end, expected)
+
+
+def test_schedules():
+    """Breaks when step size or noise is that of another step: each step has its factor, and one alone its noise."""
+    x = torch.full((3, 2), 0.8, dtype=torch.float64)
+    end = sampling.langevin(quadratic(2.0), x, num_steps=4, step_lr=lambda k: 0.1 * (k + 1), noise_std=0.0)
+    torch.testing.assert_close(end, x * 0.8 * 0.6 * 0.4 * 0.2)
+    draws = torch.Generator().manual_seed(0)
+    noise = [torch.randn(3, 2, generator=draws, dtype=torch.float64) for _ in range(3)]
+    end = sampling.langevin(
+        quadratic(2.0),
+        x,
+        num_steps=3,
+        step_lr=0.1,
+        noise_std=lambda k: [0.0, 0.3, 0.0][k],
+        bounds=(-9, 9),
+        generator=torch.Generator().manual_seed(0),
+    )
+    torch.testing.assert_close(end, 0.8**3 * x + 0.8**2 * 0.3 * noise[1])
+
+
+def test_a_generator_per_image():
+    """Breaks when an image's chain depends on the images beside it, or two images share their noise."""
+    x = torch.full((4, 2, 3), 0.5)
+
+    def chains(first, last):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(first, last)]
+        return sampling.langevin(
+            [quadratic(1.0), quadratic(3.0)],
+            x[first:last],
+            num_steps=5,
+            step_lr=0.1,
+            noise_std=0.1,
+            generator=generators,
+        )
+
+    together = chains(0, 4)
+    assert torch.equal(together, torch.cat([chains(0, 1), chains(1, 4)]))
+    assert torch.equal(together, torch.cat([chains(k, k + 1) for k in range(4)]))
+    assert len(together.unique(dim=0)) == 4
+    with pytest.raises(ValueError, match="zip"):
+        sampling.langevin(quadratic(1.0), x, num_steps=1, step_lr=0.1, generator=[torch.Generator()] * 3)
+
+
 def test_gradient_through_the_chain():
     """Breaks when recomputation changes the gradient of x_K = x_0 (1 − step·a)^K with respect to a."""
     a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)

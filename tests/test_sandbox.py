@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import analysis
+import attacks
 import cli
 import data
 import ebm_sandbox
 import models
 import reports
 import sampling
-import sandbox
 import sandbox_tasks
+from attacks import Attack, ascend_loss, restrict_to_ball
 from conftest import (
     ROOT,
     Planted,
@@ -35,12 +37,12 @@ from conftest import (
 )
 from ebm.settings import SandboxSettings
 from errors import UsageError
-from sandbox import Attack, Sandbox, pgd, within_ball
+from examined import ExaminedModel
 
 
 def planted(energy, image_shape=(1, 4, 4), label_size=0, **settings):
     model = Planted(energy, models.ModelConfig("MnistNet", image_shape, 1, label_size))
-    return Sandbox(model, make_generator(), **settings)  # type: ignore[arg-type]
+    return ExaminedModel(model, make_generator(), **settings)  # type: ignore[arg-type]
 
 
 def no_labels(images):
@@ -57,7 +59,7 @@ def test_attack_stays_in_its_ball(norm):
     slope = torch.randn(3, 4, 4, generator=make_generator(1))
     loss = lambda x: (slope * x).flatten(1).sum(1)  # noqa: E731
     for steps in (0, 7):
-        attacked = pgd(loss, images, Attack(norm, 0.1, steps), make_generator())
+        attacked = ascend_loss(loss, images, Attack(norm, 0.1, steps), make_generator())
         offset = (attacked - images).flatten(1)
         length = offset.abs().amax(1) if norm == "li" else offset.norm(dim=1)
         assert attacked.min() >= 0 and attacked.max() <= 1
@@ -73,27 +75,27 @@ def test_attack_on_a_linear_energy(norm, radius):
     With E(x, y) = w_y·x and two classes the loss of class 0 climbs along w_0 − w_1 everywhere.
     """
     weights = torch.randn(2, 1, 4, 4, generator=make_generator())
-    box = planted(lambda x, y: ((y @ weights.flatten(1)) * x.flatten(1)).sum(1), label_size=2, batch_size=4)
+    examined = planted(lambda x, y: ((y @ weights.flatten(1)) * x.flatten(1)).sum(1), label_size=2, batch_size=4)
     images = torch.full((6, 1, 4, 4), 0.5)
     classes = torch.zeros(6, dtype=torch.long)
-    attacked = box.attack(images, classes, Attack(norm, radius, steps=60))
+    attacked = examined.attack(images, classes, Attack(norm, radius, steps=60))
     uphill, offset = (weights[0] - weights[1]).flatten(), (attacked - images).flatten(1)
     if norm == "li":
         torch.testing.assert_close(offset, (radius * uphill.sign()).expand(6, -1))
     else:  # 2.5 radii of travel from a random start do not quite end there
         torch.testing.assert_close(offset.norm(dim=1), torch.full((6,), radius))
         assert F.cosine_similarity(offset, uphill[None]).min() > 0.95
-    margin = lambda x: box.logits(x).diff(dim=1)[:, 0]  # noqa: E731
+    margin = lambda x: examined.compute_logits(x).diff(dim=1)[:, 0]  # noqa: E731
     assert (margin(attacked) > margin(images)).all()  # the true class's logit falls against the other's
 
 
 def test_attack_without_steps_or_radius():
     """Breaks when --pgd=0 moves images, or a ball of radius 0 does not hold them."""
     images = torch.rand(2, 1, 4, 4, generator=make_generator())
-    box = planted(lambda x, y: x.flatten(1).sum(1) * y[:, 0], label_size=2)
+    examined = planted(lambda x, y: x.flatten(1).sum(1) * y[:, 0], label_size=2)
     classes = torch.zeros(2, dtype=torch.long)
-    assert torch.equal(box.attack(images, classes, Attack("li", 0.1, steps=0)), images)
-    assert torch.equal(box.attack(images, classes, Attack("l2", 0.0, steps=2)), images)
+    assert torch.equal(examined.attack(images, classes, Attack("li", 0.1, steps=0)), images)
+    assert torch.equal(examined.attack(images, classes, Attack("l2", 0.0, steps=2)), images)
 
 
 def test_draws_average_the_noise_of_a_gradient():
@@ -105,7 +107,7 @@ def test_draws_average_the_noise_of_a_gradient():
         return ((slope + 3 * torch.randn(100, generator=noise)) * x.flatten(1)).sum(1)
 
     image = torch.full((1, 1, 10, 10), 0.5)
-    moved = pgd(loss, image, Attack("l2", 0.1, steps=3, draws=40), make_generator()) - image
+    moved = ascend_loss(loss, image, Attack("l2", 0.1, steps=3, draws=40), make_generator()) - image
     assert F.cosine_similarity(moved.flatten(), slope, dim=0) > 0.75
 
 
@@ -120,10 +122,10 @@ def test_adaptive_attack_goes_through_the_refinement():
         x, side = x.flatten(1) - 0.5, y[:, 0] - y[:, 1]
         return 0.5 * x[:, 0] ** 2 + x[:, 1] ** 2 + side * (0.1 * x[:, 0] + 0.02 * x[:, 1])
 
-    box = planted(energy, (1, 1, 2), 2, num_steps=1, step_lr=1.0)
+    examined = planted(energy, (1, 1, 2), 2, num_steps=1, step_lr=1.0)
     image, classes = torch.full((1, 1, 1, 2), 0.5), torch.zeros(1, dtype=torch.long)
-    plain = (box.attack(image, classes, Attack("l2", 0.1, steps=40), refine=1.0) - image).flatten()
-    adaptive = (box.attack(image, classes, Attack("l2", 0.1, steps=40, draws=2), refine=1.0) - image).flatten()
+    plain = (examined.attack(image, classes, Attack("l2", 0.1, steps=40), refine=1.0) - image).flatten()
+    adaptive = (examined.attack(image, classes, Attack("l2", 0.1, steps=40, draws=2), refine=1.0) - image).flatten()
     assert plain[0] > 0.09 and abs(plain[1]) < 0.04
     assert adaptive[1] > 0.09 and abs(adaptive[0]) < 0.04
 
@@ -139,10 +141,10 @@ def test_attack_describes_itself():
 def test_flags_of_the_attack():
     """Breaks when --l2val, --lival, --pgd, --lnorm or --adaptive do not reach the attack."""
     settings = SandboxSettings(lival=4, l2val=20, pgd=3, adaptive=2)
-    assert sandbox_tasks.attack_of(settings) == Attack("li", 4 / 255, 3, 2)
+    assert sandbox_tasks.choose_attack(settings) == Attack("li", 4 / 255, 3, 2)
     settings = SandboxSettings(lival=4, l2val=20, pgd=3, lnorm="2")
-    assert sandbox_tasks.attack_of(settings) == Attack("l2", 20 / 255, 3)
-    assert sandbox_tasks.attack_of(settings, 7) == Attack("l2", 7 / 255, 3)
+    assert sandbox_tasks.choose_attack(settings) == Attack("l2", 20 / 255, 3)
+    assert sandbox_tasks.choose_attack(settings, 7) == Attack("l2", 7 / 255, 3)
 
 
 # ---- chains ----
@@ -151,25 +153,27 @@ def test_flags_of_the_attack():
 def test_inpainting_leaves_the_kept_half_alone():
     """Breaks when a single bit of the upper half changes, or the lower half is kept, too."""
     images = torch.rand(3, 2, 5, 4, generator=make_generator())
-    box = planted(lambda x, y: 30 * x.flatten(1).square().sum(1), (2, 5, 4), num_steps=4, step_lr=0.01, batch_size=2)
-    restored = box.chain(images, no_labels(images), rounds=2, restrict=sandbox.in_lower_half)
+    examined = planted(
+        lambda x, y: 30 * x.flatten(1).square().sum(1), (2, 5, 4), num_steps=4, step_lr=0.01, batch_size=2
+    )
+    restored = examined.run_chain(images, no_labels(images), rounds=2, restrict=attacks.restrict_to_lower_half)
     assert torch.equal(restored[:, :, :2], images[:, :, :2])
     assert (restored[:, :, 2:] != images[:, :, 2:]).float().mean() > 0.9
 
 
 def test_refinement_stays_in_its_ball():
     """Breaks when the ball moves along with the chain from one step to the next."""
-    box = planted(lambda x, y: 100 * x.flatten(1).sum(1), label_size=2, num_steps=5, step_lr=1.0)
+    examined = planted(lambda x, y: 100 * x.flatten(1).sum(1), label_size=2, num_steps=5, step_lr=1.0)
     images = torch.full((1, 1, 4, 4), 0.5)
-    torch.testing.assert_close(box.logits(images, refine=0.1), torch.full((1, 2), -100 * 16 * 0.4))
+    torch.testing.assert_close(examined.compute_logits(images, refine=0.1), torch.full((1, 2), -100 * 16 * 0.4))
 
 
 def test_stages_continue_one_another():
     """Breaks when a round starts anew, or the restriction forgets where the whole chain started."""
     images = torch.full((3, 1, 4, 4), 0.5)
-    box = planted(lambda x, y: x.flatten(1).sum(1), num_steps=1, step_lr=0.05, batch_size=2)
-    ball = functools.partial(within_ball, radius=0.12)
-    means = [stage.mean().item() for stage in box.stages(images, no_labels(images), rounds=4, restrict=ball)]
+    examined = planted(lambda x, y: x.flatten(1).sum(1), num_steps=1, step_lr=0.05, batch_size=2)
+    ball = functools.partial(restrict_to_ball, radius=0.12)
+    means = [stage.mean().item() for stage in examined.run_stages(images, no_labels(images), rounds=4, restrict=ball)]
     assert means == pytest.approx([0.5, 0.45, 0.4, 0.38, 0.38], abs=3e-3)
 
 
@@ -178,12 +182,12 @@ def test_other_ranges_of_images():
     energy = lambda x, y: 0.3 * (x - 1).square().flatten(1).sum(1)  # noqa: E731
     images = torch.rand(2, 1, 4, 4, generator=make_generator())
     settings = {"num_steps": 3, "step_lr": 0.2, "proj_norm": 0.4}
-    ours = planted(energy, rescale=4.0, **settings).chain(images, no_labels(images), rounds=1)
+    ours = planted(energy, rescale=4.0, **settings).run_chain(images, no_labels(images), rounds=1)
     trained = sampling.langevin(
         lambda x: energy(x, None),
         4 * images,
         num_steps=3,
-        step_lr=0.2 * 4,  # as training.run_chain does
+        step_lr=0.2 * 4,  # as ebm.training.chains does
         noise_std=0.005 * 4,
         proj_norm=0.4,
         bounds=(0.0, 4.0),
@@ -195,9 +199,9 @@ def test_other_ranges_of_images():
 def test_batches_shrink_until_memory_holds_them():
     """Breaks when an image is lost or done twice, the noise of a failed batch is used up, or the limit is forgotten."""
 
-    def draw(box, limit, sizes):
+    def draw(examined, limit, sizes):
         def function(part):
-            noise = torch.randn(part.stop - part.start, generator=box.generator)
+            noise = torch.randn(part.stop - part.start, generator=examined.generator)
             if len(noise) > limit:
                 raise torch.OutOfMemoryError("out of memory")
             sizes.append(len(noise))
@@ -206,30 +210,30 @@ def test_batches_shrink_until_memory_holds_them():
         return function
 
     small, large = (planted(None, batch_size=size) for size in (2, 8))
-    expected = small.in_batches(draw(small, 9, []), 7, make_progress(7))
+    expected = small.compute_in_batches(draw(small, 9, []), 7, make_progress(7))
     sizes: list[int] = []
-    found = large.in_batches(draw(large, 3, sizes), 7, make_progress(7))
-    assert torch.equal(found, expected) and sizes == [2, 2, 2, 1] and large.batch_size == 2
+    found = large.compute_in_batches(draw(large, 3, sizes), 7, make_progress(7))
+    assert torch.equal(found, expected) and sizes == [2, 2, 2, 1] and large.images_at_a_time == 2
     with pytest.raises(UsageError, match="memory"):
-        large.in_batches(draw(large, 0, []), 7, make_progress(7))
+        large.compute_in_batches(draw(large, 0, []), 7, make_progress(7))
 
 
 def test_other_errors_and_divergence_are_not_swallowed():
     """Breaks when any RuntimeError counts as short memory, or figures that are not finite reach a report."""
     images = torch.zeros(2, 1, 4, 4)
     with pytest.raises(RuntimeError, match="must match"):
-        planted(lambda x, y: (x + torch.ones(3)).flatten(1).sum(1)).scores(images)
+        planted(lambda x, y: (x + torch.ones(3)).flatten(1).sum(1)).compute_scores(images)
     with pytest.raises(UsageError, match="diverged"):
-        planted(lambda x, y: x.flatten(1).sum(1) / 0).scores(images)
+        planted(lambda x, y: x.flatten(1).sum(1) / 0).compute_scores(images)
 
 
 def test_scores_take_the_class_of_lowest_energy():
     """Breaks when a conditional model is scored under another class than its best."""
     images = torch.rand(5, 1, 4, 4, generator=make_generator())
     centres = torch.tensor([0.2, 0.5, 0.9])
-    box = planted(lambda x, y: (x.mean((1, 2, 3)) - y @ centres).abs(), label_size=3)
+    examined = planted(lambda x, y: (x.mean((1, 2, 3)) - y @ centres).abs(), label_size=3)
     expected = -(images.mean((1, 2, 3))[:, None] - centres).abs().amin(1)
-    torch.testing.assert_close(box.scores(images), expected)
+    torch.testing.assert_close(examined.compute_scores(images), expected)
 
 
 # ---- images ----
@@ -238,7 +242,7 @@ def test_scores_take_the_class_of_lowest_energy():
 def test_salt_and_pepper():
     """Breaks when the shares or values are off, or channels of a pixel are corrupted apart."""
     images = torch.full((40, 3, 32, 32), 0.5)
-    corrupt = sandbox.salt_and_pepper(images, make_generator())
+    corrupt = analysis.add_salt_and_pepper(images, make_generator())
     assert torch.equal(corrupt, corrupt[:, :1].expand(-1, 3, -1, -1))
     shares = [(corrupt == value).float().mean().item() for value in (0.1, 0.9, 0.5)]
     assert shares == pytest.approx([0.05, 0.05, 0.9], abs=0.005)
@@ -248,10 +252,10 @@ def test_images_of_other_sets_fit_the_model():
     """Breaks when colour is not made grey by luminance, grey not colour, or a constant changes with the size."""
     red = torch.zeros(2, 3, 8, 6)
     red[:, 0] = 0.5
-    grey = sandbox.fitted(red, (1, 4, 4))
+    grey = analysis.fit_images(red, (1, 4, 4))
     torch.testing.assert_close(grey, torch.full((2, 1, 4, 4), 0.1495))
-    torch.testing.assert_close(sandbox.fitted(grey, (3, 7, 5)), torch.full((2, 3, 7, 5), 0.1495))
-    assert torch.equal(sandbox.fitted(red, (3, 8, 6)), red)
+    torch.testing.assert_close(analysis.fit_images(grey, (3, 7, 5)), torch.full((2, 3, 7, 5), 0.1495))
+    assert torch.equal(analysis.fit_images(red, (3, 8, 6)), red)
 
 
 def test_nearest_neighbours_of_training_images_are_themselves():
@@ -259,7 +263,7 @@ def test_nearest_neighbours_of_training_images_are_themselves():
     images = draw_bytes(50, 3, 8, 8)
     chosen = torch.tensor([0, 49, 16, 33])
     queries = images[chosen].float() / 255
-    distances, indices = sandbox.nearest(queries, data.StoredImages("train", images, None), 5, block=16)
+    distances, indices = analysis.find_neighbours(queries, data.StoredImages("train", images, None), 5, block=16)
     assert indices[:, 0].tolist() == chosen.tolist() and (distances[:, 0] == 0).all()
     every = (queries.double().flatten(1)[:, None] - images.double().flatten(1) / 255).norm(dim=2)
     best, order = every.topk(5, largest=False)
@@ -277,7 +281,7 @@ def test_eigenvectors_of_a_quadratic_energy():
     curvatures[[3, 8, 12]] = torch.tensor([5.0, -4.0, 3.0])
     energy = lambda x: 0.5 * ((x.flatten(1) @ basis).square() * curvatures).sum(1)  # noqa: E731
     image = torch.rand(1, 4, 4, generator=make_generator())
-    values, vectors = sandbox.hessian_directions(energy, image, 3, make_generator())
+    values, vectors = analysis.find_hessian_directions(energy, image, 3, make_generator())
     torch.testing.assert_close(values, torch.tensor([5.0, -4.0, 3.0]), rtol=1e-3, atol=0)
     overlap = (vectors.flatten(1) * basis[:, [3, 8, 12]].T).sum(1).abs()
     torch.testing.assert_close(overlap, torch.ones(3), rtol=1e-3, atol=0)
@@ -286,9 +290,11 @@ def test_eigenvectors_of_a_quadratic_energy():
 def test_piecewise_linear_energies_have_no_hessian():
     """Breaks when rounding noise is shown as directions of a leaky ReLU network."""
     model = make_model(models.ModelConfig("MnistNet", (1, 8, 8), 2))
-    box = Sandbox(model, make_generator())
+    examined = ExaminedModel(model, make_generator())
     with pytest.raises(UsageError, match="`hessian`=False"):
-        sandbox.hessian_directions(lambda x: box.energy(x, no_labels(x)), torch.rand(1, 8, 8), 3, make_generator())
+        analysis.find_hessian_directions(
+            lambda x: examined.energy(x, no_labels(x)), torch.rand(1, 8, 8), 3, make_generator()
+        )
 
 
 def test_directions_of_linear_features():
@@ -296,7 +302,7 @@ def test_directions_of_linear_features():
     left = torch.linalg.qr(torch.randn(6, 3, generator=make_generator()))[0]
     right = torch.linalg.qr(torch.randn(16, 3, generator=make_generator(1)))[0]
     matrix = left @ torch.diag(torch.tensor([1.0, 3.0, 2.0])) @ right.T
-    values, vectors = sandbox.feature_directions(lambda x: x.flatten(1) @ matrix.T, torch.rand(1, 4, 4), 3)
+    values, vectors = analysis.find_feature_directions(lambda x: x.flatten(1) @ matrix.T, torch.rand(1, 4, 4), 3)
     torch.testing.assert_close(values, torch.tensor([3.0, 2.0, 1.0]), rtol=1e-4, atol=0)
     overlap = (vectors.flatten(1) * right[:, [1, 2, 0]].T).sum(1).abs()
     torch.testing.assert_close(overlap, torch.ones(3), rtol=1e-4, atol=0)
@@ -307,11 +313,11 @@ def test_directions_of_linear_features():
 
 def test_chains_in_16_bits_and_energies_in_32():
     """Breaks when the precision does not reach the chains, changes what they find, or touches energies and logits."""
-    boxes = [make_sandbox("ResNet32", (3, 8, 8), 3, step_lr=100.0, precision=p) for p in ("float32", "bf16")]
+    both = [make_sandbox("ResNet32", (3, 8, 8), 3, step_lr=100.0, precision=p) for p in ("float32", "bf16")]
     images, labels = torch.rand(4, 3, 8, 8, generator=make_generator()), torch.eye(3)[[0, 1, 2, 0]]
-    assert torch.equal(*(box.energies(images, labels) for box in boxes))
-    assert torch.equal(*(box.logits(images) for box in boxes))
-    ends = [box.chain(images, labels, rounds=1) for box in boxes]
+    assert torch.equal(*(examined.compute_energies(images, labels) for examined in both))
+    assert torch.equal(*(examined.compute_logits(images) for examined in both))
+    ends = [examined.run_chain(images, labels, rounds=1) for examined in both]
     moved, apart = (ends[0] - images).norm(), (ends[0] - ends[1]).norm()
     assert 0 < apart < 0.02 * moved and ends[1].dtype == torch.float32
 
@@ -342,8 +348,8 @@ def test_samples_of_classes_need_no_data(tmp_path):
 @pytest.mark.parametrize("task", sandbox_tasks.TASKS)
 def test_task_on_an_unconditional_model_of_colour_images(task, tmp_path):
     """Breaks when a task needs labels for nothing, or one that does need them fails without saying so."""
-    box = make_sandbox("ResNet32", (3, 16, 16), num_steps=1)
-    run = make_sandbox_run(box, tmp_path, classes=0, mixes=["interpolation"], limit=2, hessian=False)
+    examined = make_sandbox("ResNet32", (3, 16, 16), num_steps=1)
+    run = make_sandbox_run(examined, tmp_path, classes=0, mixes=["interpolation"], limit=2, hessian=False)
     if task in NEED_CLASSES:
         with pytest.raises(UsageError, match=f"`task`={task} needs a model conditioned on classes"):
             sandbox_tasks.TASKS[task](run)
@@ -357,6 +363,8 @@ def test_diagnosis_of_chains_that_are_known(tmp_path):
 
     Down a steep slope every pixel is 0 after a round; on a plane chains walk at random at the energy of the data.
     """
+    for name in ("steep", "plane"):
+        (tmp_path / name).mkdir()
     steep = planted(lambda x, y: x.flatten(1).sum(1), (1, 8, 8), num_steps=1, step_lr=9.0)
     figures = sandbox_tasks.diagnose(make_sandbox_run(steep, tmp_path / "steep", classes=0)).figures
     start = np.load(tmp_path / "steep" / "energies_from_images.npy")[0]
@@ -373,9 +381,9 @@ def test_outlier_figures_against_scikit_learn(tmp_path):
     """Breaks when the signs of scores are confused: energies are planted, low in the data and high outside."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    box = planted(lambda x, y: x.mean((1, 2, 3)), (1, 4, 4))
+    examined = planted(lambda x, y: x.mean((1, 2, 3)), (1, 4, 4))
     bright = data.StoredImages("bright", (make_dataset((3, 5, 5)).images // 2 + 90), None)
-    run = make_sandbox_run(box, tmp_path, classes=0, mixes=["bright"], load_mix=lambda name: bright)
+    run = make_sandbox_run(examined, tmp_path, classes=0, mixes=["bright"], load_mix=lambda name: bright)
     figures = sandbox_tasks.mixenergy(run).figures["bright"]
     inside, outside = (np.load(tmp_path / f"scores_{name}.npy") for name in ("in_distribution", "bright"))
     truth, scores = np.repeat([1, 0], 24), np.concatenate([inside, outside])
@@ -388,37 +396,39 @@ def test_outlier_figures_against_scikit_learn(tmp_path):
 def test_memorising_shows(tmp_path):
     """Breaks when an energy that knows the training images looks like one that generalises."""
     train = make_dataset((1, 4, 4), 0).images.float() / 255
-    box = planted(lambda x, y: torch.cdist(x.flatten(1), train.flatten(1)).amin(1))
-    report = sandbox_tasks.energyeval(make_sandbox_run(box, tmp_path, classes=0))
+    examined = planted(lambda x, y: torch.cdist(x.flatten(1), train.flatten(1)).amin(1))
+    report = sandbox_tasks.energyeval(make_sandbox_run(examined, tmp_path, classes=0))
     assert report.figures["AUROC train/test"] == 1.0
-    shared = make_sandbox_run(box, tmp_path, classes=0)
+    shared = make_sandbox_run(examined, tmp_path, classes=0)
     shared.load = lambda split: make_dataset((1, 4, 4), 0)
     assert "no split" in sandbox_tasks.energyeval(shared).figures["verdict"]
 
 
 def test_finetuning_learns_and_is_kept(tmp_path):
     """Breaks when a training step does not lower the loss or leaves the network alone, or --notrain forgets it."""
-    box = make_sandbox("MnistNet", (1, 12, 12), 3, num_steps=0, batch_size=4)
-    run = make_sandbox_run(box, tmp_path)
+    examined = make_sandbox("MnistNet", (1, 12, 12), 3, num_steps=0, batch_size=4)
+    run = make_sandbox_run(examined, tmp_path)
     images = run.examples("train", 24).images
-    before = {name: parameter.clone() for name, parameter in box.model.named_parameters()}
+    before = {name: parameter.clone() for name, parameter in examined.model.named_parameters()}
     always_first = torch.eye(3)[:1].expand(24, -1)
-    losses = [box.finetune(images, always_first, lr=0.02) for _ in range(5)]
+    losses = [examined.finetune(images, always_first, lr=0.02) for _ in range(5)]
     assert losses[-1] < 0.7 * losses[0]
-    assert all(not torch.equal(before[name], parameter) for name, parameter in box.model.named_parameters())
+    assert all(not torch.equal(before[name], parameter) for name, parameter in examined.model.named_parameters())
     trained = sandbox_tasks.labelfinetune(run).figures
     fresh = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12), 3, num_steps=0), tmp_path, train=False)
     reloaded = sandbox_tasks.labelfinetune(fresh).figures
     assert reloaded["clean"] == trained["clean"]
-    torch.testing.assert_close(fresh.sandbox.logits(images), box.logits(images))
+    torch.testing.assert_close(fresh.model.compute_logits(images), examined.compute_logits(images))
     with pytest.raises(UsageError, match="run once with `train`"):
-        sandbox_tasks.labelfinetune(make_sandbox_run(box, tmp_path / "empty", train=False))
+        sandbox_tasks.labelfinetune(make_sandbox_run(examined, tmp_path / "empty", train=False))
 
 
 def test_same_seed_same_images(tmp_path):
     """Breaks when the images looked at depend on the task, or on another seed than --seed."""
-    box = make_sandbox("MnistNet", (1, 12, 12))
-    index = [make_sandbox_run(box, tmp_path, seed=seed).pick(make_dataset((1, 8, 8)), 10, "test") for seed in (0, 0, 1)]
+    examined = make_sandbox("MnistNet", (1, 12, 12))
+    index = [
+        make_sandbox_run(examined, tmp_path, seed=seed).pick(make_dataset((1, 8, 8)), 10, "test") for seed in (0, 0, 1)
+    ]
     assert torch.equal(index[0], index[1]) and not torch.equal(index[0], index[2])
     assert len(index[0].unique()) == 10
 

@@ -11,7 +11,7 @@ import models
 from concept_models import ConceptModel
 from conftest import ROOT, load_state, make_model, run_python, write_checkpoint
 from ebm.settings import CombineSettings
-from sandbox import Sandbox
+from examined import ExaminedModel
 
 SHIPPED = sorted(ROOT.glob("cachedir/*_cond*/model_*.pt"))
 CONCEPTS = ("pos", "rot", "shape", "size")
@@ -37,7 +37,7 @@ def test_digits_are_told_apart():
     images, labels = data.load_dataset("digits", split="test").batch(
         torch.arange(150), torch.Generator().manual_seed(0)
     )
-    logits = Sandbox(checkpoint.load_energy(path), torch.Generator().manual_seed(0)).logits(images)
+    logits = ExaminedModel(checkpoint.load_energy(path), torch.Generator().manual_seed(0)).compute_logits(images)
     assert (logits.argmax(1) == labels.argmax(1)).double().mean() > 0.2
 
 
@@ -46,11 +46,10 @@ def test_digits_are_told_apart():
 def test_sprites_show_what_was_asked_for(concept, least, tmp_path):
     """Breaks when the model of a concept no longer samples it: 1, 42, 33 or 15 % would be right by chance."""
     (path,) = ROOT.glob(f"cachedir/dsprites_cond_{concept}/model_*.pt")
-    model = checkpoint.load_energy(path)
-    known = {concept: ConceptModel(model, models.spectral_norm_once(model), concept)}
-    sprites = dsprites.Sprites(dsprites.latents_of(torch.arange(dsprites.SIZE)))
+    known = {concept: ConceptModel(models.freeze_energy(checkpoint.load_energy(path)), concept)}
+    sprites = dsprites.Sprites(dsprites.compute_latents(torch.arange(dsprites.SIZE)))
     settings = CombineSettings(limit=64, num_steps=60, step_lr=150.0)
-    run = combine.Run(settings, known, {}, {}, sprites, torch.Generator().manual_seed(0), tmp_path)
+    run = combine.ConceptRun(settings, known, {}, {}, sprites, torch.Generator().manual_seed(0), tmp_path)
     assert combine.combine_concepts(run)["jointly"]["right"] > least
 
 

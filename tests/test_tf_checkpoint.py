@@ -19,7 +19,7 @@ from conftest import GOLDEN, encode_field, encode_varint
 from ebm.readers import tensorflow
 from errors import UsageError
 from golden import recipe
-from optimizer import ClippedAdam
+from utils import ClippedAdam
 
 google_crc32c = pytest.importorskip("google_crc32c")
 

@@ -201,7 +201,9 @@ def test_no_space_left(tmp_path):
     program = f"""
 import errno, os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint, cli, train
+import checkpoint
+import cli
+import train
 from ebm.settings import TrainSettings
 whole = checkpoint.save
 def full(path, state):
@@ -266,9 +268,11 @@ def test_injected_nan_is_rolled_back(tmp_path):
     program = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import cli, torch, train, trainer
+import torch
+import cli
+import train
 from ebm.settings import TrainSettings
-step = trainer.train_step
+step = train.train_step
 def poisoned(state, *arguments):
     result = step(state, *arguments)
     if state.iteration == 15 and not hasattr(poisoned, "done"):
@@ -276,7 +280,7 @@ def poisoned(state, *arguments):
         with torch.no_grad():
             state.model.stages["c1"].weight[0] = float("nan")
     return result
-trainer.train_step = poisoned
+train.train_step = poisoned
 cli.run(train.main, TrainSettings, "")
 """
     flags = [f"--logdir={tmp_path}", "--exp=nan", "--max_iter=30", "--save_interval=16", *SMALL_RUN]
@@ -292,16 +296,18 @@ def test_fp16_that_nobody_asked_for_is_given_up_first(tmp_path):
     program = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import cli, torch, train, trainer
+import torch
+import cli
+import train
 import ebm.training.setup
 from acceleration import Acceleration
 from ebm.settings import TrainSettings
 ebm.training.setup.choose_acceleration = lambda *arguments: Acceleration("fp16", asked=frozenset())
-step = trainer.train_step
+step = train.train_step
 def overflown(state, *arguments):
     result = step(state, *arguments)
     return result._replace(e_neg=torch.full((1,), torch.inf)) if state.acceleration.precision == "fp16" else result
-trainer.train_step = overflown
+train.train_step = overflown
 cli.run(train.main, TrainSettings, "")
 """
     flags = [f"--logdir={tmp_path}", "--exp=fp16", "--max_iter=12", *SMALL_RUN]

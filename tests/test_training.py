@@ -7,33 +7,36 @@ from unittest import mock
 import pytest
 import torch
 
-import acceleration
+import hardware
 import models
-import training
-from conftest import SHAPE, make_state
+from conftest import SHAPE, make_state, train_once
 from ebm.settings import TrainSettings
-from training import contrastive_loss
+from ebm.training.chains import infer_labels, run_chains, run_hmc_chain
+from ebm.training.records import compute_statistics
+from ebm.training.run import read_batch
+from train import contrastive_loss, start_chains
 from utils import ReplayBuffer
 
 
 def test_objectives():
     """Breaks when a coefficient, a sign or the weighting of an objective changes."""
     e_pos, e_neg = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0])
-    assert contrastive_loss(e_pos, e_neg)[0].item() == pytest.approx(1.0)
-    assert contrastive_loss(e_pos, e_neg, ml_coeff=2.0)[0].item() == pytest.approx(2.0)
-    assert contrastive_loss(e_pos, e_neg, l2_coeff=0.5)[1].item() == pytest.approx(0.5 * (5 + 2))
+    assert contrastive_loss(e_pos, e_neg, TrainSettings())[0].item() == pytest.approx(1.0)
+    assert contrastive_loss(e_pos, e_neg, TrainSettings(ml_coeff=2.0))[0].item() == pytest.approx(2.0)
+    assert contrastive_loss(e_pos, e_neg, TrainSettings(l2_coeff=0.5))[1].item() == pytest.approx(0.5 * (5 + 2))
     weights = [1, math.exp(-2)]
     expected = 2 - (2 * weights[1]) / (sum(weights) + 1e-4)
-    assert contrastive_loss(e_pos, e_neg, objective="logsumexp")[0].item() == pytest.approx(expected)
-    assert contrastive_loss(e_pos, e_neg, objective="softplus")[0].item() == pytest.approx(math.log(1 + math.e))
+    for objective, value in (("logsumexp", expected), ("softplus", math.log(1 + math.e))):
+        likelihood, _ = contrastive_loss(e_pos, e_neg, TrainSettings(objective=objective))
+        assert likelihood.item() == pytest.approx(value)
     with pytest.raises(ValueError, match="objective"):
-        contrastive_loss(e_pos, e_neg, objective="other")
+        contrastive_loss(e_pos, e_neg, TrainSettings(objective="other"))
 
 
 def test_logsumexp_weights_carry_no_gradient():
     """Breaks when the softmax weights are differentiated: then the weights' own gradient joins."""
     e_neg = torch.tensor([0.0, 2.0], requires_grad=True)
-    contrastive_loss(torch.zeros(2), e_neg, objective="logsumexp")[0].backward()
+    contrastive_loss(torch.zeros(2), e_neg, TrainSettings(objective="logsumexp"))[0].backward()
     expected = torch.tensor([1.0, math.exp(-2)])
     torch.testing.assert_close(e_neg.grad, -expected / (expected.sum() + 1e-4))
 
@@ -70,18 +73,18 @@ def test_chain_starts():
     """Breaks when replay takes over before the buffer holds more than a batch, or in another share than 95 % or what is
     asked for; when --datasource=both is not half and half."""
     state, images = make_state(), torch.full((8, *SHAPE), 0.5)
-    options = TrainSettings(replay_batch=True, batch_size=8)
+    settings = TrainSettings(replay_batch=True, batch_size=8)
     state.buffer.push(torch.zeros(8, *SHAPE))
-    assert training.chain_start(state, options, images).flatten(1).mean(1).gt(0.3).all()
+    assert start_chains(state, settings, images).flatten(1).mean(1).gt(0.3).all()
     state.buffer.push(torch.zeros(1, *SHAPE))
-    starts = [training.chain_start(state, options, images).flatten(1).mean(1) < 0.1 for _ in range(100)]
+    starts = [start_chains(state, settings, images).flatten(1).mean(1) < 0.1 for _ in range(100)]
     assert torch.cat(starts).float().mean().item() == pytest.approx(0.95, abs=0.03)
-    options = dataclasses.replace(options, replay_rate=0.5)
-    starts = [training.chain_start(state, options, images).flatten(1).mean(1) < 0.1 for _ in range(100)]
+    settings = dataclasses.replace(settings, replay_rate=0.5)
+    starts = [start_chains(state, settings, images).flatten(1).mean(1) < 0.1 for _ in range(100)]
     assert torch.cat(starts).float().mean().item() == pytest.approx(0.5, abs=0.06)
-    near = training.chain_start(state, TrainSettings(datasource="default"), images)
+    near = start_chains(state, TrainSettings(datasource="default"), images)
     assert (near - images).std().item() == pytest.approx(0.3, rel=0.05)
-    half = training.chain_start(state, TrainSettings(datasource="both"), images)
+    half = start_chains(state, TrainSettings(datasource="both"), images)
     assert (half - images)[:4].std().item() == pytest.approx(0.3, rel=0.05)
     assert half[4:].std().item() == pytest.approx(12**-0.5, rel=0.05) and half[4:].min() >= 0 and half[4:].max() <= 1
 
@@ -90,14 +93,14 @@ def test_pcd_goes_on_from_the_last_end_points():
     """Breaks when --pcd restarts its chains."""
     state, images = make_state(), torch.rand(8, *SHAPE)
     labels = torch.eye(3)[torch.arange(8) % 3]
-    options = TrainSettings(pcd=True, zero_kl=True, num_steps=1)
-    first = training.train_step(state, options, images, labels, lambda: None)
-    second = training.train_step(state, options, images, labels, lambda: None)
+    settings = TrainSettings(pcd=True, zero_kl=True, num_steps=1)
+    first = train_once(state, settings, images, labels)
+    second = train_once(state, settings, images, labels)
     assert torch.equal(second.start, first.samples)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "changes",
     [
         {},
         {"zero_kl": True, "objective": "softplus"},
@@ -107,20 +110,20 @@ def test_pcd_goes_on_from_the_last_end_points():
     ],
     ids=str,
 )
-def test_step(settings):
+def test_step(changes):
     """Breaks when an option leaves a parameter without gradient, the images' range, or the weights as they were."""
     state = make_state()
-    options = TrainSettings(**{"num_steps": 2, "batch_size": 8, **settings})
-    images = options.rescale * torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1))
+    settings = TrainSettings(**{"num_steps": 2, "batch_size": 8, **changes})
+    images = settings.rescale * torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1))
     before = [parameter.clone() for parameter in state.model.parameters()]
-    step = training.train_step(state, options, images, torch.eye(3)[torch.arange(8) % 3], lambda: None)
+    step = train_once(state, settings, images, torch.eye(3)[torch.arange(8) % 3])
     assert step.loss.isfinite() and state.iteration == 1
-    assert step.samples.min() >= 0 and step.samples.max() <= options.rescale
+    assert step.samples.min() >= 0 and step.samples.max() <= settings.rescale
     assert all(parameter.grad is not None for parameter in state.model.parameters())
     assert any(not torch.equal(old, new) for old, new in zip(before, state.model.parameters(), strict=True))
-    figures = training.statistics(state, options, step)
+    figures = compute_statistics(state, step, settings.temperature)
     assert figures["e_diff"] == pytest.approx(figures["e_pos"] - figures["e_neg"], abs=1e-5)
-    assert ("label_ent" in figures) == options.model_cclass
+    assert ("label_ent" in figures) == settings.model_cclass
 
 
 def test_mismatched_labels():
@@ -130,19 +133,20 @@ def test_mismatched_labels():
     images = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1))
     labels = torch.eye(3)[torch.arange(8) % 3]
     chains_only, state = make_state(), make_state()
-    options = TrainSettings(num_steps=0, batch_size=8, zero_kl=True, num_chains=4, l2_coeff=0.5, replay_batch=True)
+    settings = TrainSettings(num_steps=0, batch_size=8, zero_kl=True, num_chains=4, l2_coeff=0.5, replay_batch=True)
     weights = models.detach(state.model.prepare())
     e_data = state.model.energy(weights, images, labels)
     e_wrong = state.model.energy(weights, images[[7, 0, 1, 2, 3, 4, 5, 6]], labels)
     second = (e_data - e_wrong).mean() + 0.5 * (e_data.square() + e_wrong.square()).mean()
 
-    first = training.train_step(chains_only, options, images, labels, lambda: None)
-    step = training.train_step(state, dataclasses.replace(options, mismatch=3.0), images, labels, lambda: None)
+    first = train_once(chains_only, settings, images, labels)
+    step = train_once(state, dataclasses.replace(settings, mismatch=3.0), images, labels)
     assert step.loss.item() == pytest.approx(first.loss.item() + 3 * second.item(), rel=1e-5)
     assert step.loss_ml.item() == pytest.approx(first.loss_ml.item(), rel=1e-5)  # the figure stays the reference's
     assert torch.allclose(step.e_wrong, e_wrong, atol=1e-6) and torch.allclose(step.e_pos, e_data[:4], atol=1e-6)
     assert len(step.samples) == len(step.images) == len(step.labels) == len(state.buffer) == 4
-    assert training.statistics(state, options, step)["e_wrong"] == pytest.approx(e_wrong.mean().item(), rel=1e-4)
+    figures = compute_statistics(state, step, settings.temperature)
+    assert figures["e_wrong"] == pytest.approx(e_wrong.mean().item(), rel=1e-4)
     gradients = [model.stages["fc5"].weight.grad for model in (chains_only.model, state.model)]
     assert not torch.allclose(*gradients)
 
@@ -153,8 +157,8 @@ def test_precision_of_the_loss():
     gradients = {}
     for precision in ("float32", "bf16", "fp16"):
         state = make_state(precision=precision)
-        options = TrainSettings(num_steps=0, batch_size=8, zero_kl=True)
-        step = training.train_step(state, options, images, torch.eye(3)[torch.arange(8) % 3], lambda: None)
+        settings = TrainSettings(num_steps=0, batch_size=8, zero_kl=True)
+        step = train_once(state, settings, images, torch.eye(3)[torch.arange(8) % 3])
         assert step.e_pos.dtype == torch.float32
         gradients[precision] = torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()])
     assert torch.equal(gradients["fp16"], gradients["float32"])
@@ -166,8 +170,8 @@ def test_kl_term_reaches_the_weights_through_the_chain():
     """Breaks when the KL gradient is cut: with the other terms weighted 0, all that is left flows through the chain."""
     state = make_state()
     images, labels = torch.rand(4, *SHAPE), torch.eye(3)[torch.arange(4) % 3]
-    options = TrainSettings(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4)
-    step = training.train_step(state, options, images, labels, lambda: None)
+    settings = TrainSettings(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4)
+    step = train_once(state, settings, images, labels)
     assert step.loss.item() == pytest.approx(step.loss_kl.item())
     assert state.model.stages["c1"].weight.grad.abs().max() > 0
 
@@ -178,11 +182,11 @@ def test_kl_term_in_16_bits():
     gradients = []
     for precision in ("float32", "bf16", "fp16"):
         state = make_state(precision=precision)
-        options = TrainSettings(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4)
+        settings = TrainSettings(ml_coeff=0.0, l2_coeff=0.0, num_steps=2, step_lr=10.0, batch_size=4)
         with mock.patch.object(state.model, "energy", wraps=state.model.energy) as energy:
-            training.train_step(state, options, images, labels, lambda: None)
+            train_once(state, settings, images, labels)
         used = {call.args[0]["fc5.kernel"].dtype for call in energy.call_args_list}
-        assert used == {acceleration.LOSS_PRECISIONS[precision]}
+        assert used == {hardware.LOSS_PRECISIONS[precision]}
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()]))
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
     assert 1e-4 < error < 0.1
@@ -198,8 +202,8 @@ def test_inferred_labels_follow_the_energies():
         def energy(self, weights, images, labels):
             return labels @ torch.tensor([0.0, math.log(3)])
 
-    generator = torch.Generator().manual_seed(0)
-    labels, entropy = training.infer_labels(Known(), {}, torch.zeros(4000, *SHAPE), generator)
+    energy, settings = models.PreparedEnergy(Known(), {}), TrainSettings(model_cclass=True)
+    labels, entropy = infer_labels(make_state(), settings, energy, torch.zeros(4000, *SHAPE), None)
     assert labels[:, 0].mean().item() == pytest.approx(0.75, abs=0.03)
     assert entropy.item() == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), rel=1e-4)
 
@@ -215,20 +219,21 @@ def test_batches_are_reproduced_and_single_overfits():
             return index.view(-1, 1, 1, 1).float().expand(-1, *SHAPE), torch.eye(3)[index % 3]
 
     state = make_state(label_size=0)
-    images, labels = training.next_batch(state, TrainSettings(single=True), Numbers())
+    images, labels = read_batch(state, TrainSettings(single=True), Numbers())
     assert labels is None and images.unique().numel() == 1
-    images, _ = training.next_batch(state, TrainSettings(), Numbers())
+    images, _ = read_batch(state, TrainSettings(), Numbers())
     assert images[:, 0, 0, 0].unique().numel() == 8
 
 
 def test_hmc_tells_its_acceptance_and_chains_how_far_they_moved():
     """Breaks when the acceptance is not the mean over moves and images, or the way is not measured from the start."""
     state, images = make_state(label_size=0), torch.rand(8, *SHAPE)
-    options = TrainSettings(zero_kl=True, hmc=True, num_steps=3, batch_size=8)
-    step = training.train_step(state, options, images, None, lambda: None)
-    figures = training.statistics(state, options, step)
+    settings = TrainSettings(zero_kl=True, hmc=True, num_steps=3, batch_size=8)
+    step = train_once(state, settings, images, None)
+    figures = compute_statistics(state, step, settings.temperature)
     assert figures["hmc_acceptance"] * 24 == pytest.approx(round(figures["hmc_acceptance"] * 24), abs=1e-4)
     assert figures["x_moved"] == pytest.approx((step.samples - step.start).abs().mean().item())
     flat = lambda x: 0 * x.flatten(1).sum(1)  # noqa: E731
-    assert training.run_chain(flat, images, options, state.generator)[1] == 1.0  # nothing to lose: all are accepted
-    assert training.run_chain(flat, images, TrainSettings(zero_kl=True), state.generator)[1] is None
+    assert run_hmc_chain(flat, images, settings, state.generator)[1] == 1.0  # nothing to lose: all are accepted
+    langevin = TrainSettings(zero_kl=True, num_steps=1)
+    assert run_chains(state, langevin, models.freeze_energy(state.model), images, None)[1] is None

@@ -1,4 +1,4 @@
-"""Download what torchvision knows, and import torchvision where its compiled part does not load."""
+"""Import torchvision, also if its compiled part does not load."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, also where its compiled operators do not load, as beside a torch of another build.
+    """Import torchvision, also if its compiled operators do not load because torch is of another build.
 
-    Its Python parts then only need these operators to be declared, before the import.
+    The Python parts of torchvision can then be imported after these operators have been declared.
     """
-    found = importlib.util.find_spec("torchvision")
-    if found is not None and found.origin and "torchvision" not in sys.modules:
+    spec = importlib.util.find_spec("torchvision")
+    if spec is not None and spec.origin and "torchvision" not in sys.modules:
         with contextlib.suppress(OSError):
-            for library in pathlib.Path(found.origin).parent.glob("_C.*"):
+            for library in pathlib.Path(spec.origin).parent.glob("_C.*"):
                 torch.ops.load_library(library)
         if not hasattr(torch.ops.torchvision, "nms"):
             declare_operators()
@@ -30,7 +30,7 @@ _declared: list[torch.library.Library] = []  # a declaration lasts as long as it
 
 
 def declare_operators() -> None:
-    """Declare the compiled operators of torchvision, with nothing to run behind them."""
+    """Declare the compiled operators of torchvision without an implementation."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms", "qroi_align"):
         library.define(f"{name}() -> ()")

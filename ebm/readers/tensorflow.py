@@ -1,10 +1,10 @@
-"""Read what TensorFlow wrote, without TensorFlow: protobuf messages, masked checksums, and the tables of checkpoints.
+"""Readers of TensorFlow's files that do not need TensorFlow: checkpoints, protobuf messages and checksums.
 
     variables = read_tf_checkpoint("cachedir/cifar10_cond/model_74700")  # name -> array
 
-A checkpoint is `model_<iter>.index`, a table of names and places in the format of LevelDB, beside its shards
-`model_<iter>.data-00000-of-00001`, the raw tensors. Files may come from strangers: every size, offset and checksum is
-verified, and time and memory stay in proportion to the length of the files.
+A checkpoint consists of `model_<iter>.index`, a table of names and places in the format of LevelDB, and of shards
+`model_<iter>.data-00000-of-00001`, which hold the raw tensors. Files need not be trusted: every size, offset and
+checksum is verified, and time and memory are proportional to the length of the files.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from errors import UsageError
 
 
 class Fault(Exception):
-    """What is wrong with a file; `name_file_at_fault` adds which file it is."""
+    """A defect of a file, as the end of a sentence; `name_faulty_file` adds the name of the file."""
 
 
 @contextlib.contextmanager
-def name_file_at_fault(path: Path) -> Iterator[None]:
-    """Turn whatever is wrong with a file into one line that names it."""
+def name_faulty_file(path: Path) -> Iterator[None]:
+    """Turn a Fault or OSError inside into a UsageError that names the file."""
     try:
         yield
     except Fault as fault:
@@ -37,18 +37,18 @@ def name_file_at_fault(path: Path) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bytes, numbers and messages: what both the table and its entries are made of
+# Bytes, numbers and messages, of which the table and its entries consist
 
 
 def take_bytes(data: bytes, start: int, size: int) -> bytes:
-    """Return `size` bytes from `start`."""
+    """Return `size` bytes from `start`; raise Fault if there are fewer."""
     if start + size > len(data):
         raise Fault("is damaged: something in it reaches beyond its end")
     return data[start : start + size]
 
 
 def read_varint(data: bytes, start: int) -> tuple[int, int]:
-    """Return the number at `start`, seven bits per byte and the lowest first, and where it ends."""
+    """Return the varint at `start` and the position after it; each byte holds seven bits, the lowest first."""
     value = 0
     for i, byte in enumerate(data[start : start + 10]):
         value |= (byte & 0x7F) << 7 * i
@@ -58,7 +58,7 @@ def read_varint(data: bytes, start: int) -> tuple[int, int]:
 
 
 def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (field number, value) of a protobuf message: numbers as int, nested messages as bytes."""
+    """Yield (field number, value) for each field of a protobuf message: a number as int, a nested message as bytes."""
     position = 0
     while position < len(message):
         key, position = read_varint(message, position)
@@ -77,17 +77,20 @@ def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def read_numbers(message: bytes) -> dict[int, int]:
-    """Return the fields of a protobuf message that are numbers; where one is repeated, the last counts."""
+    """Return the numeric fields of a protobuf message: field number -> value; of a repeated field, the last value."""
     return {field: value for field, value in read_fields(message) if isinstance(value, int)}
 
 
 def read_nested(message: bytes, field: int) -> list[bytes]:
-    """Return the nested messages of one field."""
+    """Return all nested messages in one field of a protobuf message."""
     return [value for number, value in read_fields(message) if number == field and isinstance(value, bytes)]
 
 
 def verify_checksum(data: bytes | np.ndarray, masked: int, what: str) -> None:
-    """Compare the CRC-32C of `data` with a stored one, which LevelDB masks: rotated by 15 bits, plus a constant."""
+    """Raise Fault if the CRC-32C of `data` differs from a stored one.
+
+    masked: the stored checksum, which LevelDB masks by a rotation by 15 bits and a constant. what: names the data.
+    """
     try:
         import google_crc32c  # few runs read such files
     except ImportError:
@@ -98,18 +101,18 @@ def verify_checksum(data: bytes | np.ndarray, masked: int, what: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The index: its footer points to the index block, that to the data blocks, those hold (name, entry)
+# The index file: its footer points to the index block, which points to the data blocks, which hold (name, entry)
 
 MAGIC = bytes.fromhex("57fb808b247547db")
 FOOTER_SIZE = 48  # bytes: places of two blocks, padding, MAGIC
-MAX_INDEX_SIZE = 1 << 20  # bytes; published ones have some ten thousand
-MAX_NAME_SIZE = 1 << 10  # bytes; names share their beginnings, so a short file could spell out very long ones
+MAX_INDEX_SIZE = 1 << 20  # bytes; published index files have about ten thousand
+MAX_NAME_SIZE = 1 << 10  # bytes; names share prefixes, so that a short file could expand to very long names
 MAX_DIMENSIONS = 8
-DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8"}  # those of weights and counters, by their numbers in TensorFlow
+DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8"}  # TensorFlow's number -> type, for weights and counters
 
 
 class Entry(NamedTuple):
-    """Where a tensor is, and what it is: `size` bytes from `offset` of a shard."""
+    """A tensor's name, type and shape, and its place: `size` bytes from `offset` of a shard."""
 
     name: str
     dtype: np.dtype
@@ -121,15 +124,15 @@ class Entry(NamedTuple):
 
 
 def read_block(table: bytes, place: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the (key, value) pairs of the block at `place` (offset, size); a key omits what it shares with the last."""
+    """Yield the (key, value) pairs of a block of the table. place: its offset and size, as two varints."""
     offset, position = read_varint(place, 0)
     size, _ = read_varint(place, position)
     content = take_bytes(table, offset, size)
-    trailer = take_bytes(table, offset + size, 5)  # compression, checksum of the content and of that byte
+    trailer = take_bytes(table, offset + size, 5)  # type of compression; checksum of the content and of this type
     verify_checksum(content + trailer[:1], int.from_bytes(trailer[1:], "little"), "a block")
     if trailer[0] != 0:
         raise Fault("is compressed, which TensorFlow does not do by itself: save it again without compression")
-    restarts = int.from_bytes(content[-4:], "little")  # the length of an array behind the pairs, for binary search
+    restarts = int.from_bytes(content[-4:], "little")  # length of an array after the pairs, for binary search
     end = len(content) - 4 * (restarts + 1)
     if end <= 0:
         raise Fault("is damaged: an empty block")
@@ -137,6 +140,7 @@ def read_block(table: bytes, place: bytes) -> Iterator[tuple[bytes, bytes]]:
 
     key, position = b"", 0
     while position < end:
+        # A key omits the prefix that it shares with the previous key.
         shared, position = read_varint(pairs, position)
         added, position = read_varint(pairs, position)
         size, position = read_varint(pairs, position)
@@ -148,11 +152,11 @@ def read_block(table: bytes, place: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def read_table(table: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield all (key, value) pairs of a table, whose keys increase."""
+    """Yield all (key, value) pairs of a table; raise Fault unless the keys increase."""
     footer = table[-FOOTER_SIZE:]
     if not footer.endswith(MAGIC):
         raise Fault("is no index of a TensorFlow checkpoint, or its end is missing")
-    position = read_varint(footer, read_varint(footer, 0)[1])[1]  # behind the place of a block of remarks
+    position = read_varint(footer, read_varint(footer, 0)[1])[1]  # after the place of a block of metadata
     last = None
     for _, place in read_block(table, footer[position:]):
         for key, value in read_block(table, place):
@@ -163,7 +167,7 @@ def read_table(table: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def parse_entry(key: bytes, message: bytes) -> Entry:
-    """Return one entry (TensorFlow's BundleEntryProto) whose size agrees with its shape."""
+    """Parse an entry (TensorFlow's BundleEntryProto); raise Fault if its size does not agree with its shape."""
     name = key.decode("ascii", errors="replace")
     if not key.isascii() or not name.isprintable():
         raise Fault(f"is damaged: an impossible name {key[:80]!r}")
@@ -184,7 +188,10 @@ def parse_entry(key: bytes, message: bytes) -> Entry:
 
 
 def read_index(path: Path) -> tuple[list[Entry], int]:
-    """Return the entries of an index, none overlapping, in the order of their places, and the number of shards."""
+    """Read an index file; return its entries in the order of their places, and the number of shards.
+
+    Raises Fault if entries overlap, or if the file is damaged.
+    """
     if not path.is_file():
         raise Fault("is missing")
     if path.stat().st_size > MAX_INDEX_SIZE:
@@ -203,7 +210,7 @@ def read_index(path: Path) -> tuple[list[Entry], int]:
 
 
 def read_shard(path: Path, entries: Iterable[Entry]) -> dict[str, np.ndarray]:
-    """Return the tensors of a shard by their names."""
+    """Read the tensors of a shard by name. entries: those of the shard."""
     if not path.is_file():
         raise Fault("is missing")
     tensors = {}
@@ -220,17 +227,17 @@ def read_shard(path: Path, entries: Iterable[Entry]) -> dict[str, np.ndarray]:
 
 
 def read_tf_checkpoint(prefix: str | Path) -> dict[str, np.ndarray]:
-    """Return every tensor of a TF1 checkpoint by its name.
+    """Read all tensors of a TF1 checkpoint by name.
 
-    prefix: the path without `.index`. Raises UsageError that names the file and what is wrong with it: missing,
-    truncated, a bad checksum, compressed, not a checkpoint.
+    prefix: the path without `.index`. Raises UsageError, which names the file and its defect, if a file is missing,
+    truncated, damaged, compressed or not a checkpoint.
     """
     index = Path(f"{prefix}.index")
-    with name_file_at_fault(index):
+    with name_faulty_file(index):
         entries, shards = read_index(index)
     variables: dict[str, np.ndarray] = {}
     for number, group in itertools.groupby(entries, key=lambda entry: entry.shard):
         shard = Path(f"{prefix}.data-{number:05d}-of-{shards:05d}")
-        with name_file_at_fault(shard):
+        with name_faulty_file(shard):
             variables |= read_shard(shard, group)
     return variables

@@ -1,4 +1,4 @@
-"""What a run needs before its first iteration: consistent settings, its data, its network, its folder, its state."""
+"""The preparation of a run before its first iteration: settings, data, network, acceleration, folder and state."""
 
 from __future__ import annotations
 
@@ -11,30 +11,27 @@ from typing import Any
 
 import torch
 
-import acceleration
-import checkpoint
 import cli
 import data
 import models
 from acceleration import Acceleration
 from distributed import Workers
 from ebm.settings import CONDITIONS, SIZES, SUBSETS, TrainSettings
+from ebm.training.state import State
 from errors import UsageError
-from metrics import ClassifierDistance, train_feature_classifier
-from optimizer import ClippedAdam
-from training import REPLAY_SIZE, State
-from utils import ReplayBuffer
+from hardware import set_kernel_choice, set_tf32
+from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
 
 # ---- settings ----
 
 
 def list_enabled(settings: Any, names: dict[str, str]) -> list[str]:
-    """Return which of these settings, by name, are on."""
+    """Return the names of the settings that are on, of those in `names`."""
     return [name for name in names if getattr(settings, name)]
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """Raise UsageError for settings that contradict each other; say which ones have no effect."""
+    """Raise UsageError if settings contradict each other; print a note for settings without effect."""
     conditions, subsets = list_enabled(settings, CONDITIONS), list_enabled(settings, SUBSETS)
     for names in (conditions, subsets, list_enabled(settings, SIZES)):
         if len(names) > 1:
@@ -68,7 +65,7 @@ def check_settings(settings: TrainSettings) -> None:
 
 
 def open_dataset(settings: TrainSettings, workers: Workers) -> data.Dataset:
-    """Return the data set to train on; rank 0 reads it first, so that it is downloaded once."""
+    """Return the data set to train on. Rank 0 reads it before the others, so that it is downloaded once."""
     if workers.rank > 0:
         workers.barrier()
     dataset = data.load_dataset(
@@ -127,7 +124,7 @@ def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.Mod
 
 
 def choose_acceleration(settings: TrainSettings, device: str, network: str) -> Acceleration:
-    """Return how chains run: as the settings ask for, else the fastest way on this kind of device."""
+    """Return the acceleration of chains: what the settings ask for, else the fastest on this kind of device."""
     has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
     if settings.compile and not has_compiler:
         raise UsageError("`compile` needs a C compiler (cc, gcc or clang), and none is on the PATH; leave it out")
@@ -147,12 +144,12 @@ def choose_acceleration(settings: TrainSettings, device: str, network: str) -> A
 
 
 def choose_precision(settings: TrainSettings, device: str, network: str) -> str:
-    """Return the number type of energies: the one asked for, else one that is fast and good enough.
+    """Return the number type of energies: that of the setting `precision`, else one that is fast and accurate enough.
 
-    On a GPU that is fp16 for Langevin chains without the KL term, whose gradients to images are 1 to 3 % off then (of
-    untrained networks, on a CPU), and TF32 for all else; nothing was measured there yet. On a CPU that multiplies bf16
-    in tiles (AMX) it is bf16 for MnistNet by such chains, whose training curves cannot be told from those of float32;
-    others were not compared, or not enough (docs/speed.md).
+    On a GPU it is fp16 for Langevin chains without the KL term, and TF32 for all else. In fp16 the gradients for images
+    are 1 to 3 % off, measured with untrained networks on a CPU; nothing was measured on a GPU yet. On a CPU that
+    multiplies bf16 in tiles (AMX), it is bf16 for MnistNet with such chains, because its training curves cannot be told
+    from those in float32; other networks were not compared, or not enough (docs/speed.md). Else it is float32.
     """
     if settings.precision == "fp16" and not settings.zero_kl:
         print("note: with the KL term, whose gradients underflow in fp16, precision=fp16 is tf32")
@@ -169,9 +166,9 @@ def choose_precision(settings: TrainSettings, device: str, network: str) -> str:
 
 
 def open_folder(folder: pathlib.Path, is_resumed: bool) -> None:
-    """Make the experiment's folder; a new run moves an earlier one aside, so that nothing is lost.
+    """Make the experiment's folder; a new run renames the folder of an earlier one, so that nothing is lost.
 
-    Raises UsageError where nothing can be written.
+    Raises UsageError if the folder cannot be written.
     """
     try:
         if folder.exists() and not is_resumed and any(folder.iterdir()):
@@ -186,7 +183,7 @@ def open_folder(folder: pathlib.Path, is_resumed: bool) -> None:
 
 
 def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: data.Dataset, workers: Workers) -> State:
-    """Return the state of a new run: the same weights on every worker; noise, chains and replays of its own."""
+    """Return the state of a new run: the same weights on every worker, but its own noise and replay buffer."""
     torch.manual_seed(settings.seed + workers.rank)
     model = models.build_model(config, torch.Generator().manual_seed(settings.seed)).to(workers.device)
     return State(
@@ -202,8 +199,11 @@ def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: da
     )
 
 
-def last_iteration(settings: TrainSettings, images: int, workers: int) -> int:
-    """Return where training stops: `max_iter`, or `epoch_num` passes over the data; 60,000 for mnist as published."""
+def find_last_iteration(settings: TrainSettings, images: int, workers: int) -> int:
+    """Return the last iteration: `max_iter`, else `epoch_num` passes over the data, for mnist at most 60,000.
+
+    The limit for mnist is that of the published code.
+    """
     if settings.max_iter is not None:
         return settings.max_iter
     epochs = settings.epoch_num * (images // (settings.batch_size * workers))
@@ -211,10 +211,10 @@ def last_iteration(settings: TrainSettings, images: int, workers: int) -> int:
 
 
 def set_kernels(settings: TrainSettings, workers: Workers) -> None:
-    """Set for the whole process which kernels a GPU takes; say where that has no effect."""
-    acceleration.set_tf32(False)  # but in training steps and their chains
+    """Set for the whole process which kernels a GPU uses; print a note if a setting has no effect on a CPU."""
+    set_tf32(False)  # training steps and their chains allow it for themselves
     if workers.device.type == "cuda":
-        acceleration.set_kernel_choice(deterministic=settings.deterministic)
+        set_kernel_choice(deterministic=settings.deterministic)
         return
     if settings.cuda_graph:
         raise UsageError(f"`cuda_graph` needs a GPU, and this run is on the {workers.device}; leave it out")
@@ -223,12 +223,12 @@ def set_kernels(settings: TrainSettings, workers: Workers) -> None:
 
 
 def announce(settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int) -> None:
-    """Print what a run is about to do and where everything goes; store its settings and network in config.json."""
+    """Print the data, network, workers and settings of a run, and store its settings and network in config.json."""
     config, values = state.model.config, cli.to_dict(settings)
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    described = {"flags": values, "network": dataclasses.asdict(config), "parameters": parameters}
-    described |= {"torch": torch.__version__, "workers": workers.size, "energies": str(state.acceleration)}
-    (settings.folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    description = {"flags": values, "network": dataclasses.asdict(config), "parameters": parameters}
+    description |= {"torch": torch.__version__, "workers": workers.size, "energies": str(state.acceleration)}
+    (settings.folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     print(f"data: {dataset.name}, {len(dataset):,} images of {config.image_shape}, {dataset.label_size} label values")
     print(f"network: {config.network}, {parameters:,} parameters, {config.num_filters} filters")
     print(f"workers: {workers.size}, {workers.engine} ({workers.why}), on {workers.device}")
@@ -237,28 +237,3 @@ def announce(settings: TrainSettings, state: State, dataset: data.Dataset, worke
         print("the Langevin step is compiled when it first runs, which can take a minute; torch keeps the result")
     print(f"iterations: {state.iteration} to {stop}; everything goes to {settings.folder}/")
     print("settings: " + " ".join(f"{name}={value}" for name, value in values.items() if value is not None))
-
-
-# ---- the distance of samples to the data ----
-
-
-def measure_distance(settings: TrainSettings, dataset: data.Dataset) -> tuple[ClassifierDistance, float]:
-    """Return the distance to one half of the data in a small classifier's features, and that of the other half to it.
-
-    The classifier is trained on the data the first time, then kept in the run's folder.
-    """
-    labels = dataset.labels
-    if labels is None or labels.ndim > 1 or dataset.name == "dsprites":
-        raise UsageError("`quality` trains a classifier on the classes of the data, and there are none here")
-    device, path = dataset.index_device, settings.folder / "classifier.pt"
-    images = dataset.raw(torch.arange(len(dataset)))
-    reference, rest = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tensor_split(2)
-    if path.exists():
-        measure = ClassifierDistance.from_state_dict(torch.load(path, weights_only=True, map_location=device))
-    else:
-        print("training a small classifier, in whose features samples are compared with data", flush=True)
-        classifier = train_feature_classifier(images, labels, device=device)
-        measure = ClassifierDistance.from_images(classifier, images[reference])
-        checkpoint.save(path, measure.state_dict())
-    print(f"classifier for the distance to data: {measure.classifier.accuracy:.1%} right on images held out, {path}")
-    return measure, measure.distance(images[rest[: settings.num_samples]])

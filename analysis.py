@@ -1,0 +1,103 @@
+"""Parts of the sandbox tasks: corruption and conversion of images, nearest neighbours, directions of change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data import Dataset
+from errors import UsageError
+from progress import Progress
+from sampling import Energy
+
+
+def add_salt_and_pepper(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return images with salt-and-pepper noise: 5 % of the pixels are 0.1 and another 5 % are 0.9, in all channels."""
+    chance = torch.rand(len(images), 1, *images.shape[2:], generator=generator, device=images.device)
+    pepper = torch.where(chance < 0.05, 0.1, images)
+    return torch.where((chance >= 0.05) & (chance < 0.1), 0.9, pepper)
+
+
+def fit_images(images: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    """Return images (N, c, h, w) converted to the shape (C, H, W).
+
+    Colour becomes grey by luminance, grey becomes colour by repetition; the size changes by bilinear interpolation.
+    """
+    channels, *size = image_shape
+    if channels == 1 and images.shape[1] == 3:
+        images = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    if list(images.shape[2:]) != size:
+        images = F.interpolate(images, size, mode="bilinear", antialias=True)
+    return images.expand(-1, channels, -1, -1)
+
+
+def read_images(dataset: Dataset, index: Tensor) -> Tensor:
+    """Return the images (n, C, H, W) of an index (n,) in [0, 1], without dequantisation noise."""
+    return dataset.raw(index).float().div(255)
+
+
+def find_neighbours(queries: Tensor, dataset: Dataset, count: int, *, block: int = 1024) -> tuple[Tensor, Tensor]:
+    """Find the `count` nearest images of a data set in L2; return their distances, ascending, and indices, (Q, count).
+
+    queries: (Q, C, H, W). The search covers all images, `block` at a time: memory holds that many images and Q·block
+    distances. Distances are sums of squares, because the faster |a|² − 2ab + |b|² loses digits.
+    """
+    flat, progress = queries.flatten(1), Progress(len(dataset), what="search")
+    distances = flat.new_zeros(len(flat), 0)
+    indices = torch.zeros_like(distances, dtype=torch.long)
+    for places in torch.arange(len(dataset), device=flat.device).split(block):
+        block_distances = torch.cdist(
+            flat, read_images(dataset, places).flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        distances, order = torch.cat([distances, block_distances], 1).sort(1)
+        indices = torch.cat([indices, places.expand(len(flat), -1)], 1).gather(1, order)[:, :count]
+        distances = distances[:, :count]
+        progress.update(int(places[-1]) + 1)
+    return distances, indices
+
+
+def find_hessian_directions(
+    energy: Energy, image: Tensor, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of largest magnitude of the energy's Hessian at an image, and their eigenvectors.
+
+    image: (C, H, W). The eigenvalues (count,) descend in magnitude; the eigenvectors (count, C, H, W) have length 1.
+    Lanczos iteration on Hessian-vector products takes about a hundred backward passes at 64x64, the full matrix 4,096.
+    Raises UsageError if the Hessian is zero.
+    """
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    x = image[None].detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(energy(x).sum(), x, create_graph=True)
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        direction = torch.from_numpy(vector.astype(np.float32)).to(x.device).view_as(x)
+        (result,) = torch.autograd.grad(gradient, x, direction, retain_graph=True)
+        return result.flatten().cpu().double().numpy()
+
+    start = torch.randn(x.numel(), generator=generator, device=generator.device).cpu().double().numpy()
+    if not gradient.requires_grad or not product(start).any():
+        raise UsageError(
+            "the Hessian of this energy is zero, because its network is piecewise linear: use `hessian`=False"
+        )
+    operator = LinearOperator((len(start), len(start)), matvec=product, dtype=np.float64)
+    values, vectors = eigsh(operator, k=count, v0=start, tol=1e-3)
+    order = np.argsort(-np.abs(values))
+    directions = torch.from_numpy(vectors.T[order].copy()).to(image)
+    return torch.from_numpy(values[order].copy()).to(image), directions.view(count, *image.shape)
+
+
+def find_feature_directions(features: Callable[[Tensor], Tensor], image: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest singular values of the features' Jacobian at an image, and its right singular vectors.
+
+    features: (1, C, H, W) -> (1, width). image: (C, H, W). The singular values (count,) descend; the vectors
+    (count, C, H, W) of length 1 are the directions in which the features change most.
+    """
+    jacobian = torch.func.jacrev(lambda x: features(x[None]).squeeze(0), chunk_size=32)(image)  # (width, C, H, W)
+    _, values, vectors = torch.linalg.svd(jacobian.flatten(1), full_matrices=False)
+    return values[:count], vectors[:count].view(count, *image.shape)

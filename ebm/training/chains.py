@@ -1,0 +1,100 @@
+"""The Markov chains of training: Langevin steps or HMC moves, with or without the KL term, compiled, captured."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from acceleration import Chain
+from ebm.settings import TrainSettings
+from ebm.training.state import State
+from hardware import PRECISIONS
+from models import EnergyNetwork, PreparedEnergy, Weights, cast, class_logits
+from sampling import Energy, hmc, langevin
+
+HMC_STEP_SIZE = 15.0
+HMC_STEPS = 10  # leapfrog steps per move
+
+
+def run_chains(
+    state: State, settings: TrainSettings, energy: PreparedEnergy, start: Tensor, labels: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the end points (N, C, H, W) of this iteration's chains, and the share of HMC moves that were accepted.
+
+    energy: with frozen weights if `zero_kl` is set, else with weights that receive the gradient through the chain.
+    """
+    if settings.hmc:
+        weights = cast(energy.weights, PRECISIONS[state.acceleration.precision])
+        frozen = PreparedEnergy(energy.model, weights, temperature=energy.temperature)
+        return run_hmc_chain(frozen.under(labels), start, settings, state.generator)
+    if not settings.zero_kl:
+        return run_langevin_chain(energy.under(labels), start, settings, state.generator), None
+    chain = bind_chain(energy.model, settings, state.generator)
+    return state.acceleration.run(chain, energy.weights, start, labels, state.generator, repeated=True), None
+
+
+def bind_chain(model: EnergyNetwork, settings: TrainSettings, generator: torch.Generator) -> Chain:
+    """Return the chain of a run as a function of weights, start and labels, which does not hold the run's state."""
+
+    def chain(weights: Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
+        energy = PreparedEnergy(model, weights, temperature=settings.temperature).under(labels)
+        if settings.hmc:
+            return run_hmc_chain(energy, x, settings, generator)[0]
+        return run_langevin_chain(energy, x, settings, generator, compiled)
+
+    return chain
+
+
+def run_langevin_chain(
+    energy: Energy, start: Tensor, settings: TrainSettings, generator: torch.Generator, compiled: bool = False
+) -> Tensor:
+    """Return the end points of Langevin chains with the settings of a run; images are in [0, rescale]."""
+    return langevin(
+        energy,
+        start,
+        num_steps=settings.num_steps,
+        step_lr=settings.step_lr * settings.rescale,
+        noise_std=settings.noise_std,
+        proj_norm=settings.proj_norm,
+        proj_norm_type=settings.proj_norm_type,
+        bounds=settings.bounds,
+        generator=generator,
+        differentiable=not settings.zero_kl,
+        compiled=compiled,
+    )
+
+
+def run_hmc_chain(
+    energy: Energy, x: Tensor, settings: TrainSettings, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Return the end points of HMC chains, and the share of the moves that were accepted.
+
+    Each of the `num_steps` steps adds noise, then makes one HMC move. Without steps the share is None.
+    """
+    shares = []
+    for _ in range(settings.num_steps):
+        x = x + settings.noise_std * torch.randn(x.shape, generator=generator, device=x.device)
+        x, is_accepted = hmc(energy, x, step_size=HMC_STEP_SIZE, num_steps=HMC_STEPS, generator=generator)
+        x = x.clamp(*settings.bounds)
+        shares.append(is_accepted.float().mean())
+    return x, torch.stack(shares).mean() if shares else None
+
+
+@torch.no_grad()
+def infer_labels(
+    state: State, settings: TrainSettings, energy: PreparedEnergy, images: Tensor, labels: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the labels of the data, or with `model_cclass` classes that the model infers, and the classes' entropy.
+
+    Inferred classes are drawn from softmax(−E), one-hot (N, classes). The entropy is the mean of this distribution's
+    over the images, in nats, or None without `model_cclass`.
+    """
+    if not settings.model_cclass:
+        return labels, None
+    untempered = PreparedEnergy(energy.model, energy.weights)
+    log_p = class_logits(untempered, images, energy.model.config.label_size).log_softmax(1)
+    uniform = torch.rand(log_p.shape, generator=state.generator, device=log_p.device)
+    gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+    inferred = F.one_hot((log_p + gumbel).argmax(1), log_p.shape[1]).to(images.dtype)
+    return inferred, -(log_p.exp() * log_p).sum(1).mean()

@@ -1,0 +1,165 @@
+"""The records of a run: its log, its pictures, the quality of its samples, and the report at its end."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import torch
+
+import pictures
+from checkpoint import to_tf_name
+from ebm.settings import TrainSettings
+from ebm.training.samples import Sampler
+from ebm.training.state import State, Step
+from features import DISTANCE, SampleDistance
+from logs import RunLog, read_series
+from progress import Progress
+from sampling import input_gradient
+
+PANELS = 20  # rows of start | sample | real
+BINS = 40  # of the histograms of energies in the log
+DIVERGED = 1e9  # the size of energies from which on no histogram is made
+
+
+def compute_statistics(state: State, step: Step, temperature: float) -> dict[str, float]:
+    """Return the figures of an iteration, under the reference's names. It copies them from the device."""
+    energy = step.energy.under(step.labels)
+    figures = {
+        "e_pos": step.e_pos.mean(),
+        "e_pos_std": step.e_pos.std(correction=0),
+        "e_neg": step.e_neg.mean(),
+        "e_neg_std": step.e_neg.std(correction=0),
+        "e_diff": step.e_pos.mean() - step.e_neg.mean(),
+        "loss_e": step.loss_kl,
+        "loss_ml": step.loss_ml,
+        "loss_total": step.loss,
+        "x_grad": input_gradient(energy, step.samples).abs().mean(),
+        "x_grad_first": input_gradient(energy, step.start).abs().mean(),
+        "x_off": (step.samples - step.images).abs().mean(),
+        "x_moved": (step.samples - step.start).abs().mean(),
+    }
+    if step.e_wrong is not None:
+        figures["e_wrong"] = step.e_wrong.mean()
+    if step.label_entropy is not None:
+        figures["label_ent"] = step.label_entropy
+    if step.acceptance is not None:
+        figures["hmc_acceptance"] = step.acceptance
+    if "atten.gamma" in step.energy.weights:
+        figures["gamma"] = step.energy.weights["atten.gamma"].squeeze()
+    for name, parameter in state.model.named_parameters():
+        if parameter.grad is not None:
+            figures[f"max_grad/{to_tf_name(name).removeprefix('context_0/')}"] = parameter.grad.abs().max()
+    values = torch.stack(list(figures.values())).tolist()  # one transfer
+    return dict(zip(figures, values, strict=True)) | {"temp": float(temperature)}
+
+
+def choose_zoom(state: State) -> int:
+    """Return the factor by which images are enlarged in pictures; it is more than 1 for small images."""
+    return max(1, 64 // state.model.config.image_shape[1])
+
+
+class Recorder:
+    """The writer of a run's log and pictures, on its first worker.
+
+    distance: the measure of the distance from samples to the data, or None. stop: the last iteration.
+    """
+
+    def __init__(
+        self, state: State, settings: TrainSettings, sampler: Sampler, distance: SampleDistance | None, stop: int
+    ):
+        self.state, self.settings, self.sampler, self.distance = state, settings, sampler, distance
+        self.folder = settings.folder
+        self.log = RunLog(self.folder, state.iteration)
+        self.progress = Progress(stop, state.iteration, what="iteration")
+
+    def record_step(self, step: Step) -> None:
+        """Write the figures of an iteration to the log and the console."""
+        figures = compute_statistics(self.state, step, self.settings.temperature)
+        self.log.scalars(self.state.iteration, figures)
+        self.progress.text = f"e_pos {figures['e_pos']:+.4f} e_neg {figures['e_neg']:+.4f}"
+
+    def record_rollback(self, failed: int, cause: str, lr: float) -> None:
+        """Print and log that the run went back from a failed iteration to the one of the state."""
+        iteration = self.state.iteration
+        place = f"back to iteration {iteration}, learning rate {lr:.3g}"
+        self.progress.say(f"diverged at iteration {failed}: {cause}; {place}")
+        self.progress.update(iteration)
+        self.log.event(iteration, {"rollback_from": failed, "cause": cause, "lr": lr})
+
+    def draw_panel(self, step: Step) -> None:
+        """Save a picture of the chains' starts, their end points and real images."""
+        iteration = self.state.iteration
+        images_by_name = {"start": step.start, "sample": step.samples, "real": step.images}
+        columns = {name: images[:PANELS] / self.settings.rescale for name, images in images_by_name.items()}
+        path = pictures.save_panel(
+            columns, self.folder / "pictures" / f"panel_{iteration}.png", scale=choose_zoom(self.state)
+        )
+        self.log.picture(iteration, "start_sample_real", path)
+        self.progress.say(f"pictures: {path}")
+
+    def measure_samples(self) -> float | None:
+        """Log and return the distance from samples of fresh chains to the data; None if it is not measured."""
+        if self.distance is None:
+            return None
+        distance = self.distance.measure(self.sampler.draw_chains(self.settings.num_samples).images)
+        self.log.scalars(self.state.iteration, {"feature_distance": distance})
+        self.progress.say(f"iteration {self.state.iteration}: {DISTANCE} {distance:.2f}")
+        return distance
+
+    def record_energies(self, step: Step) -> None:
+        """Log histograms of the energies of data, negatives and fresh chains, and how far the fresh chains moved."""
+        iteration = self.state.iteration
+        chains = self.sampler.draw_chains(PANELS if self.distance is None else self.settings.num_samples)
+        with self.sampler.freeze_model() as energy, torch.no_grad():
+            tensors = {"data": energy(step.images, step.labels), "negatives": energy(step.samples, step.labels)}
+        tensors["long_chains"] = chains.energies
+        energies = {name: values.double().cpu().numpy() for name, values in tensors.items()}
+        if not all((abs(values) < DIVERGED).all() for values in energies.values()):
+            return  # without the guard, a run may go on with energies that have no histogram
+        edges = np.histogram_bin_edges(np.concatenate(list(energies.values())), BINS)
+        counts = {name: np.histogram(values, edges)[0].tolist() for name, values in energies.items()}
+        for name, values in energies.items():
+            self.log.board.add_histogram(f"energy/{name}", values, iteration)
+        self.log.event(iteration, {"energy_histogram": {"edges": edges.tolist(), **counts}})
+        self.log.scalars(iteration, {"long_chain_e": chains.energies.mean().item(), "long_chain_moved": chains.moved})
+
+    def close(self) -> None:
+        """Close the progress line and the log."""
+        self.progress.close()
+        self.log.close()
+
+
+def write_final_report(
+    settings: TrainSettings, sampler: Sampler, distance: SampleDistance | None, class_names: tuple[str, ...]
+) -> None:
+    """Sample from noise; save samples and training curves, print their paths and the samples' distance to the data."""
+    state, folder = sampler.state, settings.folder
+    images = sampler.draw_chains(settings.num_samples).images
+    is_conditional = state.model.config.label_size and class_names
+    columns = min(len(class_names), 20) if is_conditional else 10
+    path = folder / f"samples_{state.iteration}.png"
+    pictures.save_grid(images[: 10 * columns], path, columns=columns, scale=choose_zoom(state))
+    print(f"samples from noise, {sampler.num_steps} Langevin steps: {path}")
+    if distance is not None:
+        distances = dict(zip(*read_series(folder, "feature_distance"), strict=True))  # iteration -> distance
+        print(f"{DISTANCE} to real images of {len(images)} images, smaller is closer:")
+        if 0 in distances:
+            print(f"  before training          {distances[0]:8.2f}")
+        print(f"  now                      {distance.measure(images):8.2f}")
+        print(f"  two halves of real data  {distance.of_real_images:8.2f}")
+    print(f"training curves: {draw_curves(settings, distance is not None)}")
+
+
+def draw_curves(settings: TrainSettings, has_distance: bool) -> pathlib.Path:
+    """Plot the logged figures of a whole run; return the path of the picture."""
+    folder = settings.folder
+    curves = {
+        "energy": {name: read_series(folder, name) for name in ("e_pos", "e_neg")},
+        "gap": {"e_pos − e_neg": read_series(folder, "e_diff")},
+        "mean |Δx|": {name: read_series(folder, name) for name in ("x_moved", "x_off")},
+        "mean |∂E/∂x|": {name: read_series(folder, name) for name in ("x_grad_first", "x_grad")},
+    }
+    if has_distance:
+        curves["distance"] = {DISTANCE: read_series(folder, "feature_distance")}
+    return pictures.plot_lines(curves, folder / "curves.png", xlabel="iteration")

@@ -1,0 +1,347 @@
+"""A training run: it yields the batches, and after each step it checks, logs, tests and saves; it can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import cli
+import data
+from distributed import GradientAverager, Workers
+from ebm.settings import TrainSettings
+from ebm.training.records import Recorder, write_final_report
+from ebm.training.samples import Sampler
+from ebm.training.setup import find_last_iteration
+from ebm.training.state import State, Step
+from errors import UsageError
+from features import prepare_distance
+from guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
+from hardware import allow_tf32
+
+FAILED_SAVES = 3  # saves in a row that may fail before a run stops
+
+
+class Run:
+    """A training run with its folder. Every worker has one; only rank 0 prints and writes."""
+
+    def __init__(self, settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers):
+        self.settings, self.state, self.dataset, self.workers = settings, state, dataset, workers
+        self.is_first = workers.rank == 0
+        self.stop = find_last_iteration(settings, len(dataset), workers.size)
+        self.sampler = Sampler(state, settings, dataset)
+        self.distance = None
+        if settings.quality and self.is_first:
+            self.distance = prepare_distance(dataset, settings.num_samples, settings.folder)
+        self.guard = DivergenceGuard() if settings.guard else None
+        self.rollbacks = 0
+        self.best = float("inf")  # the smallest distance of samples to the data
+        self.failed_saves = 0
+        self.signal: int | None = None  # the signal that asked the run to end
+        self.recorder: Recorder | None = None  # on rank 0 only, while it trains
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield images (batch_size, C, H, W) in [0, rescale] and labels (batch_size, label_size) or None.
+
+        The log is opened before the first batch and closed after the last.
+        """
+        self.open()
+        with self.catch_signals():
+            while self.state.iteration < self.stop:
+                yield read_batch(self.state, self.settings, self.dataset)
+        self.close()
+
+    def open(self) -> None:
+        """Open the log, give all workers the same weights and optimizer state, and measure untrained samples."""
+        state = self.state
+        if self.is_first:
+            self.recorder = Recorder(state, self.settings, self.sampler, self.distance, self.stop)
+        state.acceleration.say = bind_notes(self.recorder, self.workers.rank)
+        moments = [moment for pair in state.optimizer.state.values() for moment in pair.values()]
+        averages = [] if state.ema is None else state.ema.state_dict().values()
+        self.workers.broadcast([*state.model.state_dict().values(), *averages, *moments])
+        self.average_gradients: Callable[[], None] = GradientAverager(self.workers, state.model.parameters()).finish
+        if state.iteration == 0:
+            self.measure_samples()
+        if self.guard is not None:
+            self.guard.remember(state)
+        state.model.train()
+
+    def close(self) -> None:
+        """Close the log."""
+        self.state.acceleration.say = print
+        if self.recorder is not None:
+            self.recorder.close()
+
+    def after(self, step: Step) -> None:
+        """Check for divergence, log, test and save after a step; end the run if a signal asked for that."""
+        cause = self.find_divergence(step)
+        if cause is None:
+            self.keep_records(step)
+        else:
+            self.roll_back(cause)
+        if self.workers.any(self.signal is not None):
+            self.end_early()
+
+    def is_time(self, interval: int) -> bool:
+        """Return whether something that happens every `interval` iterations is due after this one."""
+        return self.state.iteration % interval == 0
+
+    @property
+    def saves_now(self) -> bool:
+        """Whether a checkpoint is due after this iteration."""
+        return self.is_time(self.settings.save_interval) or self.state.iteration == self.stop
+
+    def say(self, message: str) -> None:
+        """Print a line, on rank 0."""
+        if self.recorder is not None:
+            self.recorder.progress.say(message)
+
+    # ------------------------------------------------------------------------------------------ divergence
+
+    def find_divergence(self, step: Step) -> str | None:
+        """Return a phrase, on all workers, that says how the run has diverged, or None.
+
+        It checks every CHECK_INTERVAL iterations and before every checkpoint, and keeps healthy states for a rollback.
+        """
+        if self.guard is None:
+            return None
+        if self.is_time(CHECK_INTERVAL) or self.saves_now:
+            cause = self.guard.find_cause(self.state, step, self.settings.bounds)
+            if self.workers.any(cause is not None):
+                return cause or "another worker diverged"
+        if self.is_time(SNAPSHOT_INTERVAL):
+            self.guard.remember(self.state)
+        return None
+
+    def roll_back(self, cause: str) -> None:
+        """Set all workers back to the last healthy state, with new noise and half the learning rate.
+
+        If figures are not finite and chains are in fp16 by default, the run gives up fp16 instead of halving the
+        learning rate. Raises UsageError after more than `max_rollbacks` rollbacks.
+        """
+        assert self.guard is not None, "only the guard finds a cause"
+        state, settings, acceleration = self.state, self.settings, self.state.acceleration
+        failed = state.iteration
+        fp16_failed = self.workers.any(acceleration.is_fp16_by_default and NOT_FINITE in cause)
+        if fp16_failed and acceleration.is_fp16_by_default:
+            acceleration.give_up("precision", f"chains in fp16 may be the cause ({cause})")
+        self.rollbacks += not fp16_failed
+        if self.rollbacks > settings.max_rollbacks:
+            raise UsageError(
+                f"the run diverged at iteration {failed} ({cause}) after {settings.max_rollbacks} rollbacks; "
+                "lower `lr` or `step_lr`, or raise `num_steps`, then `resume_iter`=latest"
+            )
+        self.guard.roll_back(state)
+        self.sampler.latest = None
+        self.lower_learning_rate()
+        state.generator.manual_seed(settings.seed * 1_000 + self.workers.rank + 1_000_000 * max(self.rollbacks, 1))
+        if self.recorder is not None:
+            self.recorder.record_rollback(failed, cause, state.optimizer.param_groups[0]["lr"])
+
+    def lower_learning_rate(self) -> None:
+        """Set the learning rate to the setting `lr`, halved for each rollback so far."""
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = self.settings.lr * 0.5**self.rollbacks
+
+    # ------------------------------------------------------------------------------------------ records
+
+    def keep_records(self, step: Step) -> None:
+        """Log, test and save if it is due after this iteration."""
+        if self.recorder is not None:
+            if self.is_time(self.settings.log_interval):
+                with self.survive_write_errors("the log"), allow_tf32(self.state.acceleration.precision):
+                    self.recorder.record_step(step)
+            if self.is_time(self.settings.test_interval):
+                with self.survive_write_errors("pictures"):
+                    self.test(self.recorder, step)
+        if self.is_time(self.settings.test_interval):
+            self.workers.barrier()
+        if self.saves_now:
+            self.save()
+        if self.recorder is not None:
+            self.recorder.progress.update(self.state.iteration)
+
+    def test(self, recorder: Recorder, step: Step) -> None:
+        """Save a picture of the chains, measure fresh samples and log energies."""
+        recorder.draw_panel(step)
+        with self.workers.busy():
+            self.measure_samples()
+            recorder.record_energies(step)
+
+    def measure_samples(self) -> None:
+        """Log the distance from fresh samples to the data, and save the model if it is the best so far."""
+        distance = None if self.recorder is None else self.recorder.measure_samples()
+        if distance is not None and distance < self.best:
+            self.best = distance
+            self.write(self.settings.folder / "model_best.pt", self.state.shared() | self.describe_progress())
+
+    @contextlib.contextmanager
+    def survive_write_errors(self, what: str) -> Iterator[None]:
+        """Print a message and go on if writing inside the block fails, for example because the disk is full."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"could not write {what} ({error.strerror}); training goes on")
+
+    def report(self) -> None:
+        """Sample from noise; write and print the final report on rank 0."""
+        if self.is_first:
+            with self.workers.busy():
+                self.sampler.draw_chains(self.settings.num_samples)
+            write_final_report(self.settings, self.sampler, self.distance, self.dataset.class_names)
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint with the state of every worker.
+
+        A failure prints a message; several in a row end the run.
+        """
+        guard_state = {} if self.guard is None else {"guard": self.guard.state_dict()}
+        worker_states = self.workers.gather(self.state.own() | guard_state)
+        if not self.is_first:
+            return
+        folder = self.settings.folder
+        path = folder / f"model_{self.state.iteration}.pt"
+        with self.workers.busy():
+            if self.write(path, self.state.shared() | self.describe_progress() | {"workers": worker_states}):
+                self.say(f"saved {path}")
+                with self.survive_write_errors("the folder of old checkpoints"):
+                    checkpoint.prune(folder)
+
+    def describe_progress(self) -> dict[str, Any]:
+        """Return the settings and figures of the run that a checkpoint holds besides the states of the workers."""
+        return {
+            "flags": cli.to_dict(self.settings),
+            "class_names": list(self.dataset.class_names),
+            "best": self.best,
+            "rollbacks": self.rollbacks,
+            "precision": self.state.acceleration.precision,
+        }
+
+    def write(self, path: pathlib.Path, contents: dict[str, Any]) -> bool:
+        """Write a checkpoint; return whether it worked.
+
+        A failure prints a message; FAILED_SAVES failures in a row raise UsageError.
+        """
+        try:
+            checkpoint.save(path, contents)
+        except OSError as error:
+            self.failed_saves += 1
+            self.say(f"could not save {path} ({error.strerror}): earlier checkpoints stay, the next save retries")
+            if self.failed_saves == FAILED_SAVES:
+                raise UsageError(f"{path}: {FAILED_SAVES} saves in a row failed ({error.strerror}); stopped") from None
+            return False
+        self.failed_saves = 0
+        return True
+
+    def resume(self, path: pathlib.Path) -> None:
+        """Load a checkpoint, so that the run continues from it.
+
+        With the same number of workers the run continues exactly; with another number the replay buffers are dealt out
+        anew and the noise starts afresh. A published TF1 checkpoint has weights, optimizer and iteration only. Raises
+        UsageError if the checkpoint is damaged or of another network.
+        """
+        state, workers = self.state, self.workers
+        if path.suffix != ".pt":
+            checkpoint.resume_tf(path, state.model, state.optimizer)
+            state.iteration = int(path.name.removeprefix("model_"))
+            state.start_ema()
+            return
+        contents = checkpoint.load(path)
+        checkpoint.check_config(checkpoint.config_of(contents, path), state.model.config, path)
+        checkpoint.load_state(state.model, contents["model"], path)
+        state.load_shared(contents)
+        was_averaged, is_averaged = bool(contents.get("ema")), state.ema is not None
+        if was_averaged and not is_averaged:
+            workers.print(f"note: {path} has averaged weights, which this run drops; ema_decay would keep them")
+        elif is_averaged and not was_averaged:
+            workers.print(f"note: {path} has no averaged weights; the average starts with its weights")
+        self.best = contents.get("best", self.best)
+        self.rollbacks = contents.get("rollbacks", 0)
+        if state.acceleration.is_fp16_by_default and contents.get("precision") == "tf32":
+            state.acceleration.give_up("precision", f"{path} was computed in TF32")
+        self.lower_learning_rate()
+        worker_states = contents.get("workers", [])
+        if len(worker_states) == workers.size:
+            worker_state = worker_states[workers.rank]
+            if not state.load_own(worker_state):
+                workers.print(f"note: {path} was written on another kind of device: noise starts afresh")
+            if self.guard is not None and "guard" in worker_state:
+                self.guard.load_state_dict(worker_state["guard"])
+            return
+        workers.print(
+            f"note: {path} holds the state of {len(worker_states)} workers and this run has {workers.size}: "
+            "replay buffers are dealt out anew, noise starts afresh"
+        )
+        if worker_states:
+            buffers = torch.cat([worker_state["buffer"]["images"] for worker_state in worker_states])
+            state.buffer.load_state_dict({"images": buffers[workers.rank :: workers.size], "position": 0})
+
+    # ------------------------------------------------------------------------------------------ stopping
+
+    @contextlib.contextmanager
+    def catch_signals(self) -> Iterator[None]:
+        """Inside the block, let a first SIGTERM or SIGINT end the run after its iteration, and a second one at once."""
+
+        def ask_to_end(number: int, frame: object) -> None:
+            self.signal = number
+            signal.signal(number, signal.SIG_DFL)
+
+        before = {number: signal.signal(number, ask_to_end) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def end_early(self) -> None:
+        """Save, then end the process with the exit status that is usual for the signal."""
+        self.save()
+        number = self.signal or signal.SIGTERM
+        self.say(f"stopped by {signal.Signals(number).name}; go on with resume_iter=latest")
+        self.workers.close()
+        raise SystemExit(128 + number)
+
+
+def bind_notes(recorder: Recorder | None, rank: int) -> Callable[[str], None]:
+    """Return a function that prints a note on any rank, and logs it on rank 0; it does not hold the run's state."""
+    if recorder is None:
+        return lambda message: print(f"rank {rank}: {message}", flush=True)
+    log, progress = recorder.log, recorder.progress
+
+    def write_note(message: str) -> None:
+        progress.say(message)
+        log.event(progress.done, {"note": message})
+
+    return write_note
+
+
+def read_batch(state: State, settings: TrainSettings, dataset: data.Dataset) -> tuple[Tensor, Tensor | None]:
+    """Return the next images (N, C, H, W) in [0, rescale] and labels (N, label_size) or None."""
+    index = state.batches.next()
+    if settings.single:
+        index = torch.zeros_like(index)
+    else:
+        dataset.prefetch(state.batches.following())
+    images, labels = dataset.batch(index, state.generator, settings.rescale)
+    if settings.augment:
+        images = data.augment(images, state.generator)
+    if settings.cutout:
+        images = data.cutout(
+            images,
+            state.generator,
+            probability=settings.cutout_prob,
+            size=settings.cutout_mask_size,
+            inside=settings.cutout_inside,
+        )
+    if settings.mixup:
+        images = data.mixup(images, state.generator)
+    return images, labels if state.model.config.label_size else None

@@ -1,0 +1,120 @@
+"""The state of one worker of a run, and the tensors of one iteration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import data
+from acceleration import Acceleration
+from models import EnergyNetwork, PreparedEnergy
+from utils import ClippedAdam, ReplayBuffer
+
+
+@dataclasses.dataclass
+class State:
+    """The state of one worker of a run: all that changes from iteration to iteration."""
+
+    model: EnergyNetwork
+    optimizer: ClippedAdam
+    buffer: ReplayBuffer
+    batches: data.Batches
+    generator: torch.Generator
+    previous: Tensor | None = None  # the last end points, for `pcd`
+    ema: EnergyNetwork | None = None  # the moving average of the weights, for `ema_decay`
+    acceleration: Acceleration = dataclasses.field(default_factory=Acceleration)
+    iteration: int = 0
+
+    @property
+    def sampled_model(self) -> EnergyNetwork:
+        """The network that samples are drawn from: the averaged one with `ema_decay`, else the trained one."""
+        return self.model if self.ema is None else self.ema
+
+    def start_ema(self, weights: dict[str, Tensor] | None = None) -> None:
+        """Set the averaged weights to these, or to the current ones; do nothing without `ema_decay`."""
+        if self.ema is not None:
+            self.ema.load_state_dict(weights or self.model.state_dict())
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        """Move the averaged weights towards the current ones; do nothing without `ema_decay`.
+
+        At iteration t, decay is at most (1 + t)/(10 + t), as in TensorFlow's ExponentialMovingAverage, so that the
+        initial weights are soon forgotten.
+        """
+        if self.ema is not None:
+            decay = min(decay, (1 + self.iteration) / (10 + self.iteration))
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+            # The buffers are the power iterations' vectors, estimates that an average would not improve.
+            for averaged, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+                averaged.copy_(current)
+
+    def shared(self) -> dict[str, Any]:
+        """Return the part of the state that is the same on every worker, as tensors and plain values."""
+        return {
+            "config": dataclasses.asdict(self.model.config),
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state_dict(),
+            "iteration": self.iteration,
+        }
+
+    def own(self) -> dict[str, Any]:
+        """Return the part of the state that differs between workers: replay buffer, chains and generators."""
+        return {
+            "buffer": self.buffer.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch_generator": torch.get_rng_state(),  # dropout draws from torch's own generators
+            "cuda_generator": torch.cuda.get_rng_state() if self.generator.device.type == "cuda" else None,
+            "previous": self.previous,
+        }
+
+    def load_shared(self, state: dict[str, Any]) -> None:
+        """Load what `shared` returned. A converted TF1 checkpoint lacks "batches", and may lack "optimizer"."""
+        self.model.load_state_dict(state["model"])
+        self.start_ema(state.get("ema"))
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if "batches" in state:
+            self.batches.load_state_dict(state["batches"])
+        self.iteration = state["iteration"]
+
+    def load_own(self, state: dict[str, Any]) -> bool:
+        """Load what `own` returned; return whether its generators fit, which cannot move between CPU and GPU."""
+        self.buffer.load_state_dict(state["buffer"])
+        previous = state["previous"]
+        self.previous = None if previous is None else previous.to(self.buffer.images.device)
+        if state["generator"].shape != self.generator.get_state().shape:
+            return False
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_generator"])
+        if self.generator.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_generator"])
+        return True
+
+
+class Step(NamedTuple):
+    """The tensors of one iteration, on the device, for the N chains and the images of the batch beside them."""
+
+    images: Tensor  # the data x⁺ (N, C, H, W)
+    start: Tensor  # the chains' starts x⁰ (N, C, H, W)
+    samples: Tensor  # the chains' end points xᴷ (N, C, H, W)
+    labels: Tensor | None  # (N, label_size)
+    energy: PreparedEnergy  # the energy before the update, with frozen weights
+    e_pos: Tensor  # the energies of images, (N,)
+    e_neg: Tensor  # the energies of samples, (N,)
+    e_wrong: Tensor | None  # the energies of images under the labels of others, (batch_size,)
+    loss_ml: Tensor
+    loss_kl: Tensor
+    loss: Tensor
+    label_entropy: Tensor | None
+    acceptance: Tensor | None  # the share of the HMC moves that were accepted
+
+    def detach(self) -> Step:
+        """Return the same step with tensors that have no autograd graph."""
+        tensors: dict[str, Any] = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**{name: tensor.detach() for name, tensor in tensors.items()})

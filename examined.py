@@ -1,0 +1,287 @@
+"""Computations with a trained energy model: energies, class logits, restricted Langevin chains, and attacks.
+
+    examined = ExaminedModel(model, torch.Generator().manual_seed(0), num_steps=20, step_lr=10.0)
+    energies = examined.compute_energies(images, labels)  # (N,)
+    restored = examined.run_chain(corrupt, labels, rounds=5)  # (N, C, H, W)
+    attacked = examined.attack(images, classes, Attack("li", radius=8 / 255, steps=20))
+
+Images are (N, C, H, W) in [0, 1], even if the model was trained on another range. The methods accept any number of
+images and pass them to the network in batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attacks import Attack, Restriction, ascend_loss, restrict_to_ball, restrict_to_bounds
+from errors import UsageError
+from hardware import allow_tf32
+from models import EnergyNetwork, PreparedEnergy, class_logits, freeze_energy
+from progress import Progress
+from sampling import langevin
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the memory of a GPU or of the CPU is exhausted."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def show_progress(progress: Progress | str, total: int) -> Progress:
+    """Return `progress` if it is a bar already, else a new bar of this name. total: its number of items."""
+    return Progress(total, what=progress) if isinstance(progress, str) else progress
+
+
+@dataclasses.dataclass
+class ExaminedModel:
+    """A trained model with the settings of its chains.
+
+    num_steps, step_lr, proj_norm: of one round, which is a Langevin chain with noise N(0, 0.005²), see
+    `sampling.langevin`. rescale: the model was trained on images in [0, rescale]. batch_size: images that the network
+    processes at once, fewer if memory is short. precision: the number type of chains; energies, logits and attacks on
+    logits are computed in float32. bias: added to the class logits, (label_size,); `finetune` learns it.
+    """
+
+    model: EnergyNetwork
+    generator: torch.Generator
+    num_steps: int = 20
+    step_lr: float = 10.0
+    proj_norm: float = 0.0
+    rescale: float = 1.0
+    batch_size: int = 32
+    precision: str = "float32"
+    memory_limit: int | None = None  # images at once after memory was exhausted, None before
+    energy: PreparedEnergy = dataclasses.field(init=False)
+    chain_energy: PreparedEnergy = dataclasses.field(init=False)
+    bias: Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.freeze()
+        self.bias = torch.zeros(self.classes, device=self.device)
+
+    def freeze(self) -> None:
+        """Prepare the energy with the current weights, in float32 and in the number type of chains."""
+        self.energy = freeze_energy(self.model, rescale=self.rescale)
+        self.chain_energy = freeze_energy(self.model, rescale=self.rescale, precision=self.precision)
+
+    @property
+    def classes(self) -> int:
+        """The number of classes that the model is conditioned on; 0 if it is unconditional."""
+        return self.model.config.label_size
+
+    @property
+    def images_at_a_time(self) -> int:
+        """The number of images that the network processes at once: `batch_size`, or as many as memory can hold."""
+        return self.batch_size if self.memory_limit is None else self.memory_limit
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model computes."""
+        return self.generator.device
+
+    def compute_in_batches(
+        self, function: Callable[[slice], Tensor], total: int, progress: Progress, *, each: int = 1
+    ) -> Tensor:
+        """Return the concatenated results of function(part) for consecutive parts of `total` images.
+
+        each: evaluations of the network per image; if more than 10, parts are smaller in proportion. If memory cannot
+        hold a part, it is halved and computed again with the same noise, and all later parts stay as small. Raises
+        UsageError if memory cannot hold a single image, and for results that are not finite.
+        """
+        results: list[Tensor] = []
+        done = 0
+        while done < total:
+            size = max(1, self.images_at_a_time * 10 // max(each, 10))
+            part = slice(done, min(done + size, total))
+            noise = self.generator.get_state()
+            result = self.compute_within_memory(function, part)
+            if result is None:
+                if part.stop - done == 1:
+                    raise UsageError("memory cannot hold the computation of a single image; try `device`=cpu")
+                self.generator.set_state(noise)
+                self.memory_limit = self.images_at_a_time // 2
+                progress.say(f"note: memory is short, going on with batch_size={self.images_at_a_time}")
+                continue
+            if not result.isfinite().all():
+                raise UsageError(
+                    "energies or images are not finite: this model has diverged; use an earlier checkpoint"
+                )
+            results.append(result)
+            progress.advance(part.stop - done)
+            done = part.stop
+        return torch.cat(results)
+
+    def compute_within_memory(self, function: Callable[[slice], Tensor], part: slice) -> Tensor | None:
+        """Return function(part), or None if memory cannot hold it; the memory that it took is then free again."""
+        try:
+            return function(part)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    # ------------------------------------------------------------------------------------------ one batch
+
+    def compute_features(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Return the features (n, width) of a batch: the input of the network's last layer."""
+        x = x * self.rescale
+        for stage in list(self.model.stages.values())[:-1]:
+            x = stage(self.energy.weights, x, labels if self.classes else None)
+        return x
+
+    def run_round(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        start: Tensor,
+        restrict: Restriction,
+        *,
+        pull: float = 1.0,
+        differentiable: bool = False,
+    ) -> Tensor:
+        """Return a batch of images after one round, a restricted Langevin chain.
+
+        start: the images from which `restrict` measures. pull: a factor of the step size. differentiable: let gradients
+        flow back through the chain.
+        """
+        with allow_tf32(self.precision):
+            return langevin(
+                self.chain_energy.under(labels),
+                x,
+                num_steps=self.num_steps,
+                step_lr=pull * self.step_lr / self.rescale,  # the gradient is `rescale` times that in training
+                proj_norm=self.proj_norm * self.rescale,
+                project=lambda y: restrict(y, start),
+                generator=self.generator,
+                differentiable=differentiable,
+            )
+
+    def classify_batch(self, x: Tensor, refine: float | None = None, *, differentiable: bool = False) -> Tensor:
+        """Return the class logits −E(x, y) + bias of a batch x for every class y, (n, classes).
+
+        refine: first refine x under each class by one round of Langevin steps, within an L∞ ball of this radius.
+        """
+
+        def energy(y: Tensor, labels: Tensor) -> Tensor:
+            if refine is not None:
+                ball = functools.partial(restrict_to_ball, radius=refine)
+                y = self.run_round(y, labels, y, ball, differentiable=differentiable)
+            return self.energy(y, labels)
+
+        return class_logits(energy, x, self.classes) + self.bias
+
+    # ------------------------------------------------------------------------------------------ any number of images
+
+    @torch.no_grad()
+    def compute_energies(self, images: Tensor, labels: Tensor, *, progress: Progress | str = "energies") -> Tensor:
+        """Return the energies (N,) of images under labels (N, label_size)."""
+        progress = show_progress(progress, len(images))
+        return self.compute_in_batches(lambda part: self.energy(images[part], labels[part]), len(images), progress)
+
+    @torch.no_grad()
+    def compute_logits(
+        self, images: Tensor, refine: float | None = None, *, progress: Progress | str = "classify"
+    ) -> Tensor:
+        """Return the class logits (N, classes) of images, see `classify_batch`."""
+        progress = show_progress(progress, len(images))
+        return self.compute_in_batches(
+            lambda part: self.classify_batch(images[part], refine), len(images), progress, each=self.classes
+        )
+
+    def compute_scores(self, images: Tensor, *, progress: Progress | str = "scores") -> Tensor:
+        """Return the scores −E of images (N,); a conditional model takes the class of lowest energy for each image."""
+        if self.classes:
+            return self.compute_logits(images, progress=progress).amax(1)
+        return -self.compute_energies(images, images.new_zeros(len(images), 0), progress=progress)
+
+    def attack(
+        self,
+        images: Tensor,
+        classes: Tensor,
+        attack: Attack,
+        refine: float | None = None,
+        *,
+        progress: Progress | str = "attack",
+    ) -> Tensor:
+        """Return adversarial images (N, C, H, W), which have a high cross-entropy for their true classes (N,).
+
+        With attack.draws > 0 the attack is adaptive: it follows gradients through the Langevin steps of the refinement.
+        """
+        adaptive = attack.draws > 0
+
+        def move(part: slice) -> Tensor:
+            def loss(x: Tensor) -> Tensor:
+                logits = self.classify_batch(x, refine if adaptive else None, differentiable=adaptive)
+                return F.cross_entropy(logits, classes[part], reduction="none")
+
+            return ascend_loss(loss, images[part], attack, self.generator)
+
+        if not attack.steps:
+            return images
+        return self.compute_in_batches(move, len(images), show_progress(progress, len(images)), each=self.classes)
+
+    def run_stages(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        rounds: int,
+        restrict: Restriction = restrict_to_bounds,
+        pull: float = 1.0,
+        progress: Progress | str = "chain",
+    ) -> Iterator[Tensor]:
+        """Yield the images at the start of a chain and after each of its rounds, see `run_round`."""
+        start, bar = x, show_progress(progress, rounds * len(x))
+        yield x
+        for _ in range(rounds):
+
+            def one_round(part: slice, x: Tensor = x) -> Tensor:
+                return self.run_round(x[part], labels[part], start[part], restrict, pull=pull)
+
+            x = self.compute_in_batches(one_round, len(x), bar)
+            yield x
+
+    def run_chain(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        rounds: int,
+        restrict: Restriction = restrict_to_bounds,
+        pull: float = 1.0,
+        progress: Progress | str = "chain",
+    ) -> Tensor:
+        """Return the images after all rounds of a chain, see `run_stages`."""
+        for stage in self.run_stages(x, labels, rounds=rounds, restrict=restrict, pull=pull, progress=progress):
+            x = stage
+        return x
+
+    def finetune(self, images: Tensor, labels: Tensor, *, lr: float = 1e-3) -> float:
+        """Train the network and the bias for one epoch on the cross-entropy of the class logits; return the mean loss.
+
+        labels: one-hot (N, classes). lr: learning rate of Adam. Dropout stays off, as in all tasks of the sandbox.
+        """
+        bias = self.bias.clone().requires_grad_()
+        optimizer = torch.optim.Adam([*self.model.parameters(), bias], lr=lr)
+
+        def step(part: slice) -> Tensor:
+            energy = PreparedEnergy(self.model, self.model.prepare(update_u=True), self.rescale)
+            logits = class_logits(energy, images[part], self.classes) + bias
+            losses = F.cross_entropy(logits, labels[part], reduction="none")
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+            return losses.detach()
+
+        losses = self.compute_in_batches(step, len(images), Progress(len(images), what="finetune"), each=self.classes)
+        self.bias = bias.detach()
+        self.freeze()
+        return losses.mean().item()

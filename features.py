@@ -1,0 +1,390 @@
+"""The quality of samples: networks whose features are compared, statistics of real images, and quality measures.
+
+    inception = Inception(*read_inception("weights-inception-2015-12-05-6726825d.pth"), device="cuda")
+    images = RealImages.choose("cifar10", "train", [dataset], 50_000)
+    real = load_statistics(inception, images, cache=pathlib.Path("statistics"))
+    measure_quality(inception, samples, real)  # {"Inception score": …, "FID": …, …}
+
+Images are uint8 (N, C, H, W). A cache folder keeps what takes long to compute: the statistics of real images and the
+classifiers that were trained on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import metrics
+from classifier import FeatureClassifier, train_feature_classifier
+from data import Dataset
+from ebm.readers.downloads import import_torchvision
+from errors import UsageError
+from progress import Progress
+
+COMPARED = 10_000  # largest number of features per set for KID, precision and recall: the cost grows with its square
+BATCH = 250  # images whose features are computed at once
+LOOKED_AT = 100_000  # largest number of real images that a training run compares its samples with
+DISTANCE = "classifier Fréchet distance"  # computed in the features of a small classifier; the FID needs Inception
+
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_FILE = f"weights-inception-2015-12-05-{INCEPTION_SHA256[:8]}.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+class Extractor(Protocol):
+    """A network in whose features images are compared.
+
+    Called with images uint8 (n, C, H, W), it returns their features (n, D) and class probabilities (n, K). name: used
+    in messages and file names. identity: a hash of the weights.
+    """
+
+    name: str
+    identity: str
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def compute_fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of the types, shapes and values of tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Inception:
+    """The Inception network of torch-fidelity: 2,048 features and 1,008 class probabilities of RGB images of any size.
+
+    state: the weights. identity: their SHA-256. Raises UsageError if torch-fidelity is not installed or the weights
+    belong to another network.
+    """
+
+    name = "inception"
+
+    def __init__(self, state: Mapping[str, Tensor], identity: str, device: torch.device | str = "cpu"):
+        try:
+            import_torchvision()  # torch-fidelity imports it
+            from torch_fidelity import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise UsageError(f"Inception features need {error.name}; pip install -r requirements.txt") from None
+        # torch-fidelity unpickles its file without protection, so it gets a file that was written here.
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        try:
+            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], file)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise UsageError(f"`inception_weights` holds another network than Inception ({reason} …)") from None
+        self.network, self.identity, self.device = network.to(device), identity, device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = self.network(images.to(self.device))
+        return features, logits.softmax(1)
+
+
+def find_inception(download: bool = True) -> pathlib.Path:
+    """Return the path of the released Inception-2015-12-05 weights in torch's cache folder; download them if missing.
+
+    Raises UsageError, which tells how to get the weights, if the download fails or `download` is False.
+    """
+    path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if path.exists():
+        return path
+    reason = "`download`=False"
+    if download:
+        print(f"downloading {INCEPTION_URL}", flush=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
+            return path
+        except Exception as error:  # no network, another file, a full disk
+            reason = " ".join(str(error).split())
+    raise UsageError(
+        f"no Inception weights: they are not in {path} and not downloaded ({reason}); "
+        f"put {INCEPTION_URL} there, or give the file with `inception_weights`"
+    )
+
+
+def read_inception(path: str | pathlib.Path, sha256: str = INCEPTION_SHA256) -> tuple[dict[str, Tensor], str]:
+    """Read Inception weights from a file without executing any code in it; return them and the file's SHA-256.
+
+    sha256: the first digits of the expected SHA-256. Raises UsageError if the file cannot be read, has another SHA-256,
+    or holds anything but tensors.
+    """
+    try:
+        contents = pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"`inception_weights`={path} cannot be read ({error.strerror})") from None
+    digest = hashlib.sha256(contents).hexdigest()
+    if not digest.startswith(sha256.lower()):
+        raise UsageError(
+            f"`inception_weights`={path} has SHA-256 {digest[:16]}… instead of {sha256[:16]}…: "
+            f"get {INCEPTION_URL}, or set `inception_sha256` to the hash of your file"
+        )
+    try:
+        state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        raise UsageError(f"`inception_weights`={path} is damaged or holds more than tensors; not loaded") from None
+    return state, digest
+
+
+class Classifier:
+    """An extractor of the features of a small classifier, which was trained on the data set itself."""
+
+    name = "classifier"
+
+    def __init__(self, classifier: FeatureClassifier):
+        self.network = classifier
+        self.identity = compute_fingerprint(classifier.state_dict().values())
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.network.embed(images)
+        return features, self.network.output(features).softmax(1)
+
+
+def extract_features(extractor: Extractor, batches: Iterable[Tensor], total: int, what: str) -> tuple[Tensor, Tensor]:
+    """Return the features (N, D) and class probabilities (N, K) of all images in the batches.
+
+    total: N, the number of images. what: the name of the progress bar.
+    """
+    progress, parts = Progress(total, what=what), []
+    for batch in batches:
+        parts.append(extractor(batch))
+        progress.update(progress.done + len(batch))
+    progress.close()
+    features, probabilities = zip(*parts, strict=True)
+    return torch.cat(features), torch.cat(probabilities)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real images
+
+
+@dataclasses.dataclass(frozen=True)
+class RealImages:
+    """Real images to compare samples with, as the bytes that are stored.
+
+    name: of the data set. splits: "train", "test" or "both". datasets: these splits. numbers: the indices of the images
+    in the concatenation of the splits, ascending.
+    """
+
+    name: str
+    splits: str
+    datasets: Sequence[Dataset]
+    numbers: Tensor
+
+    @classmethod
+    def choose(cls, name: str, splits: str, datasets: Sequence[Dataset], most: int) -> RealImages:
+        """Return the images of the splits, or a random choice of `most` of them, which is always the same."""
+        order = torch.randperm(sum(map(len, datasets)), generator=torch.Generator().manual_seed(0))
+        return cls(name, splits, datasets, order[:most].sort().values)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __str__(self) -> str:
+        splits = "train and test" if self.splits == "both" else self.splits
+        return f"{self.name}, {len(self):,} of {sum(map(len, self.datasets)):,} images of {splits}, bytes as stored"
+
+    def batches(self, numbers: Tensor) -> Iterable[Tensor]:
+        """Yield the images of these numbers, which must ascend, in batches uint8 (n, C, H, W)."""
+        first = 0
+        for dataset in self.datasets:
+            inside = (numbers >= first) & (numbers < first + len(dataset))
+            indices = numbers[inside] - first
+            first += len(dataset)
+            for index in indices.split(BATCH):
+                if len(index):
+                    yield dataset.raw(index)
+
+    def classes(self) -> Tensor | None:
+        """Return the class of each image (N,); None if there are no classes, or if images are read from the disk."""
+        labels = [dataset.labels for dataset in self.datasets]
+        if any(part is None or part.ndim > 1 for part in labels):
+            return None
+        return torch.cat(labels)[self.numbers.to(labels[0].device)]  # type: ignore[arg-type, union-attr]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what identifies this set of images: its description, and a hash of a thousand of its images."""
+        some = self.numbers[:: max(1, len(self) // 1_000)]
+        return {"reference": str(self), "fingerprint": compute_fingerprint(self.batches(some))}
+
+
+def read_or_make(
+    folder: pathlib.Path, name: str, settings: Mapping[str, Any], make: Callable[[], dict]
+) -> dict[str, Any]:
+    """Return the cached result of `make()` for these settings; call it and write the cache file if there is none.
+
+    make: returns a dictionary of tensors and plain values. name: the beginning of the file's name. A damaged file is
+    replaced.
+    """
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    path = folder / f"{name}_{key[:16]}.pt"
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        if contents.get("settings") == settings:
+            return contents
+    except (OSError, RuntimeError, EOFError, ValueError, AttributeError, pickle.UnpicklingError):
+        print(f"note: {path} is damaged and made again")
+    contents = make() | {"settings": dict(settings)}
+    try:
+        checkpoint.save(path, contents)
+        print(f"wrote {path}")
+    except OSError as error:
+        print(f"note: {path} cannot be written ({error.strerror}); the next run computes it again")
+    return contents
+
+
+def load_classifier(reference: RealImages, cache: pathlib.Path, device: torch.device | str = "cpu") -> Classifier:
+    """Return the classifier of a reference set: train it at the first call, then read it from the cache folder.
+
+    Raises UsageError if the images have no classes.
+    """
+    classes = reference.classes()
+    if classes is None:
+        raise UsageError(
+            f"{reference.name} has no classes in memory, which the classifier that compares samples is trained on; "
+            "for colour images set `features`=inception"
+        )
+
+    def train() -> dict[str, Any]:
+        print(f"training a small classifier on {reference}", flush=True)
+        images = torch.cat(list(reference.batches(reference.numbers)))
+        network = train_feature_classifier(images, classes, device=device)
+        shape, state = list(network.image_shape), network.state_dict()
+        return {"image_shape": shape, "classes": network.classes, "accuracy": network.accuracy, "state": state}
+
+    contents = read_or_make(cache, f"{reference.name}_classifier", reference.settings(), train)
+    with torch.random.fork_rng(devices=[]):  # the constructor draws weights from the CPU's global generator
+        classifier = FeatureClassifier(contents["image_shape"], contents["classes"])
+    classifier.load_state_dict(contents["state"])
+    classifier.accuracy = contents["accuracy"]
+    return Classifier(classifier.eval().to(device))
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """The mean (D,) and covariance (D, D) of the features of real images, and up to 10,000 of the features (n, D)."""
+
+    mean: Tensor
+    covariance: Tensor
+    features: Tensor
+
+
+def load_statistics(extractor: Extractor, reference: RealImages, cache: pathlib.Path) -> Statistics:
+    """Return the feature statistics of real images: compute them at the first call, then read them from the cache."""
+
+    def compute() -> dict[str, Any]:
+        features, _ = extract_features(
+            extractor, reference.batches(reference.numbers), len(reference), "features of real images"
+        )
+        mean, covariance = metrics.mean_and_covariance(features)
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:COMPARED]
+        return {"mean": mean, "covariance": covariance, "features": features[order.to(features.device)]}
+
+    settings = reference.settings() | {"features": extractor.name, "weights": extractor.identity}
+    contents = read_or_make(cache, f"{reference.name}_{extractor.name}_statistics", settings, compute)
+    return Statistics(contents["mean"], contents["covariance"], contents["features"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quality measures
+
+
+def measure_real(real: Statistics, number: int) -> tuple[int, float]:
+    """Return how many real images were compared with all real images, and their Fréchet distance.
+
+    At most `number` and 10,000 images are compared. A small number biases the distance upwards: this is the distance
+    that perfect samples of this number would have.
+    """
+    some = real.features[:number]
+    return len(some), metrics.frechet_distance(*metrics.mean_and_covariance(some), real.mean, real.covariance)
+
+
+def measure_quality(extractor: Extractor, images: Tensor, real: Statistics, *, splits: int = 5_000) -> dict[str, float]:
+    """Return quality measures of images uint8 (N, C, H, W) by name, computed in the features of the extractor.
+
+    With Inception: the Inception score over splits of `splits` images, FID, KID, precision and recall. With a
+    classifier: Fréchet distance, precision and recall under names of their own, because they cannot be compared with
+    published figures. KID, precision and recall use at most 10,000 images of each set.
+    """
+    features, probabilities = extract_features(extractor, images.split(BATCH), len(images), "features of samples")
+    device, compared = features.device, features[:COMPARED]
+    mean, covariance = metrics.mean_and_covariance(features)
+    distance = metrics.frechet_distance(mean, covariance, real.mean.to(device), real.covariance.to(device))
+    precision, recall = metrics.precision_recall(real.features.to(device), compared)
+    if extractor.name != Inception.name:
+        return {DISTANCE: distance, "classifier precision": precision, "classifier recall": recall}
+    score, deviation = metrics.inception_score(probabilities, splits=max(1, len(images) // splits))
+    return {
+        "Inception score": score,
+        "IS deviation": deviation,
+        "FID": distance,
+        "KID": metrics.kernel_distance(real.features.to(device), compared),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The distance that a training run measures at every test
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleDistance:
+    """The Fréchet distance of samples to real images, in the features of a classifier of the data set.
+
+    of_real_images: the distance of other real images, as many as there are samples, for comparison.
+    """
+
+    extractor: Classifier
+    real: Statistics
+    of_real_images: float
+
+    def measure(self, images: Tensor) -> float:
+        """Return the distance of images (N, C, H, W), float in [0, 1] or uint8; `nan` if they are not finite.
+
+        A small number of images biases the distance upwards: compare values for equal numbers of images only.
+        """
+        return measure_distance(self.extractor, images, self.real)
+
+
+def measure_distance(extractor: Extractor, images: Tensor, real: Statistics) -> float:
+    """Return the Fréchet distance of images (N, C, H, W) to real images, in the features of the extractor."""
+    features = torch.cat([extractor(batch)[0] for batch in images.split(BATCH)])
+    device = features.device
+    return metrics.frechet_distance(
+        *metrics.mean_and_covariance(features), real.mean.to(device), real.covariance.to(device)
+    )
+
+
+def prepare_distance(dataset: Dataset, number: int, cache: pathlib.Path) -> SampleDistance:
+    """Return the distance of samples to one half of the data; it includes the distance of real images.
+
+    number: the number of real images, from the other half, whose distance is measured. The classifier is trained on the
+    data at the first call, then read from the cache folder.
+    """
+    device = dataset.index_device
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:LOOKED_AT]
+    reference, rest = order.tensor_split(2)
+    classifier = load_classifier(RealImages.choose(dataset.name, "train", [dataset], LOOKED_AT), cache, device)
+    real = load_statistics(classifier, RealImages(dataset.name, "train", [dataset], reference), cache)
+    return SampleDistance(classifier, real, measure_distance(classifier, dataset.raw(rest[:number]), real))

@@ -1,0 +1,62 @@
+"""Number types, and settings of the whole process: TF32 rounding and kernels of GPUs, memory of CPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+
+import torch
+
+PRECISIONS = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+# For energies whose gradients reach the weights: these would underflow in fp16, whose smallest number is 6e-8.
+LOSS_PRECISIONS = PRECISIONS | {"fp16": torch.float32}
+
+
+def set_tf32(allowed: bool) -> None:
+    """Allow or forbid GPUs to round the factors of float32 convolutions and matrix products to TF32.
+
+    It holds for the whole process.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def allow_tf32(precision: str) -> Iterator[None]:
+    """Let GPUs round to TF32 inside the block, unless the precision is float32; then restore the earlier setting."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    set_tf32(precision != "float32")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def set_kernel_choice(*, deterministic: bool) -> None:
+    """Let GPUs use the kernels that measure fastest or, if deterministic, those that give the same bits in every run.
+
+    It holds for the whole process. Call it before anything is computed on a GPU.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        # Nobody reads uninitialised memory, so that filling it would only cost time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors instead of returning it to the system after each operation.
+
+    Mapping fresh pages for every activation costs a third of a Langevin step's time on a CPU. Only glibc has this.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: serve up to a gigabyte from the heap
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and do not give its top back
