@@ -164,7 +164,7 @@ def capture(function: Callable[[], Tensor], generator: torch.Generator) -> tuple
         graph.register_generator_state(generator)
     stream.wait_stream(torch.cuda.current_stream())
     try:
-        with without_collector(), torch.cuda.stream(stream):
+        with pause_collector(), torch.cuda.stream(stream):
             before = [each.get_state() for each in generators]
             function()  # kernels are compiled and chosen here, which is not allowed while recording
             for each, state in zip(generators, before, strict=True):
@@ -200,7 +200,7 @@ def lend_copies(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
 
 
 @contextlib.contextmanager
-def without_collector() -> Iterator[None]:
+def pause_collector() -> Iterator[None]:
     """Stop Python's garbage collector inside the block: it could destroy another graph, which ends a recording."""
     was_enabled = gc.isenabled()
     gc.disable()

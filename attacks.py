@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sampling import Energy, input_gradient
+from sampling import Energy, compute_input_gradient
 
 Restriction = Callable[[Tensor, Tensor], Tensor]  # (images, images at the start of the chains) -> allowed images
 
@@ -80,7 +80,7 @@ def ascend_loss(loss: Energy, images: Tensor, attack: Attack, generator: torch.G
     project = functools.partial(restrict_to_ball, centre=images, radius=attack.radius, norm=attack.norm)
     x = project(images + draw_offset(images, attack, generator))
     for _ in range(attack.steps):
-        gradient = torch.stack([input_gradient(loss, x) for _ in range(max(attack.draws, 1))]).mean(0)
+        gradient = torch.stack([compute_input_gradient(loss, x) for _ in range(max(attack.draws, 1))]).mean(0)
         x = project(x + attack.step_size * find_direction(gradient, attack.norm))
     return x
 

@@ -56,7 +56,7 @@ def save(path: pathlib.Path, state: dict[str, Any]) -> None:
         raise
 
 
-def iterations(folder: pathlib.Path) -> list[int]:
+def list_iterations(folder: pathlib.Path) -> list[int]:
     """Return the iterations of the checkpoints in a folder, of this project's and TensorFlow's, in ascending order."""
     matches = (re.fullmatch(r"model_(\d+)\.(?:pt|index)", path.name) for path in folder.glob("model_*"))
     return sorted({int(match[1]) for match in matches if match})
@@ -71,7 +71,7 @@ def prune(folder: pathlib.Path) -> None:
     for path in folder.glob(".model_*.tmp"):
         path.unlink()
     numbered = sorted(
-        (number, path) for path in folder.glob("model_*.pt") if (number := iteration_of(path)) is not None
+        (number, path) for path in folder.glob("model_*.pt") if (number := parse_iteration(path)) is not None
     )
     periods = set()
     for _, path in numbered[:-KEEP]:
@@ -81,7 +81,7 @@ def prune(folder: pathlib.Path) -> None:
         periods.add(period)
 
 
-def iteration_of(path: pathlib.Path) -> int | None:
+def parse_iteration(path: pathlib.Path) -> int | None:
     """Return the iteration N of a file `model_N.pt`, None for other names such as `model_best.pt`."""
     match = re.fullmatch(r"model_(\d+)\.pt", path.name)
     return int(match[1]) if match else None
@@ -94,7 +94,7 @@ def find(folder: pathlib.Path, resume_iter: str) -> pathlib.Path:
     """
     if not folder.is_dir():
         raise UsageError(f"no experiment folder {folder}; check `exp` and where experiments are kept")
-    numbers = iterations(folder)
+    numbers = list_iterations(folder)
     if resume_iter == "latest":
         if not numbers:
             raise UsageError(f"no checkpoint in {folder}; train one first, or check `exp`")
@@ -130,7 +130,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     return state
 
 
-def config_of(state: dict[str, Any], path: pathlib.Path) -> models.ModelConfig:
+def read_config(state: dict[str, Any], path: pathlib.Path) -> models.ModelConfig:
     """Return the ModelConfig stored in a checkpoint."""
     try:
         return models.ModelConfig(**{**state["config"], "image_shape": tuple(state["config"]["image_shape"])})
@@ -163,7 +163,7 @@ def load_energy(
             raise UsageError(f"{prefix} has no averaged weights, being a TensorFlow checkpoint; leave out `ema`")
         return load_tf_energy(prefix, swish_act=swish_act).to(device)
     state = load(path)
-    model = models.EnergyNetwork(config_of(state, path))
+    model = models.EnergyNetwork(read_config(state, path))
     if ema and not state.get("ema"):
         raise UsageError(f"{path} has no averaged weights; leave out `ema`, or train with `ema_decay`")
     load_state(model, state["ema" if ema else "model"], path)

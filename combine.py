@@ -27,7 +27,7 @@ from dsprites import CONCEPTS
 from ebm.settings import NOISE_UNIT, CombineSettings
 from errors import UsageError
 from hardware import allow_tf32
-from models import label_energies, noise_images
+from models import compute_label_energies, draw_noise_images
 from progress import Progress
 from sampling import Energy, Schedule, check_finite, langevin
 
@@ -212,7 +212,7 @@ class ConceptRun:
         with allow_tf32(settings.precision):
             end = langevin(
                 energies,
-                noise_images(config, number, self.generator),
+                draw_noise_images(config, number, self.generator),
                 num_steps=settings.num_steps,
                 step_lr=lower_in_steps(settings.first_step_lr, settings.step_lr, settings.num_steps),
                 noise_std=lower_in_steps(settings.first_noise, NOISE_UNIT, settings.num_steps),
@@ -477,7 +477,7 @@ def find_lowest_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, pr
     lowest = []
     for part in index.split(TRIED):
         with torch.no_grad():
-            lowest.append(label_energies(concept.energy, run.images(part), labels).argmin(1))
+            lowest.append(compute_label_energies(concept.energy, run.images(part), labels).argmin(1))
         progress.advance(len(part))
     return labels[torch.cat(lowest)]
 

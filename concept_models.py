@@ -137,7 +137,7 @@ def find_models(settings: CombineSettings, names: Sequence[str]) -> dict[str, pa
         try:
             paths[name] = checkpoint.find(folder, iteration)
         except UsageError:
-            existing = ", ".join(map(str, checkpoint.iterations(folder)[-8:])) or "no checkpoint"
+            existing = ", ".join(map(str, checkpoint.list_iterations(folder)[-8:])) or "no checkpoint"
             missing.append(f"  {name}: no {folder}/model_{iteration} (there is {existing}); train it: {command}")
     if missing:
         raise UsageError("\n".join(["models are missing; `task`=train trains all four", *dict.fromkeys(missing)]))
@@ -198,7 +198,7 @@ def train_models(settings: CombineSettings, script: pathlib.Path) -> None:
 
 def can_go_on(folder: pathlib.Path) -> bool:
     """Return whether the run in this folder can be resumed; the shipped models cannot, they hold weights only."""
-    if not checkpoint.iterations(folder):
+    if not checkpoint.list_iterations(folder):
         return False
     path = checkpoint.find(folder, "latest")
     return path.suffix != ".pt" or "optimizer" in checkpoint.load(path)

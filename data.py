@@ -151,7 +151,7 @@ class Request(NamedTuple):
     workers: int
     download: bool
 
-    def need_path(self) -> pathlib.Path:
+    def require_path(self) -> pathlib.Path:
         """Return the path of the data set's files; raise UsageError if it was not given."""
         if self.path is None:
             setting = DATASETS[self.name].path_setting
@@ -206,7 +206,7 @@ def load_dataset(
     )
 
 
-def store(request: Request, contents: readers.Contents, noise: str = "steps") -> Dataset:
+def make_dataset(request: Request, contents: readers.Contents, noise: str = "steps") -> Dataset:
     """Return a data set on the device, with the images, labels and class names that a reader returned."""
     images, labels, class_names = contents
     labels = None if labels is None else labels.to(request.device)
@@ -215,12 +215,12 @@ def store(request: Request, contents: readers.Contents, noise: str = "steps") ->
 
 def load_digits(request: Request) -> Dataset:
     """Load scikit-learn's digits."""
-    return store(request, readers.read_digits(request.split))
+    return make_dataset(request, readers.read_digits(request.split))
 
 
 def load_folder(request: Request) -> Dataset:
     """Load a folder of images."""
-    folder = request.need_path()
+    folder = request.require_path()
     contents = readers.read_folder(
         folder,
         split=request.split,
@@ -228,17 +228,19 @@ def load_folder(request: Request) -> Dataset:
         channels=request.channels,
         workers=request.workers,
     )
-    return store(request, contents)
+    return make_dataset(request, contents)
 
 
 def load_imagenet32(request: Request) -> Dataset:
     """Load ImageNet at 32x32 pixels."""
-    return store(request, imagenet.read_imagenet32(request.need_path(), request.split), "centred")  # as the reference
+    return make_dataset(
+        request, imagenet.read_imagenet32(request.require_path(), request.split), "centred"
+    )  # as the reference
 
 
 def open_imagenet128(request: Request) -> Dataset:
     """Open ImageNet at 128x128 pixels, whose images are read batch by batch."""
-    return imagenet.open_imagenet(request.need_path(), request.split, device=request.device, workers=request.workers)
+    return imagenet.open_imagenet(request.require_path(), request.split, device=request.device, workers=request.workers)
 
 
 def load_sprites(request: Request) -> Dataset:
@@ -282,7 +284,7 @@ def load_torchvision(
     """Load one of torchvision's data sets; download its files if they are missing and `download` is set."""
     arguments = request.root, request.split, request.workers
     try:
-        return store(request, read(*arguments), noise)
+        return make_dataset(request, read(*arguments), noise)
     except FileNotFoundError as error:
         missing = f"`dataset`={request.name}: {error.filename} is missing"
     remedy = "put the files there, or set `datadir` to where they are"
@@ -293,10 +295,10 @@ def load_torchvision(
     except Exception as error:  # no network, a broken download, no torchvision
         reason = " ".join(str(error).split())
         raise UsageError(f"{missing} and cannot be downloaded ({reason}); {remedy}") from error
-    return store(request, read(*arguments), noise)
+    return make_dataset(request, read(*arguments), noise)
 
 
-def from_torchvision(
+def make_torchvision_source(
     read: Callable[[pathlib.Path, str, int], readers.Contents], download: Download, noise: str = "steps"
 ) -> Source:
     """Return the source of one of torchvision's data sets."""
@@ -306,22 +308,24 @@ def from_torchvision(
 # The one list of data sets. Their kind of noise is that of the reference.
 DATASETS = {
     "digits": Source(load_digits),
-    "mnist": from_torchvision(readers.read_mnist, lambda sets, root, _: sets.MNIST(root, download=True)),
-    "fashion_mnist": from_torchvision(
+    "mnist": make_torchvision_source(readers.read_mnist, lambda sets, root, _: sets.MNIST(root, download=True)),
+    "fashion_mnist": make_torchvision_source(
         readers.read_fashion_mnist, lambda sets, root, _: sets.FashionMNIST(root, download=True)
     ),
-    "cifar10": from_torchvision(readers.read_cifar10, lambda sets, root, _: sets.CIFAR10(root, download=True)),
+    "cifar10": make_torchvision_source(readers.read_cifar10, lambda sets, root, _: sets.CIFAR10(root, download=True)),
     "imagenet": Source(load_imagenet32, "imagenet_path"),
     "imagenetfull": Source(open_imagenet128, "imagenet_datadir"),
     "dsprites": Source(load_sprites, "dsprites_path"),
     "folder": Source(load_folder, "data_path"),
-    "svhn": from_torchvision(
+    "svhn": make_torchvision_source(
         readers.read_svhn, lambda sets, root, split: sets.SVHN(root, split=split, download=True), "centred"
     ),
-    "cifar100": from_torchvision(
+    "cifar100": make_torchvision_source(
         readers.read_cifar100, lambda sets, root, _: sets.CIFAR100(root, download=True), "centred"
     ),
-    "textures": from_torchvision(readers.read_textures, lambda sets, root, _: sets.DTD(root, download=True), "centred"),
+    "textures": make_torchvision_source(
+        readers.read_textures, lambda sets, root, _: sets.DTD(root, download=True), "centred"
+    ),
 }
 
 
@@ -355,11 +359,11 @@ class Batches:
         """Return the indices (batch_size,) int64 of this worker's next images."""
         if self.position + self.world * self.batch_size > self.size:
             self.load_state_dict({"seed": self.seed, "epoch": self.epoch + 1, "position": 0})
-        index = self.following()
+        index = self.peek()
         self.position += self.world * self.batch_size
         return index
 
-    def following(self) -> Tensor:
+    def peek(self) -> Tensor:
         """Return the indices that `next` will return, without advancing; fewer or none at the end of an epoch."""
         start = self.position + self.rank * self.batch_size
         return self.permutation[start : start + self.batch_size]

@@ -1,6 +1,6 @@
 """Data parallel training: one small interface over Horovod, torch.distributed, or a single process.
 
-    workers = distributed.start()              # finds out how the run was launched
+    workers = distributed.join_workers()              # finds out how the run was launched
     workers.broadcast([p.data for p in model.parameters()])
     gradients = distributed.GradientAverager(workers, model.parameters())
     ...
@@ -409,7 +409,7 @@ class Workers:
             self._watch.meetings += 1
 
 
-def start(backend: str = "auto", device: str = "auto", timeout: float = 40.0) -> Workers:
+def join_workers(backend: str = "auto", device: str = "auto", timeout: float = 40.0) -> Workers:
     """Join the workers that this process was launched with; return them, or a single worker without a launcher.
 
     backend: auto takes Horovod under mpiexec or horovodrun if it is installed, else torch.distributed (NCCL on GPUs,

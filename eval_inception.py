@@ -23,7 +23,7 @@ import pictures
 from ebm.settings import InceptionSettings
 from evaluation import TrainedModel, note_contradictions, open_model, prepare_device, refuse_concept_model
 from features import Classifier, Inception, RealImages, load_statistics, measure_quality, measure_real
-from quality import draw_samples, find_ensemble, list_iterations, load_extractor, load_reference
+from quality import choose_iterations, draw_samples, find_ensemble, load_extractor, load_reference
 from reports import format_table, make_folder, write_json
 
 COMPARED = "of at most 10,000 images"
@@ -69,7 +69,7 @@ def main(settings: InceptionSettings) -> None:
     device = prepare_device(settings.device)
     experiment = pathlib.Path(settings.modeldir) / settings.exp
     ensembles = [
-        find_ensemble(experiment, iteration, settings.ensemble) for iteration in list_iterations(settings, experiment)
+        find_ensemble(experiment, iteration, settings.ensemble) for iteration in choose_iterations(settings, experiment)
     ]
     newest = ensembles[-1][0]
     trained = open_model(newest, device, swish_act=settings.swish_act, ema=settings.ema)

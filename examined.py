@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from attacks import Attack, Restriction, ascend_loss, restrict_to_ball, restrict_to_bounds
 from errors import UsageError
 from hardware import allow_tf32
-from models import EnergyNetwork, PreparedEnergy, class_logits, freeze_energy
+from models import EnergyNetwork, PreparedEnergy, compute_class_logits, freeze_energy
 from progress import Progress
 from sampling import langevin
 
@@ -176,7 +176,7 @@ class ExaminedModel:
                 y = self.run_round(y, labels, y, ball, differentiable=differentiable)
             return self.energy(y, labels)
 
-        return class_logits(energy, x, self.classes) + self.bias
+        return compute_class_logits(energy, x, self.classes) + self.bias
 
     # ------------------------------------------------------------------------------------------ any number of images
 
@@ -274,7 +274,7 @@ class ExaminedModel:
 
         def step(part: slice) -> Tensor:
             energy = PreparedEnergy(self.model, self.model.prepare(update_u=True), self.rescale)
-            logits = class_logits(energy, images[part], self.classes) + bias
+            logits = compute_class_logits(energy, images[part], self.classes) + bias
             losses = F.cross_entropy(logits, labels[part], reduction="none")
             optimizer.zero_grad()
             losses.mean().backward()

@@ -30,7 +30,7 @@ from evaluation import (
     refuse_concept_model,
 )
 from hardware import allow_tf32
-from models import freeze_energy, noise_images
+from models import draw_noise_images, freeze_energy
 from progress import Progress
 from reports import make_folder
 from sampling import langevin
@@ -102,7 +102,7 @@ def main(settings: DemoSettings) -> None:
     with allow_tf32(settings.precision):
         langevin(
             energy.under(labels),
-            noise_images(config, settings.batch_size, generator),
+            draw_noise_images(config, settings.batch_size, generator),
             num_steps=settings.num_steps,
             step_lr=settings.step_lr / trained.rescale,  # for images in [0, 1] the gradient is `rescale` times larger
             generator=generator,

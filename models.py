@@ -74,7 +74,7 @@ class NormalizedLayer(nn.Module):
         """Return this layer's prepared tensors; `forward` looks them up as "<self.name>.<key>"."""
         raise NotImplementedError
 
-    def reset(self, generator: torch.Generator | None) -> None:
+    def draw_initial_values(self, generator: torch.Generator | None) -> None:
         """Draw the reference's initial values: N(0, 1) for a normalised weight, else Glorot uniform, or zero."""
         if self.u is not None:
             self.u.normal_(generator=generator)
@@ -84,7 +84,7 @@ class NormalizedLayer(nn.Module):
         else:
             nn.init.xavier_uniform_(self.weight, generator=generator)
 
-    def normalized(self, update_u: bool) -> Tensor:
+    def normalize_weight(self, update_u: bool) -> Tensor:
         """Return weight / sigma · spec_norm_val, differentiable in the weight but not in u and v."""
         if self.u is None:
             return self.weight
@@ -103,7 +103,7 @@ class NormalizedLayer(nn.Module):
         return self.weight * (self.scale / sigma)
 
 
-def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+def compute_same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Return the padding (before, after) of TensorFlow's SAME rule, which puts the odd pixel at the end."""
     total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
@@ -132,7 +132,7 @@ def fold_average_pooling(kernel: Tensor) -> Tensor:
     return sum(F.pad(kernel, (dx, 1 - dx, dy, 1 - dy)) for dx in (0, 1) for dy in (0, 1)) / 4  # type: ignore[return-value]
 
 
-def per_channel(table: Tensor, labels: Tensor | None) -> Tensor:
+def select_per_channel(table: Tensor, labels: Tensor | None) -> Tensor:
     """Return the values per channel that labels select from a table (label_size, c), as (N, c, 1, 1).
 
     Without labels the table has one row, which is returned as (1, c, 1, 1).
@@ -173,7 +173,7 @@ class Conv(NormalizedLayer):
         self.cb = nn.Parameter(torch.zeros(c_in)) if gain and self.conditional else None
 
     def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
-        kernel = self.normalized(update_u)
+        kernel = self.normalize_weight(update_u)
         weights: Weights = {}
         if self.gb is not None:
             weights["input_bias"] = self.gb
@@ -189,18 +189,18 @@ class Conv(NormalizedLayer):
     def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
         kernel = weights[f"{self.name}.kernel"]
         if self.gb is not None:
-            x = x + per_channel(weights[f"{self.name}.input_bias"], labels)
+            x = x + select_per_channel(weights[f"{self.name}.input_bias"], labels)
         if self.pooled and kernel.shape[-1] == 4:  # the pooling is folded into the kernel
             x = F.conv2d(x, kernel, stride=2, padding=1)
         else:
-            rows, columns = (same_padding(size, kernel.shape[-1], self.stride) for size in x.shape[2:])
+            rows, columns = (compute_same_padding(size, kernel.shape[-1], self.stride) for size in x.shape[2:])
             if rows[0] != rows[1] or columns[0] != columns[1]:
                 x, rows, columns = F.pad(x, (*columns, *rows)), (0, 0), (0, 0)
             x = convolve(x, kernel, self.stride, (rows[0], columns[0]))
             if self.pooled:
                 x = F.avg_pool2d(x, 2)
         if self.cb is not None:
-            gain = per_channel(weights[f"{self.name}.gain"], labels)
+            gain = select_per_channel(weights[f"{self.name}.gain"], labels)
             x = x * (gain + weights[f"{self.name}.gain_bias"][:, None, None])
         if self.activation is not None:
             x = self.activation(x)
@@ -218,7 +218,7 @@ class Dense(NormalizedLayer):
         self.b = nn.Parameter(torch.zeros(n_out))
 
     def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
-        weights: Weights = {"kernel": self.normalized(update_u), "bias": self.b}
+        weights: Weights = {"kernel": self.normalize_weight(update_u), "bias": self.b}
         return weights
 
     def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
@@ -234,7 +234,7 @@ class Projection(NormalizedLayer):
         self.b = nn.Parameter(torch.zeros(c_out)) if bias else None
 
     def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
-        kernel = self.normalized(update_u)
+        kernel = self.normalize_weight(update_u)
         return {"kernel": kernel} if self.b is None else {"kernel": kernel, "bias": self.b}
 
     def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
@@ -322,7 +322,7 @@ class GlobalSum(nn.Module):
 # Networks: name -> stages
 
 
-def mnist_net(config: ModelConfig) -> dict[str, nn.Module]:
+def build_mnist_stages(config: ModelConfig) -> dict[str, nn.Module]:
     """Return the stages of MnistNet: a 3x3 convolution, three 4x4 convolutions of stride 2 and a dense head."""
     width = config.num_filters
     activation = F.silu if config.swish_act else leaky_relu
@@ -330,10 +330,10 @@ def mnist_net(config: ModelConfig) -> dict[str, nn.Module]:
     stages["c1_pre"] = Conv(config.image_shape[0] + config.label_size, 64, config, activation=activation)
     for name, c_in, c_out in (("c1", 64, width), ("c2", width, 2 * width), ("c3", 2 * width, 4 * width)):
         stages[name] = Conv(c_in, c_out, config, kernel_size=4, stride=2, activation=activation)
-    return stages | dense_head(4 * width, 2 * width, 3, config, activation)
+    return stages | build_dense_head(4 * width, 2 * width, 3, config, activation)
 
 
-def dsprites_net(config: ModelConfig) -> dict[str, nn.Module]:
+def build_dsprites_stages(config: ModelConfig) -> dict[str, nn.Module]:
     """Return the stages of DspritesNet: a 3x3 convolution, four 4x4 convolutions of stride 2 and a dense head."""
     width = config.num_filters
     activation = F.silu if config.swish_act else leaky_relu
@@ -343,10 +343,10 @@ def dsprites_net(config: ModelConfig) -> dict[str, nn.Module]:
         stages[name] = Conv(
             c_in, c_out, config, kernel_size=4, stride=2, input_bias=True, gain=name == "c3", activation=activation
         )
-    return stages | dense_head(2 * width, 2 * width, 4, config, activation)
+    return stages | build_dense_head(2 * width, 2 * width, 4, config, activation)
 
 
-def dense_head(
+def build_dense_head(
     channels: int, width: int, halvings: int, config: ModelConfig, activation: Activation
 ) -> dict[str, nn.Module]:
     """Return the last stages of a convolutional network: flattening, one hidden layer and the energy.
@@ -403,8 +403,8 @@ class ResNet:
 
 
 NETWORKS: dict[str, Callable[[ModelConfig], dict[str, nn.Module]]] = {
-    "MnistNet": mnist_net,
-    "DspritesNet": dsprites_net,
+    "MnistNet": build_mnist_stages,
+    "DspritesNet": build_dsprites_stages,
     "ResNet32": ResNet(
         "res_optim:1↓ res_1:1 res_2:2↓ res_3:2 res_4:2↓ res_5:2", attention=("res_3", 2, 0.5), replaces="res_3"
     ).stages,
@@ -498,7 +498,7 @@ def build_model(config: ModelConfig, generator: torch.Generator | None = None) -
     model = EnergyNetwork(config)
     for module in model.modules():
         if isinstance(module, NormalizedLayer):
-            module.reset(generator)
+            module.draw_initial_values(generator)
     return model
 
 
@@ -562,18 +562,18 @@ def freeze_energy(
     return PreparedEnergy(model, spectral_norm_once(model, PRECISIONS[precision]), rescale, temperature)
 
 
-def label_energies(energy: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+def compute_label_energies(energy: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
     """Return the energy E(x, y) of every image (N, C, H, W) under every label (M, label_size), as (N, M)."""
     n, m = len(images), len(labels)
     return energy(images.repeat_interleave(m, 0), labels.repeat(n, 1)).view(n, m)
 
 
-def class_logits(energy: Callable[[Tensor, Tensor], Tensor], images: Tensor, classes: int) -> Tensor:
+def compute_class_logits(energy: Callable[[Tensor, Tensor], Tensor], images: Tensor, classes: int) -> Tensor:
     """Return the class logits of every image: −E(x, y) under every class, as (N, classes)."""
-    return -label_energies(energy, images, torch.eye(classes, device=images.device, dtype=images.dtype))
+    return -compute_label_energies(energy, images, torch.eye(classes, device=images.device, dtype=images.dtype))
 
 
-def noise_images(config: ModelConfig, number: int, generator: torch.Generator, rescale: float = 1.0) -> Tensor:
+def draw_noise_images(config: ModelConfig, number: int, generator: torch.Generator, rescale: float = 1.0) -> Tensor:
     """Return noise (number, C, H, W) that chains start from: uniform in [0, rescale], or 0.5 + 0.5·N(0, 1) for sprites.
 
     The network of sprites is DspritesNet; its noise does not depend on rescale.

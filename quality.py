@@ -18,7 +18,7 @@ from evaluation import TrainedModel, load_split
 from examined import is_out_of_memory
 from features import Classifier, Inception, RealImages, find_inception, load_classifier, read_inception
 from hardware import allow_tf32
-from models import ModelConfig, PreparedEnergy, freeze_energy, noise_images
+from models import ModelConfig, PreparedEnergy, draw_noise_images, freeze_energy
 from pixels import to_bytes
 from progress import Progress
 from sampling import check_finite, langevin
@@ -86,14 +86,16 @@ def run_pool(
             return torch.zeros(n, 0, device=device)
         return F.one_hot(torch.randint(classes, (n,), generator=generator, device=device), classes).float()
 
-    images, labels = noise_images(config, size, generator), draw_labels(size)
+    images, labels = draw_noise_images(config, size, generator), draw_labels(size)
     batch_size = min(settings.batch_size, size)
     for round_ in range(settings.rounds):
         index = torch.randperm(size, generator=generator, device=device)[:batch_size]
         x, y = images[index], labels[index]
         if round_ < settings.rounds - settings.nomix:
             chance = torch.rand(2, batch_size, generator=generator, device=device)
-            x = torch.where((chance[0] < RESTARTED).view(-1, 1, 1, 1), noise_images(config, batch_size, generator), x)
+            x = torch.where(
+                (chance[0] < RESTARTED).view(-1, 1, 1, 1), draw_noise_images(config, batch_size, generator), x
+            )
             y = torch.where((chance[1] < RELABELLED).view(-1, 1), draw_labels(batch_size), y)
         images[index] = langevin(
             energies[round_ % len(energies)].under(y),
@@ -135,7 +137,7 @@ def draw_fresh_images(
         generators = [torch.Generator(labels.device).manual_seed(each) for each in seeds]
         images = langevin(
             energy.under(labels[numbers.to(labels.device)]),
-            torch.cat([noise_images(config, 1, generator) for generator in generators]),
+            torch.cat([draw_noise_images(config, 1, generator) for generator in generators]),
             num_steps=num_steps,
             step_lr=step_lr,
             noise_std=noise_std,
@@ -161,13 +163,13 @@ def within_memory(batch_size: int) -> Iterator[None]:
 # ---- parts of eval_inception.py: an ensemble of checkpoints, real images, the network that compares ----
 
 
-def list_iterations(settings: InceptionSettings, folder: pathlib.Path) -> list[str]:
+def choose_iterations(settings: InceptionSettings, folder: pathlib.Path) -> list[str]:
     """Return the iterations to measure, in the form that `checkpoint.find` accepts.
 
     folder: of the experiment. Raises UsageError for anything but numbers and "all".
     """
     if settings.iterations == ("all",):
-        return [str(iteration) for iteration in checkpoint.iterations(folder)] or ["latest"]
+        return [str(iteration) for iteration in checkpoint.list_iterations(folder)] or ["latest"]
     for word in settings.iterations:
         if not word.isdecimal():
             raise UsageError(f"`iterations`={word} is no iteration; give numbers separated by commas, or all")
@@ -184,7 +186,7 @@ def find_ensemble(folder: pathlib.Path, resume_iter: str, number: int) -> list[p
     name = newest.stem.removeprefix("model_")
     if not name.isdecimal():
         return [newest]
-    existing = [iteration for iteration in checkpoint.iterations(folder) if iteration <= int(name)]
+    existing = [iteration for iteration in checkpoint.list_iterations(folder) if iteration <= int(name)]
     spaced = [int(name) - SPACING * k for k in range(number)]
     iterations = spaced if set(spaced) <= set(existing) else existing[::-1][:number]
     return [checkpoint.find(folder, str(iteration)) for iteration in iterations]

@@ -22,7 +22,7 @@ Generator = torch.Generator | Sequence[torch.Generator] | None
 PROJ_NORM_TYPES = ("li", "l2")
 
 
-def input_gradient(energy: Energy, x: Tensor, *, create_graph: bool = False) -> Tensor:
+def compute_input_gradient(energy: Energy, x: Tensor, *, create_graph: bool = False) -> Tensor:
     """Return the gradient dΣE/dx of the energy for images x, shaped like x. Weights receive no gradient."""
     with torch.enable_grad():
         if not (create_graph and x.requires_grad):
@@ -69,7 +69,7 @@ def langevin_step(
     clip: Callable[[Tensor], Tensor],
     restrict: Callable[[Tensor], Tensor],
     gradient_first: bool = False,
-    gradient: Callable[[Energy, Tensor], Tensor] = input_gradient,
+    gradient: Callable[[Energy, Tensor], Tensor] = compute_input_gradient,
 ) -> Tensor:
     """Return the images after one Langevin step: add the noise, descend along the clipped gradient, restrict.
 
@@ -85,7 +85,7 @@ class CannotCompile(Exception):
 
 
 @functools.cache
-def compiled_step() -> Callable[..., Tensor]:
+def compile_step() -> Callable[..., Tensor]:
     """Return `langevin_step`, its gradient included, as one compiled function.
 
     The first call for each shape is slow, because it compiles. A call raises CannotCompile if its shape or device
@@ -145,8 +145,8 @@ def langevin(
     compiled: run each step as one compiled function, with equal results up to rounding; not for a differentiable chain.
     Raises CannotCompile if the step cannot be compiled.
     """
-    gradient = functools.partial(input_gradient, create_graph=differentiable)
-    step = compiled_step() if compiled else functools.partial(langevin_step, gradient=gradient)
+    gradient = functools.partial(compute_input_gradient, create_graph=differentiable)
+    step = compile_step() if compiled else functools.partial(langevin_step, gradient=gradient)
     clip = functools.partial(clip_gradient, proj_norm=proj_norm, proj_norm_type=proj_norm_type)
     restrict = project or functools.partial(torch.clamp, min=bounds[0], max=bounds[1])
     energies = [energy] if callable(energy) else energy
@@ -166,15 +166,15 @@ def leapfrog(energy: Energy, x: Tensor, velocity: Tensor, *, step_size: float, n
     As in the reference, it makes half a step of velocity and one of position, then num_steps of both, then half a step
     of velocity.
     """
-    velocity = velocity - 0.5 * step_size * input_gradient(energy, x)
+    velocity = velocity - 0.5 * step_size * compute_input_gradient(energy, x)
     x = x + step_size * velocity
     for _ in range(num_steps):
-        velocity = velocity - step_size * input_gradient(energy, x)
+        velocity = velocity - step_size * compute_input_gradient(energy, x)
         x = x + step_size * velocity
-    return x, velocity - 0.5 * step_size * input_gradient(energy, x)
+    return x, velocity - 0.5 * step_size * compute_input_gradient(energy, x)
 
 
-def hamiltonian(energy: Energy, x: Tensor, velocity: Tensor) -> Tensor:
+def compute_hamiltonian(energy: Energy, x: Tensor, velocity: Tensor) -> Tensor:
     """Return the Hamiltonian E(x) + |v|²/2 of every image, (N,)."""
     with torch.no_grad():
         return energy(x) + 0.5 * velocity.square().flatten(1).sum(1)
@@ -186,7 +186,7 @@ def hmc(
     """Make one Hamiltonian Monte Carlo move per image; return the images (N, ...) and whether each moved, bool (N,)."""
     velocity = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     proposal, end_velocity = leapfrog(energy, x, velocity, step_size=step_size, num_steps=num_steps)
-    change = hamiltonian(energy, x, velocity) - hamiltonian(energy, proposal, end_velocity)
+    change = compute_hamiltonian(energy, x, velocity) - compute_hamiltonian(energy, proposal, end_velocity)
     uniform = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
     is_accepted = uniform < change.exp()
     return torch.where(is_accepted.view(-1, *[1] * (x.dim() - 1)), proposal, x), is_accepted

@@ -29,7 +29,7 @@ from data import Dataset
 from ebm.settings import SandboxSettings
 from errors import UsageError
 from examined import ExaminedModel
-from models import ModelConfig, noise_images
+from models import ModelConfig, draw_noise_images
 from progress import Progress
 
 MOST = 50_000  # largest number of images in a task without `limit`
@@ -162,7 +162,7 @@ class SandboxRun:
 
     def noise(self, number: int) -> Tensor:
         """Return images of noise, from which chains start."""
-        return noise_images(self.config, number, self.model.generator)
+        return draw_noise_images(self.config, number, self.model.generator)
 
     def paper(self, figures: Mapping[str, str]) -> Mapping[str, str]:
         """Return the published figures if the data set is CIFAR-10, on which they were measured; else none."""

@@ -108,7 +108,9 @@ def start_chains(state: State, settings: TrainSettings, images: Tensor) -> Tenso
     if num_noised:
         starts.append(noised + 0.3 * torch.randn(noised.shape, generator=generator, device=device))
     if num_noised < len(images):
-        starts.append(models.noise_images(state.model.config, len(images) - num_noised, generator, settings.rescale))
+        starts.append(
+            models.draw_noise_images(state.model.config, len(images) - num_noised, generator, settings.rescale)
+        )
     start = torch.cat(starts)
     if settings.replay_batch and len(state.buffer) > len(images):
         replayed = state.buffer.sample(len(images), generator, settings.rescale)
@@ -176,7 +178,7 @@ def mismatch_loss(
 def main(settings: TrainSettings) -> None:
     setup.check_settings(settings)
     keep_freed_memory()
-    workers = distributed.start(settings.backend, settings.device)
+    workers = distributed.join_workers(settings.backend, settings.device)
     setup.set_kernels(settings, workers)
     dataset = setup.open_dataset(settings, workers)
     state = setup.build_state(settings, setup.choose_network(settings, dataset), dataset, workers)
@@ -188,7 +190,7 @@ def main(settings: TrainSettings) -> None:
     if resume_path is not None:
         run.resume(resume_path)
     if workers.rank == 0:
-        setup.announce(settings, state, dataset, workers, run.stop)
+        setup.announce_run(settings, state, dataset, workers, run.stop)
     if settings.train:
         train(run)
     run.report()

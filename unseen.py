@@ -32,7 +32,7 @@ from dsprites import CONCEPTS
 from ebm.settings import CombineSettings, TrainSettings
 from ebm.training.state import State
 from hardware import allow_tf32
-from models import freeze_energy, noise_images
+from models import draw_noise_images, freeze_energy
 from progress import Progress
 from sampling import check_finite, langevin
 from train import train_step
@@ -149,7 +149,7 @@ def train_product(run: ConceptRun, product: Product, seen: Tensor, other: str) -
 def draw_starts(state: State) -> Tensor:
     """Draw the start of an iteration's chains: noise, and for 5 % of them samples from the replay buffer."""
     n, generator = state.batches.batch_size, state.generator
-    start = noise_images(state.model.config, n, generator)
+    start = draw_noise_images(state.model.config, n, generator)
     if len(state.buffer):
         is_replayed = torch.rand(n, 1, 1, 1, generator=generator, device=generator.device) < REPLAY_RATE
         start = torch.where(is_replayed, state.buffer.sample(n, generator), start)
@@ -164,7 +164,7 @@ def bind_product(run: ConceptRun, product: Product, other: str) -> SpriteSampler
         with allow_tf32(run.settings.precision):
             end = langevin(
                 energy.under(join_labels(latents, other)),
-                noise_images(product.config, len(latents), run.generator),
+                draw_noise_images(product.config, len(latents), run.generator),
                 num_steps=run.settings.num_steps,
                 step_lr=run.settings.step_lr,
                 generator=run.generator,

@@ -263,10 +263,12 @@ def measure_gradient_error(model: models.EnergyNetwork, x: Tensor, precision: st
     It is the median over images.
     """
     exact_model = copy.deepcopy(model).double()
-    exact = sampling.input_gradient(functools.partial(exact_model.energy, freeze_weights(exact_model)), x.double())
+    exact = sampling.compute_input_gradient(
+        functools.partial(exact_model.energy, freeze_weights(exact_model)), x.double()
+    )
     weights = models.cast(freeze_weights(model), PRECISIONS[precision])
     with allow_tf32(precision):
-        rounded = sampling.input_gradient(functools.partial(model.energy, weights), x)
+        rounded = sampling.compute_input_gradient(functools.partial(model.energy, weights), x)
     return ((rounded - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).median().item()
 
 

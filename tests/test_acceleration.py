@@ -79,14 +79,14 @@ def test_chains_drawn_during_training_run_as_training_does(monkeypatch, tmp_path
     for them; when their energies are rounded, or images of a batch that is not full are left out."""
     seen = []
 
-    def compiled_step():
+    def compile_step():
         def step(energy, x, *arguments):
             seen.append(tuple(x.shape))
             return sampling.langevin_step(energy, x, *arguments)
 
         return step
 
-    monkeypatch.setattr(sampling, "compiled_step", compiled_step)
+    monkeypatch.setattr(sampling, "compiled_step", compile_step)
     images = []
     for precision in ("float32", "bf16"):
         state = make_state(precision=precision)

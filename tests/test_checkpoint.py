@@ -128,5 +128,5 @@ def test_retention(tmp_path):
     (tmp_path / "model_best.pt").write_bytes(b"")
     for _ in range(2):  # once more changes nothing
         checkpoint.prune(tmp_path)
-        assert checkpoint.iterations(tmp_path) == [0, 600, *range(1000, 4000, 100)]
+        assert checkpoint.list_iterations(tmp_path) == [0, 600, *range(1000, 4000, 100)]
     assert (tmp_path / "model_best.pt").exists()

@@ -363,7 +363,7 @@ def test_gradient_is_taken_before_the_noise(small_grid, tmp_path):
     """Breaks when the noise moves the point whose gradient is taken: half of it would be gone after this step."""
     concepts = {"size": plant(lambda images, labels: QUADRATIC["a"](images), SIZES["size"], "size")}
     run = run_on(concepts, small_grid, tmp_path, num_steps=1, step_lr=0.5 / K1)
-    start = models.noise_images(concepts["size"].config, 4, make_generator())
+    start = models.draw_noise_images(concepts["size"].config, 4, make_generator())
     end = run.chain([composed("a")], 4, make_progress())
     offset = (end - (start + A) / 2)[(start > 0) & (start < 1)]  # where no bound is near the end
     assert offset.mean().item() == pytest.approx(0, abs=1e-3)
@@ -380,7 +380,7 @@ def test_restarts_keep_the_lowest_energy(small_grid, tmp_path):
     targets = small_grid.latents[run.targets(1, 5)]
     images = run.generate(plan, targets, make_progress(1))
     again = make_generator()
-    starts = [models.noise_images(next(iter(run.concepts.values())).config, 5, again) for _ in range(4)]
+    starts = [models.draw_noise_images(next(iter(run.concepts.values())).config, 5, again) for _ in range(4)]
     totals = torch.stack([run.energy(parse_expression("size & pos"), targets)(start) for start in starts])
     assert len(totals.argmin(0).unique()) > 1
     for place, best in enumerate(totals.argmin(0)):

@@ -155,7 +155,7 @@ def test_the_only_gpu_is_the_own_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_alone() -> None:
     """Breaks when code written for workers does not run, or changes a number, in a single process."""
-    workers = distributed.start("none", "cpu")
+    workers = distributed.join_workers("none", "cpu")
     tensor = torch.tensor([1.0, 2.0])
     layer = nn.Linear(2, 1)
     averager = distributed.GradientAverager(workers, layer.parameters())
@@ -500,7 +500,7 @@ def compute(seconds: float) -> None:
 
 
 def main(engine: str, scenario: str, output: str) -> None:
-    workers = distributed.start(engine, "cpu", TIMEOUT)
+    workers = distributed.join_workers(engine, "cpu", TIMEOUT)
     workers.print(workers)
     workers.average([torch.ones(1)])  # from here on the watch is strict
     if scenario == "agree":

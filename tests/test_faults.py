@@ -57,7 +57,7 @@ def start(exp, *more):
     return pid
 
 def newest(exp):
-    found = checkpoint.iterations(pathlib.Path(logdir) / exp)
+    found = checkpoint.list_iterations(pathlib.Path(logdir) / exp)
     return found[-1] if found else 0
 
 random.seed(0)
@@ -108,7 +108,7 @@ from ebm.training.state import State
 from train import start_chains, train_step
 from utils import ClippedAdam, ReplayBuffer
 
-workers = distributed.start(backend, "cpu")
+workers = distributed.join_workers(backend, "cpu")
 count = 16 // workers.size
 for name in ("rand", "randn"):
     def draw(*shape, whole=getattr(torch, name), **settings):

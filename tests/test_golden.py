@@ -74,7 +74,7 @@ def test_network(name, fold):
     }
 
     assert_close(model.energy(frozen, x, labels), case["energy"])
-    gradient = sampling.input_gradient(lambda x: model.energy(frozen, x, labels), x)
+    gradient = sampling.compute_input_gradient(lambda x: model.energy(frozen, x, labels), x)
     samples = sampling.langevin(lambda x: model.energy(frozen, x, labels), x, **chain)
     if settings.get("store_x", True):
         assert_close(theirs(gradient), case["grad_x"], 1e-3)
@@ -146,5 +146,5 @@ def test_leapfrog():
     x, v = sampling.leapfrog(energy, x0, v0, step_size=0.2, num_steps=7)
     np.testing.assert_allclose(x, case["x"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(v, case["v"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(sampling.hamiltonian(energy, x0, v0), case["h0"], rtol=1e-5)
-    np.testing.assert_allclose(sampling.hamiltonian(energy, x, v), case["h1"], rtol=1e-5)
+    np.testing.assert_allclose(sampling.compute_hamiltonian(energy, x0, v0), case["h0"], rtol=1e-5)
+    np.testing.assert_allclose(sampling.compute_hamiltonian(energy, x, v), case["h1"], rtol=1e-5)

@@ -59,7 +59,7 @@ def test_labels_matter_and_are_checked():
 )
 def test_same_padding(size, kernel, stride, padding):
     """Breaks when the odd pixel of TensorFlow's SAME padding moves to the front."""
-    assert models.same_padding(size, kernel, stride) == padding
+    assert models.compute_same_padding(size, kernel, stride) == padding
 
 
 @pytest.mark.parametrize("size", [8, 7])
@@ -78,11 +78,15 @@ def test_spectral_norm_converges():
         model.stages["res_1"].c2.weight.normal_(generator=torch.Generator().manual_seed(3))
     block = model.stages["res_1"]
     for layer in (block.c1, block.c2):
-        assert torch.linalg.matrix_norm(layer.normalized(False).flatten(1), 2).item() == pytest.approx(1, abs=1e-3)
+        assert torch.linalg.matrix_norm(layer.normalize_weight(False).flatten(1), 2).item() == pytest.approx(
+            1, abs=1e-3
+        )
     with torch.no_grad():
         block.c2.weight.mul_(1e-3)
     sigma = torch.linalg.matrix_norm(block.c2.weight.flatten(1), 2).item()
-    assert torch.linalg.matrix_norm(block.c2.normalized(False).flatten(1), 2).item() == pytest.approx(sigma, rel=1e-3)
+    assert torch.linalg.matrix_norm(block.c2.normalize_weight(False).flatten(1), 2).item() == pytest.approx(
+        sigma, rel=1e-3
+    )
 
 
 def test_u_is_written_back_only_when_asked():

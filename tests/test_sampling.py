@@ -209,11 +209,11 @@ def test_hmc_samples_a_gaussian():
 def test_leapfrog_conserves_energy_to_second_order():
     """Breaks when a half step is missing: halving the step then no longer quarters the drift."""
     x, v = torch.tensor([[1.0]], dtype=torch.float64), torch.tensor([[0.3]], dtype=torch.float64)
-    before = sampling.hamiltonian(quadratic(1.0), x, v)
+    before = sampling.compute_hamiltonian(quadratic(1.0), x, v)
     drift = []
     for halvings in (0, 1):
         step, count = 0.2 / 2**halvings, 10 * 2**halvings
-        after = sampling.hamiltonian(
+        after = sampling.compute_hamiltonian(
             quadratic(1.0), *sampling.leapfrog(quadratic(1.0), x, v, step_size=step, num_steps=count - 1)
         )
         drift.append((after - before).abs().item())

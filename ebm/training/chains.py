@@ -10,7 +10,7 @@ from acceleration import Chain
 from ebm.settings import TrainSettings
 from ebm.training.state import State
 from hardware import PRECISIONS
-from models import EnergyNetwork, PreparedEnergy, Weights, cast, class_logits
+from models import EnergyNetwork, PreparedEnergy, Weights, cast, compute_class_logits
 from sampling import Energy, hmc, langevin
 
 HMC_STEP_SIZE = 15.0
@@ -93,7 +93,7 @@ def infer_labels(
     if not settings.model_cclass:
         return labels, None
     untempered = PreparedEnergy(energy.model, energy.weights)
-    log_p = class_logits(untempered, images, energy.model.config.label_size).log_softmax(1)
+    log_p = compute_class_logits(untempered, images, energy.model.config.label_size).log_softmax(1)
     uniform = torch.rand(log_p.shape, generator=state.generator, device=log_p.device)
     gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
     inferred = F.one_hot((log_p + gumbel).argmax(1), log_p.shape[1]).to(images.dtype)

@@ -15,7 +15,7 @@ from ebm.training.state import State, Step
 from features import DISTANCE, SampleDistance
 from logs import RunLog, read_series
 from progress import Progress
-from sampling import input_gradient
+from sampling import compute_input_gradient
 
 PANELS = 20  # rows of start | sample | real
 BINS = 40  # of the histograms of energies in the log
@@ -34,8 +34,8 @@ def compute_statistics(state: State, step: Step, temperature: float) -> dict[str
         "loss_e": step.loss_kl,
         "loss_ml": step.loss_ml,
         "loss_total": step.loss,
-        "x_grad": input_gradient(energy, step.samples).abs().mean(),
-        "x_grad_first": input_gradient(energy, step.start).abs().mean(),
+        "x_grad": compute_input_gradient(energy, step.samples).abs().mean(),
+        "x_grad_first": compute_input_gradient(energy, step.start).abs().mean(),
         "x_off": (step.samples - step.images).abs().mean(),
         "x_moved": (step.samples - step.start).abs().mean(),
     }

@@ -18,7 +18,7 @@ from distributed import GradientAverager, Workers
 from ebm.settings import TrainSettings
 from ebm.training.records import Recorder, write_final_report
 from ebm.training.samples import Sampler
-from ebm.training.setup import find_last_iteration
+from ebm.training.setup import compute_last_iteration
 from ebm.training.state import State, Step
 from errors import UsageError
 from features import prepare_distance
@@ -34,7 +34,7 @@ class Run:
     def __init__(self, settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers):
         self.settings, self.state, self.dataset, self.workers = settings, state, dataset, workers
         self.is_first = workers.rank == 0
-        self.stop = find_last_iteration(settings, len(dataset), workers.size)
+        self.stop = compute_last_iteration(settings, len(dataset), workers.size)
         self.sampler = Sampler(state, settings, dataset)
         self.distance = None
         if settings.quality and self.is_first:
@@ -89,14 +89,14 @@ class Run:
         if self.workers.any(self.signal is not None):
             self.end_early()
 
-    def is_time(self, interval: int) -> bool:
+    def is_due(self, interval: int) -> bool:
         """Return whether something that happens every `interval` iterations is due after this one."""
         return self.state.iteration % interval == 0
 
     @property
-    def saves_now(self) -> bool:
+    def is_save_due(self) -> bool:
         """Whether a checkpoint is due after this iteration."""
-        return self.is_time(self.settings.save_interval) or self.state.iteration == self.stop
+        return self.is_due(self.settings.save_interval) or self.state.iteration == self.stop
 
     def say(self, message: str) -> None:
         """Print a line, on rank 0."""
@@ -112,11 +112,11 @@ class Run:
         """
         if self.guard is None:
             return None
-        if self.is_time(CHECK_INTERVAL) or self.saves_now:
+        if self.is_due(CHECK_INTERVAL) or self.is_save_due:
             cause = self.guard.find_cause(self.state, step, self.settings.bounds)
             if self.workers.any(cause is not None):
                 return cause or "another worker diverged"
-        if self.is_time(SNAPSHOT_INTERVAL):
+        if self.is_due(SNAPSHOT_INTERVAL):
             self.guard.remember(self.state)
         return None
 
@@ -155,15 +155,15 @@ class Run:
     def keep_records(self, step: Step) -> None:
         """Log, test and save if it is due after this iteration."""
         if self.recorder is not None:
-            if self.is_time(self.settings.log_interval):
+            if self.is_due(self.settings.log_interval):
                 with self.survive_write_errors("the log"), allow_tf32(self.state.acceleration.precision):
                     self.recorder.record_step(step)
-            if self.is_time(self.settings.test_interval):
+            if self.is_due(self.settings.test_interval):
                 with self.survive_write_errors("pictures"):
                     self.test(self.recorder, step)
-        if self.is_time(self.settings.test_interval):
+        if self.is_due(self.settings.test_interval):
             self.workers.barrier()
-        if self.saves_now:
+        if self.is_save_due:
             self.save()
         if self.recorder is not None:
             self.recorder.progress.update(self.state.iteration)
@@ -256,7 +256,7 @@ class Run:
             state.start_ema()
             return
         contents = checkpoint.load(path)
-        checkpoint.check_config(checkpoint.config_of(contents, path), state.model.config, path)
+        checkpoint.check_config(checkpoint.read_config(contents, path), state.model.config, path)
         checkpoint.load_state(state.model, contents["model"], path)
         state.load_shared(contents)
         was_averaged, is_averaged = bool(contents.get("ema")), state.ema is not None
@@ -330,7 +330,7 @@ def read_batch(state: State, settings: TrainSettings, dataset: data.Dataset) -> 
     if settings.single:
         index = torch.zeros_like(index)
     else:
-        dataset.prefetch(state.batches.following())
+        dataset.prefetch(state.batches.peek())
     images, labels = dataset.batch(index, state.generator, settings.rescale)
     if settings.augment:
         images = data.augment(images, state.generator)

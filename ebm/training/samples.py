@@ -16,7 +16,7 @@ import data
 from ebm.settings import TrainSettings
 from ebm.training.chains import bind_chain
 from ebm.training.state import State
-from models import PreparedEnergy, freeze_energy, noise_images
+from models import PreparedEnergy, draw_noise_images, freeze_energy
 
 CHAINS = 250  # chains that run at once, unless the step is compiled for another number
 
@@ -62,7 +62,7 @@ class Sampler:
             total = math.ceil(number / size) * size
         generator = torch.Generator(state.generator.device).manual_seed(settings.seed + 1_000_003)
         labels = self.choose_labels(total, generator)
-        noise = noise_images(state.model.config, total, generator, settings.rescale)
+        noise = draw_noise_images(state.model.config, total, generator, settings.rescale)
         settings = dataclasses.replace(settings, num_steps=self.num_steps, zero_kl=True)
         ends: list[Tensor] = []
         energies: list[Tensor] = []

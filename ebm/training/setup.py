@@ -199,7 +199,7 @@ def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: da
     )
 
 
-def find_last_iteration(settings: TrainSettings, images: int, workers: int) -> int:
+def compute_last_iteration(settings: TrainSettings, images: int, workers: int) -> int:
     """Return the last iteration: `max_iter`, else `epoch_num` passes over the data, for mnist at most 60,000.
 
     The limit for mnist is that of the published code.
@@ -222,7 +222,7 @@ def set_kernels(settings: TrainSettings, workers: Workers) -> None:
         workers.print("note: deterministic has no effect on a CPU, where runs are the same bit for bit anyway")
 
 
-def announce(settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int) -> None:
+def announce_run(settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int) -> None:
     """Print the data, network, workers and settings of a run, and store its settings and network in config.json."""
     config, values = state.model.config, cli.to_dict(settings)
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
