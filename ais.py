@@ -25,13 +25,12 @@ from typing import Any
 
 import torch
 
-import cli
-import pictures
 from ebm.settings import AisSettings
-from evaluation import prepare_device
-from likelihood import Target, bound_log_z_of_classes, build_gauss, build_target, compute_figures
-from progress import Progress
-from reports import format_table, make_folder, write_json
+from ebm.support import cli, pictures
+from ebm.support.progress import Progress
+from ebm.support.reports import format_table, make_folder, write_json
+from ebm.tasks.likelihood import Target, bound_log_z_of_classes, build_gauss, build_target, compute_figures
+from ebm.tasks.trained_models import prepare_device
 
 
 def describe_target(settings: AisSettings, target: Target) -> dict[str, Any]:

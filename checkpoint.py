@@ -25,7 +25,7 @@ from torch import Tensor
 
 import models
 from ebm.readers.tensorflow import read_tf_checkpoint
-from errors import UsageError
+from ebm.support.errors import UsageError
 from utils import ClippedAdam
 
 KEEP = 30  # the newest checkpoints, which are kept

@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import dsprites
-import imagenet
-import readers
+from ebm.readers import dsprites, image_files, imagenet
 from ebm.readers.downloads import import_torchvision
-from errors import UsageError
-from pixels import dequantise
+from ebm.support.errors import UsageError
+from ebm.support.pixels import dequantise
 
 
 class Dataset(Protocol):
@@ -184,7 +182,7 @@ def load_dataset(
 
     digits: scikit-learn's 1,797 digits, of which a tenth of each class is the test split. mnist, fashion_mnist,
     cifar10, cifar100, svhn, textures: torchvision's files below `root`, downloaded if they are missing. folder: the
-    images below `path`, see `readers.read_folder`. dsprites: drawn, or read from the published file `path`; `condition`
+    images below `path`, see `image_files.read_folder`. dsprites: drawn, or read from the published file `path`; `condition`
     (shape, size, pos, rot) chooses the labels, `subset` (shape, pos, size, rot, restrict) keeps a part of the sprites.
     imagenet: 32x32 pixels, from the authors' files below `path`. imagenetfull: 128x128 pixels, read batch by batch from
     TFRecords or class folders below `path`. dsprites and textures have no splits.
@@ -206,7 +204,7 @@ def load_dataset(
     )
 
 
-def make_dataset(request: Request, contents: readers.Contents, noise: str = "steps") -> Dataset:
+def make_dataset(request: Request, contents: image_files.Contents, noise: str = "steps") -> Dataset:
     """Return a data set on the device, with the images, labels and class names that a reader returned."""
     images, labels, class_names = contents
     labels = None if labels is None else labels.to(request.device)
@@ -215,13 +213,13 @@ def make_dataset(request: Request, contents: readers.Contents, noise: str = "ste
 
 def load_digits(request: Request) -> Dataset:
     """Load scikit-learn's digits."""
-    return make_dataset(request, readers.read_digits(request.split))
+    return make_dataset(request, image_files.read_digits(request.split))
 
 
 def load_folder(request: Request) -> Dataset:
     """Load a folder of images."""
     folder = request.require_path()
-    contents = readers.read_folder(
+    contents = image_files.read_folder(
         folder,
         split=request.split,
         image_size=request.image_size,
@@ -277,7 +275,7 @@ Download = Callable[[ModuleType, pathlib.Path, str], object]
 def load_torchvision(
     request: Request,
     *,
-    read: Callable[[pathlib.Path, str, int], readers.Contents],
+    read: Callable[[pathlib.Path, str, int], image_files.Contents],
     download: Download,
     noise: str = "steps",
 ) -> Dataset:
@@ -299,7 +297,7 @@ def load_torchvision(
 
 
 def make_torchvision_source(
-    read: Callable[[pathlib.Path, str, int], readers.Contents], download: Download, noise: str = "steps"
+    read: Callable[[pathlib.Path, str, int], image_files.Contents], download: Download, noise: str = "steps"
 ) -> Source:
     """Return the source of one of torchvision's data sets."""
     return Source(functools.partial(load_torchvision, read=read, download=download, noise=noise))
@@ -308,23 +306,25 @@ def make_torchvision_source(
 # The one list of data sets. Their kind of noise is that of the reference.
 DATASETS = {
     "digits": Source(load_digits),
-    "mnist": make_torchvision_source(readers.read_mnist, lambda sets, root, _: sets.MNIST(root, download=True)),
+    "mnist": make_torchvision_source(image_files.read_mnist, lambda sets, root, _: sets.MNIST(root, download=True)),
     "fashion_mnist": make_torchvision_source(
-        readers.read_fashion_mnist, lambda sets, root, _: sets.FashionMNIST(root, download=True)
+        image_files.read_fashion_mnist, lambda sets, root, _: sets.FashionMNIST(root, download=True)
     ),
-    "cifar10": make_torchvision_source(readers.read_cifar10, lambda sets, root, _: sets.CIFAR10(root, download=True)),
+    "cifar10": make_torchvision_source(
+        image_files.read_cifar10, lambda sets, root, _: sets.CIFAR10(root, download=True)
+    ),
     "imagenet": Source(load_imagenet32, "imagenet_path"),
     "imagenetfull": Source(open_imagenet128, "imagenet_datadir"),
     "dsprites": Source(load_sprites, "dsprites_path"),
     "folder": Source(load_folder, "data_path"),
     "svhn": make_torchvision_source(
-        readers.read_svhn, lambda sets, root, split: sets.SVHN(root, split=split, download=True), "centred"
+        image_files.read_svhn, lambda sets, root, split: sets.SVHN(root, split=split, download=True), "centred"
     ),
     "cifar100": make_torchvision_source(
-        readers.read_cifar100, lambda sets, root, _: sets.CIFAR100(root, download=True), "centred"
+        image_files.read_cifar100, lambda sets, root, _: sets.CIFAR100(root, download=True), "centred"
     ),
     "textures": make_torchvision_source(
-        readers.read_textures, lambda sets, root, _: sets.DTD(root, download=True), "centred"
+        image_files.read_textures, lambda sets, root, _: sets.DTD(root, download=True), "centred"
     ),
 }
 

@@ -21,21 +21,20 @@ from typing import Any
 
 import torch
 
-import cli
-import combine
-import dsprites
-import unseen
-from cli import flag
-from concept_models import find_models, list_models, load_models, read_pairs, read_weights, train_models
+from ebm.readers import dsprites
 from ebm.settings import CombineSettings
-from errors import UsageError
-from evaluation import prepare_device
-from reports import make_folder, write_report
+from ebm.support import cli
+from ebm.support.cli import flag
+from ebm.support.errors import UsageError
+from ebm.support.reports import make_folder, write_report
+from ebm.tasks import concepts, unseen
+from ebm.tasks.concept_models import find_models, list_models, load_models, read_pairs, read_weights, train_models
+from ebm.tasks.trained_models import prepare_device
 
 TASKS: dict[str, Callable[..., Any]] = {
     "train": train_models,
-    "conceptcombine": combine.combine_concepts,
-    "labeldiscover": combine.discover_labels,
+    "conceptcombine": concepts.combine_concepts,
+    "labeldiscover": concepts.discover_labels,
     "gentest": unseen.compare_models,
     "genbaseline": unseen.measure_generator,
 }
@@ -84,7 +83,7 @@ def main(settings: Settings) -> None:
     uses_models = settings.task in ("conceptcombine", "labeldiscover")
     paths = find_models(settings, list_models(settings, settings.task)) if uses_models else {}
     folder = make_task_folder(settings)
-    run = combine.ConceptRun(
+    run = concepts.ConceptRun(
         settings,
         load_models(settings, paths, device),
         labels,

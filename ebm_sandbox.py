@@ -13,20 +13,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
 
 import torch
 
-import cli
-import data
-from cli import flag
-from ebm.settings import CONDITIONS, SUBSETS, SandboxSettings
-from errors import UsageError
-from evaluation import TrainedModel, check_network, find_checkpoint, load_split, open_model, prepare_device
-from examined import ExaminedModel
-from models import ModelConfig
-from reports import make_folder, write_report
-from sandbox_tasks import TASKS, SandboxRun
+from ebm.settings import SandboxSettings
+from ebm.support import cli
+from ebm.support.cli import flag
+from ebm.support.reports import make_folder, write_report
+from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.sandbox import TASKS, SandboxRun
+from ebm.tasks.sandbox_data import list_outliers, load_outlier_set, load_own
+from ebm.tasks.trained_models import check_network, find_checkpoint, open_model, prepare_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,76 +31,6 @@ class Settings(SandboxSettings):
     """Task"""
 
     task: str = flag("label", "the task to run, see above", choices=tuple(TASKS))
-
-
-def find_condition(settings: SandboxSettings, label_size: int, trained: Mapping[str, object]) -> str | None:
-    """Return the concept of a dSprites model: that of the settings, else of its training, else by its label width.
-
-    trained: the flags of the training run. None means that the subset of its data determines the concept.
-    """
-    by_settings = [condition for name, condition in CONDITIONS.items() if getattr(settings, name)]
-    by_training = [condition for name, condition in CONDITIONS.items() if trained.get(name)]
-    by_width = None if any(trained.get(name) for name in SUBSETS) else {1: "size", 2: "pos"}.get(label_size, "shape")
-    return (by_settings + by_training + [by_width])[0]
-
-
-def load_own(split: str, settings: SandboxSettings, trained: TrainedModel, device: torch.device) -> data.Dataset:
-    """Return a split of the data set to examine the model on; raise UsageError if it does not fit the model."""
-    label_size = trained.model.config.label_size
-    condition = find_condition(settings, label_size, trained.flags)
-    name = "svhn" if settings.svhn else None
-    dataset = load_split(split, trained, settings, device, name=name, condition=condition)
-    if label_size and dataset.label_size != label_size:
-        raise UsageError(
-            f"`dataset`={dataset.name} has labels of width {dataset.label_size}, the model takes {label_size}"
-        )
-    return dataset
-
-
-def load_outlier_set(name: str, settings: SandboxSettings, config: ModelConfig, device: torch.device) -> data.Dataset:
-    """Return an out-of-distribution data set: that of this name, or the images of the folder at this path."""
-    if name not in settings.mixfolder:
-        return data.load_dataset(
-            name,
-            split="test",
-            root=settings.datadir,
-            device=device,
-            workers=settings.data_workers,
-            download=settings.download,
-        )
-    channels, size, _ = config.image_shape
-    dataset = data.load_dataset(
-        "folder",
-        split="test",
-        device=device,
-        path=name,
-        image_size=size,
-        channels=channels,
-        workers=settings.data_workers,
-    )
-    assert isinstance(dataset, data.StoredImages), "a folder is read into memory"
-    return dataclasses.replace(dataset, name=pathlib.Path(name).resolve().name)
-
-
-def list_outliers(settings: SandboxSettings) -> list[str]:
-    """Return the out-of-distribution sets that the settings select: names, and paths of folders."""
-    switches = {
-        "svhn": settings.svhnmix,
-        "cifar100": settings.cifar100mix,
-        "textures": settings.texturemix,
-        "random": settings.randommix,
-        "interpolation": settings.interpolationmix,
-    }
-    names = [name for name, is_on in switches.items() if is_on] + list(settings.mixset)
-    folders = [pathlib.Path(folder) for folder in settings.mixfolder]
-    for folder in folders:
-        if not folder.is_dir():
-            raise UsageError(f"`mixfolder`={folder}: no such folder")
-    titles = names + [folder.resolve().name for folder in folders]
-    twice = [title for title in titles if titles.count(title) > 1]
-    if twice:
-        raise UsageError(f"two sets of mixenergy are called {twice[0]}; give each set only once")
-    return names + list(settings.mixfolder) or ["interpolation"]
 
 
 def main(settings: Settings) -> None:

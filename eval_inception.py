@@ -18,13 +18,12 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import cli
-import pictures
+from ebm.measures.features import Classifier, Inception, RealImages, load_statistics, measure_quality, measure_real
 from ebm.settings import InceptionSettings
-from evaluation import TrainedModel, note_contradictions, open_model, prepare_device, refuse_concept_model
-from features import Classifier, Inception, RealImages, load_statistics, measure_quality, measure_real
-from quality import choose_iterations, draw_samples, find_ensemble, load_extractor, load_reference
-from reports import format_table, make_folder, write_json
+from ebm.support import cli, pictures
+from ebm.support.reports import format_table, make_folder, write_json
+from ebm.tasks.quality import choose_iterations, draw_samples, find_ensemble, load_extractor, load_reference
+from ebm.tasks.trained_models import TrainedModel, note_contradictions, open_model, prepare_device, refuse_concept_model
 
 COMPARED = "of at most 10,000 images"
 

@@ -18,21 +18,20 @@ import torch
 from torch import Tensor
 
 import checkpoint
-import cli
-import pictures
 from ebm.settings import DemoSettings
-from errors import UsageError
-from evaluation import (
+from ebm.support import cli, pictures
+from ebm.support.errors import UsageError
+from ebm.support.hardware import allow_tf32
+from ebm.support.progress import Progress
+from ebm.support.reports import make_folder
+from ebm.tasks.trained_models import (
     find_class,
     note_contradictions,
     open_model,
     prepare_device,
     refuse_concept_model,
 )
-from hardware import allow_tf32
 from models import draw_noise_images, freeze_energy
-from progress import Progress
-from reports import make_folder
 from sampling import langevin
 
 FPS = 20  # frames per second

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hardware import PRECISIONS
+from ebm.support.hardware import PRECISIONS
 
 Weights = dict[str, Tensor]  # "<layer>.<leaf>" -> tensor, as `EnergyNetwork.prepare` returns them
 Activation = Callable[[Tensor], Tensor]

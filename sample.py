@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import cli
-import pictures
 from ebm.settings import SampleSettings
-from evaluation import (
+from ebm.support import cli, pictures
+from ebm.support.hardware import allow_tf32
+from ebm.support.progress import Progress
+from ebm.tasks.quality import draw_fresh_images, within_memory
+from ebm.tasks.trained_models import (
     find_checkpoint,
     find_class,
     note_contradictions,
@@ -29,10 +31,7 @@ from evaluation import (
     prepare_device,
     refuse_concept_model,
 )
-from hardware import allow_tf32
 from models import freeze_energy
-from progress import Progress
-from quality import draw_fresh_images, within_memory
 
 GRID = 400  # largest number of images in the grid
 

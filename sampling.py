@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from errors import UsageError
+from ebm.support.errors import UsageError
 
 Energy = Callable[[Tensor], Tensor]  # (N, ...) -> (N,)
 Schedule = float | Callable[[int], float]  # a number, or its value at each step from 0

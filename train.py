@@ -18,15 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import checkpoint
-import cli
-import distributed
 import models
 from ebm.settings import TrainSettings
-from ebm.training import setup
+from ebm.support import cli
+from ebm.support.hardware import LOSS_PRECISIONS, allow_tf32, keep_freed_memory
+from ebm.training import distributed, setup
 from ebm.training.chains import infer_labels, run_chains
 from ebm.training.run import Run
 from ebm.training.state import State, Step
-from hardware import LOSS_PRECISIONS, allow_tf32, keep_freed_memory
 from models import PreparedEnergy
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixels import dequantise
+from ebm.support.pixels import dequantise
 
 REPLAY_SIZE = 10_000  # images that a training run's buffer holds
 

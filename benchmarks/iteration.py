@@ -23,17 +23,17 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import cli
 import data
 import models
 import timing
-from acceleration import Acceleration
-from cli import flag
 from ebm.settings import TrainSettings
+from ebm.support import cli
+from ebm.support.cli import flag
+from ebm.support.hardware import allow_tf32, set_kernel_choice, set_tf32
+from ebm.training.acceleration import Acceleration
 from ebm.training.chains import run_chains
 from ebm.training.setup import REPLAY_SIZE
 from ebm.training.state import State
-from hardware import allow_tf32, set_kernel_choice, set_tf32
 from train import start_chains, train_step
 from utils import ClippedAdam, ReplayBuffer
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import cli
 import models
 import sampling
 import timing
-from acceleration import Acceleration
-from cli import flag
-from hardware import set_kernel_choice, set_tf32
+from ebm.support import cli
+from ebm.support.cli import flag
+from ebm.support.hardware import set_kernel_choice, set_tf32
+from ebm.training.acceleration import Acceleration
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,15 +31,14 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import cli
 import models
-import pictures
 import sampling
 import timing
-from acceleration import REMEDIES, Acceleration
-from cli import flag
-from errors import UsageError
-from hardware import PRECISIONS, allow_tf32, keep_freed_memory, set_kernel_choice, set_tf32
+from ebm.support import cli, pictures
+from ebm.support.cli import flag
+from ebm.support.errors import UsageError
+from ebm.support.hardware import PRECISIONS, allow_tf32, keep_freed_memory, set_kernel_choice, set_tf32
+from ebm.training.acceleration import REMEDIES, Acceleration
 
 STEP_LR = 10.0
 THEIRS = ("plain", "torchebm")  # the first words of variants that are not this project's

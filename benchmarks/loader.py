@@ -22,12 +22,11 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import cli
-import imagenet
-import streaming
 import timing
-from cli import flag
+from ebm.readers import imagenet, streaming
 from ebm.readers.downloads import import_torchvision
+from ebm.support import cli
+from ebm.support.cli import flag
 
 Loader = tuple[Callable[[], object], Callable[[], None]]  # a call that reads the next batch, one that ends the workers
 

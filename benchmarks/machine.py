@@ -11,10 +11,10 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import cli
 import timing
-from cli import flag
-from hardware import PRECISIONS
+from ebm.support import cli
+from ebm.support.cli import flag
+from ebm.support.hardware import PRECISIONS
 
 
 @dataclasses.dataclass(frozen=True)

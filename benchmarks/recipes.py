@@ -22,13 +22,12 @@ import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import cli
-import pictures
 import timing
-from cli import flag
-from errors import UsageError
-from hardware import PRECISIONS
-from logs import read_series
+from ebm.support import cli, pictures
+from ebm.support.cli import flag
+from ebm.support.errors import UsageError
+from ebm.support.hardware import PRECISIONS
+from ebm.support.logs import read_series
 
 TRAIN = pathlib.Path(__file__).resolve().parent.parent / "train.py"
 RECIPES = {

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-import cli
 import models
-from cli import flag
-from errors import UsageError
-from hardware import PRECISIONS, allow_tf32, set_tf32
-from reports import write_json
+from ebm.support import cli
+from ebm.support.cli import flag
+from ebm.support.errors import UsageError
+from ebm.support.hardware import PRECISIONS, allow_tf32, set_tf32
+from ebm.support.reports import write_json
 
 # Rows and columns of the matrices whose product sets a limit; a smaller product is launch-bound on a GPU.
 MATRIX_SIZES = {"cpu": 2048, "cuda": 8192}

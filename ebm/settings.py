@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-import dsprites
-from cli import flag
 from data import DATASETS
-from distributed import BACKENDS
-from hardware import PRECISIONS
-from presets import PRESETS
+from ebm.presets import PRESETS
+from ebm.readers import dsprites
+from ebm.support.cli import flag
+from ebm.support.hardware import PRECISIONS
+from ebm.training.distributed import BACKENDS
 from sampling import PROJ_NORM_TYPES
 
 DEVICES = ("auto", "cpu", "cuda")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import checkpoint
 from ebm.readers.tensorflow import read_tf_checkpoint
-from errors import UsageError
+from ebm.support.errors import UsageError
 from utils import ClippedAdam
 
 

@@ -16,7 +16,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import checkpoint
 from ebm.settings import DataFiles
-from errors import UsageError
+from ebm.support.errors import UsageError
 
 KEPT = ("config", "iteration", "flags", "class_names")
 PLACES = {"exp", "logdir", *(field.name for field in dataclasses.fields(DataFiles))}

@@ -25,20 +25,20 @@ from torch import Tensor
 
 import checkpoint
 import data
-import distributed
-import dsprites
 import models
-from acceleration import Acceleration
+from ebm.readers import dsprites
+from ebm.readers.streaming import SIDE
 from ebm.settings import SandboxSettings, TrainSettings
+from ebm.support.progress import Progress
+from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.sandbox import SandboxRun
+from ebm.training import distributed
+from ebm.training.acceleration import Acceleration
 from ebm.training.run import Run
 from ebm.training.state import State, Step
-from examined import ExaminedModel
-from progress import Progress
-from sandbox_tasks import SandboxRun
-from streaming import SIDE
+from ebm.training.watch import Launch
 from train import start_chains, train_step
 from utils import ClippedAdam, ReplayBuffer
-from watch import Launch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -68,8 +68,8 @@ def run_python(*words: object, **settings: Any) -> subprocess.CompletedProcess[s
 
 DRIVER = """
 import contextlib, importlib, io, json, sys, typing
-import cli
-from errors import UsageError
+from ebm.support import cli
+from ebm.support.errors import UsageError
 script = importlib.import_module(sys.argv[1])
 kind = typing.get_type_hints(script.main)["settings"]
 exec(sys.argv[2])

@@ -9,14 +9,14 @@ import weakref
 import pytest
 import torch
 
-import acceleration
-import hardware
 import models
 import sampling
-from acceleration import Acceleration, CannotCapture
 from conftest import ENVIRONMENT, ROOT, SHAPE, make_run, make_state, run_python, train_on_noise
 from ebm.settings import ChainPrecision, TrainSettings
-from errors import UsageError
+from ebm.support import hardware
+from ebm.support.errors import UsageError
+from ebm.training import acceleration
+from ebm.training.acceleration import Acceleration, CannotCapture
 from sampling import CannotCompile
 
 PLAIN = TrainSettings(num_steps=3, step_lr=10.0, batch_size=8, num_chains=6, zero_kl=True, replay_batch=True)
@@ -196,7 +196,8 @@ def test_real_failures_of_the_compiler():
 def test_a_compiler_that_is_switched_off():
     """Breaks when TORCH_COMPILE_DISABLE=1, for which torch has no error of its own kind, ends a run."""
     program = """if True:
-        import torch, acceleration, sampling
+        import torch, sampling
+        from ebm.training import acceleration
         def chain(weights, x, labels, compiled):
             energy = lambda x: x.square().sum(1)
             return sampling.langevin(energy, x, num_steps=1, step_lr=0.1, noise_std=0.0, compiled=compiled)

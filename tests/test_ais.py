@@ -9,7 +9,7 @@ import torch
 
 import models
 from conftest import ROOT, make_model, run_python, write_checkpoint
-from likelihood import (
+from ebm.tasks.likelihood import (
     SPILL,
     Bracket,
     Target,

@@ -10,7 +10,7 @@ import torch
 import checkpoint
 import models
 from conftest import CONFIG, Bomb, flip_bit, make_model, write_checkpoint
-from errors import UsageError
+from ebm.support.errors import UsageError
 from utils import ReplayBuffer
 
 

@@ -10,13 +10,13 @@ import typing
 
 import pytest
 
-import cli
 from conftest import ROOT, run_python
 from data import DATASETS
+from ebm.presets import PRESETS
 from ebm.settings import TrainSettings
+from ebm.support import cli
+from ebm.support.errors import UsageError
 from ebm.training.setup import check_settings, choose_acceleration, choose_precision
-from errors import UsageError
-from presets import PRESETS
 
 
 def parse(*words):

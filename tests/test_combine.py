@@ -12,21 +12,19 @@ import pytest
 import torch
 
 import checkpoint
-import cli
-import combine
 import data
-import dsprites
 import models
-import reports
-import unseen
-from combine import ConceptRun, lower_in_steps
-from composition import parse_expression
-from concept_models import ConceptModel
 from conftest import ROOT, Planted, make_generator, make_model, make_progress, run_commands, write_checkpoint
-from dsprites import CONCEPTS
+from ebm.readers import dsprites
+from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings, TrainSettings
+from ebm.support import cli, reports
+from ebm.support.errors import UsageError
+from ebm.tasks import concepts, unseen
+from ebm.tasks.concept_models import ConceptModel
+from ebm.tasks.concepts import ConceptRun, lower_in_steps
+from ebm.tasks.expressions import parse_expression
 from ebm.training.state import State
-from errors import UsageError
 from sampling import langevin
 from utils import ClippedAdam, ReplayBuffer
 
@@ -180,7 +178,7 @@ def test_real_sprites_are_right():
     images = dsprites.render_sprites(*latents.unbind(1))
     found, distances = dsprites.find_nearest_sprites(images)
     assert torch.equal(dsprites.render_sprites(*found.unbind(1)), images) and distances.max() == 0
-    assert all(truth.all() for truth in combine.judge_latents(found, latents).values())
+    assert all(truth.all() for truth in concepts.judge_latents(found, latents).values())
 
 
 def test_errors_and_tolerances():
@@ -191,7 +189,7 @@ def test_errors_and_tolerances():
         found = target.clone()
         for name, value in changes.items():
             found[:, list(dsprites.LATENTS).index(name)] = value
-        how_far, is_right = combine.measure_errors(found, target), combine.judge_latents(found, target)
+        how_far, is_right = concepts.measure_errors(found, target), concepts.judge_latents(found, target)
         return how_far[concept].item(), is_right[concept].item()
 
     def turned(shape, degrees):
@@ -212,7 +210,7 @@ def test_errors_and_tolerances():
 def test_shares_by_shape():
     """Breaks when a share is of other images than those of its shape, or one of none is a number."""
     latents = torch.tensor([[1.0, 0.5, 0, 0, 0], [1.0, 0.6, 0, 0, 0], [3.0, 0.5, 0, 0, 0]])
-    shares = combine.split_by_shape(torch.tensor([True, False, True]), latents)
+    shares = concepts.split_by_shape(torch.tensor([True, False, True]), latents)
     assert shares == {"square": 0.5, "ellipse": None, "heart": 1.0}
 
 
@@ -270,7 +268,7 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
     Each energy has one mode, a sprite that has the label's concept; alone, each concept must come out right.
     """
     run = run_on(drawn_to(small_grid), small_grid, tmp_path, limit=20, step_lr=1.0)
-    figures = combine.combine_concepts(run)
+    figures = concepts.combine_concepts(run)
     for name in SIZES:
         assert figures[f"right, {name}"][name] == figures[f"right, {name}"]["jointly"] == 1.0
         assert figures["right, real sprites"][name] == 1.0
@@ -337,7 +335,7 @@ def test_weights(small_grid, tmp_path, combine_, mode):
     values = {"size": 0.2, "pos": 0.8}
     concepts = {name: plant(around(value), SIZES[name], name) for name, value in values.items()}
     run = run_on(concepts, small_grid, tmp_path, combine=combine_, weights={"pos": 3.0}, num_steps=60, step_lr=0.2)
-    plans = combine.build_plans(run.settings.combine, list(concepts), run.weights)
+    plans = concepts.build_plans(run.settings.combine, list(concepts), run.weights)
     images = run.generate(plans["size & pos"], torch.zeros(1, 2, 5) + 1, make_progress(60))
     assert images.mean().item() == pytest.approx(mode, abs=1e-3)
 
@@ -353,7 +351,7 @@ def test_first_round_is_as_asked_for(small_grid, tmp_path):
 
     concepts = {"size": plant(around, SIZES["size"], "size")}
     run = run_on(concepts, small_grid, tmp_path, num_steps=1, step_lr=0.0, first_step_lr=1.0, first_noise=0.1)
-    plans = combine.build_plans(run.settings.combine, list(concepts), run.weights)
+    plans = concepts.build_plans(run.settings.combine, list(concepts), run.weights)
     images = run.generate(plans["size"], torch.zeros(1, 2, 5) + 1, make_progress(1))
     assert images.mean().item() == pytest.approx(0.5, abs=0.01)
     assert images.std().item() == pytest.approx(0.1, rel=0.05)
@@ -397,7 +395,7 @@ def test_expression_with_two_targets(small_grid, tmp_path):
     concepts = {"pos": concept, "pos2": concept}
     options = {"combine": "1e-6*pos & pos2", "labels": labels, "step_lr": 1.0, "limit": 4}
     run = run_on(concepts, small_grid, tmp_path, **options)
-    figures = combine.combine_concepts(run)
+    figures = concepts.combine_concepts(run)
     assert figures["pos2 / pixels"]["right"] == 1.0 and figures["pos / pixels"]["right"] == 0.0
     assert figures["jointly"]["right"] == 0.0
     latents = small_grid.latents[run.targets(2, 5)]
@@ -420,11 +418,13 @@ def test_models_of_other_labels(small_grid, tmp_path):
     other = plant(energy, 5, None)
     for label, row in (("3", [0.0, 0.0, 0.0, 1.0, 0.0]), ("1,2,3,4,5.5", [1.0, 2.0, 3.0, 4.0, 5.5])):
         run = run_on({"net": other}, small_grid, tmp_path, combine="net", labels={"net": label}, limit=2)
-        assert combine.combine_concepts(run) == {"images": 2}
+        assert concepts.combine_concepts(run) == {"images": 2}
         assert seen[-1].tolist() == [row, row]
     for label in ("5", "heart", "1,2"):
         with pytest.raises(UsageError, match="a class below 5, or 5 numbers"):
-            combine.combine_concepts(run_on({"net": other}, small_grid, tmp_path, combine="net", labels={"net": label}))
+            concepts.combine_concepts(
+                run_on({"net": other}, small_grid, tmp_path, combine="net", labels={"net": label})
+            )
 
 
 @pytest.mark.parametrize("text", ["shape=cube", "size=big", "size=2", "pos=0.5", "pos=0,nan", "rot=1,0", "cube=1"])
@@ -452,7 +452,7 @@ def test_labeldiscover_finds_labels(small_grid, tmp_path):
         return plant(energy, SIZES[name], name)
 
     run = run_on({name: planted(name) for name in SIZES}, small_grid, tmp_path, limit=5, num_steps=1, label_lr=0.25)
-    figures = combine.discover_labels(run)
+    figures = concepts.discover_labels(run)
     for name in SIZES:
         row = figures[f"{name} / {CONCEPTS[name].unit}"]
         assert row["right"] == 1.0 and row["error of the label"] < 1e-5, name
@@ -467,10 +467,10 @@ def test_untrained_models_go_through(small_grid, tmp_path):
     """Breaks when a real network does not fit a task, or figures are not what JSON holds."""
     for how in ("sum", "shape & ~0.5*size"):
         used = tiny() if how == "sum" else {name: tiny()[name] for name in ("shape", "size")}
-        figures = combine.combine_concepts(run_on(used, small_grid, tmp_path, combine=how, limit=3))
+        figures = concepts.combine_concepts(run_on(used, small_grid, tmp_path, combine=how, limit=3))
         assert json.dumps(figures, allow_nan=False) and 0 <= figures["jointly"]["right"] <= 1
     assert (tmp_path / "im_shape_0_5_size.png").exists()
-    json.dumps(combine.discover_labels(run_on(tiny(), small_grid, tmp_path, limit=3)), allow_nan=False)
+    json.dumps(concepts.discover_labels(run_on(tiny(), small_grid, tmp_path, limit=3)), allow_nan=False)
 
 
 # ---- unseen combinations ----
@@ -566,8 +566,8 @@ def test_chains_of_joint_training_start_from_noise_and_5_percent_replay(small_gr
 
 # A small grid of sprites, and instead of training a line that says which command would train.
 SETUP = """
-import concept_models
-import dsprites
+from ebm.tasks import concept_models
+from ebm.readers import dsprites
 places = (0.0, 16 / 31, 1.0)
 dsprites.LATENTS |= {"x": places, "y": places}
 dsprites.SIZE = 3 * 6 * 40 * 9

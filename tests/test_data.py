@@ -14,11 +14,9 @@ import torch
 from PIL import Image
 
 import data
-import dsprites
-import readers
 from conftest import Bomb, draw_bytes, encode_idx, make_generator, write_mnist, write_sprites
-from ebm.readers import downloads
-from errors import UsageError
+from ebm.readers import downloads, dsprites, image_files
+from ebm.support.errors import UsageError
 
 # ---- batches from bytes ----
 
@@ -314,7 +312,7 @@ def test_restricted_sprites():
 
 def test_sprites_of_the_published_file(tmp_path):
     """Breaks if the file's images are not used, or a subset that it lacks is not refused."""
-    path = tmp_path / "dsprites.npz"
+    path = tmp_path / "ebm.readers.dsprites.npz"
     write_sprites(path, torch.arange(100))
     dataset = data.load_dataset("dsprites", path=path, condition="pos")
     assert isinstance(dataset.images, dsprites.Sprites) and dataset.images.bits is not None
@@ -593,4 +591,4 @@ def test_a_pickle_cannot_claim_memory(tmp_path):
     path = tmp_path / "huge"
     path.write_bytes(b"\x80\x02Nr\xff\xff\xff\x7f.")
     with pytest.raises(UsageError, match="huge"):
-        readers.read_pickle(path, ["data"])
+        image_files.read_pickle(path, ["data"])

@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import distributed
 from conftest import ROOT, WORKERS, skip_without_horovod
-from errors import UsageError
-from watch import Launch
+from ebm.support.errors import UsageError
+from ebm.training import distributed
+from ebm.training.watch import Launch
 
 TIMEOUT = 3.0  # seconds until the watch ends a job here
 DEADLINE = 100.0  # seconds after which a test gives up on a job

@@ -6,8 +6,8 @@ import torch
 import checkpoint
 from conftest import GOLDEN, ROOT, SHAPE, is_same_state, make_run, make_state, run_python, train_once, write_checkpoint
 from ebm.settings import TrainSettings
-from errors import UsageError
-from guard import DivergenceGuard
+from ebm.support.errors import UsageError
+from ebm.training.guard import DivergenceGuard
 
 
 def with_average(label_size=3):

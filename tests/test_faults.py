@@ -33,7 +33,7 @@ sys.path.insert(0, root)
 import torch
 torch.set_num_threads(1)
 import checkpoint
-import cli
+from ebm.support import cli
 import train
 from ebm.settings import TrainSettings
 from sklearn.datasets import load_digits
@@ -100,7 +100,7 @@ root, output, backend = sys.argv[1:]
 sys.path.insert(0, root)
 import torch
 import data
-import distributed
+from ebm.training import distributed
 import models
 from ebm.settings import TrainSettings
 from ebm.training.run import read_batch
@@ -136,7 +136,7 @@ import sys
 root, output, *flags = sys.argv[1:]
 sys.path.insert(0, root)
 import torch
-import cli
+from ebm.support import cli
 import train
 from ebm.settings import TrainSettings
 train_alone = train.train

@@ -7,14 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import acceleration
 import data
-import guard
-import hardware
 import models
-import pictures
-import quality
-from acceleration import Acceleration
 from conftest import (
     ENVIRONMENT,
     ROOT,
@@ -27,6 +21,10 @@ from conftest import (
     train_on_noise,
 )
 from ebm.settings import TrainSettings
+from ebm.support import hardware, pictures
+from ebm.tasks import quality
+from ebm.training import acceleration, guard
+from ebm.training.acceleration import Acceleration
 from ebm.training.chains import run_chains
 from ebm.training.state import State
 from utils import ClippedAdam, ReplayBuffer

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conftest import SHAPE, make_model, make_state
+from ebm.training.guard import USUAL, DivergenceGuard
 from ebm.training.state import Step
-from guard import USUAL, DivergenceGuard
 from models import PreparedEnergy
 
 

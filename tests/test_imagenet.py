@@ -15,9 +15,7 @@ import torch
 from PIL import Image
 
 import data
-import imagenet
 import models
-import streaming
 from conftest import (
     IMAGENET_BATCHES,
     ROOT,
@@ -34,13 +32,14 @@ from conftest import (
     write_pickle,
     write_records,
 )
+from ebm.readers import imagenet, streaming
+from ebm.readers.imagenet import open_imagenet, read_imagenet32
+from ebm.readers.streaming import SIDE
 from ebm.settings import TrainSettings
+from ebm.support.errors import UsageError
+from ebm.support.pixels import dequantise
 from ebm.training.run import read_batch
 from ebm.training.state import State, Step
-from errors import UsageError
-from imagenet import open_imagenet, read_imagenet32
-from pixels import dequantise
-from streaming import SIDE
 from utils import ClippedAdam, ReplayBuffer
 
 pytest.importorskip("google_crc32c")
@@ -253,7 +252,7 @@ import os
 import pathlib
 import signal
 import torch
-import imagenet
+from ebm.readers import imagenet
 if __name__ == "__main__":
     dataset = imagenet.open_imagenet(pathlib.Path({str(tmp_path)!r}), "train", workers=1)
     dataset.batch(torch.tensor([0]), None)

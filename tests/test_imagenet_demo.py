@@ -14,9 +14,9 @@ import torch
 from PIL import Image, ImageSequence
 
 import models
-import pictures
 import sampling
 from conftest import ENVIRONMENT, GOLDEN, ROOT, make_model, write_checkpoint
+from ebm.support import pictures
 
 ANIMALS = ["tench, Tinca tinca", "crane", "Maltese dog, Maltese terrier", "crane", "hen"]
 
@@ -34,7 +34,7 @@ QUICK = ["--num_steps=4", "--step_lr=100", "--batch_size=3"]
 # Runs many commands in one process, since importing torch takes most of a command's time.
 DRIVER = """
 import contextlib, io, json, os, sys
-import cli
+from ebm.support import cli
 import imagenet_demo
 results = {}
 for case, words in json.load(sys.stdin).items():

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import data
-import metrics
-from classifier import train_feature_classifier
 from conftest import draw_sides
-from errors import UsageError
-from features import Classifier, prepare_distance
-from metrics import frechet_distance, mean_and_covariance
+from ebm.measures.classifier import train_feature_classifier
+from ebm.measures.features import Classifier, prepare_distance
+from ebm.support import metrics
+from ebm.support.errors import UsageError
+from ebm.support.metrics import frechet_distance, mean_and_covariance
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

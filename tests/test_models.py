@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import checkpoint
 import models
 from conftest import make_model
-from errors import UsageError
+from ebm.support.errors import UsageError
 from models import ModelConfig
 
 SHAPES = {"MnistNet": (1, 28, 28), "DspritesNet": (1, 64, 64), "ResNet128": (3, 128, 128)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-import pictures
+from ebm.support import pictures
 
 
 def read(path) -> np.ndarray:

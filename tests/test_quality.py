@@ -14,10 +14,7 @@ import pytest
 import torch
 
 import data
-import features
-import metrics
 import models
-import quality
 from conftest import (
     ENVIRONMENT,
     ROOT,
@@ -32,12 +29,15 @@ from conftest import (
     run_python,
     write_checkpoint,
 )
+from ebm.measures import features
+from ebm.measures.features import RealImages
 from ebm.readers.downloads import import_torchvision
 from ebm.settings import PoolSettings
-from errors import UsageError
-from features import RealImages
-from metrics import mean_and_covariance
-from pixels import to_bytes
+from ebm.support import metrics
+from ebm.support.errors import UsageError
+from ebm.support.metrics import mean_and_covariance
+from ebm.support.pixels import to_bytes
+from ebm.tasks import quality
 
 CONFIG = models.ModelConfig("MnistNet", (1, 2, 2), 1, label_size=10)
 STILL = PoolSettings(num_steps=1, noise_scale=0.0, repeat_scale=20, batch_size=512)

@@ -14,7 +14,6 @@ import torch
 import checkpoint
 import data
 import models
-import sandbox_tasks
 from conftest import (
     IMAGENET_BATCHES,
     ROOT,
@@ -30,6 +29,7 @@ from conftest import (
     write_pickle,
     write_records,
 )
+from ebm.tasks import sandbox
 
 pytestmark = pytest.mark.slow
 README = (ROOT / "README.md").read_text()
@@ -170,9 +170,9 @@ def test_snippets(tmp_path):
         _, labels = pets.batch(torch.tensor([2, 3]), None)
     assert torch.equal(pets.raw(torch.arange(4)), images)
     assert labels is not None and labels.tolist() == [[0, 1], [1, 0]]
-    with mock.patch.dict(sandbox_tasks.TASKS):
-        exec(task, vars(sandbox_tasks).copy())
-        report = sandbox_tasks.TASKS["brightness"](make_sandbox_run(box, tmp_path, classes=0))
+    with mock.patch.dict(sandbox.TASKS):
+        exec(task, vars(sandbox).copy())
+        report = sandbox.TASKS["brightness"](make_sandbox_run(box, tmp_path, classes=0))
     assert len(report.figures) == 3 and all(map(math.isfinite, report.figures.values()))
 
 

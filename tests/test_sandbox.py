@@ -10,16 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import analysis
-import attacks
-import cli
 import data
 import ebm_sandbox
 import models
-import reports
 import sampling
-import sandbox_tasks
-from attacks import Attack, ascend_loss, restrict_to_ball
 from conftest import (
     ROOT,
     Planted,
@@ -36,8 +30,11 @@ from conftest import (
     write_colour_sets,
 )
 from ebm.settings import SandboxSettings
-from errors import UsageError
-from examined import ExaminedModel
+from ebm.support import cli, reports
+from ebm.support.errors import UsageError
+from ebm.tasks import analysis, attacks, sandbox, sandbox_data
+from ebm.tasks.attacks import Attack, ascend_loss, restrict_to_ball
+from ebm.tasks.examined_model import ExaminedModel
 
 
 def planted(energy, image_shape=(1, 4, 4), label_size=0, **settings):
@@ -141,10 +138,10 @@ def test_attack_describes_itself():
 def test_flags_of_the_attack():
     """Breaks when --l2val, --lival, --pgd, --lnorm or --adaptive do not reach the attack."""
     settings = SandboxSettings(lival=4, l2val=20, pgd=3, adaptive=2)
-    assert sandbox_tasks.choose_attack(settings) == Attack("li", 4 / 255, 3, 2)
+    assert sandbox.choose_attack(settings) == Attack("li", 4 / 255, 3, 2)
     settings = SandboxSettings(lival=4, l2val=20, pgd=3, lnorm="2")
-    assert sandbox_tasks.choose_attack(settings) == Attack("l2", 20 / 255, 3)
-    assert sandbox_tasks.choose_attack(settings, 7) == Attack("l2", 7 / 255, 3)
+    assert sandbox.choose_attack(settings) == Attack("l2", 20 / 255, 3)
+    assert sandbox.choose_attack(settings, 7) == Attack("l2", 7 / 255, 3)
 
 
 # ---- chains ----
@@ -325,13 +322,13 @@ def test_chains_in_16_bits_and_energies_in_32():
 NEED_CLASSES = {"label", "labelfinetune", "crossclass", "democlass"}
 
 
-@pytest.mark.parametrize("task", sandbox_tasks.TASKS)
+@pytest.mark.parametrize("task", sandbox.TASKS)
 def test_task_on_a_conditional_model_of_grey_images(task, tmp_path):
     """Breaks when a task does not run, writes no picture, or reports what JSON cannot hold."""
     run = make_sandbox_run(
         make_sandbox("MnistNet", (1, 12, 12), 3), tmp_path, mixes=["random", "interpolation"], limit=8, pgd=2
     )
-    report = sandbox_tasks.TASKS[task](run)
+    report = sandbox.TASKS[task](run)
     assert any(path.suffix == ".png" for path in run.files)
     assert all(path.stat().st_size > 0 for path in run.files)
     assert json.dumps(report.figures, allow_nan=False)
@@ -341,20 +338,20 @@ def test_samples_of_classes_need_no_data(tmp_path):
     """Breaks when democlass asks for a data set though the checkpoint names its classes."""
     run = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12), 3), tmp_path)
     run.load, run.names = None, ("a", "b", "c")
-    sandbox_tasks.democlass(run)
+    sandbox.democlass(run)
     assert run.sample_labels(3).tolist() == torch.eye(3).tolist()
 
 
-@pytest.mark.parametrize("task", sandbox_tasks.TASKS)
+@pytest.mark.parametrize("task", sandbox.TASKS)
 def test_task_on_an_unconditional_model_of_colour_images(task, tmp_path):
     """Breaks when a task needs labels for nothing, or one that does need them fails without saying so."""
     examined = make_sandbox("ResNet32", (3, 16, 16), num_steps=1)
     run = make_sandbox_run(examined, tmp_path, classes=0, mixes=["interpolation"], limit=2, hessian=False)
     if task in NEED_CLASSES:
         with pytest.raises(UsageError, match=f"`task`={task} needs a model conditioned on classes"):
-            sandbox_tasks.TASKS[task](run)
+            sandbox.TASKS[task](run)
     else:
-        sandbox_tasks.TASKS[task](run)
+        sandbox.TASKS[task](run)
         assert any(path.suffix == ".png" for path in run.files)
 
 
@@ -366,13 +363,13 @@ def test_diagnosis_of_chains_that_are_known(tmp_path):
     for name in ("steep", "plane"):
         (tmp_path / name).mkdir()
     steep = planted(lambda x, y: x.flatten(1).sum(1), (1, 8, 8), num_steps=1, step_lr=9.0)
-    figures = sandbox_tasks.diagnose(make_sandbox_run(steep, tmp_path / "steep", classes=0)).figures
+    figures = sandbox.diagnose(make_sandbox_run(steep, tmp_path / "steep", classes=0)).figures
     start = np.load(tmp_path / "steep" / "energies_from_images.npy")[0]
     row = figures["step 50"]
     assert figures["data mean"] == pytest.approx(start.mean()) and row["E from noise"] == row["within data"] == 0
     assert row["moved from images"] == pytest.approx(start.mean() / 64) and figures["verdict"].startswith("0%")
     plane = planted(lambda x, y: 0 * x.flatten(1).sum(1) + 3.0, (1, 8, 8), num_steps=2)
-    row = sandbox_tasks.diagnose(make_sandbox_run(plane, tmp_path / "plane", classes=0)).figures["step 100"]
+    row = sandbox.diagnose(make_sandbox_run(plane, tmp_path / "plane", classes=0)).figures["step 100"]
     assert row["E from noise"] == row["E from images"] == 3.0 and row["within data"] == 1.0
     assert row["moved from noise"] == pytest.approx(0.005 * 10 * math.sqrt(2 / math.pi), rel=0.1)
 
@@ -384,7 +381,7 @@ def test_outlier_figures_against_scikit_learn(tmp_path):
     examined = planted(lambda x, y: x.mean((1, 2, 3)), (1, 4, 4))
     bright = data.StoredImages("bright", (make_dataset((3, 5, 5)).images // 2 + 90), None)
     run = make_sandbox_run(examined, tmp_path, classes=0, mixes=["bright"], load_mix=lambda name: bright)
-    figures = sandbox_tasks.mixenergy(run).figures["bright"]
+    figures = sandbox.mixenergy(run).figures["bright"]
     inside, outside = (np.load(tmp_path / f"scores_{name}.npy") for name in ("in_distribution", "bright"))
     truth, scores = np.repeat([1, 0], 24), np.concatenate([inside, outside])
     assert figures["images"] == 24
@@ -397,11 +394,11 @@ def test_memorising_shows(tmp_path):
     """Breaks when an energy that knows the training images looks like one that generalises."""
     train = make_dataset((1, 4, 4), 0).images.float() / 255
     examined = planted(lambda x, y: torch.cdist(x.flatten(1), train.flatten(1)).amin(1))
-    report = sandbox_tasks.energyeval(make_sandbox_run(examined, tmp_path, classes=0))
+    report = sandbox.energyeval(make_sandbox_run(examined, tmp_path, classes=0))
     assert report.figures["AUROC train/test"] == 1.0
     shared = make_sandbox_run(examined, tmp_path, classes=0)
     shared.load = lambda split: make_dataset((1, 4, 4), 0)
-    assert "no split" in sandbox_tasks.energyeval(shared).figures["verdict"]
+    assert "no split" in sandbox.energyeval(shared).figures["verdict"]
 
 
 def test_finetuning_learns_and_is_kept(tmp_path):
@@ -414,13 +411,13 @@ def test_finetuning_learns_and_is_kept(tmp_path):
     losses = [examined.finetune(images, always_first, lr=0.02) for _ in range(5)]
     assert losses[-1] < 0.7 * losses[0]
     assert all(not torch.equal(before[name], parameter) for name, parameter in examined.model.named_parameters())
-    trained = sandbox_tasks.labelfinetune(run).figures
+    trained = sandbox.labelfinetune(run).figures
     fresh = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12), 3, num_steps=0), tmp_path, train=False)
-    reloaded = sandbox_tasks.labelfinetune(fresh).figures
+    reloaded = sandbox.labelfinetune(fresh).figures
     assert reloaded["clean"] == trained["clean"]
     torch.testing.assert_close(fresh.model.compute_logits(images), examined.compute_logits(images))
     with pytest.raises(UsageError, match="run once with `train`"):
-        sandbox_tasks.labelfinetune(make_sandbox_run(examined, tmp_path / "empty", train=False))
+        sandbox.labelfinetune(make_sandbox_run(examined, tmp_path / "empty", train=False))
 
 
 def test_same_seed_same_images(tmp_path):
@@ -436,7 +433,7 @@ def test_same_seed_same_images(tmp_path):
 def test_a_task_without_figures(tmp_path, capsys):
     """Breaks when a task that measures nothing, as cycleclass on an unconditional model, ends in a traceback."""
     run = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12)), tmp_path, classes=0, limit=2)
-    report = sandbox_tasks.cycleclass(run)
+    report = sandbox.cycleclass(run)
     assert report.figures == {}
     path = run.path("cycleclass.json")
     reports.write_report(path, {"task": "cycleclass", "figures": report.figures, "paper": report.paper}, run.files)
@@ -569,11 +566,11 @@ def test_sprite_conditions():
         (["--cond_rot"], {"cond_pos": True}, "rot"),
     ):
         settings = cli.parse(["ebm_sandbox.py", *given], ebm_sandbox.Settings)
-        assert ebm_sandbox.find_condition(settings, 2, trained) == expected
+        assert sandbox_data.find_condition(settings, 2, trained) == expected
 
 
 def test_help_lists_all_tasks():
     """Breaks when --help fails, or does not explain a task."""
     result = run_python("ebm_sandbox.py", "--help", cwd=ROOT, check=True)
-    assert all(f"\n  {task} " in result.stdout for task in sandbox_tasks.TASKS)
+    assert all(f"\n  {task} " in result.stdout for task in sandbox.TASKS)
     assert max(map(len, result.stdout.splitlines())) <= 120

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import checkpoint
-import combine
 import data
-import dsprites
 import models
-from concept_models import ConceptModel
 from conftest import ROOT, load_state, make_model, run_python, write_checkpoint
+from ebm.readers import dsprites
 from ebm.settings import CombineSettings
-from examined import ExaminedModel
+from ebm.tasks import concepts
+from ebm.tasks.concept_models import ConceptModel
+from ebm.tasks.examined_model import ExaminedModel
 
 SHIPPED = sorted(ROOT.glob("cachedir/*_cond*/model_*.pt"))
 CONCEPTS = ("pos", "rot", "shape", "size")
@@ -49,8 +49,8 @@ def test_sprites_show_what_was_asked_for(concept, least, tmp_path):
     known = {concept: ConceptModel(models.freeze_energy(checkpoint.load_energy(path)), concept)}
     sprites = dsprites.Sprites(dsprites.compute_latents(torch.arange(dsprites.SIZE)))
     settings = CombineSettings(limit=64, num_steps=60, step_lr=150.0)
-    run = combine.ConceptRun(settings, known, {}, {}, sprites, torch.Generator().manual_seed(0), tmp_path)
-    assert combine.combine_concepts(run)["jointly"]["right"] > least
+    run = concepts.ConceptRun(settings, known, {}, {}, sprites, torch.Generator().manual_seed(0), tmp_path)
+    assert concepts.combine_concepts(run)["jointly"]["right"] > least
 
 
 def test_slim_checkpoint(tmp_path):

@@ -17,7 +17,7 @@ import models
 import sampling
 from conftest import GOLDEN, encode_field, encode_varint
 from ebm.readers import tensorflow
-from errors import UsageError
+from ebm.support.errors import UsageError
 from golden import recipe
 from utils import ClippedAdam
 

@@ -202,7 +202,7 @@ def test_no_space_left(tmp_path):
 import errno, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import checkpoint
-import cli
+from ebm.support import cli
 import train
 from ebm.settings import TrainSettings
 whole = checkpoint.save
@@ -269,7 +269,7 @@ def test_injected_nan_is_rolled_back(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-import cli
+from ebm.support import cli
 import train
 from ebm.settings import TrainSettings
 step = train.train_step
@@ -297,10 +297,10 @@ def test_fp16_that_nobody_asked_for_is_given_up_first(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-import cli
+from ebm.support import cli
 import train
 import ebm.training.setup
-from acceleration import Acceleration
+from ebm.training.acceleration import Acceleration
 from ebm.settings import TrainSettings
 ebm.training.setup.choose_acceleration = lambda *arguments: Acceleration("fp16", asked=frozenset())
 step = train.train_step

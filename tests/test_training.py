@@ -7,10 +7,10 @@ from unittest import mock
 import pytest
 import torch
 
-import hardware
 import models
 from conftest import SHAPE, make_state, train_once
 from ebm.settings import TrainSettings
+from ebm.support import hardware
 from ebm.training.chains import infer_labels, run_chains, run_hmc_chain
 from ebm.training.records import compute_statistics
 from ebm.training.run import read_batch

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import UsageError
+from ebm.support.errors import UsageError
 
 
 class Fault(Exception):

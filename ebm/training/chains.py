@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from acceleration import Chain
 from ebm.settings import TrainSettings
+from ebm.support.hardware import PRECISIONS
+from ebm.training.acceleration import Chain
 from ebm.training.state import State
-from hardware import PRECISIONS
 from models import EnergyNetwork, PreparedEnergy, Weights, cast, compute_class_logits
 from sampling import Energy, hmc, langevin
 

@@ -7,14 +7,14 @@ import pathlib
 import numpy as np
 import torch
 
-import pictures
 from checkpoint import to_tf_name
+from ebm.measures.features import DISTANCE, SampleDistance
 from ebm.settings import TrainSettings
+from ebm.support import pictures
+from ebm.support.logs import RunLog, read_series
+from ebm.support.progress import Progress
 from ebm.training.samples import Sampler
 from ebm.training.state import State, Step
-from features import DISTANCE, SampleDistance
-from logs import RunLog, read_series
-from progress import Progress
 from sampling import compute_input_gradient
 
 PANELS = 20  # rows of start | sample | real

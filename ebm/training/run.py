@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 import checkpoint
-import cli
 import data
-from distributed import GradientAverager, Workers
+from ebm.measures.features import prepare_distance
 from ebm.settings import TrainSettings
+from ebm.support import cli
+from ebm.support.errors import UsageError
+from ebm.support.hardware import allow_tf32
+from ebm.training.distributed import GradientAverager, Workers
+from ebm.training.guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
 from ebm.training.records import Recorder, write_final_report
 from ebm.training.samples import Sampler
 from ebm.training.setup import compute_last_iteration
 from ebm.training.state import State, Step
-from errors import UsageError
-from features import prepare_distance
-from guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
-from hardware import allow_tf32
 
 FAILED_SAVES = 3  # saves in a row that may fail before a run stops
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-import cli
 import data
 import models
-from acceleration import Acceleration
-from distributed import Workers
 from ebm.settings import CONDITIONS, SIZES, SUBSETS, TrainSettings
+from ebm.support import cli
+from ebm.support.errors import UsageError
+from ebm.support.hardware import set_kernel_choice, set_tf32
+from ebm.training.acceleration import Acceleration
+from ebm.training.distributed import Workers
 from ebm.training.state import State
-from errors import UsageError
-from hardware import set_kernel_choice, set_tf32
 from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
 
 # ---- settings ----

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import data
-from acceleration import Acceleration
+from ebm.training.acceleration import Acceleration
 from models import EnergyNetwork, PreparedEnergy
 from utils import ClippedAdam, ReplayBuffer
 

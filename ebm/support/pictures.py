@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-import metrics
+from ebm.support import metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from errors import UsageError
-from progress import Progress
+from ebm.support.errors import UsageError
+from ebm.support.progress import Progress
 
 SIDE = 64  # height and width of an image, in pixels
 SHAPES = ("square", "ellipse", "heart")

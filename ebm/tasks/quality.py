@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import checkpoint
+from ebm.measures.features import Classifier, Inception, RealImages, find_inception, load_classifier, read_inception
 from ebm.settings import InceptionSettings, PoolSettings
-from errors import UsageError
-from evaluation import TrainedModel, load_split
-from examined import is_out_of_memory
-from features import Classifier, Inception, RealImages, find_inception, load_classifier, read_inception
-from hardware import allow_tf32
+from ebm.support.errors import UsageError
+from ebm.support.hardware import allow_tf32
+from ebm.support.pixels import to_bytes
+from ebm.support.progress import Progress
+from ebm.tasks.examined_model import is_out_of_memory
+from ebm.tasks.trained_models import TrainedModel, load_split
 from models import ModelConfig, PreparedEnergy, draw_noise_images, freeze_energy
-from pixels import to_bytes
-from progress import Progress
 from sampling import check_finite, langevin
 
 DIVERGED = "this model has diverged: use an earlier checkpoint"

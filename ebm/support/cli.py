@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from absl import flags
 
-from errors import UsageError
+from ebm.support.errors import UsageError
 
 Settings = TypeVar("Settings")
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}

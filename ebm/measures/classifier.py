@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UsageError
+from ebm.support.errors import UsageError
 
 
 def build_stage(channels_in: int, channels_out: int) -> nn.Sequential:

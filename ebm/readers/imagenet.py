@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import readers
+from ebm.readers import image_files
+from ebm.readers.streaming import Place, StreamedImages
 from ebm.readers.tensorflow import Fault, read_fields, read_nested, read_varint, verify_checksum
-from errors import UsageError
-from progress import Progress
-from streaming import Place, StreamedImages
+from ebm.support.errors import UsageError
+from ebm.support.progress import Progress
 
 CLASSES = 1000
 NUMBERS = tuple(map(str, range(CLASSES)))  # names of the classes if the files only number them
@@ -68,12 +68,12 @@ def find_imagenet32_file(folder: pathlib.Path, name: str) -> pathlib.Path | None
 
 def read_imagenet32_file(path: pathlib.Path) -> tuple[np.ndarray, Tensor]:
     """Read one file; return rows uint8 (n, 3·32·32) and classes int64 (n,) from 0 to 999."""
-    with readers.name_unreadable_file(path):
+    with image_files.name_unreadable_file(path):
         if path.suffix == ".npz":
             with np.load(path) as file:  # np.load refuses pickled objects
                 rows, labels = file["data"], file["labels"]
         else:
-            rows, labels = readers.read_pickle(path, ["data", "labels"])
+            rows, labels = image_files.read_pickle(path, ["data", "labels"])
         labels = np.asarray(labels)
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or not 1 <= labels.min() <= labels.max() <= CLASSES:
             raise ValueError(f"labels are not whole numbers from 1 to {CLASSES}")
@@ -192,7 +192,7 @@ def read_counts(folder: pathlib.Path, prefix: str) -> dict[str, int | None]:
     index = folder / "index.json"
     counts: dict[str, int | None]
     if index.exists():
-        with readers.name_unreadable_file(index):
+        with image_files.name_unreadable_file(index):
             record_counts = json.loads(index.read_text())["record_counts"]
             counts = {name: int(record_counts[name]) for name in sorted(record_counts) if re.fullmatch(pattern, name)}
         source = index
@@ -262,7 +262,7 @@ def list_images(folder: pathlib.Path) -> list[bytes]:
     """Return the sorted paths of the image files in a folder and its subfolders, relative to the folder."""
     paths: list[bytes] = []
     for parent, _, files in os.walk(folder):
-        images = (name for name in files if name.lower().endswith(readers.IMAGES) and not name.startswith("."))
+        images = (name for name in files if name.lower().endswith(image_files.IMAGES) and not name.startswith("."))
         inner = os.path.relpath(parent, folder)
         paths += (os.fsencode(os.path.join(inner, name)) for name in images)
     return sorted(paths)

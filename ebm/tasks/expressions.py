@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from errors import UsageError
+from ebm.support.errors import UsageError
 
 Values = Mapping[str, Tensor]  # name -> values (N,)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import UsageError
+from ebm.support.errors import UsageError
 
 
 def make_folder(folder: Path, setting: str) -> Path:

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 
 import checkpoint
-from composition import parse_expression
-from dsprites import CONCEPTS
+from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings
-from errors import UsageError
-from evaluation import check_network, open_model
+from ebm.support.errors import UsageError
+from ebm.tasks.expressions import parse_expression
+from ebm.tasks.trained_models import check_network, open_model
 from models import ModelConfig, PreparedEnergy, freeze_energy
 
 

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 import checkpoint
-import metrics
-import pictures
-from analysis import (
+from data import Dataset
+from ebm.settings import SandboxSettings
+from ebm.support import metrics, pictures
+from ebm.support.errors import UsageError
+from ebm.support.progress import Progress
+from ebm.tasks.analysis import (
     add_salt_and_pepper,
     find_feature_directions,
     find_hessian_directions,
@@ -24,13 +27,9 @@ from analysis import (
     fit_images,
     read_images,
 )
-from attacks import Attack, restrict_to_ball, restrict_to_lower_half
-from data import Dataset
-from ebm.settings import SandboxSettings
-from errors import UsageError
-from examined import ExaminedModel
+from ebm.tasks.attacks import Attack, restrict_to_ball, restrict_to_lower_half
+from ebm.tasks.examined_model import ExaminedModel
 from models import ModelConfig, draw_noise_images
-from progress import Progress
 
 MOST = 50_000  # largest number of images in a task without `limit`
 MOST_PIXELS = 500_000_000  # largest number of their pixels, 2 GB as floats

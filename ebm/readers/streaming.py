@@ -28,10 +28,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-import readers
+from ebm.readers import image_files
 from ebm.readers.tensorflow import Fault
-from errors import UsageError
-from pixels import dequantise
+from ebm.support.errors import UsageError
+from ebm.support.pixels import dequantise
 
 SIDE = 128  # height and width of an image, in pixels
 MAX_BAD = 100  # largest number of damaged images in a run
@@ -69,7 +69,7 @@ def read_pixels(encoded: bytes) -> np.ndarray:
     The interpolation is bilinear with antialiasing. A JPEG at least twice too large is decoded at a half, quarter or
     eighth of its size, which saves most of the work.
     """
-    with Image.open(io.BytesIO(encoded), formats=readers.FORMATS) as image:
+    with Image.open(io.BytesIO(encoded), formats=image_files.FORMATS) as image:
         image.draft("RGB", (SIDE, SIDE))
         fitted = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BILINEAR)
     return np.asarray(fitted).transpose(2, 0, 1)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import models
-from errors import UsageError
-from hardware import PRECISIONS, allow_tf32
+from ebm.support.errors import UsageError
+from ebm.support.hardware import PRECISIONS, allow_tf32
 from sampling import CannotCompile
 
 # The settings that make chains fast, and how to do without each of them.

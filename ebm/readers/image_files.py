@@ -22,8 +22,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from errors import UsageError
-from progress import Progress
+from ebm.support.errors import UsageError
+from ebm.support.progress import Progress
 
 Contents = tuple[Tensor, Tensor | None, tuple[str, ...]]
 

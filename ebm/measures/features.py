@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 import checkpoint
-import metrics
-from classifier import FeatureClassifier, train_feature_classifier
 from data import Dataset
+from ebm.measures.classifier import FeatureClassifier, train_feature_classifier
 from ebm.readers.downloads import import_torchvision
-from errors import UsageError
-from progress import Progress
+from ebm.support import metrics
+from ebm.support.errors import UsageError
+from ebm.support.progress import Progress
 
 COMPARED = 10_000  # largest number of features per set for KID, precision and recall: the cost grows with its square
 BATCH = 250  # images whose features are computed at once

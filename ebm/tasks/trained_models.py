@@ -11,11 +11,11 @@ import torch
 
 import checkpoint
 import data
-import distributed
 import models
 from ebm.settings import SIZES, SUBSETS, CheckedNetwork, CombineNetwork, ModelChoice, TestData
-from errors import UsageError
-from hardware import keep_freed_memory, set_tf32
+from ebm.support.errors import UsageError
+from ebm.support.hardware import keep_freed_memory, set_tf32
+from ebm.training import distributed
 
 
 class TrainedModel(NamedTuple):

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dsprites
-import pictures
-from composition import Expression, Joined, Name, Weighted, parse_expression
-from concept_models import ConceptModel, split_name
-from dsprites import CONCEPTS
+from ebm.readers import dsprites
+from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import NOISE_UNIT, CombineSettings
-from errors import UsageError
-from hardware import allow_tf32
+from ebm.support import pictures
+from ebm.support.errors import UsageError
+from ebm.support.hardware import allow_tf32
+from ebm.support.progress import Progress
+from ebm.tasks.concept_models import ConceptModel, split_name
+from ebm.tasks.expressions import Expression, Joined, Name, Weighted, parse_expression
 from models import compute_label_energies, draw_noise_images
-from progress import Progress
 from sampling import Energy, Schedule, check_finite, langevin
 
 SAME_AFTER = (90.0, 180.0, 360.0)  # symmetry of square, ellipse and heart: degrees of rotation that change nothing
@@ -432,7 +432,7 @@ def discover_labels(run: ConceptRun) -> Figures:
             truths = is_tolerable(measure_label_errors(lowest, latents, condition), condition)
             judged[f"{name}, lowest energy"] = {"right": compute_share(truths), **split_by_shape(truths, latents)}
         panels[title] = {name: (range(len(errors)), [error.mean().item() for error in errors])}
-    pictures.plot_lines(panels, run.path("errors.png"), xlabel="steps on the label")
+    pictures.plot_lines(panels, run.path("ebm.support.errors.png"), xlabel="steps on the label")
     return figures | judged
 
 

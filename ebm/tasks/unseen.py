@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
-import dsprites
 import models
-import pictures
-from acceleration import Acceleration
-from combine import ROWS, ConceptRun, Figures, compute_share, judge_latents
-from dsprites import CONCEPTS
+from ebm.readers import dsprites
+from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings, TrainSettings
+from ebm.support import pictures
+from ebm.support.hardware import allow_tf32
+from ebm.support.progress import Progress
+from ebm.tasks.concepts import ROWS, ConceptRun, Figures, compute_share, judge_latents
+from ebm.training.acceleration import Acceleration
 from ebm.training.state import State
-from hardware import allow_tf32
 from models import draw_noise_images, freeze_energy
-from progress import Progress
 from sampling import check_finite, langevin
 from train import train_step
 from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
@@ -294,7 +294,7 @@ def measure_samplers(
             samples[name, kind] = torch.cat(parts)
     columns = {name: samples[name, "unseen"][:ROWS] for name in samplers}
     true = run.images(sets["unseen"][:ROWS])
-    pictures.save_panel({"true": true} | columns, run.path("unseen.png"), scale=2)
+    pictures.save_panel({"true": true} | columns, run.path("ebm.tasks.unseen.png"), scale=2)
 
     nearest, _ = dsprites.find_nearest_sprites(torch.cat(list(samples.values())))
     parts_by_set = nearest.split([len(images) for images in samples.values()])

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from errors import UsageError
+from ebm.support.errors import UsageError
 
 # ---- distances between two sets of features ----
 

@@ -6,7 +6,7 @@ in _cpu train in minutes on two CPU cores; the models in `cachedir/` were traine
 
 from __future__ import annotations
 
-from dsprites import CONCEPTS
+from ebm.readers.dsprites import CONCEPTS
 
 CIFAR10 = "--dataset=cifar10 --num_steps=60 --batch_size=128 --step_lr=10 --proj_norm=0.01 --zero_kl --replay_batch"
 IMAGENET = "--exp=imagenet_cond --replay_batch --cclass --zero_kl"

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attacks import Attack, Restriction, ascend_loss, restrict_to_ball, restrict_to_bounds
-from errors import UsageError
-from hardware import allow_tf32
+from ebm.support.errors import UsageError
+from ebm.support.hardware import allow_tf32
+from ebm.support.progress import Progress
+from ebm.tasks.attacks import Attack, Restriction, ascend_loss, restrict_to_ball, restrict_to_bounds
 from models import EnergyNetwork, PreparedEnergy, compute_class_logits, freeze_energy
-from progress import Progress
 from sampling import langevin
 
 

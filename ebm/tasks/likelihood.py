@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ebm.settings import AisSettings
-from errors import UsageError
-from evaluation import TrainedModel, find_checkpoint, load_split, note_contradictions, open_model
-from examined import ExaminedModel
+from ebm.support.errors import UsageError
+from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.trained_models import TrainedModel, find_checkpoint, load_split, note_contradictions, open_model
 from models import freeze_energy
 from sampling import Energy, hmc
 

@@ -32,8 +32,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor
 
-from errors import UsageError
-from watch import Launch, Watch, find_host
+from ebm.support.errors import UsageError
+from ebm.training.watch import Launch, Watch, find_host
 
 BACKENDS = ("auto", "horovod", "torch", "none")
 BUCKET_BYTES = 8 << 20  # few messages, yet enough of them to overlap with the backward pass of a 20 MB network

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data import Dataset
-from errors import UsageError
-from progress import Progress
+from ebm.support.errors import UsageError
+from ebm.support.progress import Progress
 from sampling import Energy
 
 
