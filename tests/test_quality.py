@@ -129,9 +129,13 @@ def test_the_ensemble_takes_turns_and_batches_are_written_back():
 
 def test_one_pool_after_another():
     """Breaks when a number that is no multiple of 1,000 is rounded, or the pools are the same images."""
+    generator = make_generator()
     images = quality.draw_from_pools(
-        [plant(Watcher())], CONFIG, dataclasses.replace(STILL, im_number=1250),
-        step_lr=0.0, proj_norm=0.05, generator=make_generator(), progress=make_progress(),
+        lambda size: quality.run_pool(
+            [plant(Watcher())], size, CONFIG, STILL,
+            step_lr=0.0, proj_norm=0.05, generator=generator, progress=make_progress(),
+        ),
+        1250,
     )  # fmt: skip
     assert images.shape == (1250, 1, 2, 2) and images.dtype == torch.uint8
     assert not torch.equal(images[:250], images[1000:])
@@ -141,9 +145,12 @@ def test_diverged_chains_are_named():
     """Breaks when NaN images become bytes, and figures of them."""
     with pytest.raises(UsageError, match="diverged"):
         quality.draw_from_pools(
-            [plant(lambda images, labels: images.flatten(1).sum(1) * math.nan)],
-            CONFIG, PoolSettings(im_number=10, repeat_scale=1),
-            step_lr=10.0, proj_norm=0.05, generator=make_generator(), progress=make_progress(),
+            lambda size: quality.run_pool(
+                [plant(lambda images, labels: images.flatten(1).sum(1) * math.nan)],
+                size, CONFIG, PoolSettings(repeat_scale=1),
+                step_lr=10.0, proj_norm=0.05, generator=make_generator(), progress=make_progress(),
+            ),
+            10,
         )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from ebm.tasks import sandbox
 
 pytestmark = pytest.mark.slow
 README = (ROOT / "README.md").read_text()
+EXTENDING = (ROOT / "docs/extending.md").read_text()
 PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"^```\w*\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
 COMMAND = re.compile(r"^(?:mpiexec -n \d+ )?python \S+\.py.*", re.MULTILINE)
@@ -157,8 +158,8 @@ def test_command(place, command):
 
 
 def test_snippets(tmp_path):
-    """Breaks when a network, a data set or a task as the README writes them no longer runs."""
-    network, dataset, task = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """Breaks when a network, a data set or a task as docs/extending.md writes them no longer runs."""
+    network, dataset, task = re.findall(r"```python\n(.*?)```", EXTENDING, re.DOTALL)
     with mock.patch.dict(models.NETWORKS):
         exec(network, vars(models).copy())
         box = make_sandbox("SmallNet", (3, 8, 8))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -249,18 +250,9 @@ class ExaminedModel:
             x = self.compute_in_batches(one_round, len(x), bar)
             yield x
 
-    def run_chain(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        *,
-        rounds: int,
-        restrict: Restriction = restrict_to_bounds,
-        pull: float = 1.0,
-        progress: Progress | str = "chain",
-    ) -> Tensor:
-        """Return the images after all rounds of a chain, see `run_stages`."""
-        for stage in self.run_stages(x, labels, rounds=rounds, restrict=restrict, pull=pull, progress=progress):
+    def run_chain(self, x: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+        """Return the images after all rounds of a chain; settings: those of `run_stages`."""
+        for stage in self.run_stages(x, labels, **settings):
             x = stage
         return x
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,36 +30,13 @@ RELABELLED = 0.1  # share of a batch that gets a new label
 SPACING = 300  # iterations between the checkpoints of the reference's ensemble
 
 
-def draw_from_pools(
-    energies: Sequence[PreparedEnergy],
-    config: ModelConfig,
-    settings: PoolSettings,
-    *,
-    step_lr: float,
-    proj_norm: float,
-    generator: torch.Generator,
-    progress: Progress,
-) -> Tensor:
-    """Return `im_number` images, uint8 (N, C, H, W) on the CPU, from consecutive pools of 1,000 chains each.
+def draw_from_pools(run: Callable[[int], Tensor], number: int) -> Tensor:
+    """Return this many images, uint8 (number, C, H, W) on the CPU, from consecutive pools of 1,000 chains.
 
-    energies: those of the ensemble, as functions of images in [0, 1]. config: that of its networks. step_lr, proj_norm:
-    step size and clip of the gradients of these energies. progress: counts rounds, `settings.rounds` per pool. Raises
-    UsageError if a chain diverges.
+    run: runs one pool of a given size, see `run_pool`. Raises UsageError if a chain diverges.
     """
-    pools, number = [], settings.im_number
-    for start in range(0, number, POOL):
-        images = run_pool(
-            energies,
-            min(POOL, number - start),
-            config,
-            settings,
-            step_lr=step_lr,
-            proj_norm=proj_norm,
-            generator=generator,
-            progress=progress,
-        )
-        pools.append(to_bytes(check_finite(images, DIVERGED)).cpu())
-    return torch.cat(pools)
+    sizes = [min(POOL, number - start) for start in range(0, number, POOL)]
+    return torch.cat([to_bytes(check_finite(run(size), DIVERGED)).cpu() for size in sizes])
 
 
 def run_pool(
@@ -74,6 +51,9 @@ def run_pool(
     progress: Progress,
 ) -> Tensor:
     """Run a pool of persistent chains for all its rounds and return their images (size, C, H, W) in [0, 1].
+
+    energies: those of the ensemble, as functions of images in [0, 1]. config: that of its networks. step_lr, proj_norm:
+    step size and clip of the gradients of these energies. progress: counts rounds.
 
     As in the reference, each round draws a batch of chains without repetition, continues them under the next energy of
     the ensemble and writes them back. In all but the last `nomix` rounds a share of the batch restarts from noise, and
@@ -221,7 +201,7 @@ def load_extractor(
         except UsageError as error:
             if settings.features == "inception" or settings.inception_weights:
                 raise
-            print(f"note: {error}")
+            print(f"note: {error}".replace("`", ""))
     classifier = load_classifier(reference, cache, device)
     accuracy = f"{classifier.network.accuracy:.1%} correct on held-out images"
     print(f"compared by a small classifier of this data set, {accuracy}; its figures cannot be compared with any FID")
@@ -237,15 +217,22 @@ def draw_samples(
     )
     ensemble, rescale = list(map(load, paths)), trained.rescale
     progress = Progress(settings.rounds * -(-settings.im_number // POOL), what="round")
-    with within_memory(settings.batch_size), allow_tf32(settings.precision):
-        images = draw_from_pools(
-            [freeze_energy(model, precision=settings.precision, rescale=rescale) for model in ensemble],
+    energies = [freeze_energy(model, precision=settings.precision, rescale=rescale) for model in ensemble]
+    generator = torch.Generator(device).manual_seed(settings.seed)
+
+    def run(size: int) -> Tensor:
+        return run_pool(
+            energies,
+            size,
             ensemble[0].config,
             settings,
-            step_lr=trained.choose_step_lr(settings.step_lr) / rescale,  # the gradient for images in [0, 1] is
-            proj_norm=settings.proj_norm * rescale,  # `rescale` times that for the network's own images
-            generator=torch.Generator(device).manual_seed(settings.seed),
+            step_lr=trained.choose_step_lr(settings.step_lr) / rescale,  # gradients to images in [0, 1] are `rescale`
+            proj_norm=settings.proj_norm * rescale,  # times those to the network's own images
+            generator=generator,
             progress=progress,
         )
+
+    with within_memory(settings.batch_size), allow_tf32(settings.precision):
+        images = draw_from_pools(run, settings.im_number)
     progress.close()
     return images
