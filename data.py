@@ -185,7 +185,9 @@ def load_dataset(
     images below `path`, see `image_files.read_folder`. dsprites: drawn, or read from the published file `path`;
     `condition` (shape, size, pos, rot) chooses the labels, `subset` (shape, pos, size, rot, restrict) keeps a part of
     the sprites. imagenet: 32x32 pixels, from the authors' files below `path`. imagenetfull: 128x128 pixels, read batch
-    by batch from TFRecords or class folders below `path`. dsprites and textures have no splits. Raises UsageError for
+    by batch from TFRecords or class folders below `path`. dsprites and textures have no splits.
+
+    Raises UsageError for
     an unknown name, for missing or damaged files and for arguments that exclude each other.
     """
     if split not in ("train", "test"):
