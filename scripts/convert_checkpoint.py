@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         convert_checkpoint(options.source, options.target, swish_act=options.swish_act, label_size=options.label_size)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}".replace("`", ""), file=sys.stderr)
         return 2
     return 0
 

@@ -32,7 +32,7 @@ def main() -> None:
         weights = checkpoint.load_energy(options.source, ema=options.ema).state_dict()
         state = {name: value for name, value in checkpoint.load(options.source).items() if name in KEPT}
     except UsageError as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {error}\n".replace("`", ""))
     state["flags"] = {name: value for name, value in state.get("flags", {}).items() if name not in PLACES}
     state["model"] = {name: tensor.half() for name, tensor in weights.items()}
     checkpoint.save(options.target, state)

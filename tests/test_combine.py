@@ -719,6 +719,13 @@ def test_table():
     assert reports.format_table(rows) == "\n".join(lines)
 
 
+PARENT = """
+import sys
+from ebm.tasks.concept_models import run_to_end
+sys.exit(run_to_end([sys.executable, "-c", sys.argv[1]]))
+"""
+
+
 def test_a_signal_lets_training_save():
     """Breaks when SIGTERM ends the command that trains without reaching train.py, or without waiting for it."""
     child = (
@@ -726,10 +733,9 @@ def test_a_signal_lets_training_save():
         "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), print('saved', flush=True), sys.exit(143))); "
         "print('ready', flush=True); time.sleep(60)"
     )
-    parent = (
-        f"import sys\nimport concept_models\nsys.exit(concept_models.run_to_end([sys.executable, '-c', {child!r}]))"
-    )
-    with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, child], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read() == "saved\n"

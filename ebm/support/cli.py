@@ -176,7 +176,7 @@ def read_list(name: str, words: Sequence[str], plain: type, about: Flag) -> tupl
 
 def describe_flags(kind: type, usage: str) -> str:
     """Return the text of --help: the script's usage, then its flags in a paragraph per group."""
-    lines, hints = [usage.strip()], typing.get_type_hints(kind)
+    lines, hints = [name_flags(usage.strip(), kind)], typing.get_type_hints(kind)
     for title, fields in list_groups(kind).items():
         lines += ["", f"{title}:"]
         for field in fields:
@@ -185,7 +185,9 @@ def describe_flags(kind: type, usage: str) -> str:
             values = choices or ("LIST" if is_list else {int: "INT", float: "FLOAT"}.get(plain, "STRING"))
             shown = f"--[no]{field.name}" if plain is bool else f"--{field.name}={values}"
             text = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            words = f"{'no effect: ' if about.inert else ''}{about.words} [{text}]"
+            words = f"{'no effect: ' if about.inert else ''}{about.words}" + (
+                f" [{text}]" if text not in (None, "") else ""
+            )
             if len(shown) > 26:  # a long list of choices gets lines of its own
                 lines += textwrap.wrap(shown, 118, initial_indent="  ", subsequent_indent=" " * 6)
                 shown = ""

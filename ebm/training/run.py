@@ -35,6 +35,7 @@ class Run:
         self.settings, self.state, self.dataset, self.workers = settings, state, dataset, workers
         self.is_first = workers.rank == 0
         self.stop = compute_last_iteration(settings, len(dataset), workers.size)
+        self.average_gradients = GradientAverager(workers, state.model.parameters()).finish
         self.sampler = Sampler(state, settings, dataset)
         self.distance = None
         if settings.quality and self.is_first:
@@ -66,7 +67,6 @@ class Run:
         moments = [moment for pair in state.optimizer.state.values() for moment in pair.values()]
         averages = [] if state.ema is None else state.ema.state_dict().values()
         self.workers.broadcast([*state.model.state_dict().values(), *averages, *moments])
-        self.average_gradients: Callable[[], None] = GradientAverager(self.workers, state.model.parameters()).finish
         if state.iteration == 0:
             self.measure_samples()
         if self.guard is not None:
