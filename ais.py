@@ -29,7 +29,7 @@ from ebm.settings import AisSettings
 from ebm.support import cli, pictures
 from ebm.support.progress import Progress
 from ebm.support.reports import format_table, make_folder, write_json
-from ebm.tasks.likelihood import Target, bound_log_z_of_classes, build_gauss, build_target, compute_figures
+from ebm.tasks.likelihood import Target, bound_log_z_of_classes, build_gauss, compute_figures, load_target
 from ebm.tasks.trained_models import prepare_device
 
 
@@ -56,7 +56,7 @@ def plot_bounds(contents: Mapping[str, Any], numbers: Sequence[int], path: pathl
 def main(settings: AisSettings) -> None:
     numbers, device = sorted(set(settings.pdist)), prepare_device(settings.device)
     is_gauss = settings.dataset == "gauss"
-    target = build_gauss(settings, device) if is_gauss else build_target(settings, device)
+    target = build_gauss(settings, device) if is_gauss else load_target(settings, device)
     folder = make_folder(pathlib.Path(settings.logdir) / ("gauss" if is_gauss else settings.exp) / "ais", "logdir")
     contents = describe_target(settings, target) | {"bounds": {}, "by class": {}}
     progress = Progress(2 * sum(numbers) * len(target.energies), what="HMC move")

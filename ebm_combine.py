@@ -35,7 +35,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "train": train_models,
     "conceptcombine": concepts.combine_concepts,
     "labeldiscover": concepts.discover_labels,
-    "gentest": unseen.compare_models,
+    "gentest": unseen.compare_with_generator,
     "genbaseline": unseen.measure_generator,
 }
 
@@ -100,7 +100,7 @@ def main(settings: Settings) -> None:
         "settings": cli.to_dict(settings),
         "figures": figures,
     }
-    write_report(run.path(f"{settings.task}.json"), contents, run.files)
+    write_report(run.add_file(f"{settings.task}.json"), contents, run.files)
 
 
 if __name__ == "__main__":

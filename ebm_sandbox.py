@@ -22,7 +22,7 @@ from ebm.support.cli import flag
 from ebm.support.reports import make_folder, write_report
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.sandbox import TASKS, SandboxRun
-from ebm.tasks.sandbox_data import list_outliers, load_outlier_set, load_own
+from ebm.tasks.sandbox_data import list_outliers, load_model_split, load_outlier_set
 from ebm.tasks.trained_models import check_network, find_checkpoint, open_model, prepare_device
 
 
@@ -51,7 +51,7 @@ def main(settings: Settings) -> None:
     run = SandboxRun(
         model,
         settings,
-        load=functools.cache(functools.partial(load_own, settings=settings, trained=trained, device=device)),
+        load=functools.cache(functools.partial(load_model_split, settings=settings, trained=trained, device=device)),
         load_mix=functools.partial(load_outlier_set, settings=settings, config=config, device=device),
         mixes=list_outliers(settings),
         folder=make_folder(pathlib.Path(settings.logdir) / settings.exp / settings.task, "logdir"),
@@ -70,7 +70,7 @@ def main(settings: Settings) -> None:
         "figures": report.figures,
         "paper": report.paper,
     }
-    write_report(run.path(f"{settings.task}.json"), contents, run.files)
+    write_report(run.add_file(f"{settings.task}.json"), contents, run.files)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ebm.settings import SampleSettings
 from ebm.support import cli, pictures
 from ebm.support.hardware import allow_tf32
 from ebm.support.progress import Progress
-from ebm.tasks.quality import draw_fresh_images, within_memory
+from ebm.tasks.quality import draw_fresh_images, report_memory_shortage
 from ebm.tasks.trained_models import (
     find_checkpoint,
     find_class,
@@ -53,7 +53,7 @@ def main(settings: SampleSettings) -> None:
     print(f"model: {path}; {settings.num} images, {steps}, seed {settings.seed}, on {device}")
 
     progress = Progress(num_steps * -(-settings.num // settings.batch_size), what="Langevin step")
-    with within_memory(settings.batch_size), allow_tf32(settings.precision):
+    with report_memory_shortage(settings.batch_size), allow_tf32(settings.precision):
         images = draw_fresh_images(
             freeze_energy(model, precision=settings.precision, rescale=rescale),
             torch.eye(classes)[numbers].to(device) if classes else torch.zeros(settings.num, 0, device=device),

@@ -11,15 +11,15 @@ import models
 from conftest import ROOT, make_model, run_python, write_checkpoint
 from ebm.tasks.likelihood import (
     SPILL,
-    Bracket,
+    LogZBounds,
     Target,
     anneal,
     bound_log_z,
     compute_figures,
     compute_gauss_log_z,
+    compute_wall_energy,
     draw_box_images,
     draw_gauss_samples,
-    measure_walls,
 )
 
 
@@ -30,7 +30,7 @@ def gaussian(precision, rescale):
 def integrate(energy, rescale):
     """∫ exp(−E − walls) over one dimension, by summation over a fine grid."""
     x = torch.linspace(-0.1, rescale + 0.1, 400_001, dtype=torch.float64)[:, None]
-    return (-energy(x) - measure_walls(x, (0.0, rescale))).exp().sum().item() * (x[1] - x[0]).item()
+    return (-energy(x) - compute_wall_energy(x, (0.0, rescale))).exp().sum().item() * (x[1] - x[0]).item()
 
 
 @pytest.mark.parametrize(("precision", "rescale"), [(1.0, 1.0), (400.0, 0.1), (1e5, 1.0), (0.5, 8.0)])
@@ -97,7 +97,9 @@ def test_bits_per_dimension_in_closed_form():
     """
     uniform = 5 * math.log(2 + SPILL)
     brackets = {
-        f"class {c}": Bracket(uniform + c * math.log(2), 3.0, uniform + c * math.log(2) + 5, 1.0, *2 * (torch.ones(2),))
+        f"class {c}": LogZBounds(
+            uniform + c * math.log(2), 3.0, uniform + c * math.log(2) + 5, 1.0, *2 * (torch.ones(2),)
+        )
         for c in (0, 1)
     }
     values = torch.tensor([0.0, -math.log(2), -math.log(2), -math.log(2)])

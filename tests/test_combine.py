@@ -22,7 +22,7 @@ from ebm.support import cli, reports
 from ebm.support.errors import UsageError
 from ebm.tasks import concepts, unseen
 from ebm.tasks.concept_models import ConceptModel
-from ebm.tasks.concepts import ConceptRun, lower_in_steps
+from ebm.tasks.concepts import ConceptRun, anneal_linearly
 from ebm.tasks.expressions import parse_expression
 from ebm.training.state import State
 from sampling import langevin
@@ -74,7 +74,7 @@ def test_logic_of_expressions():
         "~(a | b)": [False, False, False, True],
     }
     for text, truths in expected.items():
-        assert parse_expression(text).holds(given).tolist() == truths, text
+        assert parse_expression(text).is_fulfilled(given).tolist() == truths, text
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_steps_fall_from_the_first_rounds_to_the_last():
 
     ends = [
         langevin(
-            slope, torch.ones(1, 1, 8, 8), num_steps=n, step_lr=lower_in_steps(2.0, 0.25, n), noise_std=0.0,
+            slope, torch.ones(1, 1, 8, 8), num_steps=n, step_lr=anneal_linearly(2.0, 0.25, n), noise_std=0.0,
             generator=make_generator(), gradient_first=True,
         ).mean().item()
         for n in (1, 5, 10)
@@ -315,7 +315,7 @@ def test_noise_falls_from_the_first_rounds_to_the_last():
         return 0 * x.flatten(1).sum(1)
 
     x = torch.full((4, 1, 64, 64), 0.5)
-    settings = {"num_steps": 10, "step_lr": 1.0, "noise_std": lower_in_steps(0.04, 0.005, 10)}
+    settings = {"num_steps": 10, "step_lr": 1.0, "noise_std": anneal_linearly(0.04, 0.005, 10)}
     end = langevin(flat, x, generator=make_generator(), gradient_first=True, **settings)
     stds = [(new - old).std().item() for old, new in zip(seen, [*seen[1:], end], strict=True)]
     assert stds == pytest.approx([0.04, 0.035, 0.03, 0.025, 0.02, 0.015, 0.01, 0.005, 0.005, 0.005], rel=0.03)
@@ -336,7 +336,7 @@ def test_weights(small_grid, tmp_path, combine_, mode):
     concepts = {name: plant(around(value), SIZES[name], name) for name, value in values.items()}
     run = run_on(concepts, small_grid, tmp_path, combine=combine_, weights={"pos": 3.0}, num_steps=60, step_lr=0.2)
     plans = concepts.build_plans(run.settings.combine, list(concepts), run.weights)
-    images = run.generate(plans["size & pos"], torch.zeros(1, 2, 5) + 1, make_progress(60))
+    images = run.sample_images(plans["size & pos"], torch.zeros(1, 2, 5) + 1, make_progress(60))
     assert images.mean().item() == pytest.approx(mode, abs=1e-3)
 
 
@@ -352,7 +352,7 @@ def test_first_round_is_as_asked_for(small_grid, tmp_path):
     concepts = {"size": plant(around, SIZES["size"], "size")}
     run = run_on(concepts, small_grid, tmp_path, num_steps=1, step_lr=0.0, first_step_lr=1.0, first_noise=0.1)
     plans = concepts.build_plans(run.settings.combine, list(concepts), run.weights)
-    images = run.generate(plans["size"], torch.zeros(1, 2, 5) + 1, make_progress(1))
+    images = run.sample_images(plans["size"], torch.zeros(1, 2, 5) + 1, make_progress(1))
     assert images.mean().item() == pytest.approx(0.5, abs=0.01)
     assert images.std().item() == pytest.approx(0.1, rel=0.05)
 
@@ -362,7 +362,7 @@ def test_gradient_is_taken_before_the_noise(small_grid, tmp_path):
     concepts = {"size": plant(lambda images, labels: QUADRATIC["a"](images), SIZES["size"], "size")}
     run = run_on(concepts, small_grid, tmp_path, num_steps=1, step_lr=0.5 / K1)
     start = models.draw_noise_images(concepts["size"].config, 4, make_generator())
-    end = run.chain([composed("a")], 4, make_progress())
+    end = run.run_chain([composed("a")], 4, make_progress())
     offset = (end - (start + A) / 2)[(start > 0) & (start < 1)]  # where no bound is near the end
     assert offset.mean().item() == pytest.approx(0, abs=1e-3)
     assert offset.std().item() == pytest.approx(0.005, rel=0.06)
@@ -375,11 +375,11 @@ def test_restarts_keep_the_lowest_energy(small_grid, tmp_path):
     """
     run = run_on(drawn_to(small_grid), small_grid, tmp_path, limit=5, num_steps=0, restarts=4)
     plan = [parse_expression("size"), parse_expression("pos")]
-    targets = small_grid.latents[run.targets(1, 5)]
-    images = run.generate(plan, targets, make_progress(1))
+    targets = small_grid.latents[run.draw_targets(1, 5)]
+    images = run.sample_images(plan, targets, make_progress(1))
     again = make_generator()
     starts = [models.draw_noise_images(next(iter(run.concepts.values())).config, 5, again) for _ in range(4)]
-    totals = torch.stack([run.energy(parse_expression("size & pos"), targets)(start) for start in starts])
+    totals = torch.stack([run.build_energy(parse_expression("size & pos"), targets)(start) for start in starts])
     assert len(totals.argmin(0).unique()) > 1
     for place, best in enumerate(totals.argmin(0)):
         assert torch.equal(images[place], starts[best][place])
@@ -398,13 +398,13 @@ def test_expression_with_two_targets(small_grid, tmp_path):
     figures = concepts.combine_concepts(run)
     assert figures["pos2 / pixels"]["right"] == 1.0 and figures["pos / pixels"]["right"] == 0.0
     assert figures["jointly"]["right"] == 0.0
-    latents = small_grid.latents[run.targets(2, 5)]
+    latents = small_grid.latents[run.draw_targets(2, 5)]
     heart = torch.tensor([3.0, 0.7, 0.0, 0.0, 0.0])
     torch.testing.assert_close(latents[0], heart.expand(5, -1))
     torch.testing.assert_close(latents[1, :, 3:], torch.ones(5, 2))
     assert len(latents[1, :, 2].unique()) > 1  # only the first target's rotation is fixed
     truths = {"pos": torch.tensor([False]), "pos2": torch.tensor([True])}
-    assert parse_expression("pos | pos2").holds(truths).all()
+    assert parse_expression("pos | pos2").is_fulfilled(truths).all()
 
 
 def test_models_of_other_labels(small_grid, tmp_path):
@@ -494,7 +494,7 @@ def test_slices(other, values):
 def test_product_adds_energies():
     """Breaks when a network of a product gets another's weights or labels, or is left out of training."""
     parts = [make_model(models.ModelConfig("DspritesNet", (1, 64, 64), 4, n), n) for n in (2, 1)]
-    product = unseen.Product(parts)
+    product = unseen.ProductNetwork(parts)
     images, labels = torch.rand(3, 1, 64, 64, generator=make_generator()), torch.rand(3, 3, generator=make_generator())
     expected = parts[0](images, labels[:, :2]) + parts[1](images, labels[:, 2:])
     torch.testing.assert_close(product(images, labels), expected)
@@ -521,7 +521,7 @@ def test_generator_learns(small_grid, tmp_path):
     run = run_on({}, small_grid, tmp_path, num_filters=8, break_steps=40)
     index = unseen.select_slices(small_grid.latents, "size")[0][:1].repeat(8)
     sample = unseen.train_generator(run, unseen.build_generator(run, "size"), index, "size")
-    true = run.images(index)
+    true = run.render_images(index)
     assert unseen.measure_squared_error(sample(small_grid.latents[index]), true) < 0.9 * true.square().mean()
 
 
@@ -529,7 +529,7 @@ def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch):
     """Breaks when a task stops half-way, does not keep what it trained, or does not show the other's figures."""
     folder = tmp_path / "gentest" / "pos_size"
     run = run_on({}, small_grid, folder, limit=6)
-    figures = unseen.compare_models(run)
+    figures = unseen.compare_with_generator(run)
     assert {"energy, unseen", "energy, seen", "generator, unseen", "generator, seen"} < set(figures)
     assert json.dumps(figures, allow_nan=False) and all(path.exists() for path in run.files)
     (folder / "gentest.json").write_text(json.dumps({"figures": figures}))
@@ -539,7 +539,7 @@ def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch):
     moved = [(a - b).abs().max() for a, b in zip(kept.parameters(), start.parameters(), strict=True)]
     assert kept.config.label_size == 2 and max(moved) > 1e-4
     monkeypatch.setattr(unseen, "train_product", None)  # trained models are loaded, not trained again
-    unseen.compare_models(run_on({}, small_grid, folder, limit=2, break_steps=3))
+    unseen.compare_with_generator(run_on({}, small_grid, folder, limit=2, break_steps=3))
 
     run = run_on({}, small_grid, tmp_path / "genbaseline" / "pos_size", limit=4, plot_curve=True, break_steps=1)
     curve = unseen.measure_generator(run)
@@ -572,11 +572,11 @@ places = (0.0, 16 / 31, 1.0)
 dsprites.LATENTS |= {"x": places, "y": places}
 dsprites.SIZE = 3 * 6 * 40 * 9
 
-def run_to_end(command):
+def run_command(command):
     print("started " + json.dumps(command[1:]))
     return 7 if "--max_iter=7" in command else 0
 
-concept_models.run_to_end = run_to_end
+concept_models.run_command = run_command
 """
 
 COMMANDS = {
@@ -721,8 +721,8 @@ def test_table():
 
 PARENT = """
 import sys
-from ebm.tasks.concept_models import run_to_end
-sys.exit(run_to_end([sys.executable, "-c", sys.argv[1]]))
+from ebm.tasks.concept_models import run_command
+sys.exit(run_command([sys.executable, "-c", sys.argv[1]]))
 """
 
 

@@ -144,7 +144,7 @@ def test_roll_back_and_resume_with_a_captured_chain():
     assert_close(train(state, seed=2), expected)
     resumed = make_state(captured=True)
     resumed.load_shared(watch.snapshots[-1]["shared"])
-    assert resumed.load_own(watch.snapshots[-1]["own"])
+    assert resumed.load_model_split(watch.snapshots[-1]["own"])
     assert_close(train(resumed, seed=2), expected)
 
 

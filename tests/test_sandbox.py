@@ -405,7 +405,7 @@ def test_finetuning_learns_and_is_kept(tmp_path):
     """Breaks when a training step does not lower the loss or leaves the network alone, or --notrain forgets it."""
     examined = make_sandbox("MnistNet", (1, 12, 12), 3, num_steps=0, batch_size=4)
     run = make_sandbox_run(examined, tmp_path)
-    images = run.examples("train", 24).images
+    images = run.draw_examples("train", 24).images
     before = {name: parameter.clone() for name, parameter in examined.model.named_parameters()}
     always_first = torch.eye(3)[:1].expand(24, -1)
     losses = [examined.finetune(images, always_first, lr=0.02) for _ in range(5)]
@@ -435,7 +435,7 @@ def test_a_task_without_figures(tmp_path, capsys):
     run = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12)), tmp_path, classes=0, limit=2)
     report = sandbox.cycleclass(run)
     assert report.figures == {}
-    path = run.path("cycleclass.json")
+    path = run.add_file("cycleclass.json")
     reports.write_report(path, {"task": "cycleclass", "figures": report.figures, "paper": report.paper}, run.files)
     assert json.loads(path.read_text())["files"] == [str(tmp_path / "cycleclass.png"), str(path)]
     assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'cycleclass.png'}\nwrote {path}\n")

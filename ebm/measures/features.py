@@ -34,7 +34,7 @@ from ebm.support.progress import Progress
 
 COMPARED = 10_000  # largest number of features per set for KID, precision and recall: the cost grows with its square
 BATCH = 250  # images whose features are computed at once
-LOOKED_AT = 100_000  # largest number of real images that a training run compares its samples with
+MAX_REAL_IMAGES = 100_000  # largest number of real images that a training run compares its samples with
 DISTANCE = "classifier Fréchet distance"  # computed in the features of a small classifier; the FID needs Inception
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -228,7 +228,7 @@ class RealImages:
         return {"reference": str(self), "fingerprint": compute_fingerprint(self.batches(some))}
 
 
-def read_or_make(
+def load_or_compute(
     folder: pathlib.Path, name: str, settings: Mapping[str, Any], make: Callable[[], dict]
 ) -> dict[str, Any]:
     """Return the cached result of `make()` for these settings; call it and write the cache file if there is none.
@@ -272,7 +272,7 @@ def load_classifier(reference: RealImages, cache: pathlib.Path, device: torch.de
         shape, state = list(network.image_shape), network.state_dict()
         return {"image_shape": shape, "classes": network.classes, "accuracy": network.accuracy, "state": state}
 
-    contents = read_or_make(cache, f"{reference.name}_classifier", reference.settings(), train)
+    contents = load_or_compute(cache, f"{reference.name}_classifier", reference.settings(), train)
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights from the CPU's global generator
         classifier = FeatureClassifier(contents["image_shape"], contents["classes"])
     classifier.load_state_dict(contents["state"])
@@ -301,7 +301,7 @@ def load_statistics(extractor: Extractor, reference: RealImages, cache: pathlib.
         return {"mean": mean, "covariance": covariance, "features": features[order.to(features.device)]}
 
     settings = reference.settings() | {"features": extractor.name, "weights": extractor.identity}
-    contents = read_or_make(cache, f"{reference.name}_{extractor.name}_statistics", settings, compute)
+    contents = load_or_compute(cache, f"{reference.name}_{extractor.name}_statistics", settings, compute)
     return Statistics(contents["mean"], contents["covariance"], contents["features"])
 
 
@@ -383,8 +383,8 @@ def prepare_distance(dataset: Dataset, number: int, cache: pathlib.Path) -> Samp
     data at the first call, then read from the cache folder.
     """
     device = dataset.index_device
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:LOOKED_AT]
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:MAX_REAL_IMAGES]
     reference, rest = order.tensor_split(2)
-    classifier = load_classifier(RealImages.choose(dataset.name, "train", [dataset], LOOKED_AT), cache, device)
+    classifier = load_classifier(RealImages.choose(dataset.name, "train", [dataset], MAX_REAL_IMAGES), cache, device)
     real = load_statistics(classifier, RealImages(dataset.name, "train", [dataset], reference), cache)
     return SampleDistance(classifier, real, measure_distance(classifier, dataset.raw(rest[:number]), real))

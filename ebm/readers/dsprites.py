@@ -136,14 +136,14 @@ def render_sprites(shape: Tensor, scale: Tensor, orientation: Tensor, x: Tensor,
 def draw_sprites(latents: Tensor) -> Tensor:
     """Draw one sprite per row of latents (N, 5), see `render_sprites`."""
     shape, scale, orientation, x, y = latents[:, :, None, None].unbind(1)  # each (N, 1, 1)
-    row, column, down, right = find_window(x, y)
+    row, column, down, right = compute_window(x, y)
     images = torch.zeros(len(latents), SIDE, SIDE, device=latents.device)
     sprite = torch.arange(len(latents), device=latents.device)[:, None, None]
     images[sprite, row, column] = find_lit_pixels(shape, scale, orientation, down, right).float()
     return images[:, None]
 
 
-def find_window(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compute_window(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the window of pixels that a sprite at (x, y) can light: rows, columns, offsets down, offsets right.
 
     x, y: (..., 1, 1). Offsets are those of the pixels from the sprite's centre, in pixels. Rows and offsets down are
@@ -164,13 +164,13 @@ def find_lit_pixels(shape: Tensor, scale: Tensor, orientation: Tensor, down: Ten
     cos, sin = orientation.cos(), orientation.sin()
     angle = torch.atan2(sin * right + cos * down, cos * right - sin * down)  # in the frame of the unrotated sprite
     direction = ((angle / math.pi + 1) * (DIRECTIONS / 2)).round().long()
-    distances = measure_outlines(right.device)
+    distances = tabulate_outlines(right.device)
     distance = distances.take(direction + (shape.long() - 1) * distances.shape[1])
     return right**2 + down**2 <= (scale * distance) ** 2
 
 
 @functools.cache
-def measure_outlines(device: torch.device) -> Tensor:
+def tabulate_outlines(device: torch.device) -> Tensor:
     """Return the distance from centre to outline of each shape at scale 1, in pixels: (3, DIRECTIONS + 1).
 
     The directions are angles over [−π, π]. In every shape a ray from the centre crosses the outline once. The outlines
@@ -221,7 +221,7 @@ def find_nearest_of_part(images: Tensor, progress: Progress) -> tuple[Tensor, Te
     least = torch.full((len(images),), math.inf, device=images.device)
     best = torch.zeros(len(images), dtype=torch.long, device=images.device)
     for place in range(len(x) * len(y)):
-        row, column, down, right = find_window(x[place // len(y), None, None], y[place % len(y), None, None])
+        row, column, down, right = compute_window(x[place // len(y), None, None], y[place % len(y), None, None])
         sprites = find_lit_pixels(
             shape[:, None, None, None, None], scale[:, None, None, None], orientation[:, None, None], down, right
         )

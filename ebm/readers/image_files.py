@@ -33,7 +33,7 @@ CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 
 
 @contextlib.contextmanager
-def name_unreadable_file(path: pathlib.Path) -> Iterator[None]:
+def report_unreadable_file(path: pathlib.Path) -> Iterator[None]:
     """Turn any error while a file is read into a UsageError that names the file."""
     try:
         yield
@@ -92,7 +92,7 @@ def read_idx_pair(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor]:
     prefix = "train" if split == "train" else "t10k"
     images = read_idx(folder / f"{prefix}-images-idx3-ubyte")
     classes = read_idx(folder / f"{prefix}-labels-idx1-ubyte")
-    with name_unreadable_file(folder / f"{prefix}-labels-idx1-ubyte"):
+    with report_unreadable_file(folder / f"{prefix}-labels-idx1-ubyte"):
         if images.shape != (len(classes), 28, 28):
             raise ValueError(f"labels {tuple(classes.shape)} do not fit images {tuple(images.shape)}")
         if classes.max() > 9:
@@ -108,7 +108,7 @@ def read_idx(path: pathlib.Path) -> Tensor:
     packed = path.with_name(path.name + ".gz")
     path = packed if packed.exists() and not path.exists() else path
     path.stat()  # raises FileNotFoundError
-    with name_unreadable_file(path):
+    with report_unreadable_file(path):
         contents = path.read_bytes()
         if path == packed:
             contents = gzip.decompress(contents)
@@ -128,7 +128,7 @@ def read_cifar(folder: pathlib.Path, files: list[str], meta: str, label_key: str
     images, classes = [], []
     for file in files:
         rows, labels = read_pickle(folder / file, ["data", label_key])
-        with name_unreadable_file(folder / file):
+        with report_unreadable_file(folder / file):
             images.append(torch.from_numpy(rows).view(len(labels), 3, 32, 32))
             classes.append(torch.tensor(labels, dtype=torch.int64))
             if images[-1].dtype != torch.uint8 or not 0 <= min(labels) <= max(labels) < len(class_names):
@@ -139,7 +139,7 @@ def read_cifar(folder: pathlib.Path, files: list[str], meta: str, label_key: str
 def read_pickle(path: pathlib.Path, keys: list[str]) -> list[Any]:
     """Read the entries `keys` of a pickled dictionary of arrays and plain values, written by Python 2 or 3."""
     path.stat()
-    with name_unreadable_file(path):
+    with report_unreadable_file(path):
         contents = PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
         values = [contents[key] for key in keys]
         return [value.array if isinstance(value, PickledArray) else value for value in values]
@@ -189,7 +189,7 @@ def read_svhn(root: pathlib.Path, split: str, workers: int) -> Contents:
 
     path = root / f"{split}_32x32.mat"
     path.stat()
-    with name_unreadable_file(path):
+    with report_unreadable_file(path):
         contents = loadmat(str(path))
         images = torch.from_numpy(contents["X"].transpose(3, 2, 0, 1).copy())
         classes = torch.from_numpy(contents["y"].astype(np.int64)).flatten() % 10
@@ -200,7 +200,7 @@ def read_svhn(root: pathlib.Path, split: str, workers: int) -> Contents:
 
 # ---- folders of images ----
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def read_folder(
@@ -220,7 +220,7 @@ def read_folder(
     if (folder / "train").is_dir() and (folder / "test").is_dir():
         folder = folder / split
     paths, classes, class_names = list_folder(folder)
-    with name_unreadable_file(paths[0]), Image.open(paths[0], formats=FORMATS) as first:
+    with report_unreadable_file(paths[0]), Image.open(paths[0], formats=FORMATS) as first:
         size, grey = first.size, first.mode in ("1", "L", "LA") if channels is None else channels == 1
 
     def fit(image: Image.Image) -> Image.Image:
@@ -240,7 +240,7 @@ def list_folder(folder: pathlib.Path) -> tuple[list[pathlib.Path], Tensor | None
     """
 
     def list_paths(place: pathlib.Path, pattern: str) -> list[pathlib.Path]:
-        paths = (path for path in place.glob(pattern) if path.suffix.lower() in IMAGES)
+        paths = (path for path in place.glob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES)
         return sorted(path for path in paths if not path.name.startswith("."))
 
     direct_paths = list_paths(folder, "*")
@@ -248,7 +248,7 @@ def list_folder(folder: pathlib.Path) -> tuple[list[pathlib.Path], Tensor | None
     by_class = {path.name: list_paths(path, "**/*") for path in subfolders}
     empty = [name for name, paths in by_class.items() if not paths]
     if not direct_paths and len(empty) == len(by_class):
-        raise UsageError(f"{folder} holds no images ({' '.join(IMAGES)})")
+        raise UsageError(f"{folder} holds no images ({' '.join(IMAGE_SUFFIXES)})")
     if direct_paths and len(empty) < len(by_class):
         raise UsageError(
             f"{folder} holds images beside subfolders of images; put all images into class folders, or none"
@@ -271,7 +271,7 @@ def decode_files(
     """
 
     def pixels(path: pathlib.Path) -> np.ndarray:
-        with name_unreadable_file(path), Image.open(path, formats=FORMATS) as image:
+        with report_unreadable_file(path), Image.open(path, formats=FORMATS) as image:
             return np.asarray(change(image.convert(mode)))
 
     def read(part: list[pathlib.Path]) -> Tensor:

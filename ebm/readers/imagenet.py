@@ -68,7 +68,7 @@ def find_imagenet32_file(folder: pathlib.Path, name: str) -> pathlib.Path | None
 
 def read_imagenet32_file(path: pathlib.Path) -> tuple[np.ndarray, Tensor]:
     """Read one file; return rows uint8 (n, 3·32·32) and classes int64 (n,) from 0 to 999."""
-    with image_files.name_unreadable_file(path):
+    with image_files.report_unreadable_file(path):
         if path.suffix == ".npz":
             with np.load(path) as file:  # np.load refuses pickled objects
                 rows, labels = file["data"], file["labels"]
@@ -165,7 +165,7 @@ class TFRecords(Sequence[Place]):
         progress = Progress(len(self.paths), what="index of file", quiet=len(self.paths) < 100)
         parts = []
         with concurrent.futures.ThreadPoolExecutor(16) as pool:  # the threads wait for the disk
-            for number, (name, records) in enumerate(zip(counts, pool.map(find_records, self.paths), strict=True)):
+            for number, (name, records) in enumerate(zip(counts, pool.map(index_records, self.paths), strict=True)):
                 if counts[name] not in (None, len(records)):
                     raise UsageError(
                         f"{folder / name} holds {len(records)} records and index.json says {counts[name]}; "
@@ -192,7 +192,7 @@ def read_counts(folder: pathlib.Path, prefix: str) -> dict[str, int | None]:
     index = folder / "index.json"
     counts: dict[str, int | None]
     if index.exists():
-        with image_files.name_unreadable_file(index):
+        with image_files.report_unreadable_file(index):
             record_counts = json.loads(index.read_text())["record_counts"]
             counts = {name: int(record_counts[name]) for name in sorted(record_counts) if re.fullmatch(pattern, name)}
         source = index
@@ -204,7 +204,7 @@ def read_counts(folder: pathlib.Path, prefix: str) -> dict[str, int | None]:
     return counts
 
 
-def find_records(path: str) -> np.ndarray:
+def index_records(path: str) -> np.ndarray:
     """Return the offset and size of each record in a TFRecord file, int64 (n, 2).
 
     Verifies the checksums of the length fields. Raises UsageError if the file is missing or cut short, or if a length
@@ -262,7 +262,9 @@ def list_images(folder: pathlib.Path) -> list[bytes]:
     """Return the sorted paths of the image files in a folder and its subfolders, relative to the folder."""
     paths: list[bytes] = []
     for parent, _, files in os.walk(folder):
-        images = (name for name in files if name.lower().endswith(image_files.IMAGES) and not name.startswith("."))
+        images = (
+            name for name in files if name.lower().endswith(image_files.IMAGE_SUFFIXES) and not name.startswith(".")
+        )
         inner = os.path.relpath(parent, folder)
         paths += (os.fsencode(os.path.join(inner, name)) for name in images)
     return sorted(paths)

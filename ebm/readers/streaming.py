@@ -189,7 +189,7 @@ class StreamedImages:
         self.prefetch(index)
         numbers = tuple(index.tolist())
         futures = zip(numbers, self.pending.pop(numbers), strict=True)
-        images = [self.replace_bad(number, future.result()) for number, future in futures]
+        images = [self.get_undamaged(number, future.result()) for number, future in futures]
         return (
             self.to_device(torch.from_numpy(np.stack([pixels for pixels, _ in images]))),
             self.to_device(torch.tensor([label for _, label in images])),
@@ -217,7 +217,7 @@ class StreamedImages:
         finally:
             self.idle.put(worker)
 
-    def replace_bad(self, number: int, result: Decoded) -> tuple[np.ndarray, int]:
+    def get_undamaged(self, number: int, result: Decoded) -> tuple[np.ndarray, int]:
         """Return the pixels and class of an image; if it is damaged, print a note and return the next undamaged one.
 
         result: of decoding the image `number`.

@@ -22,11 +22,11 @@ from ebm.support.errors import UsageError
 
 
 class Fault(Exception):
-    """A defect of a file, as the end of a sentence; `name_faulty_file` adds the name of the file."""
+    """A defect of a file, as the end of a sentence; `report_faulty_file` adds the name of the file."""
 
 
 @contextlib.contextmanager
-def name_faulty_file(path: Path) -> Iterator[None]:
+def report_faulty_file(path: Path) -> Iterator[None]:
     """Turn a Fault or OSError inside into a UsageError that names the file."""
     try:
         yield
@@ -233,11 +233,11 @@ def read_tf_checkpoint(prefix: str | Path) -> dict[str, np.ndarray]:
     truncated, damaged, compressed or not a checkpoint.
     """
     index = Path(f"{prefix}.index")
-    with name_faulty_file(index):
+    with report_faulty_file(index):
         entries, shards = read_index(index)
     variables: dict[str, np.ndarray] = {}
     for number, group in itertools.groupby(entries, key=lambda entry: entry.shard):
         shard = Path(f"{prefix}.data-{number:05d}-of-{shards:05d}")
-        with name_faulty_file(shard):
+        with report_faulty_file(shard):
             variables |= read_shard(shard, group)
     return variables

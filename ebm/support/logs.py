@@ -46,17 +46,17 @@ class RunLog:
         self.file = path.open("a", buffering=1)
         self.board: SummaryWriter = SummaryWriter(str(folder / "tensorboard"), purge_step=resume + 1)
 
-    def event(self, iteration: int, values: dict[str, Any]) -> None:
+    def write_event(self, iteration: int, values: dict[str, Any]) -> None:
         """Write an entry to log.jsonl only."""
         self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
 
-    def scalars(self, iteration: int, values: dict[str, float]) -> None:
+    def write_scalars(self, iteration: int, values: dict[str, float]) -> None:
         """Write numbers by name to log.jsonl and TensorBoard."""
-        self.event(iteration, values)
+        self.write_event(iteration, values)
         for name, value in values.items():
             self.board.add_scalar(name, value, iteration)
 
-    def picture(self, iteration: int, name: str, path: str | pathlib.Path) -> None:
+    def write_picture(self, iteration: int, name: str, path: str | pathlib.Path) -> None:
         """Add a PNG file to TensorBoard."""
         import imageio.v3 as imageio
 

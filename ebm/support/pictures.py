@@ -75,7 +75,7 @@ def draw_titles(titles: list[str], shape: tuple[int, ...], step: int) -> np.ndar
 
 def save_pixels(pixels: np.ndarray, path: str | Path) -> Path:
     """Write an array uint8 (height, width, C) to an image file and return its path; .png in the name makes it a PNG."""
-    path = make_parent(path)
+    path = make_parent_folder(path)
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path)
     return path
 
@@ -95,7 +95,7 @@ def save_gif(frames: Sequence[np.ndarray], path: str | Path, *, fps: float = 20)
 
     The format counts time in hundredths of a second. Equal consecutive frames are merged into one longer frame.
     """
-    path = make_parent(path)
+    path = make_parent_folder(path)
     first, *rest = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
     first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
     return path
@@ -222,12 +222,12 @@ def add_legend(axis: Axes) -> None:
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a matplotlib figure to a file and return its path."""
-    path = make_parent(path)
+    path = make_parent_folder(path)
     figure.savefig(path)
     return path
 
 
-def make_parent(path: str | Path) -> Path:
+def make_parent_folder(path: str | Path) -> Path:
     """Make the folder of a file and return the file's path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

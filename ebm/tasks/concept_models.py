@@ -182,11 +182,11 @@ def train_models(settings: CombineSettings, script: pathlib.Path) -> None:
         words = shlex.split(get_training_flags(settings, concept))
         words += [f"--logdir={settings.logdir}", f"--device={settings.device}"]
         words += [f"--dsprites_path={settings.dsprites_path}"] if settings.dsprites_path else []
-        if can_go_on(pathlib.Path(settings.logdir) / getattr(settings, f"exp_{concept}")):
+        if can_resume(pathlib.Path(settings.logdir) / getattr(settings, f"exp_{concept}")):
             words.append("--resume_iter=latest")
         words += shlex.split(settings.train_flags)
         print(f"model {number} of {len(names)}: python train.py {shlex.join(words)}", flush=True)
-        status = run_to_end([sys.executable, str(script), *words])
+        status = run_command([sys.executable, str(script), *words])
         if status in (130, 143):  # a signal, after which train.py has saved
             print("stopped; the same command resumes the training")
             sys.exit(status)
@@ -196,7 +196,7 @@ def train_models(settings: CombineSettings, script: pathlib.Path) -> None:
             )
 
 
-def can_go_on(folder: pathlib.Path) -> bool:
+def can_resume(folder: pathlib.Path) -> bool:
     """Return whether the run in this folder can be resumed; the shipped models cannot, they hold weights only."""
     if not checkpoint.list_iterations(folder):
         return False
@@ -204,7 +204,7 @@ def can_go_on(folder: pathlib.Path) -> bool:
     return path.suffix != ".pt" or "optimizer" in checkpoint.load(path)
 
 
-def run_to_end(command: list[str]) -> int:
+def run_command(command: list[str]) -> int:
     """Run a command to its end and return its exit status; signals are left to it, so that it can save first."""
     process = subprocess.Popen(command)
     handlers = {

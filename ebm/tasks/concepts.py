@@ -65,10 +65,10 @@ def judge_latents(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
     found: the latents (N, 5) of the images. targets: the wanted latents (N, 5).
     """
-    return {name: is_tolerable(error, name) for name, error in measure_errors(found, targets).items()}
+    return {name: is_within_tolerance(error, name) for name, error in measure_errors(found, targets).items()}
 
 
-def is_tolerable(error: Tensor, condition: str) -> Tensor:
+def is_within_tolerance(error: Tensor, condition: str) -> Tensor:
     """Return which errors (N,) of a concept, in its unit, are within its tolerance."""
     return error <= CONCEPTS[condition].tolerance + 1e-3
 
@@ -116,12 +116,12 @@ class ConceptRun:
     folder: Path
     files: list[Path] = dataclasses.field(default_factory=list)
 
-    def path(self, name: str) -> Path:
+    def add_file(self, name: str) -> Path:
         """Return the path of a file in the task's folder, and add it to `files`."""
         self.files.append(self.folder / name)
         return self.files[-1]
 
-    def images(self, index: Tensor) -> Tensor:
+    def render_images(self, index: Tensor) -> Tensor:
         """Return the sprites (N, 1, 64, 64) of an index (N,), in [0, 1]."""
         return self.sprites[index].float() / 255
 
@@ -130,11 +130,11 @@ class ConceptRun:
         """A CPU generator, so that the same sprites are drawn on every device."""
         return torch.Generator().manual_seed(self.settings.seed)
 
-    def choose(self, candidates: Tensor, number: int) -> Tensor:
+    def draw_candidates(self, candidates: Tensor, number: int) -> Tensor:
         """Draw `number` of the candidates (M,) at random, uniformly and with repetition."""
         return candidates[torch.randint(len(candidates), (number,), generator=self.draws).to(candidates.device)]
 
-    def targets(self, count: int, number: int) -> Tensor:
+    def draw_targets(self, count: int, number: int) -> Tensor:
         """Draw the target sprites, whose latents become the labels of the models: their indices (count, number).
 
         Row k holds the targets of the names with number k, such as pos2 for k = 2. Sprites are drawn at random, but
@@ -145,15 +145,15 @@ class ConceptRun:
             latents = self.sprites.latents
             allowed = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
             for name, text in self.given_labels.items():
-                condition = self.condition(name)
+                condition = self.get_condition(name)
                 if condition and split_name(name)[1] == place:
                     for column, value in read_label(name, condition, text).items():
                         distance = (latents[:, column] - value).abs()
                         allowed &= distance < distance.min() + 1e-4
-            rows.append(self.choose(allowed.nonzero()[:, 0], number))
+            rows.append(self.draw_candidates(allowed.nonzero()[:, 0], number))
         return torch.stack(rows)
 
-    def condition(self, name: str) -> str | None:
+    def get_condition(self, name: str) -> str | None:
         """Return the concept that labels of this name describe; None if they are plain numbers or classes.
 
         Raises UsageError if neither a model nor a concept has this name.
@@ -165,7 +165,7 @@ class ConceptRun:
             raise UsageError(f"`labels`={name}=…: there is no model {name}, only {', '.join(self.concepts)}")
         return base
 
-    def labels(self, name: str, targets: Tensor) -> Tensor | None:
+    def compute_labels(self, name: str, targets: Tensor) -> Tensor | None:
         """Return the labels (N, label_size) of the model of this name; None if it is unconditional.
 
         targets: latents (count, N, 5), from which labels of concepts are computed. Other labels, numbers or a class,
@@ -186,12 +186,12 @@ class ConceptRun:
             raise UsageError(f"`labels`={name}={text or '…'}: give a class below {size}, or {size} numbers with commas")
         return row.to(targets.device).expand(targets.shape[1], -1)
 
-    def energy(self, expression: Expression, targets: Tensor) -> Energy:
+    def build_energy(self, expression: Expression, targets: Tensor) -> Energy:
         """Return the energy of an expression as a function of images. targets: latents (count, N, 5) of the labels."""
-        labels = {name: self.labels(name, targets) for name in expression.names}
+        labels = {name: self.compute_labels(name, targets) for name in expression.names}
         return lambda x: expression.energy({name: self.concepts[name].energy(x, y) for name, y in labels.items()})
 
-    def generate(self, expressions: Sequence[Expression], targets: Tensor, progress: Progress) -> Tensor:
+    def sample_images(self, expressions: Sequence[Expression], targets: Tensor, progress: Progress) -> Tensor:
         """Sample images (N, C, H, W) by chains from noise that descend the expressions' energies in turn.
 
         targets: latents (count, N, 5). `restarts` chains run for each image, and the one with the lowest energy, summed
@@ -199,14 +199,16 @@ class ConceptRun:
         """
         images = []
         for part in targets.split(self.settings.batch_size, 1):
-            energies = [self.energy(expression, part) for expression in expressions]
-            chains = torch.stack([self.chain(energies, part.shape[1], progress) for _ in range(self.settings.restarts)])
+            energies = [self.build_energy(expression, part) for expression in expressions]
+            chains = torch.stack(
+                [self.run_chain(energies, part.shape[1], progress) for _ in range(self.settings.restarts)]
+            )
             with torch.no_grad():
                 totals = torch.stack([torch.stack([energy(chain) for energy in energies]).sum(0) for chain in chains])
             images.append(chains[totals.argmin(0), torch.arange(part.shape[1], device=chains.device)])
         return torch.cat(images)
 
-    def chain(self, energies: Sequence[Energy], number: int, progress: Progress) -> Tensor:
+    def run_chain(self, energies: Sequence[Energy], number: int, progress: Progress) -> Tensor:
         """Run chains from noise that descend the energies in turn; return their end points (number, C, H, W)."""
         settings, config = self.settings, next(iter(self.concepts.values())).config
         with allow_tf32(settings.precision):
@@ -214,8 +216,8 @@ class ConceptRun:
                 energies,
                 draw_noise_images(config, number, self.generator),
                 num_steps=settings.num_steps,
-                step_lr=lower_in_steps(settings.first_step_lr, settings.step_lr, settings.num_steps),
-                noise_std=lower_in_steps(settings.first_noise, NOISE_UNIT, settings.num_steps),
+                step_lr=anneal_linearly(settings.first_step_lr, settings.step_lr, settings.num_steps),
+                noise_std=anneal_linearly(settings.first_noise, NOISE_UNIT, settings.num_steps),
                 generator=self.generator,
                 gradient_first=True,  # as in the reference's combination
                 after_step=lambda _: progress.advance(),
@@ -223,7 +225,7 @@ class ConceptRun:
         return check_finite(end, "lower `step_lr`")
 
 
-def lower_in_steps(first: float, last: float, num_steps: int) -> Schedule:
+def anneal_linearly(first: float, last: float, num_steps: int) -> Schedule:
     """Return a schedule that falls linearly from `first` towards 0 at four fifths of the steps, but not below `last`.
 
     It anneals noise and step size, so that chains can leave the first mode that they reach. A `first` below `last` has
@@ -258,22 +260,24 @@ def combine_concepts(run: ConceptRun) -> Figures:
     """Sample images under several concepts at once; for comparison also under fewer concepts and under each alone."""
     plans = build_plans(run.settings.combine, list(run.concepts), run.weights)
     number = run.settings.limit or run.settings.batch_size
-    index = run.targets(max(split_name(name)[1] for name in run.concepts), number)
+    index = run.draw_targets(max(split_name(name)[1] for name in run.concepts), number)
     targets = run.sprites.latents[index]  # (count, N, 5)
 
     parts = -(-number // run.settings.batch_size)
     rounds = run.settings.num_steps * run.settings.restarts * parts * len(plans)
     progress = Progress(rounds, what="rounds of the chains")
-    samples = {title: run.generate(plan, targets, progress) for title, plan in plans.items()}
+    samples = {title: run.sample_images(plan, targets, progress) for title, plan in plans.items()}
     generated = next(iter(samples.values()))
     has_concepts = any(concept.condition for concept in run.concepts.values())
     columns = {}
     if has_concepts:
-        columns = {"target" if k == 0 else f"target {k + 1}": run.images(row[:ROWS]) for k, row in enumerate(index)}
-    pictures.save_panel({"generated": generated[:ROWS]} | columns, run.path(name_picture(run)), scale=2)
+        columns = {
+            "target" if k == 0 else f"target {k + 1}": run.render_images(row[:ROWS]) for k, row in enumerate(index)
+        }
+    pictures.save_panel({"generated": generated[:ROWS]} | columns, run.add_file(name_picture(run)), scale=2)
     if not has_concepts:
         return {"images": number}
-    return judge_samples(run, samples, plans, targets, run.images(index[0]))
+    return judge_samples(run, samples, plans, targets, run.render_images(index[0]))
 
 
 def name_picture(run: ConceptRun) -> str:
@@ -306,7 +310,7 @@ class Judge:
         """
         if not {name for expression in plan for name in expression.names} <= set(self.conditions):
             return None
-        return torch.stack([expression.holds(self.judge_names(latents)) for expression in plan]).all(0)
+        return torch.stack([expression.is_fulfilled(self.judge_names(latents)) for expression in plan]).all(0)
 
     def share_of_plan(self, plan: Sequence[Expression], latents: Tensor) -> float | None:
         """Return the share of images that fulfil all expressions of a plan; None as in `judge_plan`."""
@@ -395,7 +399,7 @@ def plot_joint(run: ConceptRun, figures: Figures) -> None:
         titles = [" & ".join(names[:count]) if count > 1 or column == "jointly" else column for count in counts]
         lines[column] = counts, [figures[f"right, {title}"][column] for title in titles]
     xlabel = f"concepts combined: {', '.join(names)}"
-    pictures.plot_lines({"share right": lines}, run.path("accuracy.png"), xlabel=xlabel)
+    pictures.plot_lines({"share right": lines}, run.add_file("accuracy.png"), xlabel=xlabel)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,7 +413,7 @@ def discover_labels(run: ConceptRun) -> Figures:
     too many to try.
     """
     number = run.settings.limit or 30 * run.settings.batch_size
-    index = run.targets(1, number)[0]
+    index = run.draw_targets(1, number)[0]
     latents = run.sprites.latents[index]
     searches = sum(concept.condition != "pos" for concept in run.concepts.values())
     progress = Progress((len(run.concepts) + searches) * number, what="labels")
@@ -424,15 +428,15 @@ def discover_labels(run: ConceptRun) -> Figures:
         figures[title] = {
             "mean error": errors[-1].mean().item(),
             "at the start": errors[0].mean().item(),
-            "right": compute_share(is_tolerable(errors[-1], condition)),
+            "right": compute_share(is_within_tolerance(errors[-1], condition)),
             "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
         }
         if condition != "pos":
             lowest = find_lowest_labels(run, concept, index, progress)
-            truths = is_tolerable(measure_label_errors(lowest, latents, condition), condition)
+            truths = is_within_tolerance(measure_label_errors(lowest, latents, condition), condition)
             judged[f"{name}, lowest energy"] = {"right": compute_share(truths), **split_by_shape(truths, latents)}
         panels[title] = {name: (range(len(errors)), [error.mean().item() for error in errors])}
-    pictures.plot_lines(panels, run.path("ebm.support.errors.png"), xlabel="steps on the label")
+    pictures.plot_lines(panels, run.add_file("ebm.support.errors.png"), xlabel="steps on the label")
     return figures | judged
 
 
@@ -449,7 +453,7 @@ def descend_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, progre
         uniform = torch.rand((len(part), label_size), generator=run.generator, device=index.device)
         stages.append([low + (high - low) * uniform])
         end = langevin(
-            functools.partial(concept.energy, run.images(part)),  # a function of labels
+            functools.partial(concept.energy, run.render_images(part)),  # a function of labels
             stages[-1][0],
             num_steps=run.settings.num_steps,
             step_lr=run.settings.label_lr,
@@ -477,7 +481,7 @@ def find_lowest_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, pr
     lowest = []
     for part in index.split(TRIED):
         with torch.no_grad():
-            lowest.append(compute_label_energies(concept.energy, run.images(part), labels).argmin(1))
+            lowest.append(compute_label_energies(concept.energy, run.render_images(part), labels).argmin(1))
         progress.advance(len(part))
     return labels[torch.cat(lowest)]
 

@@ -101,7 +101,7 @@ class ExaminedModel:
             size = max(1, self.images_at_a_time * 10 // max(each, 10))
             part = slice(done, min(done + size, total))
             noise = self.generator.get_state()
-            result = self.compute_within_memory(function, part)
+            result = self.compute_if_memory_allows(function, part)
             if result is None:
                 if part.stop - done == 1:
                     raise UsageError("memory cannot hold the computation of a single image; try `device`=cpu")
@@ -118,7 +118,7 @@ class ExaminedModel:
             done = part.stop
         return torch.cat(results)
 
-    def compute_within_memory(self, function: Callable[[slice], Tensor], part: slice) -> Tensor | None:
+    def compute_if_memory_allows(self, function: Callable[[slice], Tensor], part: slice) -> Tensor | None:
         """Return function(part), or None if memory cannot hold it; the memory that it took is then free again."""
         try:
             return function(part)

@@ -37,7 +37,7 @@ class Name:
         """Return the energies (N,) of the expression. energies: those of its names."""
         return energies[self.name]
 
-    def holds(self, truths: Values) -> Tensor:
+    def is_fulfilled(self, truths: Values) -> Tensor:
         """Return which images fulfil the expression, (N,) bool, by logic. truths: which images fulfil each name."""
         return truths[self.name]
 
@@ -56,8 +56,8 @@ class Weighted:
     def energy(self, energies: Values) -> Tensor:
         return self.weight * self.part.energy(energies)
 
-    def holds(self, truths: Values) -> Tensor:
-        return ~self.part.holds(truths) if self.weight < 0 else self.part.holds(truths)
+    def is_fulfilled(self, truths: Values) -> Tensor:
+        return ~self.part.is_fulfilled(truths) if self.weight < 0 else self.part.is_fulfilled(truths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Joined:
         values = torch.stack([part.energy(energies) for part in self.parts])
         return values.sum(0) if self.operator == "&" else -(-values).logsumexp(0)
 
-    def holds(self, truths: Values) -> Tensor:
-        values = torch.stack([part.holds(truths) for part in self.parts])
+    def is_fulfilled(self, truths: Values) -> Tensor:
+        values = torch.stack([part.is_fulfilled(truths) for part in self.parts])
         return values.all(0) if self.operator == "&" else values.any(0)
 
 
@@ -92,7 +92,7 @@ TOKEN = re.compile(
 
 def parse_expression(text: str) -> Expression:
     """Parse an expression; raise UsageError, with a caret under the wrong place, if the text is not an expression."""
-    return Parser(text).whole()
+    return Parser(text).parse_whole()
 
 
 class Parser:
@@ -125,43 +125,43 @@ class Parser:
         caret = " " * match.start(match.lastgroup or 0) + "^"
         raise UsageError(f"`combine`: expected {expected}, not {self.token or 'the end'}\n  {self.text}\n  {caret}")
 
-    def whole(self) -> Expression:
+    def parse_whole(self) -> Expression:
         """Parse the whole text."""
-        expression = self.mixture()
+        expression = self.parse_mixture()
         if self.kind != "end":
             self.fail("& or |")
         return expression
 
-    def mixture(self) -> Expression:
+    def parse_mixture(self) -> Expression:
         """Parse products joined by `|`."""
-        parts = [self.product()]
+        parts = [self.parse_product()]
         while self.token == "|":
             self.take()
-            parts.append(self.product())
+            parts.append(self.parse_product())
         return parts[0] if len(parts) == 1 else Joined("|", tuple(parts))
 
-    def product(self) -> Expression:
+    def parse_product(self) -> Expression:
         """Parse factors joined by `&`."""
-        parts = [self.factor()]
+        parts = [self.parse_factor()]
         while self.token == "&":
             self.take()
-            parts.append(self.factor())
+            parts.append(self.parse_factor())
         return parts[0] if len(parts) == 1 else Joined("&", tuple(parts))
 
-    def factor(self) -> Expression:
+    def parse_factor(self) -> Expression:
         """Parse a name, a weighted or negated factor, or a mixture in parentheses."""
         if self.kind == "name":
             return Name(self.take())
         if self.kind == "number":
             weight = float(self.take())
             self.take("*")
-            return Weighted(weight, self.factor())
+            return Weighted(weight, self.parse_factor())
         if self.token == "~":
             self.take()
-            return Weighted(-1.0, self.factor())
+            return Weighted(-1.0, self.parse_factor())
         if self.token != "(":
             self.fail("a name, a weight, ~ or (")
         self.take()
-        expression = self.mixture()
+        expression = self.parse_mixture()
         self.take(")")
         return expression

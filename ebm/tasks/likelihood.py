@@ -23,13 +23,13 @@ from models import freeze_energy
 from sampling import Energy, hmc
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Annealed importance sampling (Neal 2001) between a box of images and an energy
+# AnnealingResult importance sampling (Neal 2001) between a box of images and an energy
 
 WALL = 100.0  # outside the box the energy grows by (WALL · distance)²
 SPILL = math.sqrt(math.pi) / WALL  # the walls widen each dimension of the box by ∫ exp(−(WALL·u)²) du
 
 
-class Annealed(NamedTuple):
+class AnnealingResult(NamedTuple):
     """The result of annealed importance sampling."""
 
     x: Tensor  # (N, ...), the end points of the chains
@@ -37,7 +37,7 @@ class Annealed(NamedTuple):
     acceptance: Tensor  # (num_distributions,), share of accepted moves, in the order from the box to the energy
 
 
-def measure_walls(x: Tensor, bounds: tuple[float, float]) -> Tensor:
+def compute_wall_energy(x: Tensor, bounds: tuple[float, float]) -> Tensor:
     """Return the energy of the walls for images x, (N,): Σ (WALL · distance to the bounds)², which is 0 inside."""
     return (WALL * (x - x.clamp(*bounds))).square().flatten(1).sum(1)
 
@@ -61,7 +61,7 @@ def anneal(
     reverse: bool = False,
     generator: torch.Generator | None = None,
     progress: Callable[[], object] = lambda: None,
-) -> Annealed:
+) -> AnnealingResult:
     """Run annealed importance sampling (Neal 2001) on images (N, ...), from the box to the density exp(−E) or back.
 
     The chains make one HMC move at each density exp(−alpha·E − walls), alpha = k / num_distributions, with the step
@@ -77,7 +77,7 @@ def anneal(
             log_weights.sub_(energy(x).double(), alpha=1 / num_distributions)
 
     def density(alpha: float) -> Energy:
-        return lambda x: alpha * energy(x) + measure_walls(x, bounds)
+        return lambda x: alpha * energy(x) + compute_wall_energy(x, bounds)
 
     for k in range(num_distributions, 0, -1) if reverse else range(1, num_distributions + 1):
         if not reverse:
@@ -89,7 +89,7 @@ def anneal(
         if reverse:
             weigh(x)
         progress()
-    return Annealed(x, log_weights, acceptance)
+    return AnnealingResult(x, log_weights, acceptance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def anneal(
 MOVES = ("acceptance", "reverse_acceptance")
 
 
-class Bracket(NamedTuple):
+class LogZBounds(NamedTuple):
     """Bounds of log ∫ exp(−E) in nats, each with its standard error over chains, and the shares of accepted moves."""
 
     lower: float
@@ -136,7 +136,7 @@ def bound_log_z(
     samples: Tensor | None = None,
     generator: torch.Generator,
     progress: Callable[[], object] = lambda: None,
-) -> Bracket:
+) -> LogZBounds:
     """Return lower and upper bounds of log ∫ exp(−E − walls), from forward and reverse runs of `anneal`.
 
     shape: of the chains (N, ...). samples: exact samples of the energy, from which the reverse run starts. Without them
@@ -151,7 +151,7 @@ def bound_log_z(
     (lower, lower_error), (upper, upper_error) = (
         (box + w.mean().item(), (w.std() / len(w) ** 0.5).item()) for w in (forward.log_weights, back.log_weights)
     )
-    return Bracket(lower, lower_error, upper, upper_error, forward.acceptance, back.acceptance)
+    return LogZBounds(lower, lower_error, upper, upper_error, forward.acceptance, back.acceptance)
 
 
 def bound_log_z_of_classes(
@@ -160,7 +160,7 @@ def bound_log_z_of_classes(
     num_distributions: int,
     generator: torch.Generator,
     progress: Callable[[], object],
-) -> dict[str, Bracket]:
+) -> dict[str, LogZBounds]:
     """Return the bounds of log Z for each class of a target by name. chains: their number for each class."""
     return {
         name: bound_log_z(
@@ -177,7 +177,7 @@ def bound_log_z_of_classes(
     }
 
 
-def compute_figures(target: Target, brackets: dict[str, Bracket]) -> dict[str, float]:
+def compute_figures(target: Target, brackets: dict[str, LogZBounds]) -> dict[str, float]:
     """Return the bounds of log Z and, for test images, those of log p in nats and in bits per dimension.
 
     Bounds of several classes are averaged over the test images. Raises UsageError if a figure is not finite.
@@ -226,7 +226,7 @@ def draw_gauss_samples(shape: tuple[int, ...], precision: float, rescale: float,
     accepted = torch.empty(0, device=generator.device)
     while len(accepted) < number:
         x = torch.randn(number, generator=generator, device=generator.device) / precision**0.5 + rescale / 2
-        probability = (-measure_walls(x[:, None], (0.0, rescale))).exp()
+        probability = (-compute_wall_energy(x[:, None], (0.0, rescale))).exp()
         is_accepted = torch.rand(number, generator=generator, device=generator.device) < probability
         accepted = torch.cat([accepted, x[is_accepted]])
     return accepted[:number].view(shape)
@@ -250,7 +250,7 @@ def build_gauss(settings: AisSettings, device: torch.device) -> Target:
     return Target({"gauss": energy}, shape[1:], {"gauss": 1.0}, None, samples, rescale, alr, about)
 
 
-def build_target(settings: AisSettings, device: torch.device) -> Target:
+def load_target(settings: AisSettings, device: torch.device) -> Target:
     """Return the density of the model that the settings name, with the energies of test images.
 
     Raises UsageError if the model or the data are missing, do not fit each other, or have no density.
@@ -265,7 +265,9 @@ def build_target(settings: AisSettings, device: torch.device) -> Target:
     print(f"model: {path}, {model.config.network}, temperature {temperature:g}; {description}")
 
     examined = ExaminedModel(model, torch.Generator(device).manual_seed(settings.seed), rescale=rescale, batch_size=100)
-    values = temperature * examined.compute_energies(images, labels) + measure_walls(rescale * images, (0.0, rescale))
+    values = temperature * examined.compute_energies(images, labels) + compute_wall_energy(
+        rescale * images, (0.0, rescale)
+    )
     classes = labels.argmax(1).tolist() if model.config.label_size else [None] * len(images)
 
     frozen = freeze_energy(model, temperature=temperature)  # a function of images in [0, rescale]

@@ -130,7 +130,7 @@ def draw_fresh_images(
 
 
 @contextlib.contextmanager
-def within_memory(batch_size: int) -> Iterator[None]:
+def report_memory_shortage(batch_size: int) -> Iterator[None]:
     """Raise UsageError, which names `batch_size`, if the block inside runs out of memory."""
     try:
         yield
@@ -232,7 +232,7 @@ def draw_samples(
             progress=progress,
         )
 
-    with within_memory(settings.batch_size), allow_tf32(settings.precision):
+    with report_memory_shortage(settings.batch_size), allow_tf32(settings.precision):
         images = draw_from_pools(run, settings.im_number)
     progress.close()
     return images

@@ -105,15 +105,16 @@ class SandboxRun:
         """The radius of the L∞ ball within which Langevin steps refine an image before it is classified."""
         return self.settings.refine / SHADES
 
-    def rows(self, number: int) -> int:
-        """Return the number of images to examine: `limit` if it is set, else `number`."""
-        return self.settings.most_images or number
+    def choose_number(self, usual: int | None = None) -> int:
+        """Return how many images to use: `limit` if it is set, else the usual number of a task.
 
-    def all(self) -> int:
-        """Return the number of images to examine for a task on all images: `limit`, or as many as fit in 2 GB."""
-        return self.rows(min(MOST, MOST_PIXELS // math.prod(self.config.image_shape)))
+        usual: None stands for as many as possible, up to a number that memory surely holds.
+        """
+        if self.settings.most_images:
+            return self.settings.most_images
+        return min(MOST, MOST_PIXELS // math.prod(self.config.image_shape)) if usual is None else usual
 
-    def pick(self, dataset: Dataset, number: int, what: str) -> Tensor:
+    def draw_index(self, dataset: Dataset, number: int, what: str) -> Tensor:
         """Return the indices of `number` random images; the same seed gives the same indices.
 
         what: the name of the images in the report.
@@ -123,22 +124,22 @@ class SandboxRun:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.settings.seed))
         return order[:number].to(self.model.device)
 
-    def examples(self, split: str, number: int) -> Examples:
+    def draw_examples(self, split: str, number: int) -> Examples:
         """Return random images of the model's data set with labels, dequantised as in training and in the reference."""
         dataset = self.load(split)
-        images, labels = dataset.batch(self.pick(dataset, number, split), self.model.generator)
+        images, labels = dataset.batch(self.draw_index(dataset, number, split), self.model.generator)
         return Examples(images, images.new_zeros(len(images), 0) if labels is None else labels)
 
-    def known_names(self) -> tuple[str, ...]:
+    def find_class_names(self) -> tuple[str, ...]:
         """Return the names of the classes that the model is conditioned on; none if its labels are not classes."""
         return (self.names or self.load("test").class_names) if self.model.classes else ()
 
-    def class_names(self, needed_by: str) -> tuple[str, ...]:
+    def require_class_names(self, needed_by: str) -> tuple[str, ...]:
         """Return the names of the classes; raise UsageError if the model is not conditioned on classes.
 
         needed_by: the task, for the message.
         """
-        names = self.known_names()
+        names = self.find_class_names()
         if not names:
             condition = "on other labels" if self.model.classes else "on nothing"
             raise UsageError(
@@ -154,36 +155,36 @@ class SandboxRun:
         place = torch.arange(number, device=self.model.device)
         if not self.model.classes:
             return torch.zeros(number, 0, device=self.model.device)
-        if self.known_names():
+        if self.find_class_names():
             return torch.eye(self.model.classes, device=self.model.device)[place * self.model.classes // number]
-        labels = self.examples("test", number).labels
+        labels = self.draw_examples("test", number).labels
         return labels[place % len(labels)]
 
-    def noise(self, number: int) -> Tensor:
+    def draw_noise(self, number: int) -> Tensor:
         """Return images of noise, from which chains start."""
         return draw_noise_images(self.config, number, self.model.generator)
 
-    def paper(self, figures: Mapping[str, str]) -> Mapping[str, str]:
+    def get_published(self, figures: Mapping[str, str]) -> Mapping[str, str]:
         """Return the published figures if the data set is CIFAR-10, on which they were measured; else none."""
         return figures if self.load("test").name == "cifar10" else {}
 
     # ------------------------------------------------------------------------------------------ files
 
-    def path(self, name: str) -> Path:
+    def add_file(self, name: str) -> Path:
         """Return the path of a file in the task's folder, and add it to `files`."""
         self.files.append(self.folder / name)
         return self.files[-1]
 
-    def panel(self, name: str, columns: Mapping[str, Tensor]) -> None:
+    def write_panel(self, name: str, columns: Mapping[str, Tensor]) -> None:
         """Write a picture with a titled column per batch of images and a row per image; small images are enlarged."""
         width = self.config.image_shape[2]
         scale = max(1, min(96, 1800 // len(columns)) // width)
-        pictures.save_panel(columns, self.path(f"{name}.png"), scale=scale)
+        pictures.save_panel(columns, self.add_file(f"{name}.png"), scale=scale)
 
-    def array(self, name: str, values: Tensor | list[float]) -> np.ndarray:
+    def write_array(self, name: str, values: Tensor | list[float]) -> np.ndarray:
         """Write numbers to an .npy file and return them as an array."""
         array = torch.as_tensor(values).cpu().numpy()
-        np.save(self.path(f"{name}.npy"), array)
+        np.save(self.add_file(f"{name}.npy"), array)
         return array
 
 
@@ -193,13 +194,13 @@ class SandboxRun:
 
 def label(run: SandboxRun) -> Report:
     """Classify test images by −E(x, y), also after an attack (`pgd`), or attacks of growing radius (`labelgrid`)."""
-    run.class_names("label")
+    run.require_class_names("label")
     return classify_in_balls(run) if run.settings.labelgrid else classify_test_images(run)
 
 
 def labelfinetune(run: SandboxRun) -> Report:
     """Train the model for one epoch as a classifier, or load it with `train`=False, then classify as task label."""
-    run.class_names("labelfinetune")
+    run.require_class_names("labelfinetune")
     model, path = run.model, run.folder / "model_supervised.pt"
     if not run.settings.train:
         if not path.exists():
@@ -207,15 +208,15 @@ def labelfinetune(run: SandboxRun) -> Report:
         run.model = dataclasses.replace(model, model=checkpoint.load_energy(path, device=model.device))
         run.model.bias = checkpoint.load(path)["bias"].to(model.device)
         return classify_test_images(run)
-    loss = model.finetune(*run.examples("train", run.all()))
+    loss = model.finetune(*run.draw_examples("train", run.choose_number()))
     contents = {"config": dataclasses.asdict(model.model.config), "model": model.model.state_dict()}
-    checkpoint.save(run.path(path.name), contents | {"bias": model.bias, "iteration": 0})
+    checkpoint.save(run.add_file(path.name), contents | {"bias": model.bias, "iteration": 0})
     return Report({"mean loss of the epoch": loss, **classify_test_images(run).figures})
 
 
 def classify_test_images(run: SandboxRun) -> Report:
     """Measure the accuracy on test images, with and without refinement, and the same after the attack."""
-    examples = run.examples("test", run.all())
+    examples = run.draw_examples("test", run.choose_number())
     images, classes = examples.images, examples.classes
     attack = choose_attack(run.settings)
     attacked = run.model.attack(images, classes, attack, run.refine)
@@ -230,15 +231,15 @@ def classify_test_images(run: SandboxRun) -> Report:
     change = refined - rows.images
     contrast = 0.5 + 0.5 * change / change.abs().amax().clamp(min=1e-12)
     columns = {"real": rows.images} | ({"attacked": moved} if attack.steps else {})
-    run.panel("images", columns | {"refined": refined, "change": contrast})
-    return Report(figures, run.paper({"clean": PAPER_ACCURACY}))
+    run.write_panel("images", columns | {"refined": refined, "change": contrast})
+    return Report(figures, run.get_published({"clean": PAPER_ACCURACY}))
 
 
 def classify_in_balls(run: SandboxRun) -> Report:
     """Measure the accuracy on attacked images as a function of the radius: L∞ 0 … 30/255, or L2 0 … 95/255."""
     if not run.settings.pgd:
         raise UsageError("`labelgrid` needs an attack; give its number of steps with `pgd`")
-    examples = run.examples("test", run.all())
+    examples = run.draw_examples("test", run.choose_number())
     images, classes = examples.images, examples.classes
     radii = list(range(31) if run.settings.lnorm == "-1" else range(0, 100, 5))
     passes = 3 if run.model.num_steps else 2
@@ -248,10 +249,10 @@ def classify_in_balls(run: SandboxRun) -> Report:
         attacked = run.model.attack(images, classes, choose_attack(run.settings, radius), run.refine, progress=progress)
         rows[f"{radius}/255"] = measure_accuracies(run, "attacked", attacked, classes, progress)
     curves = {name: [row[name] for row in rows.values()] for name in rows["0/255"]}
-    run.array("accuracies", torch.tensor([radii, *curves.values()]))
+    run.write_array("accuracies", torch.tensor([radii, *curves.values()]))
     lines = {name: (radii, values) for name, values in curves.items()}
     xlabel = f"radius of the {'L∞' if run.settings.lnorm == '-1' else 'L2'} ball / (1/255)"
-    pictures.plot_lines({"accuracy": lines}, run.path("accuracies.png"), xlabel=xlabel)
+    pictures.plot_lines({"accuracy": lines}, run.add_file("accuracies.png"), xlabel=xlabel)
     largest = {"attack in the largest ball": str(choose_attack(run.settings, radii[-1]))}
     return Report({**largest, "refinement": describe_refinement(run), **rows})
 
@@ -291,15 +292,19 @@ def energyeval(run: SandboxRun) -> Report:
     energies: dict[str, np.ndarray] = {}
     figures: dict[str, object] = {}
     for split in ("train", "test"):
-        values = run.model.compute_energies(*run.examples(split, run.all()), progress=f"energies of {split}")
-        energies[split] = run.array(f"energies_{split}", values)
+        values = run.model.compute_energies(
+            *run.draw_examples(split, run.choose_number()), progress=f"energies of {split}"
+        )
+        energies[split] = run.write_array(f"energies_{split}", values)
         figures |= {f"{split} mean": values.mean().item(), f"{split} std": values.std(correction=0).item()}
-    auroc, verdict = judge_memory(run, -energies["train"], -energies["test"])
-    pictures.plot_histograms(energies, run.path("energies.png"), xlabel="energy", title=verdict)
+    auroc, verdict = measure_memorisation(run, -energies["train"], -energies["test"])
+    pictures.plot_histograms(energies, run.add_file("energies.png"), xlabel="energy", title=verdict)
     return Report({**figures, "AUROC train/test": auroc, "verdict": verdict})
 
 
-def judge_memory(run: SandboxRun, train_scores: np.ndarray, test_scores: np.ndarray) -> tuple[float | None, str]:
+def measure_memorisation(
+    run: SandboxRun, train_scores: np.ndarray, test_scores: np.ndarray
+) -> tuple[float | None, str]:
     """Return how well scores separate training from test images, as an AUROC and in words.
 
     A high score means that an image resembles the training images. The AUROC is None if both splits are the same.
@@ -318,7 +323,7 @@ def have_same_images(one: Dataset, other: Dataset) -> bool:
     return torch.equal(one.raw(some), other.raw(some))
 
 
-class Followed(NamedTuple):
+class ChainRecord(NamedTuple):
     """Energies, distances and images along chains of LONG rounds."""
 
     energies: Tensor  # (LONG + 1, N), after each round
@@ -326,7 +331,7 @@ class Followed(NamedTuple):
     shown: dict[int, Tensor]  # round of SHOWN_ROUNDS -> the first images (ROWS, C, H, W) after it
 
 
-def follow_chains(run: SandboxRun, start: Tensor, labels: Tensor, name: str) -> Followed:
+def follow_chains(run: SandboxRun, start: Tensor, labels: Tensor, name: str) -> ChainRecord:
     """Run chains of LONG rounds from images (N, C, H, W) and record them. name: of the start, for the progress bar."""
     energies, moved, shown = [], [], {}
     quiet = Progress(0, what="energies", quiet=True)
@@ -335,16 +340,16 @@ def follow_chains(run: SandboxRun, start: Tensor, labels: Tensor, name: str) -> 
         moved.append((x - start).abs().mean().item())
         if k in SHOWN_ROUNDS:
             shown[k] = x[:ROWS]
-    return Followed(torch.stack(energies), moved, shown)
+    return ChainRecord(torch.stack(energies), moved, shown)
 
 
 def diagnose(run: SandboxRun) -> Report:
     """Follow chains of 50 rounds from noise and from test images: their energies, and how far they move."""
-    examples = run.examples("test", run.rows(100))
-    starts = {"noise": run.noise(len(examples.images)), "images": examples.images}
+    examples = run.draw_examples("test", run.choose_number(100))
+    starts = {"noise": run.draw_noise(len(examples.images)), "images": examples.images}
     chains = {name: follow_chains(run, start, examples.labels, name) for name, start in starts.items()}
     for name, followed in chains.items():
-        run.array(f"energies_from_{name}", followed.energies)
+        run.write_array(f"energies_from_{name}", followed.energies)
     of_data = chains["images"].energies[0]
     low, high = of_data.quantile(torch.tensor([0.05, 0.95], device=of_data.device)).tolist()
     of_noise = chains["noise"].energies
@@ -363,7 +368,7 @@ def diagnose(run: SandboxRun) -> Report:
 
 
 def plot_chains(
-    run: SandboxRun, chains: Mapping[str, Followed], data_range: tuple[float, float], within: Sequence[float]
+    run: SandboxRun, chains: Mapping[str, ChainRecord], data_range: tuple[float, float], within: Sequence[float]
 ) -> None:
     """Plot energies and distances over Langevin steps, and histograms of energies; draw the images.
 
@@ -380,32 +385,34 @@ def plot_chains(
         "mean |x − start|": {f"from {name}": (steps, followed.moved) for name, followed in chains.items()},
         "share within": {"from noise": (steps, within)},
     }
-    pictures.plot_lines(panels, run.path("chains.png"), xlabel="Langevin steps")
+    pictures.plot_lines(panels, run.add_file("chains.png"), xlabel="Langevin steps")
     ends = {f"noise, {steps[k]} steps": chains["noise"].energies[k].cpu() for k in (1, LONG)}
     of_data = chains["images"].energies[0].cpu()
-    pictures.plot_histograms({"data": of_data, **ends}, run.path("energies.png"), xlabel="energy")
+    pictures.plot_histograms({"data": of_data, **ends}, run.add_file("energies.png"), xlabel="energy")
     columns = {f"{name}, {steps[k]}": x for name, followed in chains.items() for k, x in followed.shown.items()}
-    run.panel("images", columns)
+    run.write_panel("images", columns)
 
 
 def mixenergy(run: SandboxRun) -> Report:
     """Detect out-of-distribution images by −E (of a conditional model: under the class of lowest energy)."""
     if run.model.classes:
-        run.class_names("mixenergy")
-    images = run.examples("test", run.all()).images
-    in_scores = run.array("scores_in_distribution", run.model.compute_scores(images, progress="scores of test"))
+        run.require_class_names("mixenergy")
+    images = run.draw_examples("test", run.choose_number()).images
+    in_scores = run.write_array("scores_in_distribution", run.model.compute_scores(images, progress="scores of test"))
     scores, figures = {}, {}
     for name, outsiders in load_outliers(run, images):
-        scores[name] = run.array(f"scores_{name}", run.model.compute_scores(outsiders, progress=f"scores of {name}"))
+        scores[name] = run.write_array(
+            f"scores_{name}", run.model.compute_scores(outsiders, progress=f"scores of {name}")
+        )
         figures[name] = {
             "images": len(outsiders),
             "AUROC": metrics.auroc(in_scores, scores[name]),
             "AUPR": metrics.aupr(in_scores, scores[name]),
             "FPR at 95 % TPR": metrics.fpr_at_95_tpr(in_scores, scores[name]),
         }
-    pictures.plot_histograms({"in distribution": in_scores, **scores}, run.path("scores.png"), xlabel="−E")
-    pictures.plot_roc({name: (in_scores, out_scores) for name, out_scores in scores.items()}, run.path("roc.png"))
-    return Report(figures, run.paper({} if run.model.classes else PAPER_AUROC))
+    pictures.plot_histograms({"in distribution": in_scores, **scores}, run.add_file("scores.png"), xlabel="−E")
+    pictures.plot_roc({name: (in_scores, out_scores) for name, out_scores in scores.items()}, run.add_file("roc.png"))
+    return Report(figures, run.get_published({} if run.model.classes else PAPER_AUROC))
 
 
 def load_outliers(run: SandboxRun, images: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -421,7 +428,7 @@ def load_outliers(run: SandboxRun, images: Tensor) -> Iterator[tuple[str, Tensor
             yield name, 0.5 + 0.5 * torch.randn(images.shape, generator=generator, device=images.device)
         else:
             dataset = run.load_mix(name)
-            outsiders, _ = dataset.batch(run.pick(dataset, run.all(), dataset.name), generator)
+            outsiders, _ = dataset.batch(run.draw_index(dataset, run.choose_number(), dataset.name), generator)
             yield dataset.name, fit_images(outsiders, run.config.image_shape)
 
 
@@ -436,11 +443,11 @@ def measure_mean_squares(images: Tensor, real: Tensor) -> Tensor:
 
 def anticorrupt(run: SandboxRun) -> Report:
     """Remove salt-and-pepper noise from test images by 5 rounds of Langevin steps."""
-    real, labels = run.examples("test", run.rows(ROWS))
+    real, labels = run.draw_examples("test", run.choose_number(ROWS))
     corrupt = add_salt_and_pepper(real, run.model.generator)
     restored = run.model.run_chain(corrupt, labels, rounds=5, progress="anticorrupt")
     columns = {"corrupt": corrupt, "restored": restored, "real": real}
-    run.panel("restored", {name: images[:ROWS] for name, images in columns.items()})
+    run.write_panel("restored", {name: images[:ROWS] for name, images in columns.items()})
     return Report(
         {f"MSE {name}": measure_mean_squares(columns[name], real).mean().item() for name in ("corrupt", "restored")}
     )
@@ -452,20 +459,20 @@ def boxcorrupt(run: SandboxRun) -> Report:
     columns: dict[str, Tensor] = {}
     figures: dict[str, object] = {}
     for split in ("train", "test"):
-        real, labels = run.examples(split, run.rows(10_000))
+        real, labels = run.draw_examples(split, run.choose_number(10_000))
         half = real.shape[2] // 2
-        corrupt = torch.cat([real[:, :, :half], run.noise(len(real))[:, :, half:]], 2)
+        corrupt = torch.cat([real[:, :, :half], run.draw_noise(len(real))[:, :, half:]], 2)
         restored = run.model.run_chain(
             corrupt, labels, rounds=10, restrict=restrict_to_lower_half, progress=f"inpaint {split}"
         )
         values = measure_mean_squares(restored[:, :, half:], real[:, :, half:])
-        errors[split] = run.array(f"mse_{split}", values)
+        errors[split] = run.write_array(f"mse_{split}", values)
         figures |= {f"{split} MSE mean": values.mean().item(), f"{split} MSE std": values.std(correction=0).item()}
         batches = {"start": corrupt, "restored": restored, "real": real}
         columns |= {f"{split} {name}": images[:ROWS] for name, images in batches.items()}
-    auroc, verdict = judge_memory(run, -errors["train"], -errors["test"])
-    pictures.plot_histograms(errors, run.path("mse.png"), xlabel="MSE of the lower half", title=verdict)
-    run.panel("restored", columns)
+    auroc, verdict = measure_memorisation(run, -errors["train"], -errors["test"])
+    pictures.plot_histograms(errors, run.add_file("mse.png"), xlabel="MSE of the lower half", title=verdict)
+    run.write_panel("restored", columns)
     return Report({**figures, "AUROC train/test": auroc, "verdict": verdict})
 
 
@@ -478,7 +485,7 @@ def measure_recognition(run: SandboxRun, images: Tensor, labels: Tensor) -> dict
 
     Returns no figure if the model is not conditioned on classes.
     """
-    if not run.known_names():
+    if not run.find_class_names():
         return {}
     classes = run.model.compute_logits(images, progress="recognise").argmax(1)
     return {"recognised as the class": (classes == labels.argmax(1)).double().mean().item()}
@@ -486,15 +493,15 @@ def measure_recognition(run: SandboxRun, images: Tensor, labels: Tensor) -> dict
 
 def crossclass(run: SandboxRun) -> Report:
     """Turn test images into another class by 10 rounds of Langevin steps under that class."""
-    run.class_names("crossclass")
-    pool = run.examples("test", 1000)
-    target = pool.first(run.rows(ROWS))
+    run.require_class_names("crossclass")
+    pool = run.draw_examples("test", 1000)
+    target = pool.first(run.choose_number(ROWS))
     differs = (target.classes[:, None] != pool.classes).float()
     if not differs.any(1).all():
         raise UsageError("`task`=crossclass needs images of at least two classes; use another `dataset`")
     start = pool.images[differs.multinomial(1, generator=run.model.generator)[:, 0]]
     stages = list(run.model.run_stages(start, target.labels, rounds=10, progress="crossclass"))
-    run.panel("crossclass", number_stages(run, stages) | {"class": target.images})
+    run.write_panel("crossclass", number_stages(run, stages) | {"class": target.images})
     return Report(measure_recognition(run, stages[-1], target.labels))
 
 
@@ -505,32 +512,32 @@ def number_stages(run: SandboxRun, stages: Sequence[Tensor]) -> dict[str, Tensor
 
 def cycleclass(run: SandboxRun) -> Report:
     """Sample from noise by 20 rounds of Langevin steps, and show the images after every round."""
-    rows = run.rows(100)
+    rows = run.choose_number(100)
     labels = run.sample_labels(rows)
-    stages = list(run.model.run_stages(run.noise(rows), labels, rounds=20, progress="cycleclass"))
-    run.panel("cycleclass", number_stages(run, stages))
+    stages = list(run.model.run_stages(run.draw_noise(rows), labels, rounds=20, progress="cycleclass"))
+    run.write_panel("cycleclass", number_stages(run, stages))
     return Report(measure_recognition(run, stages[-1], labels))
 
 
 def democlass(run: SandboxRun) -> Report:
     """Sample 5 images of each class, of at most 10 random classes, from noise by 10 rounds of Langevin steps."""
-    names = run.class_names("democlass")
+    names = run.require_class_names("democlass")
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(run.settings.seed))
     classes = order[:10].sort().values
     labels = torch.eye(len(names))[classes.repeat_interleave(5)].to(run.model.device)
-    samples = run.model.run_chain(run.noise(len(labels)), labels, rounds=10, progress="democlass")
-    run.panel("democlass", {names[k]: five for k, five in zip(classes.tolist(), samples.split(5), strict=True)})
+    samples = run.model.run_chain(run.draw_noise(len(labels)), labels, rounds=10, progress="democlass")
+    run.write_panel("democlass", {names[k]: five for k, five in zip(classes.tolist(), samples.split(5), strict=True)})
     return Report(measure_recognition(run, samples, labels))
 
 
 def nearestneighbor(run: SandboxRun) -> Report:
     """Sample 10 images and find the 5 nearest training images of each in L2; do the same for test images."""
-    train, rows = run.load("train"), run.rows(10)
-    samples = run.model.run_chain(run.noise(rows), run.sample_labels(rows), rounds=10, progress="nearestneighbor")
-    distances, indices = find_neighbours(torch.cat([samples, run.examples("test", rows).images]), train, 5)
+    train, rows = run.load("train"), run.choose_number(10)
+    samples = run.model.run_chain(run.draw_noise(rows), run.sample_labels(rows), rounds=10, progress="nearestneighbor")
+    distances, indices = find_neighbours(torch.cat([samples, run.draw_examples("test", rows).images]), train, 5)
     neighbours = read_images(train, indices[:rows].flatten()).view(rows, -1, *train.image_shape)
     columns = {f"nearest {k + 1}": neighbours[:, k] for k in range(neighbours.shape[1])}
-    run.panel("neighbours", {"sample": samples, **columns})
+    run.write_panel("neighbours", {"sample": samples, **columns})
     closest = {"samples": distances[:rows, 0], "test images": distances[rows:, 0]}
     return Report({f"L2 distance of {name} to the nearest": value.mean().item() for name, value in closest.items()})
 
@@ -538,7 +545,7 @@ def nearestneighbor(run: SandboxRun) -> Report:
 def latent(run: SandboxRun) -> Report:
     """Move images along the directions in which the energy varies most: 6 moves, each followed by a round."""
     model, moves = run.model, 6
-    images, labels = run.examples("test", run.rows(3))
+    images, labels = run.draw_examples("test", run.choose_number(3))
     directions = [find_directions(run, images[i], labels[i : i + 1]) for i in range(len(images))]
     rows = torch.arange(len(images), device=images.device).repeat_interleave(DIRECTIONS).repeat(2)
     step = LATENT_STEP * torch.cat([vectors for _, vectors in directions])
@@ -548,7 +555,7 @@ def latent(run: SandboxRun) -> Report:
     for move in range(1, moves + 1):
         x = model.run_chain(x + step, labels[rows], rounds=1, pull=4.0, progress=progress)
         backwards[f"-{move}"], columns[f"+{move}"] = x.tensor_split(2)
-    run.panel("traversals", dict(reversed(backwards.items())) | columns)
+    run.write_panel("traversals", dict(reversed(backwards.items())) | columns)
     values = {f"image {i + 1}": values.tolist() for i, (values, _) in enumerate(directions)}
     return Report({name: {f"value {k + 1}": v for k, v in enumerate(row)} for name, row in values.items()})
 

@@ -26,7 +26,9 @@ def find_condition(settings: SandboxSettings, label_size: int, trained: Mapping[
     return (by_settings + by_training + [by_width])[0]
 
 
-def load_own(split: str, settings: SandboxSettings, trained: TrainedModel, device: torch.device) -> data.Dataset:
+def load_model_split(
+    split: str, settings: SandboxSettings, trained: TrainedModel, device: torch.device
+) -> data.Dataset:
     """Return a split of the data set to examine the model on; raise UsageError if it does not fit the model."""
     label_size = trained.model.config.label_size
     condition = find_condition(settings, label_size, trained.flags)

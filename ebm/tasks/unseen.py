@@ -73,7 +73,7 @@ def join_labels(latents: Tensor, other: str) -> Tensor:
 # ---- two energy models as one ----
 
 
-class Product(models.EnergyNetwork):
+class ProductNetwork(models.EnergyNetwork):
     """Several conditional networks as one: its energy is the sum of theirs, its label the concatenation of theirs."""
 
     def __init__(self, networks: Sequence[models.EnergyNetwork]):
@@ -99,7 +99,7 @@ class Product(models.EnergyNetwork):
         return total
 
 
-def build_product(run: ConceptRun, other: str) -> Product:
+def build_product(run: ConceptRun, other: str) -> ProductNetwork:
     """Return the product of untrained networks for the position and for the other concept."""
     settings, generator = run.settings, torch.Generator().manual_seed(run.settings.seed)
     parts = []
@@ -113,10 +113,10 @@ def build_product(run: ConceptRun, other: str) -> Product:
             swish_act=settings.swish_act is not False,
         )
         parts.append(models.build_model(config, generator))
-    return Product(parts).to(run.generator.device)
+    return ProductNetwork(parts).to(run.generator.device)
 
 
-def train_product(run: ConceptRun, product: Product, seen: Tensor, other: str) -> None:
+def train_product(run: ConceptRun, product: ProductNetwork, seen: Tensor, other: str) -> None:
     """Train the networks of a product together by contrastive divergence with the KL term.
 
     5 % of the chains start from the replay buffer. seen: indices of the training sprites. other: the other concept.
@@ -137,7 +137,7 @@ def train_product(run: ConceptRun, product: Product, seen: Tensor, other: str) -
         start = draw_starts(state)
         labels = join_labels(run.sprites.latents[index], other)
         with allow_tf32(run.settings.precision):
-            step = train_step(state, settings, run.images(index), labels, start, lambda: None)
+            step = train_step(state, settings, run.render_images(index), labels, start, lambda: None)
         buffer.push(step.samples)
         if iteration % 10 == 0:
             progress.text = f"e_pos {step.e_pos.mean():+.4f} e_neg {step.e_neg.mean():+.4f}"
@@ -156,7 +156,7 @@ def draw_starts(state: State) -> Tensor:
     return start
 
 
-def bind_product(run: ConceptRun, product: Product, other: str) -> SpriteSampler:
+def build_product_sampler(run: ConceptRun, product: ProductNetwork, other: str) -> SpriteSampler:
     """Return a function that samples images for latents, by chains from noise as in training."""
     energy = freeze_energy(product, precision=run.settings.precision)
 
@@ -174,12 +174,12 @@ def bind_product(run: ConceptRun, product: Product, other: str) -> SpriteSampler
     return sample
 
 
-def load_or_train_product(run: ConceptRun, seen: Tensor, other: str) -> Product:
+def load_or_train_product(run: ConceptRun, seen: Tensor, other: str) -> ProductNetwork:
     """Return the trained networks: load those of an earlier run, or train them now and save them as checkpoints."""
     paths = [run.folder / concept / f"model_{run.settings.break_steps}.pt" for concept in ("pos", other)]
     if not run.settings.train and all(path.exists() for path in paths):
         print(f"trained before: {', '.join(map(str, paths))}; train=True trains anew")
-        return Product([checkpoint.load_energy(path, device=run.generator.device) for path in paths])
+        return ProductNetwork([checkpoint.load_energy(path, device=run.generator.device) for path in paths])
     product = build_product(run, other)
     train_product(run, product, seen, other)
     for concept, path, network in zip(("pos", other), paths, product.networks, strict=True):
@@ -193,7 +193,7 @@ def load_or_train_product(run: ConceptRun, seen: Tensor, other: str) -> Product:
 # ---- feed-forward generator ----
 
 
-class Generator(nn.Module):
+class SpriteGenerator(nn.Module):
     """A feed-forward network from labels to images: DspritesNet reversed, with transposed convolutions.
 
     The release's genbaseline imports a generator that the release does not contain, so this one is our own. It has two
@@ -230,20 +230,22 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def build_generator_of_size(label_size: int, count: int, seed: int) -> Generator:
+def build_generator_of_size(label_size: int, count: int, seed: int) -> SpriteGenerator:
     """Return an untrained generator whose number of parameters is as near to `count` as a width allows."""
+
+    def count_at_width(width: int) -> int:
+        return count_parameters(SpriteGenerator(label_size, width))
+
     with torch.device("meta"):
         widths = range(1, math.isqrt(count))
-        place = bisect.bisect(widths, count, key=lambda width: count_parameters(Generator(label_size, width)))
-        width = min(
-            widths[max(place - 1, 0) : place + 1], key=lambda n: abs(count_parameters(Generator(label_size, n)) - count)
-        )
+        place = bisect.bisect(widths, count, key=count_at_width)
+        width = min(widths[max(place - 1, 0) : place + 1], key=lambda width: abs(count_at_width(width) - count))
     with torch.random.fork_rng(devices=[]):  # the layers draw weights from torch's global generator
         torch.manual_seed(seed)
-        return Generator(label_size, width)
+        return SpriteGenerator(label_size, width)
 
 
-def train_generator(run: ConceptRun, generator: Generator, trained: Tensor, other: str) -> SpriteSampler:
+def train_generator(run: ConceptRun, generator: SpriteGenerator, trained: Tensor, other: str) -> SpriteSampler:
     """Train a generator on sprites by mean squared error; return a function that samples images for latents.
 
     trained: indices of the sprites. other: the other concept.
@@ -254,7 +256,7 @@ def train_generator(run: ConceptRun, generator: Generator, trained: Tensor, othe
     for iteration in range(1, run.settings.break_steps + 1):
         index = trained[batches.next()]
         images = generator(join_labels(run.sprites.latents[index], other))
-        loss = nn.functional.mse_loss(images, run.images(index))
+        loss = nn.functional.mse_loss(images, run.render_images(index))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -293,8 +295,8 @@ def measure_samplers(
                 progress.advance(len(part))
             samples[name, kind] = torch.cat(parts)
     columns = {name: samples[name, "unseen"][:ROWS] for name in samplers}
-    true = run.images(sets["unseen"][:ROWS])
-    pictures.save_panel({"true": true} | columns, run.path("ebm.tasks.unseen.png"), scale=2)
+    true = run.render_images(sets["unseen"][:ROWS])
+    pictures.save_panel({"true": true} | columns, run.add_file("ebm.tasks.unseen.png"), scale=2)
 
     nearest, _ = dsprites.find_nearest_sprites(torch.cat(list(samples.values())))
     parts_by_set = nearest.split([len(images) for images in samples.values()])
@@ -302,7 +304,7 @@ def measure_samplers(
     for ((name, kind), images), latents in zip(samples.items(), parts_by_set, strict=True):
         truths = judge_latents(latents, run.sprites.latents[sets[kind]])
         figures[f"{name}, {kind}"] = {
-            "MSE": measure_squared_error(images, run.images(sets[kind])),
+            "MSE": measure_squared_error(images, run.render_images(sets[kind])),
             "pos right": compute_share(truths["pos"]),
             f"{other} right": compute_share(truths[other]),
             "jointly": compute_share(truths["pos"] & truths[other]),
@@ -315,24 +317,24 @@ def measure_squared_error(images: Tensor, true: Tensor) -> float:
     return (images - true).square().mean().item()
 
 
-def build_generator(run: ConceptRun, other: str) -> Generator:
+def build_generator(run: ConceptRun, other: str) -> SpriteGenerator:
     """Return an untrained generator with about as many parameters as the two energy networks."""
     product = build_product(run, other)
     generator = build_generator_of_size(product.config.label_size, count_parameters(product), run.settings.seed)
     return generator.to(run.generator.device)
 
 
-def compare_models(run: ConceptRun) -> Figures:
+def compare_with_generator(run: ConceptRun) -> Figures:
     """Compare energy models with a generator, trained on two slices, on combinations that are in neither slice."""
     other = choose_other_concept(run.settings)
     seen, unseen = select_slices(run.sprites.latents, other)
     product, generator = load_or_train_product(run, seen, other), build_generator(run, other)
     samplers = {
-        "energy": bind_product(run, product, other),
+        "energy": build_product_sampler(run, product, other),
         "generator": train_generator(run, generator, seen, other),
     }
     figures = measure_samplers(run, samplers, seen, unseen, other)
-    true = run.images(shuffle_index(run, unseen)[: run.settings.batch_size])
+    true = run.render_images(shuffle_index(run, unseen)[: run.settings.batch_size])
     figures["MSE of black images"] = measure_squared_error(torch.zeros_like(true), true)
     for name, network in (("energy", product), ("generator", generator)):
         figures[f"parameters, {name}"] = count_parameters(network)
@@ -380,5 +382,5 @@ def plot_curve(run: ConceptRun, fractions: Sequence[float], figures: Figures, en
         panels[name] = {"generator": (fractions, [row[name] for row in rows])}
         if energy:
             panels[name]["energy, 0"] = (fractions, [energy["energy, unseen"][name]] * len(fractions))
-    pictures.plot_lines(panels, run.path("curve.png"), xlabel="share of the other combinations that is trained on")
-    np.save(run.path("curve.npy"), np.array([fractions, *(panels[name]["generator"][1] for name in panels)]))
+    pictures.plot_lines(panels, run.add_file("curve.png"), xlabel="share of the other combinations that is trained on")
+    np.save(run.add_file("curve.npy"), np.array([fractions, *(panels[name]["generator"][1] for name in panels)]))

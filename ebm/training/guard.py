@@ -96,5 +96,5 @@ class DivergenceGuard:
         snapshot = self.snapshots[-1]
         self.snapshots = self.snapshots[:-1] or self.snapshots
         state.load_shared(copy.deepcopy(snapshot["shared"]))
-        state.load_own(copy.deepcopy(snapshot["own"]))
+        state.load_model_split(copy.deepcopy(snapshot["own"]))
         self.suspicious = 0

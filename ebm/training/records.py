@@ -76,7 +76,7 @@ class Recorder:
     def record_step(self, step: Step) -> None:
         """Write the figures of an iteration to the log and the console."""
         figures = compute_statistics(self.state, step, self.settings.temperature)
-        self.log.scalars(self.state.iteration, figures)
+        self.log.write_scalars(self.state.iteration, figures)
         self.progress.text = f"e_pos {figures['e_pos']:+.4f} e_neg {figures['e_neg']:+.4f}"
 
     def record_rollback(self, failed: int, cause: str, lr: float) -> None:
@@ -85,7 +85,7 @@ class Recorder:
         place = f"back to iteration {iteration}, learning rate {lr:.3g}"
         self.progress.say(f"diverged at iteration {failed}: {cause}; {place}")
         self.progress.update(iteration)
-        self.log.event(iteration, {"rollback_from": failed, "cause": cause, "lr": lr})
+        self.log.write_event(iteration, {"rollback_from": failed, "cause": cause, "lr": lr})
 
     def draw_panel(self, step: Step) -> None:
         """Save a picture of the chains' starts, their end points and real images."""
@@ -95,7 +95,7 @@ class Recorder:
         path = pictures.save_panel(
             columns, self.folder / "pictures" / f"panel_{iteration}.png", scale=choose_zoom(self.state)
         )
-        self.log.picture(iteration, "start_sample_real", path)
+        self.log.write_picture(iteration, "start_sample_real", path)
         self.progress.say(f"pictures: {path}")
 
     def measure_samples(self) -> float | None:
@@ -103,7 +103,7 @@ class Recorder:
         if self.distance is None:
             return None
         distance = self.distance.measure(self.sampler.draw_chains(self.settings.num_samples).images)
-        self.log.scalars(self.state.iteration, {"feature_distance": distance})
+        self.log.write_scalars(self.state.iteration, {"feature_distance": distance})
         self.progress.say(f"iteration {self.state.iteration}: {DISTANCE} {distance:.2f}")
         return distance
 
@@ -121,8 +121,10 @@ class Recorder:
         counts = {name: np.histogram(values, edges)[0].tolist() for name, values in energies.items()}
         for name, values in energies.items():
             self.log.board.add_histogram(f"energy/{name}", values, iteration)
-        self.log.event(iteration, {"energy_histogram": {"edges": edges.tolist(), **counts}})
-        self.log.scalars(iteration, {"long_chain_e": chains.energies.mean().item(), "long_chain_moved": chains.moved})
+        self.log.write_event(iteration, {"energy_histogram": {"edges": edges.tolist(), **counts}})
+        self.log.write_scalars(
+            iteration, {"long_chain_e": chains.energies.mean().item(), "long_chain_moved": chains.moved}
+        )
 
     def close(self) -> None:
         """Close the progress line and the log."""

@@ -272,7 +272,7 @@ class Run:
         worker_states = contents.get("workers", [])
         if len(worker_states) == workers.size:
             worker_state = worker_states[workers.rank]
-            if not state.load_own(worker_state):
+            if not state.load_model_split(worker_state):
                 workers.print(f"note: {path} was written on another kind of device: noise starts afresh")
             if self.guard is not None and "guard" in worker_state:
                 self.guard.load_state_dict(worker_state["guard"])
@@ -319,7 +319,7 @@ def bind_notes(recorder: Recorder | None, rank: int) -> Callable[[str], None]:
 
     def write_note(message: str) -> None:
         progress.say(message)
-        log.event(progress.done, {"note": message})
+        log.write_event(progress.done, {"note": message})
 
     return write_note
 

@@ -83,7 +83,7 @@ class State:
             self.batches.load_state_dict(state["batches"])
         self.iteration = state["iteration"]
 
-    def load_own(self, state: dict[str, Any]) -> bool:
+    def load_model_split(self, state: dict[str, Any]) -> bool:
         """Load what `own` returned; return whether its generators fit, which cannot move between CPU and GPU."""
         self.buffer.load_state_dict(state["buffer"])
         previous = state["previous"]
