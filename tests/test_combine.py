@@ -223,19 +223,19 @@ def plant(energy, label_size, condition):
     return ConceptModel(models.freeze_energy(model), condition)  # type: ignore[arg-type]
 
 
-def run_on(concepts, sprites, folder, labels=None, weights=None, **settings):
+def run_on(models_by_name, sprites, folder, labels=None, weights=None, **settings):
     defaults = {"batch_size": 8, "num_steps": 2, "num_filters": 4, "break_steps": 3}
     chosen = CombineSettings(**defaults | settings)
-    return ConceptRun(chosen, concepts, labels or {}, weights or {}, sprites, make_generator(), folder)
+    return ConceptRun(chosen, models_by_name, labels or {}, weights or {}, sprites, make_generator(), folder)
 
 
 def tiny():
     """Return four untrained concept models."""
-    concepts = {}
+    models_by_name = {}
     for name, size in SIZES.items():
         model = make_model(models.ModelConfig("DspritesNet", (1, 64, 64), 4, size), size)
-        concepts[name] = ConceptModel(models.freeze_energy(model), name)
-    return concepts
+        models_by_name[name] = ConceptModel(models.freeze_energy(model), name)
+    return models_by_name
 
 
 def drawn_to(sprites, offset=None):
@@ -278,7 +278,7 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
     assert figures["rot / degrees"]["right"] == 1.0  # the last step is on the rotation's energy
     assert figures["pos / pixels"]["right"] < 0.5 and figures["jointly"]["right"] < 0.5
     assert figures["right, size & shape"]["pos"] is None
-    latents = small_grid.latents[run_on({}, small_grid, tmp_path).targets(1, 20)[0]]  # of the same seed
+    latents = small_grid.latents[run_on({}, small_grid, tmp_path).draw_targets(1, 20)[0]]  # of the same seed
     shares = figures["jointly, by the target's shape"]
     counts = [int((latents[:, 0] == k).sum()) for k in (1, 2, 3)]
     assert sum(n * (share or 0) for n, share in zip(counts, shares.values(), strict=True)) == pytest.approx(
@@ -333,9 +333,11 @@ def test_weights(small_grid, tmp_path, combine_, mode):
         return lambda images, labels: (images - value).square().flatten(1).sum(1) / 2
 
     values = {"size": 0.2, "pos": 0.8}
-    concepts = {name: plant(around(value), SIZES[name], name) for name, value in values.items()}
-    run = run_on(concepts, small_grid, tmp_path, combine=combine_, weights={"pos": 3.0}, num_steps=60, step_lr=0.2)
-    plans = concepts.build_plans(run.settings.combine, list(concepts), run.weights)
+    models_by_name = {name: plant(around(value), SIZES[name], name) for name, value in values.items()}
+    run = run_on(
+        models_by_name, small_grid, tmp_path, combine=combine_, weights={"pos": 3.0}, num_steps=60, step_lr=0.2
+    )
+    plans = concepts.build_plans(run.settings.combine, list(models_by_name), run.weights)
     images = run.sample_images(plans["size & pos"], torch.zeros(1, 2, 5) + 1, make_progress(60))
     assert images.mean().item() == pytest.approx(mode, abs=1e-3)
 
@@ -349,9 +351,9 @@ def test_first_round_is_as_asked_for(small_grid, tmp_path):
     def around(images, labels):
         return (images - 0.5).square().flatten(1).sum(1) / 2
 
-    concepts = {"size": plant(around, SIZES["size"], "size")}
-    run = run_on(concepts, small_grid, tmp_path, num_steps=1, step_lr=0.0, first_step_lr=1.0, first_noise=0.1)
-    plans = concepts.build_plans(run.settings.combine, list(concepts), run.weights)
+    models_by_name = {"size": plant(around, SIZES["size"], "size")}
+    run = run_on(models_by_name, small_grid, tmp_path, num_steps=1, step_lr=0.0, first_step_lr=1.0, first_noise=0.1)
+    plans = concepts.build_plans(run.settings.combine, list(models_by_name), run.weights)
     images = run.sample_images(plans["size"], torch.zeros(1, 2, 5) + 1, make_progress(1))
     assert images.mean().item() == pytest.approx(0.5, abs=0.01)
     assert images.std().item() == pytest.approx(0.1, rel=0.05)
@@ -359,9 +361,9 @@ def test_first_round_is_as_asked_for(small_grid, tmp_path):
 
 def test_gradient_is_taken_before_the_noise(small_grid, tmp_path):
     """Breaks when the noise moves the point whose gradient is taken: half of it would be gone after this step."""
-    concepts = {"size": plant(lambda images, labels: QUADRATIC["a"](images), SIZES["size"], "size")}
-    run = run_on(concepts, small_grid, tmp_path, num_steps=1, step_lr=0.5 / K1)
-    start = models.draw_noise_images(concepts["size"].config, 4, make_generator())
+    models_by_name = {"size": plant(lambda images, labels: QUADRATIC["a"](images), SIZES["size"], "size")}
+    run = run_on(models_by_name, small_grid, tmp_path, num_steps=1, step_lr=0.5 / K1)
+    start = models.draw_noise_images(models_by_name["size"].config, 4, make_generator())
     end = run.run_chain([composed("a")], 4, make_progress())
     offset = (end - (start + A) / 2)[(start > 0) & (start < 1)]  # where no bound is near the end
     assert offset.mean().item() == pytest.approx(0, abs=1e-3)
@@ -392,9 +394,9 @@ def test_expression_with_two_targets(small_grid, tmp_path):
     """
     concept = drawn_to(small_grid)["pos"]
     labels = {"pos": "0,0", "pos2": "1,1", "shape": "heart", "rot": "0", "size": "0.72"}
-    concepts = {"pos": concept, "pos2": concept}
+    models_by_name = {"pos": concept, "pos2": concept}
     options = {"combine": "1e-6*pos & pos2", "labels": labels, "step_lr": 1.0, "limit": 4}
-    run = run_on(concepts, small_grid, tmp_path, **options)
+    run = run_on(models_by_name, small_grid, tmp_path, **options)
     figures = concepts.combine_concepts(run)
     assert figures["pos2 / pixels"]["right"] == 1.0 and figures["pos / pixels"]["right"] == 0.0
     assert figures["jointly"]["right"] == 0.0
@@ -432,7 +434,7 @@ def test_mistakes_in_labels(text, small_grid, tmp_path):
     """Breaks when a label that cannot be read is passed over."""
     name, value = text.split("=")
     with pytest.raises(UsageError, match=f"`labels`={name}="):
-        run_on(tiny(), small_grid, tmp_path, labels={name: value}).targets(1, 1)
+        run_on(tiny(), small_grid, tmp_path, labels={name: value}).draw_targets(1, 1)
 
 
 def test_labeldiscover_finds_labels(small_grid, tmp_path):
@@ -441,7 +443,7 @@ def test_labeldiscover_finds_labels(small_grid, tmp_path):
 
     Each planted energy is quadratic around the true label, pulled by 4: a step of 1/4 ends there, whatever the noise.
     """
-    latents = small_grid.latents[run_on({}, small_grid, tmp_path).targets(1, 5)[0]]  # of the same seed
+    latents = small_grid.latents[run_on({}, small_grid, tmp_path).draw_targets(1, 5)[0]]  # of the same seed
 
     def planted(name):
         true = dsprites.compute_labels(latents, name)

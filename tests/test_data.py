@@ -312,7 +312,7 @@ def test_restricted_sprites():
 
 def test_sprites_of_the_published_file(tmp_path):
     """Breaks if the file's images are not used, or a subset that it lacks is not refused."""
-    path = tmp_path / "ebm.readers.dsprites.npz"
+    path = tmp_path / "dsprites.npz"
     write_sprites(path, torch.arange(100))
     dataset = data.load_dataset("dsprites", path=path, condition="pos")
     assert isinstance(dataset.images, dsprites.Sprites) and dataset.images.bits is not None

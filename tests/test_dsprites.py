@@ -100,7 +100,7 @@ def test_label_vectors():
 
 def test_published_file(tmp_path):
     """Breaks if rows and latents get out of step, also over the parts the file is read in, or metadata is unpickled."""
-    path = tmp_path / "ebm.readers.dsprites.npz"
+    path = tmp_path / "dsprites.npz"
     index = torch.arange(0, dsprites.SIZE, 149)  # 4,949: more than one part
     images = write_sprites(path, index)
     latents, bits = dsprites.read_published(path)
@@ -114,8 +114,8 @@ def test_published_file(tmp_path):
 
 def test_sprites_are_the_same_drawn_or_read(tmp_path):
     """Breaks if images from bits and from latents differ in anything: values, shape or kind."""
-    write_sprites(tmp_path / "ebm.readers.dsprites.npz", range(0, dsprites.SIZE, 7919))
-    latents, bits = dsprites.read_published(tmp_path / "ebm.readers.dsprites.npz")
+    write_sprites(tmp_path / "dsprites.npz", range(0, dsprites.SIZE, 7919))
+    latents, bits = dsprites.read_published(tmp_path / "dsprites.npz")
     index = torch.tensor([3, 3, 0, 50])
     read, drawn = dsprites.Sprites(latents, bits)[index], dsprites.Sprites(latents)[index]
     assert read.dtype == torch.uint8
@@ -167,7 +167,7 @@ def damage(path, kind):
 )
 def test_bad_file(tmp_path, kind, reason):
     """Breaks if a bad file is read, runs code, or is answered with anything but one line that names it."""
-    path = tmp_path / "ebm.readers.dsprites.npz"
+    path = tmp_path / "dsprites.npz"
     write_sprites(path, range(0, dsprites.SIZE, 2000))
     damage(path, kind)
     with pytest.raises(UsageError, match=rf"`dsprites_path`=.*dsprites\.npz.*{reason}") as error:

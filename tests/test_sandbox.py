@@ -424,7 +424,8 @@ def test_same_seed_same_images(tmp_path):
     """Breaks when the images looked at depend on the task, or on another seed than --seed."""
     examined = make_sandbox("MnistNet", (1, 12, 12))
     index = [
-        make_sandbox_run(examined, tmp_path, seed=seed).pick(make_dataset((1, 8, 8)), 10, "test") for seed in (0, 0, 1)
+        make_sandbox_run(examined, tmp_path, seed=seed).draw_index(make_dataset((1, 8, 8)), 10, "test")
+        for seed in (0, 0, 1)
     ]
     assert torch.equal(index[0], index[1]) and not torch.equal(index[0], index[2])
     assert len(index[0].unique()) == 10

@@ -436,7 +436,7 @@ def discover_labels(run: ConceptRun) -> Figures:
             truths = is_within_tolerance(measure_label_errors(lowest, latents, condition), condition)
             judged[f"{name}, lowest energy"] = {"right": compute_share(truths), **split_by_shape(truths, latents)}
         panels[title] = {name: (range(len(errors)), [error.mean().item() for error in errors])}
-    pictures.plot_lines(panels, run.add_file("ebm.support.errors.png"), xlabel="steps on the label")
+    pictures.plot_lines(panels, run.add_file("errors.png"), xlabel="steps on the label")
     return figures | judged
 
 

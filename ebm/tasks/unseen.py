@@ -296,7 +296,7 @@ def measure_samplers(
             samples[name, kind] = torch.cat(parts)
     columns = {name: samples[name, "unseen"][:ROWS] for name in samplers}
     true = run.render_images(sets["unseen"][:ROWS])
-    pictures.save_panel({"true": true} | columns, run.add_file("ebm.tasks.unseen.png"), scale=2)
+    pictures.save_panel({"true": true} | columns, run.add_file("unseen.png"), scale=2)
 
     nearest, _ = dsprites.find_nearest_sprites(torch.cat(list(samples.values())))
     parts_by_set = nearest.split([len(images) for images in samples.values()])
