@@ -62,9 +62,11 @@ def main(settings: AisSettings) -> None:
     progress = Progress(2 * sum(numbers) * len(target.energies), what="HMC move")
     for number in numbers:
         generator = torch.Generator(device).manual_seed(settings.seed)
-        brackets = bound_log_z_of_classes(target, settings.batch_size, number, generator, progress.advance)
-        contents["bounds"][f"pdist {number}"] = figures = compute_figures(target, brackets)
-        contents["by class"][f"pdist {number}"] = {name: bracket.to_dict() for name, bracket in brackets.items()}
+        bounds_by_class = bound_log_z_of_classes(target, settings.batch_size, number, generator, progress.advance)
+        contents["bounds"][f"pdist {number}"] = figures = compute_figures(target, bounds_by_class)
+        contents["by class"][f"pdist {number}"] = {
+            name: bounds_of_class.to_dict() for name, bounds_of_class in bounds_by_class.items()
+        }
         write_json(folder / "ais.json", contents)
     progress.close()
     figures_of_target = {

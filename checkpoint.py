@@ -144,7 +144,7 @@ def check_config(stored: models.ModelConfig, wanted: models.ModelConfig, path: p
     differences = [f"{name} is {before[name]} there and {now[name]} here" for name in now if now[name] != before[name]]
     if differences:
         reasons = "; ".join(differences)
-        raise UsageError(f"{path} is of another network: {reasons}; change the flags or use another `exp`")
+        raise UsageError(f"{path} is of another network: {reasons}; change the settings or use another `exp`")
 
 
 def load_energy(
@@ -165,7 +165,7 @@ def load_energy(
     state = load(path)
     model = models.EnergyNetwork(read_config(state, path))
     if ema and not state.get("ema"):
-        raise UsageError(f"{path} has no averaged weights; leave out `ema`, or train with `ema_decay`")
+        raise UsageError(f"{path} has no averaged weights; leave out `ema`, or train with averaged weights")
     load_state(model, state["ema" if ema else "model"], path)
     return model.eval().to(device)
 

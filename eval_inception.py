@@ -18,7 +18,14 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from ebm.measures.features import Classifier, Inception, RealImages, load_statistics, measure_quality, measure_real
+from ebm.measures.features import (
+    Classifier,
+    Inception,
+    RealImages,
+    load_or_compute_statistics,
+    measure_quality,
+    measure_real,
+)
 from ebm.settings import InceptionSettings
 from ebm.support import cli, pictures
 from ebm.support.reports import format_table, make_folder, write_json
@@ -78,7 +85,7 @@ def main(settings: InceptionSettings) -> None:
     cache = pathlib.Path(settings.cache or pathlib.Path(settings.logdir) / "statistics")
     reference = load_reference(settings, trained, device)
     extractor = load_extractor(settings, reference, cache, device)
-    real = load_statistics(extractor, reference, cache)
+    real = load_or_compute_statistics(extractor, reference, cache)
 
     of_real = dict(zip(("images", "distance"), measure_real(real, settings.im_number), strict=True))
     published = PAPER.get((reference.datasets[0].name, config.label_size > 0), {})

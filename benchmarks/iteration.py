@@ -32,10 +32,9 @@ from ebm.support.cli import flag
 from ebm.support.hardware import allow_tf32, set_kernel_choice, set_tf32
 from ebm.training.acceleration import Acceleration
 from ebm.training.chains import run_chains
-from ebm.training.setup import REPLAY_SIZE
 from ebm.training.state import State
 from train import start_chains, train_step
-from utils import ClippedAdam, ReplayBuffer
+from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
 
 
 @dataclasses.dataclass(frozen=True)

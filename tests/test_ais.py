@@ -80,13 +80,17 @@ def test_the_bounds_bracket_a_gaussian_and_close(precision, numbers, exact):
     known, gaps = compute_gauss_log_z(12, precision, 1.0), []
     samples = draw_gauss_samples(shape, precision, 1.0, torch.Generator().manual_seed(1)) if exact else None
     for number in numbers:
-        bracket = bound_log_z(
+        bounds_of_class = bound_log_z(
             gaussian(precision, 1.0), shape, num_distributions=number, step_size=0.012, samples=samples,
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
-        assert bracket.lower + bracket.lower_error < known < bracket.upper - bracket.upper_error
-        assert bracket.acceptance.mean() > 0.8 and bracket.reverse_acceptance.mean() > 0.8
-        gaps.append(bracket.upper - bracket.lower)
+        assert (
+            bounds_of_class.lower + bounds_of_class.lower_error
+            < known
+            < bounds_of_class.upper - bounds_of_class.upper_error
+        )
+        assert bounds_of_class.acceptance.mean() > 0.8 and bounds_of_class.reverse_acceptance.mean() > 0.8
+        gaps.append(bounds_of_class.upper - bounds_of_class.lower)
     assert all(wide > 1.5 * narrow for wide, narrow in itertools.pairwise(gaps))
 
 
@@ -96,7 +100,7 @@ def test_bits_per_dimension_in_closed_form():
     A class with an energy lower by log 2 has twice the integral; the figures are means over the images.
     """
     uniform = 5 * math.log(2 + SPILL)
-    brackets = {
+    bounds_by_class = {
         f"class {c}": LogZBounds(
             uniform + c * math.log(2), 3.0, uniform + c * math.log(2) + 5, 1.0, *2 * (torch.ones(2),)
         )
@@ -104,7 +108,7 @@ def test_bits_per_dimension_in_closed_form():
     }
     values = torch.tensor([0.0, -math.log(2), -math.log(2), -math.log(2)])
     share = {"class 0": 0.25, "class 1": 0.75}
-    figures = compute_figures(Target({}, (5,), share, values, None, 2.0, 0.01, {}), brackets)
+    figures = compute_figures(Target({}, (5,), share, values, None, 2.0, 0.01, {}), bounds_by_class)
     expected = 8 + math.log2(1 + SPILL / 2)
     assert figures["bits/dim ≥"] == pytest.approx(expected)
     assert figures["bits/dim ≤"] == pytest.approx(expected + 1 / math.log(2))

@@ -44,7 +44,9 @@ def test_training_does_not_see_it():
     steps(plain, 0.0, 2)
     steps(averaged, 0.9, 2)
     assert is_same_state(plain.model.state_dict(), averaged.model.state_dict())
-    assert is_same_state(plain.own(), averaged.own()) and plain.shared()["ema"] is None
+    assert (
+        is_same_state(plain.get_worker_state(), averaged.get_worker_state()) and plain.get_shared_state()["ema"] is None
+    )
 
 
 def test_a_rollback_restores_it():
@@ -63,7 +65,7 @@ def test_a_state_without_average_starts_one():
     """Breaks when an average goes on from old weights after a state without one was loaded."""
     state, other = with_average(), make_state()
     steps(other, 0.0, 1)
-    state.load_shared(other.shared())
+    state.load_shared_state(other.get_shared_state())
     assert is_same_state(state.ema.state_dict(), other.model.state_dict())
 
 
@@ -72,7 +74,7 @@ def test_load_energy(tmp_path):
     state = with_average(label_size=0)
     with torch.no_grad():
         state.ema.stages["c1"].weight.mul_(2).add_(1)
-    checkpoint.save(tmp_path / "model_1.pt", state.shared())
+    checkpoint.save(tmp_path / "model_1.pt", state.get_shared_state())
     for ema, model in ((True, state.ema), (False, state.model)):
         assert is_same_state(checkpoint.load_energy(tmp_path / "model_1", ema=ema).state_dict(), model.state_dict())
     write_checkpoint(tmp_path / "model_2.pt")
@@ -100,7 +102,7 @@ def test_a_run_says_where_an_average_starts_or_ends(tmp_path):
         (make_state(), with_average(), "has no averaged weights; the average starts with its weights"),
     ):
         said = []
-        checkpoint.save(tmp_path / "model_0.pt", state.shared())
+        checkpoint.save(tmp_path / "model_0.pt", state.get_shared_state())
         make_run(resumed, tmp_path, said).resume(tmp_path / "model_0.pt")
         assert words in said[0]
 

@@ -143,8 +143,8 @@ def test_roll_back_and_resume_with_a_captured_chain():
     watch.roll_back(state)
     assert_close(train(state, seed=2), expected)
     resumed = make_state(captured=True)
-    resumed.load_shared(watch.snapshots[-1]["shared"])
-    assert resumed.load_model_split(watch.snapshots[-1]["own"])
+    resumed.load_shared_state(watch.snapshots[-1]["shared"])
+    assert resumed.load_worker_state(watch.snapshots[-1]["own"])
     assert_close(train(resumed, seed=2), expected)
 
 

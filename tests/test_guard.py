@@ -96,11 +96,11 @@ def test_roll_back_restores_and_goes_further_back_each_time():
         state.buffer.push(torch.full((1, *SHAPE), iteration / 4))
         state.iteration = iteration
         guard.remember(state)
-        states.append(copy.deepcopy(state.own()["buffer"]["images"]))
+        states.append(copy.deepcopy(state.get_worker_state()["buffer"]["images"]))
     for expected in (3, 2, 1, 1):
         with torch.no_grad():
             state.model.stages["fc5"].b.fill_(float("nan"))
         state.buffer.push(torch.rand(3, *SHAPE))
         guard.roll_back(state)
         assert state.iteration == expected == state.model.stages["fc5"].b.item()
-        assert torch.equal(state.own()["buffer"]["images"], states[expected])
+        assert torch.equal(state.get_worker_state()["buffer"]["images"], states[expected])

@@ -208,7 +208,7 @@ def test_gif(results, case, steps, side) -> None:
 
 def test_flags_of_old_commands(results) -> None:
     """Red if a flag that contradicts the checkpoint passes without a word, or one that agrees is complained about."""
-    assert "--swish_act=False has no effect: the checkpoint's network has swish_act=True" in results["large"].out
+    assert "note: swish_act=False has no effect: the checkpoint's network has swish_act=True" in results["large"].out
     assert "--cclass" not in results["large"].out
 
 

@@ -261,7 +261,7 @@ def test_inception_figures_are_those_of_torch_fidelity(tmp_path, monkeypatch):
     inception = features.Inception(state, sha256)
     dataset = data.StoredImages("toy", real, None)
     reference = RealImages.choose("toy", "train", [dataset], 100)
-    statistics = features.load_statistics(inception, reference, tmp_path)
+    statistics = features.load_or_compute_statistics(inception, reference, tmp_path)
     monkeypatch.setattr(metrics, "frechet_distance", lambda *statistics: float(len(statistics[0])))
     ours = features.measure_quality(inception, fake, statistics, splits=2)
     monkeypatch.undo()
@@ -310,13 +310,13 @@ def test_weights_are_found_or_downloaded_or_asked_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     with pytest.raises(UsageError, match=r"no network here.*`inception_weights`") as error:
-        features.find_inception()
+        features.find_or_download_inception()
     assert "\n" not in str(error.value) and asked == [features.INCEPTION_SHA256]
     with pytest.raises(UsageError, match="`download`=False"):
-        features.find_inception(download=False)
+        features.find_or_download_inception(download=False)
     path = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     path.touch()
-    assert features.find_inception() == path and len(asked) == 1
+    assert features.find_or_download_inception() == path and len(asked) == 1
 
 
 # ---- real images ----
@@ -343,23 +343,23 @@ def test_statistics_are_computed_once(tmp_path, capsys):
     """Breaks when they are computed again, or kept for other images or other weights, or a damaged file is fatal."""
     images, _ = draw_sides(20, (1, 8, 8))
     extractor = Means()
-    first = features.load_statistics(extractor, toy(images), tmp_path)
-    again = features.load_statistics(extractor, toy(images), tmp_path)
+    first = features.load_or_compute_statistics(extractor, toy(images), tmp_path)
+    again = features.load_or_compute_statistics(extractor, toy(images), tmp_path)
     assert extractor.calls == 1 and torch.equal(first.covariance, again.covariance)
     torch.testing.assert_close(first.mean, images.flatten(1)[:, :5].double().mean(0))
 
     other = images.clone()
     other[3] ^= 1
-    features.load_statistics(extractor, toy(other), tmp_path)
+    features.load_or_compute_statistics(extractor, toy(other), tmp_path)
     assert extractor.calls == 2
     extractor.identity = "2"
-    features.load_statistics(extractor, toy(images), tmp_path)
+    features.load_or_compute_statistics(extractor, toy(images), tmp_path)
     assert extractor.calls == 3
 
     for path in tmp_path.iterdir():
         path.write_bytes(b"damaged")
     capsys.readouterr()
-    features.load_statistics(extractor, toy(images), tmp_path)
+    features.load_or_compute_statistics(extractor, toy(images), tmp_path)
     assert extractor.calls == 4 and "is damaged and made again" in capsys.readouterr().out
 
 
@@ -380,14 +380,14 @@ def test_classifier_is_kept_and_scores_perfect_images(tmp_path, capsys):
     """Breaks when the classifier is trained twice, differs once stored, or real images are not at distance 0."""
     images, labels = draw_sides(100, (1, 8, 8))
     reference = RealImages.choose("toy", "train", [data.StoredImages("toy", images, labels, ("left", "right"))], 1000)
-    first = features.load_classifier(reference, tmp_path)
+    first = features.load_or_train_classifier(reference, tmp_path)
     assert "training" in capsys.readouterr().out
-    again = features.load_classifier(reference, tmp_path)
+    again = features.load_or_train_classifier(reference, tmp_path)
     assert "training" not in capsys.readouterr().out
     assert again.identity == first.identity and again.network.accuracy == first.network.accuracy == 1
     assert torch.equal(again(images)[0], first(images)[0])
 
-    real = features.load_statistics(again, reference, tmp_path)
+    real = features.load_or_compute_statistics(again, reference, tmp_path)
     figures = features.measure_quality(again, images, real)
     assert list(figures) == ["classifier Fréchet distance", "classifier precision", "classifier recall"]
     assert list(figures.values()) == pytest.approx([0, 1, 1], abs=1e-6)
@@ -397,7 +397,7 @@ def test_classifier_is_kept_and_scores_perfect_images(tmp_path, capsys):
     assert worse["classifier Fréchet distance"] > 10 * features.measure_real(real, 50)[1]
 
     with pytest.raises(UsageError, match="no classes"):
-        features.load_classifier(toy(images), tmp_path)
+        features.load_or_train_classifier(toy(images), tmp_path)
 
 
 # ---- the scripts ----

@@ -2,7 +2,7 @@
 
     inception = Inception(*read_inception("weights-inception-2015-12-05-6726825d.pth"), device="cuda")
     images = RealImages.choose("cifar10", "train", [dataset], 50_000)
-    real = load_statistics(inception, images, cache=pathlib.Path("statistics"))
+    real = load_or_compute_statistics(inception, images, cache=pathlib.Path("statistics"))
     measure_quality(inception, samples, real)  # {"Inception score": …, "FID": …, …}
 
 Images are uint8 (N, C, H, W). A cache folder keeps what takes long to compute: the statistics of real images and the
@@ -32,7 +32,9 @@ from ebm.support import metrics
 from ebm.support.errors import UsageError
 from ebm.support.progress import Progress
 
-COMPARED = 10_000  # largest number of features per set for KID, precision and recall: the cost grows with its square
+MAX_COMPARED = (
+    10_000  # largest number of features per set for KID, precision and recall: the cost grows with its square
+)
 BATCH = 250  # images whose features are computed at once
 MAX_REAL_IMAGES = 100_000  # largest number of real images that a training run compares its samples with
 DISTANCE = "classifier Fréchet distance"  # computed in the features of a small classifier; the FID needs Inception
@@ -99,7 +101,7 @@ class Inception:
         return features, logits.softmax(1)
 
 
-def find_inception(download: bool = True) -> pathlib.Path:
+def find_or_download_inception(download: bool = True) -> pathlib.Path:
     """Return the path of the released Inception-2015-12-05 weights in torch's cache folder; download them if missing.
 
     Raises UsageError, which tells how to get the weights, if the download fails or `download` is False.
@@ -253,7 +255,9 @@ def load_or_compute(
     return contents
 
 
-def load_classifier(reference: RealImages, cache: pathlib.Path, device: torch.device | str = "cpu") -> Classifier:
+def load_or_train_classifier(
+    reference: RealImages, cache: pathlib.Path, device: torch.device | str = "cpu"
+) -> Classifier:
     """Return the classifier of a reference set: train it at the first call, then read it from the cache folder.
 
     Raises UsageError if the images have no classes.
@@ -261,8 +265,7 @@ def load_classifier(reference: RealImages, cache: pathlib.Path, device: torch.de
     classes = reference.classes()
     if classes is None:
         raise UsageError(
-            f"{reference.name} has no classes in memory, which the classifier that compares samples is trained on; "
-            "for colour images set `features`=inception"
+            f"{reference.name} has no classes in memory, and the classifier that compares samples is trained on classes"
         )
 
     def train() -> dict[str, Any]:
@@ -289,7 +292,7 @@ class Statistics:
     features: Tensor
 
 
-def load_statistics(extractor: Extractor, reference: RealImages, cache: pathlib.Path) -> Statistics:
+def load_or_compute_statistics(extractor: Extractor, reference: RealImages, cache: pathlib.Path) -> Statistics:
     """Return the feature statistics of real images: compute them at the first call, then read them from the cache."""
 
     def compute() -> dict[str, Any]:
@@ -297,7 +300,7 @@ def load_statistics(extractor: Extractor, reference: RealImages, cache: pathlib.
             extractor, reference.batches(reference.numbers), len(reference), "features of real images"
         )
         mean, covariance = metrics.mean_and_covariance(features)
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:COMPARED]
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MAX_COMPARED]
         return {"mean": mean, "covariance": covariance, "features": features[order.to(features.device)]}
 
     settings = reference.settings() | {"features": extractor.name, "weights": extractor.identity}
@@ -327,7 +330,7 @@ def measure_quality(extractor: Extractor, images: Tensor, real: Statistics, *, s
     published figures. KID, precision and recall use at most 10,000 images of each set.
     """
     features, probabilities = extract_features(extractor, images.split(BATCH), len(images), "features of samples")
-    device, compared = features.device, features[:COMPARED]
+    device, compared = features.device, features[:MAX_COMPARED]
     mean, covariance = metrics.mean_and_covariance(features)
     distance = metrics.frechet_distance(mean, covariance, real.mean.to(device), real.covariance.to(device))
     precision, recall = metrics.precision_recall(real.features.to(device), compared)
@@ -385,6 +388,10 @@ def prepare_distance(dataset: Dataset, number: int, cache: pathlib.Path) -> Samp
     device = dataset.index_device
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:MAX_REAL_IMAGES]
     reference, rest = order.tensor_split(2)
-    classifier = load_classifier(RealImages.choose(dataset.name, "train", [dataset], MAX_REAL_IMAGES), cache, device)
-    real = load_statistics(classifier, RealImages(dataset.name, "train", [dataset], reference), cache)
+    images = RealImages.choose(dataset.name, "train", [dataset], MAX_REAL_IMAGES)
+    try:
+        classifier = load_or_train_classifier(images, cache, device)
+    except UsageError as error:
+        raise UsageError(f"{error}; leave out `quality`") from None
+    real = load_or_compute_statistics(classifier, RealImages(dataset.name, "train", [dataset], reference), cache)
     return SampleDistance(classifier, real, measure_distance(classifier, dataset.raw(rest[:number]), real))

@@ -121,7 +121,7 @@ class Sprites:
 # ---- drawing ----
 
 WINDOW = 28  # side in pixels of a square that holds any sprite at any rotation
-DIRECTIONS = 1 << 16  # number of directions in which the distance from a sprite's centre to its outline is tabulated
+ANGLE_STEPS = 1 << 16  # number of directions in which the distance from a sprite's centre to its outline is tabulated
 
 
 def render_sprites(shape: Tensor, scale: Tensor, orientation: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def find_lit_pixels(shape: Tensor, scale: Tensor, orientation: Tensor, down: Ten
     """
     cos, sin = orientation.cos(), orientation.sin()
     angle = torch.atan2(sin * right + cos * down, cos * right - sin * down)  # in the frame of the unrotated sprite
-    direction = ((angle / math.pi + 1) * (DIRECTIONS / 2)).round().long()
+    direction = ((angle / math.pi + 1) * (ANGLE_STEPS / 2)).round().long()
     distances = tabulate_outlines(right.device)
     distance = distances.take(direction + (shape.long() - 1) * distances.shape[1])
     return right**2 + down**2 <= (scale * distance) ** 2
@@ -171,7 +171,7 @@ def find_lit_pixels(shape: Tensor, scale: Tensor, orientation: Tensor, down: Ten
 
 @functools.cache
 def tabulate_outlines(device: torch.device) -> Tensor:
-    """Return the distance from centre to outline of each shape at scale 1, in pixels: (3, DIRECTIONS + 1).
+    """Return the distance from centre to outline of each shape at scale 1, in pixels: (3, ANGLE_STEPS + 1).
 
     The directions are angles over [−π, π]. In every shape a ray from the centre crosses the outline once. The outlines
     were fitted to the published images.
@@ -187,11 +187,11 @@ def tabulate_outlines(device: torch.device) -> Tensor:
 
 
 def measure_polygon(corners: Tensor) -> Tensor:
-    """Return the distance from the origin to the edge of a polygon around it, (DIRECTIONS + 1,), over [−π, π].
+    """Return the distance from the origin to the edge of a polygon around it, (ANGLE_STEPS + 1,), over [−π, π].
 
     corners: (n, 2).
     """
-    angle = torch.linspace(-math.pi, math.pi, DIRECTIONS + 1, dtype=corners.dtype)
+    angle = torch.linspace(-math.pi, math.pi, ANGLE_STEPS + 1, dtype=corners.dtype)
     x, y = corners[torch.atan2(corners[:, 1], corners[:, 0]).argsort()].T
     start = torch.searchsorted(torch.atan2(y, x), angle) - 1  # the first corner of the edge that the ray crosses
     end = (start + 1) % len(x)

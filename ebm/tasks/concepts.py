@@ -34,7 +34,7 @@ from sampling import Energy, Schedule, check_finite, langevin
 SAME_AFTER = (90.0, 180.0, 360.0)  # symmetry of square, ellipse and heart: degrees of rotation that change nothing
 LABEL_NOISE = 0.03  # standard deviation of the noise in a Langevin step on a label
 ROWS = 10  # rows of a picture
-TRIED = 16  # images whose energies under all labels are computed at once
+LABEL_BATCH = 16  # images whose energies under all labels are computed at once
 
 Figures = dict[str, Any]  # figures, or rows of figures, by name
 
@@ -109,7 +109,7 @@ class ConceptRun:
 
     settings: CombineSettings
     concepts: Mapping[str, ConceptModel]
-    given_labels: Mapping[str, str]  # name of a model -> its label as the user wrote it
+    label_texts: Mapping[str, str]  # name of a model -> its label as the user wrote it
     weights: Mapping[str, float]  # name of a model -> factor of its energy
     sprites: dsprites.Sprites
     generator: torch.Generator
@@ -126,13 +126,15 @@ class ConceptRun:
         return self.sprites[index].float() / 255
 
     @functools.cached_property
-    def draws(self) -> torch.Generator:
+    def sprite_generator(self) -> torch.Generator:
         """A CPU generator, so that the same sprites are drawn on every device."""
         return torch.Generator().manual_seed(self.settings.seed)
 
     def draw_candidates(self, candidates: Tensor, number: int) -> Tensor:
         """Draw `number` of the candidates (M,) at random, uniformly and with repetition."""
-        return candidates[torch.randint(len(candidates), (number,), generator=self.draws).to(candidates.device)]
+        return candidates[
+            torch.randint(len(candidates), (number,), generator=self.sprite_generator).to(candidates.device)
+        ]
 
     def draw_targets(self, count: int, number: int) -> Tensor:
         """Draw the target sprites, whose latents become the labels of the models: their indices (count, number).
@@ -144,7 +146,7 @@ class ConceptRun:
         for place in range(1, count + 1):
             latents = self.sprites.latents
             allowed = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
-            for name, text in self.given_labels.items():
+            for name, text in self.label_texts.items():
                 condition = self.get_condition(name)
                 if condition and split_name(name)[1] == place:
                     for column, value in read_label(name, condition, text).items():
@@ -171,7 +173,7 @@ class ConceptRun:
         targets: latents (count, N, 5), from which labels of concepts are computed. Other labels, numbers or a class,
         come from the setting `labels`.
         """
-        concept, text = self.concepts[name], self.given_labels.get(name)
+        concept, text = self.concepts[name], self.label_texts.get(name)
         size = concept.config.label_size
         if concept.condition:
             return dsprites.compute_labels(targets[split_name(name)[1] - 1], concept.condition)
@@ -479,7 +481,7 @@ def find_lowest_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, pr
     latents[:, column] = values
     labels = dsprites.compute_labels(latents, concept.condition)
     lowest = []
-    for part in index.split(TRIED):
+    for part in index.split(LABEL_BATCH):
         with torch.no_grad():
             lowest.append(compute_label_energies(concept.energy, run.render_images(part), labels).argmin(1))
         progress.advance(len(part))

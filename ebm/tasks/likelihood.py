@@ -1,7 +1,7 @@
 """Lower and upper bounds of the log-likelihood of densities exp(−E), by annealed importance sampling.
 
-    bracket = bound_log_z(energy, (16, 1, 28, 28), num_distributions=1000, step_size=0.0065, generator=generator)
-    # −E(x) − bracket.upper ≤ log p(x) ≤ −E(x) − bracket.lower, in nats
+    log_z = bound_log_z(energy, (16, 1, 28, 28), num_distributions=1000, step_size=0.0065, generator=generator)
+    # −E(x) − log_z.upper ≤ log p(x) ≤ −E(x) − log_z.lower, in nats
 
 Images are in a box with steep walls instead of hard ones: the density is exp(−E(x) − walls(x)).
 """
@@ -23,7 +23,7 @@ from models import freeze_energy
 from sampling import Energy, hmc
 
 # ---------------------------------------------------------------------------------------------------------------------
-# AnnealingResult importance sampling (Neal 2001) between a box of images and an energy
+# Annealed importance sampling (Neal 2001) between a box of images and an energy
 
 WALL = 100.0  # outside the box the energy grows by (WALL · distance)²
 SPILL = math.sqrt(math.pi) / WALL  # the walls widen each dimension of the box by ∫ exp(−(WALL·u)²) du
@@ -177,17 +177,19 @@ def bound_log_z_of_classes(
     }
 
 
-def compute_figures(target: Target, brackets: dict[str, LogZBounds]) -> dict[str, float]:
+def compute_figures(target: Target, bounds_by_class: dict[str, LogZBounds]) -> dict[str, float]:
     """Return the bounds of log Z and, for test images, those of log p in nats and in bits per dimension.
 
     Bounds of several classes are averaged over the test images. Raises UsageError if a figure is not finite.
     """
 
     def mean(field: str) -> float:
-        return sum(part * getattr(brackets[name], field) for name, part in target.share.items())
+        return sum(part * getattr(bounds_by_class[name], field) for name, part in target.share.items())
 
     def error(field: str) -> float:
-        return math.sqrt(sum((part * getattr(brackets[name], field)) ** 2 for name, part in target.share.items()))
+        return math.sqrt(
+            sum((part * getattr(bounds_by_class[name], field)) ** 2 for name, part in target.share.items())
+        )
 
     low, high = mean("lower"), mean("upper")
     figures = {"log Z ≥": low, "log Z ≤": high, "error": max(error("lower_error"), error("upper_error"))}
@@ -197,7 +199,9 @@ def compute_figures(target: Target, brackets: dict[str, LogZBounds]) -> dict[str
         # The density on [0, rescale]ᵈ is rescale⁻ᵈ of that on [0, 1]ᵈ, and a byte is 1/256 of that range.
         bits = [8 - (p / dimensions + math.log(target.rescale)) / math.log(2) for p in per_image.values()]
         figures |= per_image | {"bits/dim ≥": bits[1], "bits/dim ≤": bits[0]}
-    accepted = [sum(getattr(b, name).mean().item() for b in brackets.values()) / len(brackets) for name in MOVES]
+    accepted = [
+        sum(getattr(b, name).mean().item() for b in bounds_by_class.values()) / len(bounds_by_class) for name in MOVES
+    ]
     figures |= dict(zip(("accepted", "back"), accepted, strict=True))
     if not all(map(math.isfinite, figures.values())):
         raise UsageError("energies are not finite: this model has diverged; use an earlier checkpoint")

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import checkpoint
-from ebm.measures.features import Classifier, Inception, RealImages, find_inception, load_classifier, read_inception
+from ebm.measures.features import (
+    Classifier,
+    Inception,
+    RealImages,
+    find_or_download_inception,
+    load_or_train_classifier,
+    read_inception,
+)
 from ebm.settings import InceptionSettings, PoolSettings
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
@@ -25,8 +32,8 @@ from sampling import check_finite, langevin
 
 DIVERGED = "this model has diverged: use an earlier checkpoint"
 POOL = 1_000  # number of chains in a pool
-RESTARTED = 0.01  # share of a batch that restarts from noise
-RELABELLED = 0.1  # share of a batch that gets a new label
+RESTART_SHARE = 0.01  # share of a batch that restarts from noise
+RELABEL_SHARE = 0.1  # share of a batch that gets a new label
 SPACING = 300  # iterations between the checkpoints of the reference's ensemble
 
 
@@ -74,9 +81,9 @@ def run_pool(
         if round_ < settings.rounds - settings.nomix:
             chance = torch.rand(2, batch_size, generator=generator, device=device)
             x = torch.where(
-                (chance[0] < RESTARTED).view(-1, 1, 1, 1), draw_noise_images(config, batch_size, generator), x
+                (chance[0] < RESTART_SHARE).view(-1, 1, 1, 1), draw_noise_images(config, batch_size, generator), x
             )
-            y = torch.where((chance[1] < RELABELLED).view(-1, 1), draw_labels(batch_size), y)
+            y = torch.where((chance[1] < RELABEL_SHARE).view(-1, 1), draw_labels(batch_size), y)
         images[index] = langevin(
             energies[round_ % len(energies)].under(y),
             x,
@@ -186,15 +193,15 @@ def load_extractor(
 ) -> Inception | Classifier:
     """Return the feature extractor: Inception for colour images if its weights are available, else a classifier.
 
-    The classifier is trained on the reference images, see `features.load_classifier`. cache: its folder. Raises
-    UsageError if the settings demand Inception and it cannot be used.
+    The classifier is trained on the reference images, see `load_or_train_classifier`. cache: its folder. Raises
+    UsageError if the settings demand Inception and it cannot be used, or if the classifier has no classes to learn.
     """
     colour = reference.datasets[0].image_shape[0] == 3
     if settings.features == "inception" or (settings.features == "auto" and colour):
         if not colour:
             raise UsageError("`features`=inception is for colour images; leave it out for grey ones")
         try:
-            path = settings.inception_weights or find_inception(settings.download)
+            path = settings.inception_weights or find_or_download_inception(settings.download)
             inception = Inception(*read_inception(path, settings.inception_sha256), device=device)
             print(f"compared by Inception-2015-12-05, {path}, SHA-256 {inception.identity[:16]}…")
             return inception
@@ -202,7 +209,10 @@ def load_extractor(
             if settings.features == "inception" or settings.inception_weights:
                 raise
             print(f"note: {error}".replace("`", ""))
-    classifier = load_classifier(reference, cache, device)
+    try:
+        classifier = load_or_train_classifier(reference, cache, device)
+    except UsageError as error:
+        raise UsageError(f"{error}; for colour images set `features`=inception") from None
     accuracy = f"{classifier.network.accuracy:.1%} correct on held-out images"
     print(f"compared by a small classifier of this data set, {accuracy}; its figures cannot be compared with any FID")
     return classifier

@@ -95,7 +95,7 @@ def check_network(settings: CheckedNetwork | CombineNetwork, trained: TrainedMod
 def note_contradictions(settings: CheckedNetwork, trained: TrainedModel) -> None:
     """Print a note for each network setting without effect, because it contradicts the checkpoint."""
     for name, (value, stored) in find_contradictions(settings, trained.model.config).items():
-        print(f"note: --{name}={value} has no effect: the checkpoint's network has {name}={stored}")
+        print(f"note: {name}={value} has no effect: the checkpoint's network has {name}={stored}")
 
 
 def find_class(setting: str, word: str, names: Sequence[str], classes: int) -> int:

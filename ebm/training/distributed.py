@@ -167,7 +167,7 @@ class Engine(Protocol):
         """Leave the group of workers."""
 
 
-class Alone:
+class SingleEngine:
     """The engine of a single worker, which sends nothing."""
 
     def start_sum(self, flat: Tensor) -> Callable[[], object]:
@@ -282,7 +282,7 @@ class TorchEngine:
 
 
 class Workers:
-    """The processes that train together, seen from one of them. `start` returns one.
+    """The processes that train together, seen from one of them. `join_workers` returns one.
 
     rank, size, local_rank: this worker's place. engine: "horovod", "torch" or "none". why: a clause with the reason for
     the engine. device: where this worker computes. All workers must call every method but `print` and `busy`, in the
@@ -293,7 +293,11 @@ class Workers:
         self.rank, self.size, self.local_rank = launch.rank, launch.size, launch.local_rank
         self.engine, self.why, self.device = engine, why, device
         self._engine: Engine = (
-            HorovodEngine() if engine == "horovod" else TorchEngine(launch, device) if engine == "torch" else Alone()
+            HorovodEngine()
+            if engine == "horovod"
+            else TorchEngine(launch, device)
+            if engine == "torch"
+            else SingleEngine()
         )
         self._watch = Watch(launch, timeout, self._engine.broadcast) if launch.size > 1 else None
 

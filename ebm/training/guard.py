@@ -88,13 +88,16 @@ class DivergenceGuard:
     def remember(self, state: State) -> None:
         """Keep a snapshot of the state, unless the last check was suspicious."""
         if not self.suspicious:
-            self.snapshots = [*self.snapshots, copy.deepcopy({"shared": state.shared(), "own": state.own()})]
+            self.snapshots = [
+                *self.snapshots,
+                copy.deepcopy({"shared": state.get_shared_state(), "own": state.get_worker_state()}),
+            ]
             self.snapshots = self.snapshots[-SNAPSHOTS:]
 
     def roll_back(self, state: State) -> None:
         """Set the state back to the newest snapshot, and forget that snapshot unless it is the only one."""
         snapshot = self.snapshots[-1]
         self.snapshots = self.snapshots[:-1] or self.snapshots
-        state.load_shared(copy.deepcopy(snapshot["shared"]))
-        state.load_model_split(copy.deepcopy(snapshot["own"]))
+        state.load_shared_state(copy.deepcopy(snapshot["shared"]))
+        state.load_worker_state(copy.deepcopy(snapshot["own"]))
         self.suspicious = 0

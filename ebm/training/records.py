@@ -19,7 +19,7 @@ from sampling import compute_input_gradient
 
 PANELS = 20  # rows of start | sample | real
 BINS = 40  # of the histograms of energies in the log
-DIVERGED = 1e9  # the size of energies from which on no histogram is made
+MAX_HISTOGRAM_ENERGY = 1e9  # the size of energies from which on no histogram is made
 
 
 def compute_statistics(state: State, step: Step, temperature: float) -> dict[str, float]:
@@ -115,7 +115,7 @@ class Recorder:
             tensors = {"data": energy(step.images, step.labels), "negatives": energy(step.samples, step.labels)}
         tensors["long_chains"] = chains.energies
         energies = {name: values.double().cpu().numpy() for name, values in tensors.items()}
-        if not all((abs(values) < DIVERGED).all() for values in energies.values()):
+        if not all((abs(values) < MAX_HISTOGRAM_ENERGY).all() for values in energies.values()):
             return  # without the guard, a run may go on with energies that have no histogram
         edges = np.histogram_bin_edges(np.concatenate(list(energies.values())), BINS)
         counts = {name: np.histogram(values, edges)[0].tolist() for name, values in energies.items()}

@@ -180,7 +180,7 @@ class Run:
         distance = None if self.recorder is None else self.recorder.measure_samples()
         if distance is not None and distance < self.best:
             self.best = distance
-            self.write(self.settings.folder / "model_best.pt", self.state.shared() | self.describe_progress())
+            self.write(self.settings.folder / "model_best.pt", self.state.get_shared_state() | self.describe_progress())
 
     @contextlib.contextmanager
     def survive_write_errors(self, what: str) -> Iterator[None]:
@@ -205,13 +205,13 @@ class Run:
         A failure prints a message; several in a row end the run.
         """
         guard_state = {} if self.guard is None else {"guard": self.guard.state_dict()}
-        worker_states = self.workers.gather(self.state.own() | guard_state)
+        worker_states = self.workers.gather(self.state.get_worker_state() | guard_state)
         if not self.is_first:
             return
         folder = self.settings.folder
         path = folder / f"model_{self.state.iteration}.pt"
         with self.workers.busy():
-            if self.write(path, self.state.shared() | self.describe_progress() | {"workers": worker_states}):
+            if self.write(path, self.state.get_shared_state() | self.describe_progress() | {"workers": worker_states}):
                 self.say(f"saved {path}")
                 with self.survive_write_errors("the folder of old checkpoints"):
                     checkpoint.prune(folder)
@@ -258,7 +258,7 @@ class Run:
         contents = checkpoint.load(path)
         checkpoint.check_config(checkpoint.read_config(contents, path), state.model.config, path)
         checkpoint.load_state(state.model, contents["model"], path)
-        state.load_shared(contents)
+        state.load_shared_state(contents)
         was_averaged, is_averaged = bool(contents.get("ema")), state.ema is not None
         if was_averaged and not is_averaged:
             workers.print(f"note: {path} has averaged weights, which this run drops; ema_decay would keep them")
@@ -272,16 +272,18 @@ class Run:
         worker_states = contents.get("workers", [])
         if len(worker_states) == workers.size:
             worker_state = worker_states[workers.rank]
-            if not state.load_model_split(worker_state):
+            if not state.load_worker_state(worker_state):
                 workers.print(f"note: {path} was written on another kind of device: noise starts afresh")
             if self.guard is not None and "guard" in worker_state:
                 self.guard.load_state_dict(worker_state["guard"])
             return
-        workers.print(
-            f"note: {path} holds the state of {len(worker_states)} workers and this run has {workers.size}: "
-            "replay buffers are dealt out anew, noise starts afresh"
-        )
-        if worker_states:
+        if not worker_states:
+            workers.print(f"note: {path} holds no replay buffer and no state of generators: both start afresh")
+        else:
+            workers.print(
+                f"note: {path} holds the state of {len(worker_states)} workers and this run has {workers.size}: "
+                "replay buffers are dealt out anew, noise starts afresh"
+            )
             buffers = torch.cat([worker_state["buffer"]["images"] for worker_state in worker_states])
             state.buffer.load_state_dict({"images": buffers[workers.rank :: workers.size], "position": 0})
 

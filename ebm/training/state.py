@@ -52,7 +52,7 @@ class State:
             for averaged, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
                 averaged.copy_(current)
 
-    def shared(self) -> dict[str, Any]:
+    def get_shared_state(self) -> dict[str, Any]:
         """Return the part of the state that is the same on every worker, as tensors and plain values."""
         return {
             "config": dataclasses.asdict(self.model.config),
@@ -63,7 +63,7 @@ class State:
             "iteration": self.iteration,
         }
 
-    def own(self) -> dict[str, Any]:
+    def get_worker_state(self) -> dict[str, Any]:
         """Return the part of the state that differs between workers: replay buffer, chains and generators."""
         return {
             "buffer": self.buffer.state_dict(),
@@ -73,8 +73,8 @@ class State:
             "previous": self.previous,
         }
 
-    def load_shared(self, state: dict[str, Any]) -> None:
-        """Load what `shared` returned. A converted TF1 checkpoint lacks "batches", and may lack "optimizer"."""
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Load what `get_shared_state` returned; converted TF1 checkpoints lack "batches", and may lack "optimizer"."""
         self.model.load_state_dict(state["model"])
         self.start_ema(state.get("ema"))
         if "optimizer" in state:
@@ -83,8 +83,11 @@ class State:
             self.batches.load_state_dict(state["batches"])
         self.iteration = state["iteration"]
 
-    def load_model_split(self, state: dict[str, Any]) -> bool:
-        """Load what `own` returned; return whether its generators fit, which cannot move between CPU and GPU."""
+    def load_worker_state(self, state: dict[str, Any]) -> bool:
+        """Load what `get_worker_state` returned; return whether its generators fit.
+
+        They cannot move between a CPU and a GPU.
+        """
         self.buffer.load_state_dict(state["buffer"])
         previous = state["previous"]
         self.previous = None if previous is None else previous.to(self.buffer.images.device)
