@@ -86,7 +86,7 @@ def test_chains_drawn_during_training_run_as_training_does(monkeypatch, tmp_path
 
         return step
 
-    monkeypatch.setattr(sampling, "compiled_step", compile_step)
+    monkeypatch.setattr(sampling, "compile_step", compile_step)
     images = []
     for precision in ("float32", "bf16"):
         state = make_state(precision=precision)
@@ -127,7 +127,7 @@ def fail_to_capture(function, generator):
 )
 def test_what_fails_is_given_up(monkeypatch, expected, wanted, told):
     """Breaks when a failure that nobody asked for ends a run, goes unsaid, is said again, or costs noise."""
-    monkeypatch.setattr(sampling, "compiled_step", fail_to_compile)
+    monkeypatch.setattr(sampling, "compile_step", fail_to_compile)
     monkeypatch.setattr(acceleration, "capture", fail_to_capture)
     said = []
     state, samples = samples_of(Acceleration(**wanted, asked=frozenset(), say=said.append))
@@ -145,7 +145,7 @@ def test_what_fails_is_given_up(monkeypatch, expected, wanted, told):
 )
 def test_what_was_asked_for_and_fails_ends_the_run(monkeypatch, wanted, message):
     """Breaks when --compile or --cuda_graph is replaced by something slower."""
-    monkeypatch.setattr(sampling, "compiled_step", fail_to_compile)
+    monkeypatch.setattr(sampling, "compile_step", fail_to_compile)
     monkeypatch.setattr(acceleration, "capture", fail_to_capture)
     with pytest.raises(UsageError, match=message):
         samples_of(Acceleration(**wanted, asked=frozenset(acceleration.REMEDIES)))
