@@ -27,10 +27,11 @@ import torch
 
 from ebm.settings import AisSettings
 from ebm.support import cli, pictures
+from ebm.support.hardware import set_up_process
 from ebm.support.progress import Progress
 from ebm.support.reports import format_table, make_folder, write_json
 from ebm.tasks.likelihood import Target, bound_log_z_of_classes, build_gauss, compute_figures, load_target
-from ebm.tasks.trained_models import prepare_device
+from ebm.training.distributed import choose_device
 
 
 def describe_target(settings: AisSettings, target: Target) -> dict[str, Any]:
@@ -54,7 +55,8 @@ def plot_bounds(contents: Mapping[str, Any], numbers: Sequence[int], path: pathl
 
 
 def main(settings: AisSettings) -> None:
-    numbers, device = sorted(set(settings.pdist)), prepare_device(settings.device)
+    set_up_process()
+    numbers, device = sorted(set(settings.pdist)), choose_device(settings.device)
     is_gauss = settings.dataset == "gauss"
     target = build_gauss(settings, device) if is_gauss else load_target(settings, device)
     folder = make_folder(pathlib.Path(settings.logdir) / ("gauss" if is_gauss else settings.exp) / "ais", "logdir")

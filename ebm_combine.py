@@ -26,10 +26,11 @@ from ebm.settings import CombineSettings
 from ebm.support import cli
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
+from ebm.support.hardware import set_up_process
 from ebm.support.reports import make_folder, write_report
 from ebm.tasks import concepts, unseen
 from ebm.tasks.concept_models import find_models, list_models, load_models, read_pairs, read_weights, train_models
-from ebm.tasks.trained_models import prepare_device
+from ebm.training.distributed import choose_device
 
 TASKS: dict[str, Callable[..., Any]] = {
     "train": train_models,
@@ -78,7 +79,8 @@ def main(settings: Settings) -> None:
     if settings.task == "train":
         train_models(settings, pathlib.Path(__file__).with_name("train.py"))
         return
-    device = prepare_device(settings.device)
+    set_up_process()
+    device = choose_device(settings.device)
     labels, weights = read_pairs("labels", settings.labels), read_weights(settings)
     uses_models = settings.task in ("conceptcombine", "labeldiscover")
     paths = find_models(settings, list_models(settings, settings.task)) if uses_models else {}

@@ -19,11 +19,13 @@ import torch
 from ebm.settings import SandboxSettings
 from ebm.support import cli
 from ebm.support.cli import flag
+from ebm.support.hardware import set_up_process
 from ebm.support.reports import make_folder, write_report
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.sandbox import TASKS, SandboxRun
 from ebm.tasks.sandbox_data import list_outliers, load_model_split, load_outlier_set
-from ebm.tasks.trained_models import check_network, find_checkpoint, open_model, prepare_device
+from ebm.tasks.trained_models import check_network, find_checkpoint, open_model
+from ebm.training.distributed import choose_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Settings(SandboxSettings):
 
 
 def main(settings: Settings) -> None:
-    device = prepare_device(settings.device)
+    set_up_process()
+    device = choose_device(settings.device)
     trained = open_model(find_checkpoint(settings), device, swish_act=settings.swish_act, ema=settings.ema)
     check_network(settings, trained)
     config = trained.model.config

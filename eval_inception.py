@@ -28,9 +28,11 @@ from ebm.measures.features import (
 )
 from ebm.settings import InceptionSettings
 from ebm.support import cli, pictures
+from ebm.support.hardware import set_up_process
 from ebm.support.reports import format_table, make_folder, write_json
 from ebm.tasks.quality import choose_iterations, draw_samples, find_ensemble, load_extractor, load_reference
-from ebm.tasks.trained_models import TrainedModel, note_contradictions, open_model, prepare_device, refuse_concept_model
+from ebm.tasks.trained_models import TrainedModel, note_contradictions, open_model, refuse_concept_model
+from ebm.training.distributed import choose_device
 
 COMPARED = "of at most 10,000 images"
 
@@ -72,7 +74,8 @@ def format_results(contents: dict[str, Any]) -> str:
 
 
 def main(settings: InceptionSettings) -> None:
-    device = prepare_device(settings.device)
+    set_up_process()
+    device = choose_device(settings.device)
     experiment = pathlib.Path(settings.modeldir) / settings.exp
     ensembles = [
         find_ensemble(experiment, iteration, settings.ensemble) for iteration in choose_iterations(settings, experiment)

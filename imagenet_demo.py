@@ -21,16 +21,16 @@ import checkpoint
 from ebm.settings import DemoSettings
 from ebm.support import cli, pictures
 from ebm.support.errors import UsageError
-from ebm.support.hardware import allow_tf32
+from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.progress import Progress
 from ebm.support.reports import make_folder
 from ebm.tasks.trained_models import (
     find_class,
     note_contradictions,
     open_model,
-    prepare_device,
     refuse_concept_model,
 )
+from ebm.training.distributed import choose_device
 from models import draw_noise_images, freeze_energy
 from sampling import langevin
 
@@ -67,7 +67,8 @@ def choose_classes(settings: DemoSettings, names: Sequence[str], classes: int) -
 
 
 def main(settings: DemoSettings) -> None:
-    device = prepare_device(settings.device)
+    set_up_process()
+    device = choose_device(settings.device)
     path = checkpoint.find(pathlib.Path(settings.logdir) / settings.exp, settings.resume_iter)
     trained = open_model(path, device, swish_act=settings.swish_act, ema=settings.ema)
     note_contradictions(settings, trained)

@@ -20,7 +20,7 @@ import torch
 
 from ebm.settings import SampleSettings
 from ebm.support import cli, pictures
-from ebm.support.hardware import allow_tf32
+from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.progress import Progress
 from ebm.tasks.quality import draw_fresh_images, report_memory_shortage
 from ebm.tasks.trained_models import (
@@ -28,16 +28,17 @@ from ebm.tasks.trained_models import (
     find_class,
     note_contradictions,
     open_model,
-    prepare_device,
     refuse_concept_model,
 )
+from ebm.training.distributed import choose_device
 from models import freeze_energy
 
 GRID = 400  # largest number of images in the grid
 
 
 def main(settings: SampleSettings) -> None:
-    device = prepare_device(settings.device)
+    set_up_process()
+    device = choose_device(settings.device)
     trained = open_model(find_checkpoint(settings), device, swish_act=settings.swish_act, ema=settings.ema)
     note_contradictions(settings, trained)
     model, path, config = trained.model, trained.path, trained.model.config

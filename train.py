@@ -21,7 +21,7 @@ import checkpoint
 import models
 from ebm.settings import TrainSettings
 from ebm.support import cli
-from ebm.support.hardware import LOSS_PRECISIONS, allow_tf32, keep_freed_memory
+from ebm.support.hardware import LOSS_PRECISIONS, allow_tf32, set_kernel_choice, set_up_process
 from ebm.training import distributed, setup
 from ebm.training.chains import infer_labels, run_chains
 from ebm.training.run import Run
@@ -177,9 +177,11 @@ def mismatch_loss(
 
 def main(settings: TrainSettings) -> None:
     setup.check_settings(settings)
-    keep_freed_memory()
+    set_up_process()
     workers = distributed.join_workers(settings.backend, settings.device)
-    setup.set_kernels(settings, workers)
+    setup.check_device(settings, workers)
+    if workers.device.type == "cuda":
+        set_kernel_choice(deterministic=settings.deterministic)
     dataset = setup.open_dataset(settings, workers)
     state = setup.build_state(settings, setup.choose_network(settings, dataset), dataset, workers)
     is_resumed = settings.resume_iter != "-1"
@@ -190,6 +192,7 @@ def main(settings: TrainSettings) -> None:
     if resume_path is not None:
         run.resume(resume_path)
     if workers.rank == 0:
+        setup.write_config(settings, state, workers)
         setup.announce_run(settings, state, dataset, workers, run.stop)
     if settings.train:
         train(run)

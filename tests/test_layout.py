@@ -53,10 +53,10 @@ def test_arrows_run_down():
                 return number
         return len(layers)
 
-    presets = {("ebm.settings", "ebm.training.distributed")}  # the names of the backends
+    exceptions = {("ebm.settings", "ebm.training.distributed")}  # the names of the backends
     for name, imported in IMPORTS.items():
         higher = {other for other in imported if find_layer(other) > find_layer(name)}
-        assert {(name, other) for other in higher} <= presets, f"{name} imports {sorted(higher)}"
+        assert {(name, other) for other in higher} <= exceptions, f"{name} imports {sorted(higher)}"
 
 
 def test_data_alone():

@@ -338,7 +338,7 @@ def test_samples_of_classes_need_no_data(tmp_path):
     """Breaks when democlass asks for a data set though the checkpoint names its classes."""
     run = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12), 3), tmp_path)
     run.load, run.names = None, ("a", "b", "c")
-    sandbox.democlass(run)
+    sandbox.sample_classes(run)
     assert run.sample_labels(3).tolist() == torch.eye(3).tolist()
 
 
@@ -363,13 +363,13 @@ def test_diagnosis_of_chains_that_are_known(tmp_path):
     for name in ("steep", "plane"):
         (tmp_path / name).mkdir()
     steep = planted(lambda x, y: x.flatten(1).sum(1), (1, 8, 8), num_steps=1, step_lr=9.0)
-    figures = sandbox.diagnose(make_sandbox_run(steep, tmp_path / "steep", classes=0)).figures
+    figures = sandbox.diagnose_chains(make_sandbox_run(steep, tmp_path / "steep", classes=0)).figures
     start = np.load(tmp_path / "steep" / "energies_from_images.npy")[0]
     row = figures["step 50"]
     assert figures["data mean"] == pytest.approx(start.mean()) and row["E from noise"] == row["within data"] == 0
     assert row["moved from images"] == pytest.approx(start.mean() / 64) and figures["verdict"].startswith("0%")
     plane = planted(lambda x, y: 0 * x.flatten(1).sum(1) + 3.0, (1, 8, 8), num_steps=2)
-    row = sandbox.diagnose(make_sandbox_run(plane, tmp_path / "plane", classes=0)).figures["step 100"]
+    row = sandbox.diagnose_chains(make_sandbox_run(plane, tmp_path / "plane", classes=0)).figures["step 100"]
     assert row["E from noise"] == row["E from images"] == 3.0 and row["within data"] == 1.0
     assert row["moved from noise"] == pytest.approx(0.005 * 10 * math.sqrt(2 / math.pi), rel=0.1)
 
@@ -381,7 +381,7 @@ def test_outlier_figures_against_scikit_learn(tmp_path):
     examined = planted(lambda x, y: x.mean((1, 2, 3)), (1, 4, 4))
     bright = data.StoredImages("bright", (make_dataset((3, 5, 5)).images // 2 + 90), None)
     run = make_sandbox_run(examined, tmp_path, classes=0, mixes=["bright"], load_mix=lambda name: bright)
-    figures = sandbox.mixenergy(run).figures["bright"]
+    figures = sandbox.detect_outliers(run).figures["bright"]
     inside, outside = (np.load(tmp_path / f"scores_{name}.npy") for name in ("in_distribution", "bright"))
     truth, scores = np.repeat([1, 0], 24), np.concatenate([inside, outside])
     assert figures["images"] == 24
@@ -394,11 +394,11 @@ def test_memorising_shows(tmp_path):
     """Breaks when an energy that knows the training images looks like one that generalises."""
     train = make_dataset((1, 4, 4), 0).images.float() / 255
     examined = planted(lambda x, y: torch.cdist(x.flatten(1), train.flatten(1)).amin(1))
-    report = sandbox.energyeval(make_sandbox_run(examined, tmp_path, classes=0))
+    report = sandbox.compare_energies(make_sandbox_run(examined, tmp_path, classes=0))
     assert report.figures["AUROC train/test"] == 1.0
     shared = make_sandbox_run(examined, tmp_path, classes=0)
     shared.load = lambda split: make_dataset((1, 4, 4), 0)
-    assert "no split" in sandbox.energyeval(shared).figures["verdict"]
+    assert "no split" in sandbox.compare_energies(shared).figures["verdict"]
 
 
 def test_finetuning_learns_and_is_kept(tmp_path):
@@ -411,13 +411,13 @@ def test_finetuning_learns_and_is_kept(tmp_path):
     losses = [examined.finetune(images, always_first, lr=0.02) for _ in range(5)]
     assert losses[-1] < 0.7 * losses[0]
     assert all(not torch.equal(before[name], parameter) for name, parameter in examined.model.named_parameters())
-    trained = sandbox.labelfinetune(run).figures
+    trained = sandbox.finetune_classifier(run).figures
     fresh = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12), 3, num_steps=0), tmp_path, train=False)
-    reloaded = sandbox.labelfinetune(fresh).figures
+    reloaded = sandbox.finetune_classifier(fresh).figures
     assert reloaded["clean"] == trained["clean"]
     torch.testing.assert_close(fresh.model.compute_logits(images), examined.compute_logits(images))
     with pytest.raises(UsageError, match="run once with `train`"):
-        sandbox.labelfinetune(make_sandbox_run(examined, tmp_path / "empty", train=False))
+        sandbox.finetune_classifier(make_sandbox_run(examined, tmp_path / "empty", train=False))
 
 
 def test_same_seed_same_images(tmp_path):
@@ -434,7 +434,7 @@ def test_same_seed_same_images(tmp_path):
 def test_a_task_without_figures(tmp_path, capsys):
     """Breaks when a task that measures nothing, as cycleclass on an unconditional model, ends in a traceback."""
     run = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12)), tmp_path, classes=0, limit=2)
-    report = sandbox.cycleclass(run)
+    report = sandbox.sample_stages(run)
     assert report.figures == {}
     path = run.add_file("cycleclass.json")
     reports.write_report(path, {"task": "cycleclass", "figures": report.figures, "paper": report.paper}, run.files)

@@ -60,3 +60,9 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: serve up to a gigabyte from the heap
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and do not give its top back
+
+
+def set_up_process() -> None:
+    """Set for the whole process that memory is kept and that GPUs do not round to TF32 by themselves."""
+    keep_freed_memory()
+    set_tf32(False)

@@ -192,13 +192,13 @@ class SandboxRun:
 # Classification
 
 
-def label(run: SandboxRun) -> Report:
+def classify_images(run: SandboxRun) -> Report:
     """Classify test images by −E(x, y), also after an attack (`pgd`), or attacks of growing radius (`labelgrid`)."""
     run.require_class_names("label")
     return classify_in_balls(run) if run.settings.labelgrid else classify_test_images(run)
 
 
-def labelfinetune(run: SandboxRun) -> Report:
+def finetune_classifier(run: SandboxRun) -> Report:
     """Train the model for one epoch as a classifier, or load it with `train`=False, then classify as task label."""
     run.require_class_names("labelfinetune")
     model, path = run.model, run.folder / "model_supervised.pt"
@@ -287,7 +287,7 @@ def measure_accuracies(
 # Energies
 
 
-def energyeval(run: SandboxRun) -> Report:
+def compare_energies(run: SandboxRun) -> Report:
     """Compare the energies of training and test images: a model that generalises does not separate them."""
     energies: dict[str, np.ndarray] = {}
     figures: dict[str, object] = {}
@@ -343,7 +343,7 @@ def follow_chains(run: SandboxRun, start: Tensor, labels: Tensor, name: str) -> 
     return ChainRecord(torch.stack(energies), moved, shown)
 
 
-def diagnose(run: SandboxRun) -> Report:
+def diagnose_chains(run: SandboxRun) -> Report:
     """Follow chains of 50 rounds from noise and from test images: their energies, and how far they move."""
     examples = run.draw_examples("test", run.choose_number(100))
     starts = {"noise": run.draw_noise(len(examples.images)), "images": examples.images}
@@ -393,7 +393,7 @@ def plot_chains(
     run.write_panel("images", columns)
 
 
-def mixenergy(run: SandboxRun) -> Report:
+def detect_outliers(run: SandboxRun) -> Report:
     """Detect out-of-distribution images by −E (of a conditional model: under the class of lowest energy)."""
     if run.model.classes:
         run.require_class_names("mixenergy")
@@ -441,7 +441,7 @@ def measure_mean_squares(images: Tensor, real: Tensor) -> Tensor:
     return (images - real).square().flatten(1).mean(1)
 
 
-def anticorrupt(run: SandboxRun) -> Report:
+def denoise_images(run: SandboxRun) -> Report:
     """Remove salt-and-pepper noise from test images by 5 rounds of Langevin steps."""
     real, labels = run.draw_examples("test", run.choose_number(ROWS))
     corrupt = add_salt_and_pepper(real, run.model.generator)
@@ -453,7 +453,7 @@ def anticorrupt(run: SandboxRun) -> Report:
     )
 
 
-def boxcorrupt(run: SandboxRun) -> Report:
+def inpaint_images(run: SandboxRun) -> Report:
     """Inpaint the lower half of images; smaller errors on training than on test images would show memorisation."""
     errors: dict[str, np.ndarray] = {}
     columns: dict[str, Tensor] = {}
@@ -491,7 +491,7 @@ def measure_recognition(run: SandboxRun, images: Tensor, labels: Tensor) -> dict
     return {"recognised as the class": (classes == labels.argmax(1)).double().mean().item()}
 
 
-def crossclass(run: SandboxRun) -> Report:
+def change_classes(run: SandboxRun) -> Report:
     """Turn test images into another class by 10 rounds of Langevin steps under that class."""
     run.require_class_names("crossclass")
     pool = run.draw_examples("test", 1000)
@@ -510,7 +510,7 @@ def number_stages(run: SandboxRun, stages: Sequence[Tensor]) -> dict[str, Tensor
     return {str(i * run.model.num_steps) if i else "start": stage for i, stage in enumerate(stages)}
 
 
-def cycleclass(run: SandboxRun) -> Report:
+def sample_stages(run: SandboxRun) -> Report:
     """Sample from noise by 20 rounds of Langevin steps, and show the images after every round."""
     rows = run.choose_number(100)
     labels = run.sample_labels(rows)
@@ -519,7 +519,7 @@ def cycleclass(run: SandboxRun) -> Report:
     return Report(measure_recognition(run, stages[-1], labels))
 
 
-def democlass(run: SandboxRun) -> Report:
+def sample_classes(run: SandboxRun) -> Report:
     """Sample 5 images of each class, of at most 10 random classes, from noise by 10 rounds of Langevin steps."""
     names = run.require_class_names("democlass")
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(run.settings.seed))
@@ -530,7 +530,7 @@ def democlass(run: SandboxRun) -> Report:
     return Report(measure_recognition(run, samples, labels))
 
 
-def nearestneighbor(run: SandboxRun) -> Report:
+def find_training_neighbours(run: SandboxRun) -> Report:
     """Sample 10 images and find the 5 nearest training images of each in L2; do the same for test images."""
     train, rows = run.load("train"), run.choose_number(10)
     samples = run.model.run_chain(run.draw_noise(rows), run.sample_labels(rows), rounds=10, progress="nearestneighbor")
@@ -542,7 +542,7 @@ def nearestneighbor(run: SandboxRun) -> Report:
     return Report({f"L2 distance of {name} to the nearest": value.mean().item() for name, value in closest.items()})
 
 
-def latent(run: SandboxRun) -> Report:
+def traverse_directions(run: SandboxRun) -> Report:
     """Move images along the directions in which the energy varies most: 6 moves, each followed by a round."""
     model, moves = run.model, 6
     images, labels = run.draw_examples("test", run.choose_number(3))
@@ -573,16 +573,16 @@ def find_directions(run: SandboxRun, image: Tensor, label: Tensor) -> tuple[Tens
 
 
 TASKS: dict[str, Callable[[SandboxRun], Report]] = {
-    "label": label,
-    "labelfinetune": labelfinetune,
-    "energyeval": energyeval,
-    "diagnose": diagnose,
-    "mixenergy": mixenergy,
-    "anticorrupt": anticorrupt,
-    "boxcorrupt": boxcorrupt,
-    "crossclass": crossclass,
-    "cycleclass": cycleclass,
-    "democlass": democlass,
-    "nearestneighbor": nearestneighbor,
-    "latent": latent,
+    "label": classify_images,
+    "labelfinetune": finetune_classifier,
+    "energyeval": compare_energies,
+    "diagnose": diagnose_chains,
+    "mixenergy": detect_outliers,
+    "anticorrupt": denoise_images,
+    "boxcorrupt": inpaint_images,
+    "crossclass": change_classes,
+    "cycleclass": sample_stages,
+    "democlass": sample_classes,
+    "nearestneighbor": find_training_neighbours,
+    "latent": traverse_directions,
 }

@@ -14,8 +14,6 @@ import data
 import models
 from ebm.settings import SIZES, SUBSETS, CheckedNetwork, CombineNetwork, ModelChoice, TestData
 from ebm.support.errors import UsageError
-from ebm.support.hardware import keep_freed_memory, set_tf32
-from ebm.training import distributed
 
 
 class TrainedModel(NamedTuple):
@@ -37,13 +35,6 @@ class TrainedModel(NamedTuple):
     def choose_step_lr(self, step_lr: float | None) -> float:
         """Return the step size of Langevin steps: `step_lr` if it is a number, else that of training, else 10."""
         return self.flags.get("step_lr", 10.0) if step_lr is None else step_lr
-
-
-def prepare_device(device: str) -> torch.device:
-    """Return the device to compute on; set for the whole process that GPUs do not round float32 to TF32."""
-    keep_freed_memory()
-    set_tf32(False)
-    return distributed.choose_device(device, distributed.Launch())
 
 
 def find_checkpoint(settings: ModelChoice) -> pathlib.Path:

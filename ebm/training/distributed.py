@@ -37,6 +37,7 @@ from ebm.training.watch import Launch, Watch, find_host
 
 BACKENDS = ("auto", "horovod", "torch", "none")
 BUCKET_BYTES = 8 << 20  # few messages, yet enough of them to overlap with the backward pass of a 20 MB network
+ALONE = Launch()  # one process, started by nobody
 INSTALL = "pip install -r requirements.txt"
 
 
@@ -94,7 +95,7 @@ def choose_engine(backend: str, launch: Launch, horovod_problem: Callable[[], st
     return "torch", f"started by {launcher}, {problem}"
 
 
-def choose_device(name: str, launch: Launch) -> torch.device:
+def choose_device(name: str, launch: Launch = ALONE) -> torch.device:
     """Return the device of this worker, which for "cuda" is `cuda:<local rank>`.
 
     name: "auto", "cpu", "cuda" or "cuda:<number>". If this process sees a single GPU, it takes that one whatever its
@@ -284,13 +285,13 @@ class TorchEngine:
 class Workers:
     """The processes that train together, seen from one of them. `join_workers` returns one.
 
-    rank, size, local_rank: this worker's place. engine: "horovod", "torch" or "none". why: a clause with the reason for
+    rank, size: this worker's place. engine: "horovod", "torch" or "none". why: a clause with the reason for
     the engine. device: where this worker computes. All workers must call every method but `print` and `busy`, in the
     same order.
     """
 
     def __init__(self, launch: Launch, engine: str, why: str, device: torch.device, timeout: float):
-        self.rank, self.size, self.local_rank = launch.rank, launch.size, launch.local_rank
+        self.rank, self.size = launch.rank, launch.size
         self.engine, self.why, self.device = engine, why, device
         self._engine: Engine = (
             HorovodEngine()
@@ -300,11 +301,6 @@ class Workers:
             else SingleEngine()
         )
         self._watch = Watch(launch, timeout, self._engine.broadcast) if launch.size > 1 else None
-
-    def __str__(self) -> str:
-        """Return a line that describes the workers and their engine."""
-        name = {"horovod": "Horovod", "torch": "torch.distributed", "none": "no data parallelism"}[self.engine]
-        return f"{self.size} worker{'s' * (self.size > 1)} on {self.device.type}, {name} ({self.why})"
 
     def print(self, *words: object) -> None:
         """Print on rank 0 only."""
@@ -357,15 +353,6 @@ class Workers:
         empty = [torch.empty(0, dtype=torch.uint8)] * (self.size - 1)
         received = self._exchange([pack(item), *empty])
         return [unpack(piece) for piece in received] if self.rank == 0 else None
-
-    def scatter(self, items: Sequence[Any] | None) -> Any:
-        """Return this worker's item of the list, one item per worker, that rank 0 passes; other ranks pass None."""
-        if self.rank == 0:
-            assert items is not None and len(items) == self.size, f"one item per worker ({self.size}), not {items!r}"
-            pieces = [pack(item) for item in items]
-        else:
-            pieces = [torch.empty(0, dtype=torch.uint8)] * self.size
-        return unpack(self._exchange(pieces)[0])
 
     def share(self, item: Any) -> list[Any]:
         """Return every worker's item, in order, on all of them; see `gather`."""

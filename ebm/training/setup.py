@@ -16,7 +16,6 @@ import models
 from ebm.settings import CONDITIONS, SIZES, SUBSETS, TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
-from ebm.support.hardware import set_kernel_choice, set_tf32
 from ebm.training.acceleration import Acceleration
 from ebm.training.distributed import Workers
 from ebm.training.state import State
@@ -210,11 +209,9 @@ def compute_last_iteration(settings: TrainSettings, images: int, workers: int) -
     return min(epochs, 60_000) if settings.dataset == "mnist" else epochs
 
 
-def set_kernels(settings: TrainSettings, workers: Workers) -> None:
-    """Set for the whole process which kernels a GPU uses; print a note if a setting has no effect on a CPU."""
-    set_tf32(False)  # training steps and their chains allow it for themselves
+def check_device(settings: TrainSettings, workers: Workers) -> None:
+    """Raise UsageError, or print a note, for settings of GPUs in a run on a CPU."""
     if workers.device.type == "cuda":
-        set_kernel_choice(deterministic=settings.deterministic)
         return
     if settings.cuda_graph:
         raise UsageError(f"`cuda_graph` needs a GPU, and this run is on the {workers.device}; leave it out")
@@ -222,13 +219,22 @@ def set_kernels(settings: TrainSettings, workers: Workers) -> None:
         workers.print("note: deterministic has no effect on a CPU, where runs are the same bit for bit anyway")
 
 
+def write_config(settings: TrainSettings, state: State, workers: Workers) -> None:
+    """Write the settings, the network and the versions of a run to config.json."""
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    config = {
+        "flags": cli.to_dict(settings),
+        "network": dataclasses.asdict(state.model.config),
+        "parameters": parameters,
+    }
+    config |= {"torch": torch.__version__, "workers": workers.size, "energies": str(state.acceleration)}
+    (settings.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def announce_run(settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int) -> None:
-    """Print the data, network, workers and settings of a run, and store its settings and network in config.json."""
+    """Print the data, the network, the workers and the settings of a run."""
     config, values = state.model.config, cli.to_dict(settings)
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    description = {"flags": values, "network": dataclasses.asdict(config), "parameters": parameters}
-    description |= {"torch": torch.__version__, "workers": workers.size, "energies": str(state.acceleration)}
-    (settings.folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     print(f"data: {dataset.name}, {len(dataset):,} images of {config.image_shape}, {dataset.label_size} label values")
     print(f"network: {config.network}, {parameters:,} parameters, {config.num_filters} filters")
     print(f"workers: {workers.size}, {workers.engine} ({workers.why}), on {workers.device}")
