@@ -271,7 +271,7 @@ def results(request: pytest.FixtureRequest, start_job: StartJob) -> list[dict[st
     job = start_job(request.param, "agree")
     status, text = job.finish()
     assert status == 0, text
-    name = "Horovod" if "horovod" in request.param else "torch.distributed"
+    name = "horovod" if "horovod" in request.param else "torch"
     assert text.count(f"2 workers on cpu, {name} (backend=") == 1, text  # the start-up line, printed once
     return [torch.load(f"{job.output}.{rank}", weights_only=True) for rank in range(2)]
 
@@ -498,7 +498,7 @@ def compute(seconds: float) -> None:
 
 def main(engine: str, scenario: str, output: str) -> None:
     workers = distributed.join_workers(engine, "cpu", TIMEOUT)
-    workers.print(workers)
+    workers.print(f"{workers.size} workers on {workers.device.type}, {workers.engine} ({workers.why})")
     workers.average([torch.ones(1)])  # from here on the watch is strict
     if scenario == "agree":
         torch.save(agree(workers), f"{output}.{workers.rank}")
