@@ -90,12 +90,13 @@ def parse_iteration(path: pathlib.Path) -> int | None:
 def find(folder: pathlib.Path, resume_iter: str) -> pathlib.Path:
     """Return the path of checkpoint "123", "best" or "latest" in a folder: a `.pt` file or the prefix of a TF1 one.
 
-    Raises UsageError, naming this checkpoint and those of the folder, if it is not there.
+    "-1" is the latest, too, as in the reference. Raises UsageError, naming this checkpoint and those of the folder, if
+    it is not there.
     """
     if not folder.is_dir():
         raise UsageError(f"no experiment folder {folder}; check `exp` and where experiments are kept")
     numbers = list_iterations(folder)
-    if resume_iter == "latest":
+    if resume_iter in ("latest", "-1"):
         if not numbers:
             raise UsageError(f"no checkpoint in {folder}; train one first, or check `exp`")
         resume_iter = str(numbers[-1])

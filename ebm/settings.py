@@ -68,16 +68,28 @@ class ChainPrecision:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelChoice:
+class DeviceChoice:
+    """Device"""
+
+    device: str = flag("auto", "device to compute on; auto: a GPU if there is one, else the CPU", choices=DEVICES)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointChoice(DeviceChoice):
     """Model"""
 
-    exp: str = flag("default", "name of the experiment; its model is in <modeldir>/<exp>/")
-    modeldir: str = flag("cachedir", "folder of all experiments")
+    exp: str = flag("default", "name of the experiment, whose folder holds the model")
     resume_iter: str = flag("latest", "iteration of the checkpoint to load, 'best' or 'latest' (-1 also means latest)")
     ema: bool = flag(False, "load the averaged weights, which a training run with --ema_decay saves")
-    logdir: str = flag("sandbox_cachedir", "folder for results")
     seed: int = flag(0, "seed of all random numbers", at_least=0)
-    device: str = flag("auto", "device to compute on; auto: a GPU if there is one, else the CPU", choices=DEVICES)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice(CheckpointChoice):
+    """Folders"""
+
+    modeldir: str = flag("cachedir", "folder of all experiments")
+    logdir: str = flag("sandbox_cachedir", "folder for results")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +126,7 @@ class CheckedNetwork:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSettings:
+class RunSettings(DeviceChoice):
     """Run"""
 
     preset: str | None = flag(
@@ -131,7 +143,6 @@ class RunSettings:
         10000, "without --max_iter: number of passes over the data (for mnist at most 60,000 iterations)", at_least=1
     )
     seed: int = flag(0, "seed of all random numbers; each worker derives its own seed from it", at_least=0)
-    device: str = flag("auto", "device to compute on; auto: a GPU if there is one, else the CPU", choices=DEVICES)
     deterministic: bool = flag(
         False,
         "on a GPU: use only kernels that give the same bits in every run; slower, and turns off --compile unless "
@@ -470,7 +481,7 @@ class SandboxSettings(
 
 
 @dataclasses.dataclass(frozen=True)
-class CombineRun:
+class CombineRun(DeviceChoice):
     """Run"""
 
     logdir: str = flag("cachedir", "folder of all experiments, among them those of the models")
@@ -483,7 +494,6 @@ class CombineRun:
         at_least=1,
     )
     seed: int = flag(0, "seed of all random numbers", at_least=0)
-    device: str = flag("auto", "device to compute on; auto: a GPU if there is one, else the CPU", choices=DEVICES)
     dsprites_path: str | None = flag(
         None, "the published dSprites file, an .npz; default: the program draws the sprites itself"
     )
@@ -645,16 +655,11 @@ class SampleSettings(ModelChoice, SampleChoice, SampleChains, CheckedNetwork):
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoRun:
-    """Model"""
+class DemoRun(CheckpointChoice):
+    """Folders"""
 
-    exp: str = flag("default", "name of the experiment; its model is in <logdir>/<exp>/")
-    resume_iter: str = flag("latest", "iteration of the checkpoint to load, 'best' or 'latest'")
     logdir: str = flag("cachedir", "folder of all experiments")
-    ema: bool = flag(False, "load the averaged weights, which a training run with --ema_decay saves")
     savedir: str = flag("sandbox_cachedir", "folder for the pictures, which go to <savedir>/<exp>/")
-    seed: int = flag(0, "seed of classes, noise and chains", at_least=0)
-    device: str = flag("auto", "device to compute on; auto: a GPU if there is one, else the CPU", choices=DEVICES)
 
 
 @dataclasses.dataclass(frozen=True)

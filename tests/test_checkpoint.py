@@ -46,7 +46,7 @@ def test_find(tmp_path):
         write_checkpoint(tmp_path / f"model_{iteration}.pt")
     (tmp_path / ".model_2000.pt.tmp").write_bytes(b"half")
     (tmp_path / "model_best.pt").write_bytes(b"")
-    assert checkpoint.find(tmp_path, "latest").name == "model_1000.pt"
+    assert checkpoint.find(tmp_path, "latest").name == checkpoint.find(tmp_path, "-1").name == "model_1000.pt"
     assert checkpoint.find(tmp_path, "90").name == "model_90.pt"
     with pytest.raises(UsageError, match=r"no checkpoint model_5 .*it has 90, 1000"):
         checkpoint.find(tmp_path, "5")

@@ -133,7 +133,6 @@ def find_models(settings: CombineSettings, names: Sequence[str]) -> dict[str, pa
     for name in names:
         exp, iteration, command = find_source(settings, name)
         folder = pathlib.Path(settings.logdir) / exp
-        iteration = "latest" if iteration == "-1" else iteration
         try:
             paths[name] = checkpoint.find(folder, iteration)
         except UsageError:

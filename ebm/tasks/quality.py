@@ -160,7 +160,7 @@ def choose_iterations(settings: InceptionSettings, folder: pathlib.Path) -> list
     for word in settings.iterations:
         if not word.isdecimal():
             raise UsageError(f"`iterations`={word} is no iteration; give numbers separated by commas, or all")
-    return list(settings.iterations) or ["latest" if settings.resume_iter == "-1" else settings.resume_iter]
+    return list(settings.iterations) or [settings.resume_iter]
 
 
 def find_ensemble(folder: pathlib.Path, resume_iter: str, number: int) -> list[pathlib.Path]:

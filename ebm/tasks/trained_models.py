@@ -45,7 +45,7 @@ def find_checkpoint(settings: ModelChoice) -> pathlib.Path:
     folder = pathlib.Path(settings.modeldir) / settings.exp
     if not folder.is_dir():
         raise UsageError(f"no experiment folder {folder}; give `modeldir` and `exp` of a trained model")
-    return checkpoint.find(folder, "latest" if settings.resume_iter == "-1" else settings.resume_iter)
+    return checkpoint.find(folder, settings.resume_iter)
 
 
 def open_model(path: pathlib.Path, device: torch.device, *, swish_act: bool | None, ema: bool) -> TrainedModel:
