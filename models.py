@@ -44,6 +44,11 @@ class ModelConfig:
     swish_act: bool = False
     downsample: bool = False
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether labels are classes, one-hot; sprites have labels of width 1 and 2 that are quantities."""
+        return self.label_size > (2 if self.network == "DspritesNet" else 0)
+
 
 def leaky_relu(x: Tensor) -> Tensor:
     """Return the leaky ReLU of x with slope 0.2, the default of TensorFlow."""
@@ -511,8 +516,12 @@ def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
 
 
 def detach(weights: Weights, dtype: torch.dtype | None = None) -> Weights:
-    """Return prepared weights without their autograd graph, for chains, which need gradients for images only."""
-    return cast({name: tensor.detach() for name, tensor in weights.items()}, dtype)
+    """Return prepared weights without their autograd graph, for chains, which need gradients for images only.
+
+    Those that are parameters themselves, such as biases, are copied, so that an update of the network leaves them.
+    """
+    frozen = {name: tensor.detach().clone() if tensor.is_leaf else tensor.detach() for name, tensor in weights.items()}
+    return cast(frozen, dtype)
 
 
 def spectral_norm_once(model: EnergyNetwork, dtype: torch.dtype | None = None) -> Weights:

@@ -55,7 +55,8 @@ def train_step(
     """
     # The weights are normalised once, so that the chain, the loss and the update all see the same ones.
     energy, frozen = prepare_energies(state, settings)
-    chain_images, chain_labels = images[: len(start)], None if labels is None else labels[: len(start)]
+    data, data_labels = images[: len(start)], None if labels is None else labels[: len(start)]
+    chain_labels = infer_labels(state, frozen, data) if settings.model_cclass else data_labels
 
     # Negatives: Langevin chains down the energy. With the KL term the gradient flows back through them.
     ends, acceptance = run_chains(state, settings, frozen if settings.zero_kl else energy, start, chain_labels)
@@ -63,11 +64,10 @@ def train_step(
     keep_samples(state, settings, samples)
 
     # Loss: energy down on data, up on samples.
-    data_labels, label_entropy = infer_labels(state, settings, frozen, images, labels)
-    e_data, e_neg = energy(images, data_labels), energy(samples, chain_labels)
+    e_data, e_neg = compute_data_energies(energy, images, labels, settings), energy(samples, chain_labels)
     e_pos = e_data[: len(start)]
     loss_ml, regulariser = contrastive_loss(e_pos, e_neg, settings)
-    loss_kl = kl_loss(energy, ends, chain_labels, settings)
+    loss_kl = kl_loss(energy, ends, data_labels, settings)
     loss_wrong, e_wrong = mismatch_loss(energy, e_data, images, labels, settings)
     loss = loss_ml + regulariser + loss_kl + loss_wrong
 
@@ -79,9 +79,7 @@ def train_step(
     state.iteration += 1
     state.update_ema(settings.ema_decay)
     energies, losses = (e_pos, e_neg, e_wrong), (loss_ml, loss_kl, loss)
-    return Step(
-        chain_images, start, samples, chain_labels, frozen, *energies, *losses, label_entropy, acceptance
-    ).detach()
+    return Step(data, start, samples, data_labels, chain_labels, frozen, *energies, *losses, acceptance).detach()
 
 
 def prepare_energies(state: State, settings: TrainSettings) -> tuple[PreparedEnergy, PreparedEnergy]:
@@ -89,8 +87,8 @@ def prepare_energies(state: State, settings: TrainSettings) -> tuple[PreparedEne
     weights = state.model.prepare(update_u=not settings.spec_eval)
     learned = models.cast(weights, LOSS_PRECISIONS[state.acceleration.precision])
     return (
-        PreparedEnergy(state.model, learned, temperature=settings.temperature),
-        PreparedEnergy(state.model, models.detach(weights), temperature=settings.temperature),
+        PreparedEnergy(state.model, learned),
+        PreparedEnergy(state.model, models.detach(weights)),
     )
 
 
@@ -127,22 +125,36 @@ def keep_samples(state: State, settings: TrainSettings, samples: Tensor) -> None
         state.previous = samples
 
 
+def compute_data_energies(
+    energy: PreparedEnergy, images: Tensor, labels: Tensor | None, settings: TrainSettings
+) -> Tensor:
+    """Return the energies E⁺ of images (N, C, H, W) under their labels, (N,), or under every class, (N, classes).
+
+    They are taken under every class with `model_cclass`, so that the loss averages over the classes.
+    """
+    if settings.model_cclass:
+        return -models.compute_class_logits(energy, images, energy.model.config.label_size)
+    return energy(images, labels)
+
+
 def contrastive_loss(e_pos: Tensor, e_neg: Tensor, settings: TrainSettings) -> tuple[Tensor, Tensor]:
     """Return the likelihood term and the regulariser of the loss, both scalars.
 
-    e_pos, e_neg: energies E⁺ of data and E⁻ of negatives, (N,). The setting `objective` chooses the likelihood term:
-    cd: ml_coeff · (mean E⁺ − mean E⁻), contrastive divergence (paper, equation 2).
-    logsumexp: the same with negatives weighted by softmax(−E⁻); no gradient flows through these weights.
-    softplus: ml_coeff · softplus(E⁺ − E⁻).
-    The regulariser is l2_coeff · (mean E⁺² + mean E⁻²).
+    e_pos: energies E⁺ of data, (N,) or, of each image under every class, (N, classes). e_neg: energies E⁻ of negatives,
+    (N,). The setting `objective` chooses the likelihood term, in which T is `temperature`:
+    cd: ml_coeff · T · (mean E⁺ − mean E⁻), contrastive divergence (paper, equation 2).
+    logsumexp: the same with negatives weighted by softmax(−T·E⁻); no gradient flows through these weights.
+    softplus: ml_coeff · mean softplus(T · (E⁺ − E⁻)).
+    The regulariser is l2_coeff · (mean E⁺² + mean E⁻²), without T.
     """
+    pos, neg = settings.temperature * e_pos, settings.temperature * e_neg
     if settings.objective == "cd":
-        likelihood = e_pos.mean() - e_neg.mean()
+        likelihood = pos.mean() - neg.mean()
     elif settings.objective == "logsumexp":
-        weights = (-(e_neg - e_neg.min())).exp().detach()
-        likelihood = e_pos.mean() - (weights / (weights.sum() + 1e-4) * e_neg).sum()
+        weights = (-(neg - neg.min())).exp().detach()
+        likelihood = pos.mean() - (weights / (weights.sum() + 1e-4) * neg).sum()
     elif settings.objective == "softplus":
-        likelihood = F.softplus(e_pos - e_neg).mean()
+        likelihood = F.softplus(pos.view(len(neg), -1) - neg[:, None]).mean()
     else:
         raise ValueError(f"unknown objective {settings.objective!r}")
     regulariser = e_pos.square().mean() + e_neg.square().mean()
@@ -153,7 +165,8 @@ def kl_loss(energy: PreparedEnergy, ends: Tensor, labels: Tensor | None, setting
     """Return the KL term, a scalar: the mean energy of the chains' end points, 0 with `zero_kl`.
 
     Its gradient reaches the weights only through the chains, which learn to end at lower energies of the frozen
-    network. ends: the end points (N, C, H, W) with the autograd graph of the chains.
+    network. ends: the end points (N, C, H, W) with the autograd graph of the chains. labels: those of the batch, as in
+    the reference also where the chains had inferred ones.
     """
     if settings.zero_kl:
         return ends.new_zeros(())

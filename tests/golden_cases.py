@@ -69,7 +69,10 @@ def assert_close(actual, expected, tolerance=2e-4):
     """Compare relative to the size of the whole array: single gradients jump where a leaky ReLU changes sign."""
     actual, expected = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+    error = np.abs(actual - expected).max()
+    assert error <= tolerance * np.abs(expected).max(), (
+        f"{error} off, {actual.ravel()[:4]} instead of {expected.ravel()[:4]}"
+    )
 
 
 def compute_share_of_rows(images: Tensor, expected: np.ndarray, tolerance=1e-3) -> float:

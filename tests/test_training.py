@@ -12,7 +12,7 @@ from conftest import SHAPE, make_state, train_once
 from ebm.settings import TrainSettings
 from ebm.support import hardware
 from ebm.training.chains import infer_labels, run_chains, run_hmc_chain
-from ebm.training.records import compute_statistics
+from ebm.training.records import compute_label_entropy, compute_statistics
 from ebm.training.run import read_batch
 from train import contrastive_loss, start_chains
 from utils import ReplayBuffer
@@ -121,9 +121,9 @@ def test_step(changes):
     assert step.samples.min() >= 0 and step.samples.max() <= settings.rescale
     assert all(parameter.grad is not None for parameter in state.model.parameters())
     assert any(not torch.equal(old, new) for old, new in zip(before, state.model.parameters(), strict=True))
-    figures = compute_statistics(state, step, settings.temperature)
+    figures = compute_statistics(state, settings, step)
     assert figures["e_diff"] == pytest.approx(figures["e_pos"] - figures["e_neg"], abs=1e-5)
-    assert ("label_ent" in figures) == settings.model_cclass
+    assert figures["label_ent"] <= math.log(3) + 1e-5
 
 
 def test_mismatched_labels():
@@ -145,7 +145,7 @@ def test_mismatched_labels():
     assert step.loss_ml.item() == pytest.approx(first.loss_ml.item(), rel=1e-5)  # the figure stays the reference's
     assert torch.allclose(step.e_wrong, e_wrong, atol=1e-6) and torch.allclose(step.e_pos, e_data[:4], atol=1e-6)
     assert len(step.samples) == len(step.images) == len(step.labels) == len(state.buffer) == 4
-    figures = compute_statistics(state, step, settings.temperature)
+    figures = compute_statistics(state, settings, step)
     assert figures["e_wrong"] == pytest.approx(e_wrong.mean().item(), rel=1e-4)
     gradients = [model.stages["fc5"].weight.grad for model in (chains_only.model, state.model)]
     assert not torch.allclose(*gradients)
@@ -194,7 +194,7 @@ def test_kl_term_in_16_bits():
 
 
 def test_inferred_labels_follow_the_energies():
-    """Breaks when model_cclass samples from softmax(+E), or its entropy is not that of the distribution."""
+    """Breaks when model_cclass samples from softmax(+E), or the entropy is not that of the mean label."""
 
     class Known(torch.nn.Module):
         config = models.ModelConfig("MnistNet", SHAPE, num_filters=4, label_size=2)
@@ -202,10 +202,11 @@ def test_inferred_labels_follow_the_energies():
         def energy(self, weights, images, labels):
             return labels @ torch.tensor([0.0, math.log(3)])
 
-    energy, settings = models.PreparedEnergy(Known(), {}), TrainSettings(model_cclass=True)
-    labels, entropy = infer_labels(make_state(), settings, energy, torch.zeros(4000, *SHAPE), None)
+    labels = infer_labels(make_state(), models.PreparedEnergy(Known(), {}), torch.zeros(4000, *SHAPE))
     assert labels[:, 0].mean().item() == pytest.approx(0.75, abs=0.03)
-    assert entropy.item() == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), rel=1e-4)
+    labels = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]])
+    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert compute_label_entropy(labels).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_batches_are_reproduced_and_single_overfits():
@@ -230,7 +231,7 @@ def test_hmc_tells_its_acceptance_and_chains_how_far_they_moved():
     state, images = make_state(label_size=0), torch.rand(8, *SHAPE)
     settings = TrainSettings(zero_kl=True, hmc=True, num_steps=3, batch_size=8)
     step = train_once(state, settings, images, None)
-    figures = compute_statistics(state, step, settings.temperature)
+    figures = compute_statistics(state, settings, step)
     assert figures["hmc_acceptance"] * 24 == pytest.approx(round(figures["hmc_acceptance"] * 24), abs=1e-4)
     assert figures["x_moved"] == pytest.approx((step.samples - step.start).abs().mean().item())
     flat = lambda x: 0 * x.flatten(1).sum(1)  # noqa: E731

@@ -125,7 +125,7 @@ def find_class(setting: str, word: str, names: Sequence[str], classes: int) -> i
 def refuse_concept_model(trained: TrainedModel) -> None:
     """Raise UsageError if a dSprites model is conditioned on a size, position or rotation instead of classes."""
     config = trained.model.config
-    if config.network == "DspritesNet" and 0 < config.label_size < 3:
+    if config.label_size and not config.has_classes:
         raise UsageError(
             f"{trained.path} is conditioned on a size, position or rotation; use ebm_combine.py for such models"
         )

@@ -22,14 +22,16 @@ def run_chains(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the end points (N, C, H, W) of this iteration's chains, and the share of HMC moves that were accepted.
 
-    energy: with frozen weights if `zero_kl` is set, else with weights that receive the gradient through the chain.
+    energy: with frozen weights if `zero_kl` is set, else with weights that receive the gradient through the chain. The
+    chains descend `temperature` times this energy.
     """
     if settings.hmc:
         weights = cast(energy.weights, PRECISIONS[state.acceleration.precision])
-        frozen = PreparedEnergy(energy.model, weights, temperature=energy.temperature)
-        return run_hmc_chain(frozen.under(labels), start, settings, state.generator)
+        tempered = PreparedEnergy(energy.model, weights, temperature=settings.temperature)
+        return run_hmc_chain(tempered.under(labels), start, settings, state.generator)
     if not settings.zero_kl:
-        return run_langevin_chain(energy.under(labels), start, settings, state.generator), None
+        tempered = PreparedEnergy(energy.model, energy.weights, temperature=settings.temperature)
+        return run_langevin_chain(tempered.under(labels), start, settings, state.generator), None
     chain = bind_chain(energy.model, settings, state.generator)
     return state.acceleration.run(chain, energy.weights, start, labels, state.generator, repeated=True), None
 
@@ -82,19 +84,17 @@ def run_hmc_chain(
 
 
 @torch.no_grad()
-def infer_labels(
-    state: State, settings: TrainSettings, energy: PreparedEnergy, images: Tensor, labels: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the labels of the data, or with `model_cclass` classes that the model infers, and the classes' entropy.
+def infer_labels(state: State, energy: PreparedEnergy, images: Tensor) -> Tensor:
+    """Return a class for each image (N, C, H, W), drawn from softmax(−E) over the classes, one-hot (N, classes)."""
+    logits = compute_class_logits(energy, images, energy.model.config.label_size)
+    uniform = torch.rand(logits.shape, generator=state.generator, device=logits.device)
+    return draw_classes(logits, uniform)
 
-    Inferred classes are drawn from softmax(−E), one-hot (N, classes). The entropy is the mean of this distribution's
-    over the images, in nats, or None without `model_cclass`.
+
+def draw_classes(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Return one-hot classes (N, classes) drawn from softmax(logits) by the Gumbel-max trick.
+
+    uniform: draws from U(0, 1), shaped like the logits (N, classes).
     """
-    if not settings.model_cclass:
-        return labels, None
-    untempered = PreparedEnergy(energy.model, energy.weights)
-    log_p = compute_class_logits(untempered, images, energy.model.config.label_size).log_softmax(1)
-    uniform = torch.rand(log_p.shape, generator=state.generator, device=log_p.device)
     gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-    inferred = F.one_hot((log_p + gumbel).argmax(1), log_p.shape[1]).to(images.dtype)
-    return inferred, -(log_p.exp() * log_p).sum(1).mean()
+    return F.one_hot((logits + gumbel).argmax(1), logits.shape[1]).to(logits.dtype)

@@ -47,7 +47,7 @@ class DivergenceGuard:
             "e_pos": step.e_pos.mean(),
             "e_neg": step.e_neg.mean(),
             "loss": step.loss,
-            "spread": (step.e_pos - step.e_neg).abs().mean(),
+            "spread": (step.e_pos.view(len(step.e_neg), -1) - step.e_neg[:, None]).abs().mean(),
             "weights": torch.stack(torch._foreach_norm(list(state.model.parameters()))).norm(),
             "saturated": ((sample <= bounds[0]) | (sample >= bounds[1])).float().mean(),
             "saturated_data": ((image <= bounds[0] + margin) | (image >= bounds[1] - margin)).float().mean(),

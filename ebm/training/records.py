@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from checkpoint import to_tf_name
 from ebm.measures.features import DISTANCE, SampleDistance
@@ -22,16 +24,27 @@ BINS = 40  # of the histograms of energies in the log
 MAX_HISTOGRAM_ENERGY = 1e9  # the size of energies from which on no histogram is made
 
 
-def compute_statistics(state: State, step: Step, temperature: float) -> dict[str, float]:
-    """Return the figures of an iteration, under the reference's names. It copies them from the device."""
-    energy = step.energy.under(step.labels)
+def compute_label_entropy(labels: Tensor) -> Tensor:
+    """Return the entropy, in nats, of the mean of one-hot labels (N, classes): at most the logarithm of the classes."""
+    share = labels.mean(0)
+    return -(share * (share + 1e-7).log()).sum()
+
+
+def compute_statistics(state: State, settings: TrainSettings, step: Step) -> dict[str, float]:
+    """Return the figures of an iteration, under the reference's names. It copies them from the device.
+
+    Energies are those of the network; gradients are those that chains descend, `temperature` times larger.
+    """
+    energy = dataclasses.replace(step.energy, temperature=settings.temperature).under(step.chain_labels)
+    with torch.no_grad():
+        loss_e = step.energy(step.samples, step.labels).mean() if settings.zero_kl else step.loss_kl
     figures = {
         "e_pos": step.e_pos.mean(),
         "e_pos_std": step.e_pos.std(correction=0),
         "e_neg": step.e_neg.mean(),
         "e_neg_std": step.e_neg.std(correction=0),
         "e_diff": step.e_pos.mean() - step.e_neg.mean(),
-        "loss_e": step.loss_kl,
+        "loss_e": loss_e,
         "loss_ml": step.loss_ml,
         "loss_total": step.loss,
         "x_grad": compute_input_gradient(energy, step.samples).abs().mean(),
@@ -41,8 +54,8 @@ def compute_statistics(state: State, step: Step, temperature: float) -> dict[str
     }
     if step.e_wrong is not None:
         figures["e_wrong"] = step.e_wrong.mean()
-    if step.label_entropy is not None:
-        figures["label_ent"] = step.label_entropy
+    if step.chain_labels is not None and state.model.config.has_classes:
+        figures["label_ent"] = compute_label_entropy(step.chain_labels)
     if step.acceptance is not None:
         figures["hmc_acceptance"] = step.acceptance
     if "atten.gamma" in step.energy.weights:
@@ -51,7 +64,7 @@ def compute_statistics(state: State, step: Step, temperature: float) -> dict[str
         if parameter.grad is not None:
             figures[f"max_grad/{to_tf_name(name).removeprefix('context_0/')}"] = parameter.grad.abs().max()
     values = torch.stack(list(figures.values())).tolist()  # one transfer
-    return dict(zip(figures, values, strict=True)) | {"temp": float(temperature)}
+    return dict(zip(figures, values, strict=True)) | {"temp": float(settings.temperature)}
 
 
 def choose_zoom(state: State) -> int:
@@ -75,7 +88,7 @@ class Recorder:
 
     def record_step(self, step: Step) -> None:
         """Write the figures of an iteration to the log and the console."""
-        figures = compute_statistics(self.state, step, self.settings.temperature)
+        figures = compute_statistics(self.state, self.settings, step)
         self.log.write_scalars(self.state.iteration, figures)
         self.progress.text = f"e_pos {figures['e_pos']:+.4f} e_neg {figures['e_neg']:+.4f}"
 
@@ -112,7 +125,7 @@ class Recorder:
         iteration = self.state.iteration
         chains = self.sampler.draw_chains(PANELS if self.distance is None else self.settings.num_samples)
         with self.sampler.freeze_model() as energy, torch.no_grad():
-            tensors = {"data": energy(step.images, step.labels), "negatives": energy(step.samples, step.labels)}
+            tensors = {"data": energy(step.images, step.labels), "negatives": energy(step.samples, step.chain_labels)}
         tensors["long_chains"] = chains.energies
         energies = {name: values.double().cpu().numpy() for name, values in tensors.items()}
         if not all((abs(values) < MAX_HISTOGRAM_ENERGY).all() for values in energies.values()):

@@ -95,6 +95,6 @@ class Sampler:
         model = self.state.sampled_model
         was_training = model.training
         try:
-            yield freeze_energy(model.eval(), temperature=self.settings.temperature)
+            yield freeze_energy(model.eval())
         finally:
             model.train(was_training)

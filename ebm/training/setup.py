@@ -46,6 +46,8 @@ def check_settings(settings: TrainSettings) -> None:
         )
     if settings.mismatch and not settings.cclass:
         raise UsageError("`mismatch` contrasts labels, and without `cclass` there are none; add it")
+    if settings.mismatch and settings.model_cclass:
+        raise UsageError("`mismatch` contrasts the labels of the data, which `model_cclass` replaces; leave one out")
     if settings.hmc and not settings.zero_kl:
         raise UsageError("`hmc` needs `zero_kl`: no gradient flows through accepting or rejecting a move")
     if settings.cuda_graph and not settings.has_plain_chains:

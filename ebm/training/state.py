@@ -106,15 +106,15 @@ class Step(NamedTuple):
     images: Tensor  # the data x⁺ (N, C, H, W)
     start: Tensor  # the chains' starts x⁰ (N, C, H, W)
     samples: Tensor  # the chains' end points xᴷ (N, C, H, W)
-    labels: Tensor | None  # (N, label_size)
+    labels: Tensor | None  # the labels of the images (N, label_size)
+    chain_labels: Tensor | None  # the labels of the chains (N, label_size), with `model_cclass` inferred ones
     energy: PreparedEnergy  # the energy before the update, with frozen weights
-    e_pos: Tensor  # the energies of images, (N,)
+    e_pos: Tensor  # the energies of images, (N,), or under every class with `model_cclass`, (N, classes)
     e_neg: Tensor  # the energies of samples, (N,)
     e_wrong: Tensor | None  # the energies of images under the labels of others, (batch_size,)
     loss_ml: Tensor
     loss_kl: Tensor
     loss: Tensor
-    label_entropy: Tensor | None
     acceptance: Tensor | None  # the share of the HMC moves that were accepted
 
     def detach(self) -> Step:
