@@ -7,8 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
+import checkpoint
 import models
-from conftest import SHAPE, make_state, train_once
+from conftest import SHAPE, make_run, make_state, train_once
 from ebm.settings import TrainSettings
 from ebm.support import hardware
 from ebm.training.chains import infer_labels, run_chains, run_hmc_chain
@@ -67,6 +68,22 @@ def test_buffer_round_trip_and_rescale():
     assert smaller.images.flatten().tolist() == [int(2.5 / 4 * 255), 255]
     values = buffer.sample(100, torch.Generator().manual_seed(0), rescale=4.0)
     assert 3 < values.max() < 4
+
+
+def test_resuming_without_the_buffer(tmp_path):
+    """Breaks when a checkpoint with a replay buffer does not go on without --replay_batch, or does so without a word."""
+    saved, resumed, said = make_state(), make_state(), []
+    saved.buffer.push(torch.rand(60, *SHAPE))
+    saved.buffer.push(torch.rand(60, *SHAPE))  # a full ring that begins in the middle
+    resumed.buffer = ReplayBuffer(0, SHAPE)
+    contents = saved.get_shared_state() | {"workers": [saved.get_worker_state()]}
+    checkpoint.save(tmp_path / "model_0.pt", contents)
+    make_run(resumed, tmp_path, said, zero_kl=True).resume(tmp_path / "model_0.pt")
+    assert len(resumed.buffer) == 0 and "a replay buffer of 100 images, which this run drops" in said[0]
+    assert torch.equal(resumed.generator.get_state(), saved.generator.get_state())
+    train_once(
+        resumed, TrainSettings(zero_kl=True, num_steps=1), torch.rand(8, *SHAPE), torch.eye(3)[torch.arange(8) % 3]
+    )
 
 
 def test_chain_starts():

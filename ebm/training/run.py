@@ -270,6 +270,11 @@ class Run:
             state.acceleration.give_up("precision", f"{path} was computed in TF32")
         self.lower_learning_rate()
         worker_states = contents.get("workers", [])
+        kept = sum(len(worker_state["buffer"]["images"]) for worker_state in worker_states)
+        if kept and not self.settings.replay_batch:
+            workers.print(
+                f"note: {path} has a replay buffer of {kept:,} images, which this run drops for want of replay_batch"
+            )
         if len(worker_states) == workers.size:
             worker_state = worker_states[workers.rank]
             if not state.load_worker_state(worker_state):
