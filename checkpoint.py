@@ -149,20 +149,20 @@ def check_config(stored: models.ModelConfig, wanted: models.ModelConfig, path: p
 
 
 def load_energy(
-    prefix: str | pathlib.Path, *, swish_act: bool = False, ema: bool = False, device: torch.device | str = "cpu"
+    prefix: str | pathlib.Path, *, ema: bool = False, device: torch.device | str = "cpu", **unrecorded: Any
 ) -> models.EnergyNetwork:
     """Return the network of a checkpoint `cachedir/<exp>/model_<iter>` in eval mode, from our format or TensorFlow's.
 
-    swish_act: whether the network of a TF1 checkpoint uses swish, which its variables do not show. ema: take the
-    averaged weights of a run with `ema_decay`. Raises UsageError for a missing, damaged or foreign file, and for `ema`
-    if the checkpoint has no averaged weights.
+    ema: take the averaged weights of a run with `ema_decay`. unrecorded: fields of the network's config that a TF1
+    checkpoint does not show, such as swish_act=True, see UNRECORDED; ours holds them. Raises UsageError for a missing,
+    damaged or foreign file, and for `ema` if the checkpoint has no averaged weights.
     """
     prefix = pathlib.Path(prefix)
     path = prefix if prefix.suffix == ".pt" else prefix.with_name(f"{prefix.name}.pt")
     if not path.exists() and prefix.with_name(f"{prefix.name}.index").exists():
         if ema:
             raise UsageError(f"{prefix} has no averaged weights, being a TensorFlow checkpoint; leave out `ema`")
-        return load_tf_energy(prefix, swish_act=swish_act).to(device)
+        return load_tf_energy(prefix, **unrecorded).to(device)
     state = load(path)
     model = models.EnergyNetwork(read_config(state, path))
     if ema and not state.get("ema"):
@@ -184,6 +184,8 @@ def load_state(model: models.EnergyNetwork, state: dict[str, Any], path: pathlib
 # TensorFlow's checkpoints: the names and layouts of their variables
 
 Variables = Mapping[str, np.ndarray]  # TF1 name -> array, as `read_tf_checkpoint` returns them
+# The fields of a network's config that its variables do not show.
+UNRECORDED = ("swish_act", "spec_iter", "spec_norm_val", "downsample")
 # The other networks take (3, 32, 32).
 IMAGE_SHAPES = {"MnistNet": (1, 28, 28), "DspritesNet": (1, 64, 64), "ResNet128": (3, 128, 128)}
 
@@ -286,12 +288,12 @@ def list_mismatches(needed: dict[str, tuple[int, ...]], variables: Variables) ->
     return missing + [f"a trained {name} besides" for name in trained if name not in needed]
 
 
-def infer_config(variables: Variables, *, swish_act: bool = False, label_size: int | None = None) -> models.ModelConfig:
+def infer_config(variables: Variables, *, label_size: int | None = None, **unrecorded: Any) -> models.ModelConfig:
     """Return the config of the network that TF1 variables belong to; if several networks match, the largest.
 
-    swish_act: whether the network uses swish, which variables do not show. Nor do they show spec_iter, spec_norm_val
-    and downsample, which keep their defaults. label_size: replaces the inferred width of labels. Raises UsageError,
-    naming how the closest network differs, if none matches.
+    label_size: replaces the inferred width of labels. unrecorded: the fields that variables do not show, see
+    UNRECORDED; those that are left out keep their defaults. Raises UsageError, naming how the closest network differs,
+    if none matches.
     """
     if label_size is not None and label_size < 0:
         raise UsageError(f"label_size is {label_size}, must be 0 (unconditional) or more")
@@ -307,7 +309,7 @@ def infer_config(variables: Variables, *, swish_act: bool = False, label_size: i
             label_size=infer_label_size(variables, network) if label_size is None else label_size,
             spec_norm="context_0/c1_pre/c_u" in variables,
             use_attention=is_trained(variables, "context_0/atten/gamma"),
-            swish_act=swish_act,
+            **unrecorded,
         )
         for network in models.NETWORKS
     ]
@@ -323,15 +325,15 @@ def infer_config(variables: Variables, *, swish_act: bool = False, label_size: i
 
 
 def load_tf_energy(
-    prefix: str | pathlib.Path, *, swish_act: bool = False, label_size: int | None = None
+    prefix: str | pathlib.Path, *, label_size: int | None = None, **unrecorded: Any
 ) -> models.EnergyNetwork:
     """Return the network of a TF1 checkpoint in eval mode.
 
-    prefix: the path without `.index`. For the other arguments, and for what variables do not show, see `infer_config`.
+    prefix: the path without `.index`. For the other arguments see `infer_config`.
     """
     variables = read_tf_checkpoint(prefix)
     try:
-        model = models.EnergyNetwork(infer_config(variables, swish_act=swish_act, label_size=label_size))
+        model = models.EnergyNetwork(infer_config(variables, label_size=label_size, **unrecorded))
     except UsageError as error:
         raise UsageError(f"{prefix}: {error}") from None
     load_tf_variables(model, variables)
@@ -379,8 +381,7 @@ def resume_tf(prefix: pathlib.Path, model: models.EnergyNetwork, optimizer: Clip
     Raises UsageError, naming the differences, if the checkpoint is of another network than `model`.
     """
     variables, config = read_tf_checkpoint(prefix), model.config
-    stored = infer_config(variables, swish_act=config.swish_act)
-    unrecorded = {name: getattr(config, name) for name in ("spec_iter", "spec_norm_val", "downsample")}
-    check_config(dataclasses.replace(stored, **unrecorded), config, prefix)
+    stored = infer_config(variables, **{name: getattr(config, name) for name in UNRECORDED})
+    check_config(stored, config, prefix)
     load_tf_variables(model, variables)
     restore_tf_optimizer(optimizer, model, variables)

@@ -38,7 +38,7 @@ class Settings(SandboxSettings):
 def main(settings: Settings) -> None:
     set_up_process()
     device = choose_device(settings.device)
-    trained = open_model(find_checkpoint(settings), device, swish_act=settings.swish_act, ema=settings.ema)
+    trained = open_model(find_checkpoint(settings), device, settings, ema=settings.ema)
     check_network(settings, trained)
     config = trained.model.config
     model = ExaminedModel(

@@ -81,7 +81,7 @@ def main(settings: InceptionSettings) -> None:
         find_ensemble(experiment, iteration, settings.ensemble) for iteration in choose_iterations(settings, experiment)
     ]
     newest = ensembles[-1][0]
-    trained = open_model(newest, device, swish_act=settings.swish_act, ema=settings.ema)
+    trained = open_model(newest, device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     config = trained.model.config
     refuse_concept_model(trained)

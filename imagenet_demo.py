@@ -70,7 +70,7 @@ def main(settings: DemoSettings) -> None:
     set_up_process()
     device = choose_device(settings.device)
     path = checkpoint.find(pathlib.Path(settings.logdir) / settings.exp, settings.resume_iter)
-    trained = open_model(path, device, swish_act=settings.swish_act, ema=settings.ema)
+    trained = open_model(path, device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     config = trained.model.config
     refuse_concept_model(trained)

@@ -527,8 +527,8 @@ def detach(weights: Weights, dtype: torch.dtype | None = None) -> Weights:
 def spectral_norm_once(model: EnergyNetwork, dtype: torch.dtype | None = None) -> Weights:
     """Return the frozen prepared weights of a model for a whole chain, for `model.energy(weights, images, labels)`.
 
-    As in the reference's evaluation scripts, one power iteration (`spec_iter` rounds) starts from the stored `u`,
-    which stays as it is.
+    One power iteration (`spec_iter` rounds) starts from the stored `u`, which stays as it is. The reference's
+    evaluation scripts do so with --spec_eval; without it each graph run moves `u` on.
     """
     with torch.no_grad():
         return detach(model.prepare(), dtype)

@@ -39,7 +39,7 @@ GRID = 400  # largest number of images in the grid
 def main(settings: SampleSettings) -> None:
     set_up_process()
     device = choose_device(settings.device)
-    trained = open_model(find_checkpoint(settings), device, swish_act=settings.swish_act, ema=settings.ema)
+    trained = open_model(find_checkpoint(settings), device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     model, path, config = trained.model, trained.path, trained.model.config
     refuse_concept_model(trained)

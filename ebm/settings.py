@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
+from checkpoint import UNRECORDED
 from data import DATASETS
 from ebm.presets import PRESETS
 from ebm.readers import dsprites
 from ebm.support.cli import flag
+from ebm.support.errors import UsageError
 from ebm.support.hardware import PRECISIONS
 from ebm.training.distributed import BACKENDS
 from sampling import PROJ_NORM_TYPES
 
 DEVICES = ("auto", "cpu", "cuda")
+UNCHANGED = "images are examined as they are, without augmentation"
 NOISE_UNIT = 0.005  # standard deviation of a Langevin step's noise at noise_scale 1, for images in [0, 1]
 
 # A setting that chooses a larger network for colour images -> the name of this network.
@@ -93,7 +97,29 @@ class ModelChoice(CheckpointChoice):
 
 
 @dataclasses.dataclass(frozen=True)
-class TestData(DataFiles):
+class SpriteSubsets:
+    """dSprites"""
+
+    dshape_only: bool = flag(False, "use sprites that differ only in shape")
+    dpos_only: bool = flag(False, "use sprites that differ only in position")
+    dsize_only: bool = flag(False, "use sprites that differ only in scale")
+    drot_only: bool = flag(False, "use sprites that differ only in rotation")
+    dsprites_restrict: bool = flag(False, "use unrotated squares of any size and position")
+
+    @property
+    def subset(self) -> str | None:
+        """The chosen subset of sprites, one of dsprites.SUBSETS; None for all sprites.
+
+        Raises UsageError if several are chosen.
+        """
+        names = [name for name in SUBSETS if getattr(self, name)]
+        if len(names) > 1:
+            raise UsageError(f"`{names[0]}` and `{names[1]}` exclude each other; choose one")
+        return SUBSETS[names[0]] if names else None
+
+
+@dataclasses.dataclass(frozen=True)
+class TestData(DataFiles, SpriteSubsets):
     """Data"""
 
     dataset: str | None = flag(
@@ -102,15 +128,41 @@ class TestData(DataFiles):
         "else cifar10",
     )
     data_workers: int = flag(5, "number of parallel workers that decode image files; 0: no extra processes", at_least=0)
+    cutout: bool = flag(False, UNCHANGED, inert=True)
+    cutout_inside: bool = flag(False, UNCHANGED, inert=True)
+    cutout_prob: float = flag(1.0, UNCHANGED, inert=True)
+    cutout_mask_size: int = flag(16, UNCHANGED, inert=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckedNetwork:
+class UnrecordedNetwork:
+    """Network, as far as a TensorFlow checkpoint does not store it (other checkpoints do)"""
+
+    swish_act: bool | None = flag(None, "swish activations")
+    spec_iter: int | None = flag(
+        None, "power iterations that estimate the spectral norm; default for a TensorFlow checkpoint: 1", at_least=1
+    )
+    spec_norm_val: float | None = flag(
+        None, "spectral norm of the weights; default for a TensorFlow checkpoint: 1", at_least=0
+    )
+    downsample: bool | None = flag(None, "in networks for grey images: average pooling instead of stride 2")
+    spec_eval: bool = flag(
+        True,
+        "the vectors of the power iteration stay as they are in the checkpoint whenever it is evaluated",
+        inert=True,
+    )
+
+    @property
+    def unrecorded(self) -> dict[str, Any]:
+        """The settings that are given, by name, of those that a TensorFlow checkpoint does not store."""
+        values = {name: getattr(self, name) for name in UNRECORDED}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedNetwork(UnrecordedNetwork):
     """Network (the checkpoint defines it; these flags are only compared with it)"""
 
-    swish_act: bool | None = flag(
-        None, "swish activations; give it for a TensorFlow checkpoint, which does not store the activation function"
-    )
     cclass: bool | None = flag(None, "the network is conditioned on class labels")
     large_model: bool | None = flag(None, "the network is ResNet32Large")
     larger_model: bool | None = flag(None, "the network is ResNet32Larger")
@@ -190,7 +242,7 @@ class TrainingData(DataFiles):
 
 
 @dataclasses.dataclass(frozen=True)
-class SpriteSettings:
+class SpriteSettings(SpriteSubsets):
     """dSprites"""
 
     cond_shape: bool = flag(
@@ -203,11 +255,6 @@ class SpriteSettings:
     )
     cond_pos: bool = flag(False, "condition the model on the sprite's position, x and y from 0 to 1; needs --cclass")
     cond_rot: bool = flag(False, "condition the model on the cosine and sine of the sprite's rotation; needs --cclass")
-    dshape_only: bool = flag(False, "train on sprites that differ only in shape")
-    dpos_only: bool = flag(False, "train on sprites that differ only in position")
-    dsize_only: bool = flag(False, "train on sprites that differ only in scale")
-    drot_only: bool = flag(False, "train on sprites that differ only in rotation")
-    dsprites_restrict: bool = flag(False, "train on unrotated squares of any size and position")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -588,7 +635,7 @@ class CombineTraining:
 
 
 @dataclasses.dataclass(frozen=True)
-class CombineNetwork:
+class CombineNetwork(UnrecordedNetwork):
     """Network (checkpoints define it; these flags are compared with them, and used where gentest trains)"""
 
     num_filters: int | None = flag(
@@ -599,12 +646,8 @@ class CombineNetwork:
     cclass: bool | None = flag(None, "the networks are conditioned on a concept")
     spec_norm: bool | None = flag(None, "spectral normalisation of the weights; default for training in gentest: True")
     use_attention: bool | None = flag(None, "the network has self-attention; no network for sprites has it")
-    swish_act: bool | None = flag(
-        None,
-        "swish activations, as in the published commands; default for TensorFlow checkpoints and for training in "
-        "gentest: True",
-    )
     proj_cclass: bool = flag(False, "labels enter a network as they did in training", inert=True)
+    proposal_debug: bool = flag(False, "no task makes Hamiltonian Monte Carlo moves", inert=True)
     use_bias: bool = flag(True, "the checkpoint determines which layers have biases", inert=True)
 
 
@@ -758,6 +801,10 @@ class MeasureSettings:
 class InceptionSettings(ModelChoice, EnsembleChoice, PoolSettings, MeasureSettings, TestData, CheckedNetwork):
     """All settings of eval_inception.py."""
 
+    scaled: bool = flag(True, "the noise is that of --noise_scale in all steps", inert=True)
+    single: bool = flag(False, "--ensemble chooses how many checkpoints take turns", inert=True)
+    datasource: str = flag("random", "chains start from noise", inert=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class AnnealingSettings:
@@ -788,3 +835,9 @@ class AnnealingSettings:
 @dataclasses.dataclass(frozen=True)
 class AisSettings(ModelChoice, AnnealingSettings, TestData, CheckedNetwork):
     """All settings of ais.py."""
+
+    num_filters: int | None = flag(None, "number of filters, the width of the network", at_least=1)
+    max_pool: bool = flag(False, "no network of this project has max pooling", inert=True)
+    single: bool = flag(False, "--limit chooses how many test images are measured", inert=True)
+    datasource: str = flag("random", "chains start from noise in the box", inert=True)
+    proposal_debug: bool = flag(False, "the shares of accepted moves are always reported", inert=True)

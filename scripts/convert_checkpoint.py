@@ -14,6 +14,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import checkpoint
@@ -23,13 +24,14 @@ from utils import ClippedAdam
 
 
 def convert_checkpoint(
-    source: str | pathlib.Path, target: pathlib.Path, *, swish_act: bool = False, label_size: int | None = None
+    source: str | pathlib.Path, target: pathlib.Path, *, label_size: int | None = None, **unrecorded: Any
 ) -> None:
     """Write a TF1 checkpoint in our format, with its optimizer if it has one, and print its network and variables.
 
-    The iteration is the number at the end of the name of `source`, or 0 without a number.
+    The iteration is the number at the end of the name of `source`, or 0 without a number. For label_size and
+    unrecorded see `checkpoint.infer_config`.
     """
-    model = checkpoint.load_tf_energy(source, swish_act=swish_act, label_size=label_size)
+    model = checkpoint.load_tf_energy(source, label_size=label_size, **unrecorded)
     variables = read_tf_checkpoint(source)
     number = re.search(r"[0-9]+$", str(source))
     state = {
@@ -59,10 +61,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("source", help="TF1 checkpoint: the path without .index")
     parser.add_argument("target", type=pathlib.Path, help="file to write, such as model_74700.pt")
     parser.add_argument("--swish_act", action="store_true", help="the network was trained with --swish_act")
+    parser.add_argument("--spec_iter", type=int, default=1, help="the --spec_iter of its training")
+    parser.add_argument("--spec_norm_val", type=float, default=1.0, help="the --spec_norm_val of its training")
+    parser.add_argument("--downsample", action="store_true", help="the network was trained with --downsample")
     parser.add_argument("--label_size", type=int, help="width of its labels, 0: unconditional; default: inferred")
     options = parser.parse_args(arguments)
     try:
-        convert_checkpoint(options.source, options.target, swish_act=options.swish_act, label_size=options.label_size)
+        convert_checkpoint(**vars(options))
     except UsageError as error:
         print(f"error: {error}".replace("`", ""), file=sys.stderr)
         return 2

@@ -17,8 +17,19 @@ import models
 import sampling
 from conftest import GOLDEN, encode_field, encode_varint
 from ebm.readers import tensorflow
+from ebm.settings import (
+    AisSettings,
+    CombineSettings,
+    DemoSettings,
+    InceptionSettings,
+    SampleSettings,
+    SandboxSettings,
+)
+from ebm.support import cli
 from ebm.support.errors import UsageError
+from ebm.tasks.trained_models import open_model
 from golden import recipe
+from golden_cases import assert_close, build_network, to_ours
 from utils import ClippedAdam
 
 google_crc32c = pytest.importorskip("google_crc32c")
@@ -103,6 +114,25 @@ def test_infer_config(name):
         use_attention=flags.get("use_attention", False),
         swish_act=flags.get("swish_act", False),
     )
+
+
+@pytest.mark.parametrize(
+    "kind", [AisSettings, CombineSettings, DemoSettings, InceptionSettings, SampleSettings, SandboxSettings]
+)
+def test_flags_for_what_variables_do_not_show(kind):
+    """Breaks when a script drops a flag by which a TF1 checkpoint was trained, so that its energies are others."""
+    words = ["--spec_iter=3", "--spec_norm_val=2", "--downsample", "--swish_act"]
+    settings = cli.parse(["script.py", *words], kind)
+    config = open_model(REAL["dsprites_cond_pos"], torch.device("cpu"), settings, ema=False).model.config
+    assert (config.spec_iter, config.spec_norm_val, config.downsample, config.swish_act) == (3, 2.0, True, True)
+
+
+def test_energies_by_such_flags():
+    """Breaks when the number of power iterations or the spectral norm does not reach the weights of a TF1 network."""
+    case, variables, x, _, _ = recipe.load(GOLDEN / "resnet32_speciter3_val2.npz")
+    config = checkpoint.infer_config(variables, label_size=0, spec_iter=3, spec_norm_val=2.0)
+    model = build_network(variables=variables, **{"net" if k == "network" else k: v for k, v in vars(config).items()})
+    assert_close(model(to_ours(x)).detach(), case["energy"])
 
 
 def test_infer_conditional_mnist():

@@ -71,7 +71,7 @@ def test_buffer_round_trip_and_rescale():
 
 
 def test_resuming_without_the_buffer(tmp_path):
-    """Breaks when a checkpoint with a replay buffer does not go on without --replay_batch, or does so without a word."""
+    """Breaks when a checkpoint with a replay buffer does not go on without --replay_batch, or says nothing."""
     saved, resumed, said = make_state(), make_state(), []
     saved.buffer.push(torch.rand(60, *SHAPE))
     saved.buffer.push(torch.rand(60, *SHAPE))  # a full ring that begins in the middle

@@ -159,7 +159,7 @@ def load_models(
 
 def load_model(settings: CombineSettings, name: str, path: pathlib.Path, device: torch.device) -> ConceptModel:
     """Load the model of this name; raise UsageError if it is conditioned on another concept than the name says."""
-    trained = open_model(path, device, swish_act=settings.swish_act is not False, ema=settings.ema)
+    trained = open_model(path, device, settings, ema=settings.ema)
     check_network(settings, trained)
     trained_on = next((concept for concept in CONCEPTS if trained.flags.get(f"cond_{concept}")), None)
     concept, label_size = split_name(name)[0], trained.model.config.label_size

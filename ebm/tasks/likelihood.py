@@ -259,7 +259,7 @@ def load_target(settings: AisSettings, device: torch.device) -> Target:
 
     Raises UsageError if the model or the data are missing, do not fit each other, or have no density.
     """
-    trained = open_model(find_checkpoint(settings), device, swish_act=settings.swish_act, ema=settings.ema)
+    trained = open_model(find_checkpoint(settings), device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     model, path = trained.model, trained.path
     temperature = trained.flags.get("temperature", 1.0) if settings.temperature is None else settings.temperature

@@ -222,9 +222,7 @@ def draw_samples(
     settings: InceptionSettings, paths: Sequence[pathlib.Path], trained: TrainedModel, device: torch.device
 ) -> Tensor:
     """Return `im_number` images, uint8 (N, C, H, W), sampled from the ensemble of these checkpoints."""
-    load = functools.partial(
-        checkpoint.load_energy, swish_act=bool(settings.swish_act), ema=settings.ema, device=device
-    )
+    load = functools.partial(checkpoint.load_energy, ema=settings.ema, device=device, **settings.unrecorded)
     ensemble, rescale = list(map(load, paths)), trained.rescale
     progress = Progress(settings.rounds * -(-settings.im_number // POOL), what="round")
     energies = [freeze_energy(model, precision=settings.precision, rescale=rescale) for model in ensemble]

@@ -9,22 +9,20 @@ from collections.abc import Mapping
 import torch
 
 import data
-from ebm.settings import CONDITIONS, SUBSETS, SandboxSettings
+from ebm.settings import CONDITIONS, SandboxSettings
 from ebm.support.errors import UsageError
-from ebm.tasks.trained_models import TrainedModel, load_split
+from ebm.tasks.trained_models import TrainedModel, find_subset, load_split
 from models import ModelConfig
 
 
 def find_condition(settings: SandboxSettings, label_size: int, training_flags: Mapping[str, object]) -> str | None:
     """Return the concept of a dSprites model: that of the settings, else of its training, else by its label width.
 
-    trained: the flags of the training run. None means that the subset of its data determines the concept.
+    training_flags: those of the training run. None means that the subset of its data determines the concept.
     """
     by_settings = [condition for name, condition in CONDITIONS.items() if getattr(settings, name)]
     by_training = [condition for name, condition in CONDITIONS.items() if training_flags.get(name)]
-    by_width = (
-        None if any(training_flags.get(name) for name in SUBSETS) else {1: "size", 2: "pos"}.get(label_size, "shape")
-    )
+    by_width = None if find_subset(settings, training_flags) else {1: "size", 2: "pos"}.get(label_size, "shape")
     return (by_settings + by_training + [by_width])[0]
 
 

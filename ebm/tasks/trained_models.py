@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ import torch
 import checkpoint
 import data
 import models
-from ebm.settings import SIZES, SUBSETS, CheckedNetwork, CombineNetwork, ModelChoice, TestData
+from ebm.settings import SIZES, SUBSETS, CheckedNetwork, CombineNetwork, ModelChoice, TestData, UnrecordedNetwork
 from ebm.support.errors import UsageError
 
 
@@ -48,13 +48,13 @@ def find_checkpoint(settings: ModelChoice) -> pathlib.Path:
     return checkpoint.find(folder, settings.resume_iter)
 
 
-def open_model(path: pathlib.Path, device: torch.device, *, swish_act: bool | None, ema: bool) -> TrainedModel:
+def open_model(path: pathlib.Path, device: torch.device, settings: UnrecordedNetwork, *, ema: bool) -> TrainedModel:
     """Load a trained model from a checkpoint.
 
-    swish_act: whether a TensorFlow checkpoint was trained with swish. ema: load the averaged weights. Raises UsageError
-    if the checkpoint is damaged or has no averaged weights.
+    settings: what a TensorFlow checkpoint does not store. ema: load the averaged weights. Raises UsageError if the
+    checkpoint is damaged or has no averaged weights.
     """
-    model = checkpoint.load_energy(path, swish_act=bool(swish_act), ema=ema, device=device)
+    model = checkpoint.load_energy(path, ema=ema, device=device, **settings.unrecorded)
     saved = checkpoint.load(path) if path.suffix == ".pt" else {}
     return TrainedModel(model, path, saved.get("flags", {}), tuple(saved.get("class_names", ())))
 
@@ -68,8 +68,8 @@ def find_contradictions(
     """
     switches = {name: network == config.network for name, network in SIZES.items()}
     switches |= {"cclass": config.label_size > 0, "use_attention": config.use_attention}
-    switches |= {"spec_norm": config.spec_norm, "swish_act": config.swish_act}
-    stored: dict[str, Any] = switches | {"num_filters": config.num_filters}
+    names = ("spec_norm", "num_filters", *checkpoint.UNRECORDED)
+    stored: dict[str, Any] = switches | {name: getattr(config, name) for name in names}
     values = {name: getattr(settings, name, None) for name in stored}
     return {name: (values[name], stored[name]) for name in stored if values[name] not in (None, stored[name])}
 
@@ -131,6 +131,11 @@ def refuse_concept_model(trained: TrainedModel) -> None:
         )
 
 
+def find_subset(settings: TestData, training_flags: Mapping[str, Any]) -> str | None:
+    """Return the subset of sprites to use: that of the settings, else that of training; None for all sprites."""
+    return settings.subset or next((SUBSETS[name] for name in SUBSETS if training_flags.get(name)), None)
+
+
 def load_split(
     split: str,
     trained: TrainedModel,
@@ -157,7 +162,7 @@ def load_split(
         image_size=config.image_shape[1] if is_folder else None,
         channels=config.image_shape[0] if is_folder else None,
         condition=condition if is_sprites else None,
-        subset=next((SUBSETS[each] for each in SUBSETS if trained.flags.get(each)), None) if is_sprites else None,
+        subset=find_subset(settings, trained.flags) if is_sprites else None,
         workers=settings.data_workers,
         download=settings.download,
     )

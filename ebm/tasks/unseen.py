@@ -110,7 +110,7 @@ def build_product(run: ConceptRun, other: str) -> ProductNetwork:
             num_filters=settings.num_filters or 64,
             label_size=CONCEPTS[concept].label_size,
             spec_norm=settings.spec_norm is not False,
-            swish_act=settings.swish_act is not False,
+            swish_act=bool(settings.swish_act),
         )
         parts.append(models.build_model(config, generator))
     return ProductNetwork(parts).to(run.generator.device)

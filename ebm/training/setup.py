@@ -77,7 +77,7 @@ def open_dataset(settings: TrainSettings, workers: Workers) -> data.Dataset:
         image_size=settings.image_size,
         channels=settings.channels,
         condition=next((CONDITIONS[name] for name in list_enabled(settings, CONDITIONS)), None),
-        subset=next((SUBSETS[name] for name in list_enabled(settings, SUBSETS)), None),
+        subset=settings.subset,
         workers=settings.data_workers,
         download=settings.download,
     )
