@@ -131,7 +131,8 @@ def test_energies_by_such_flags():
     """Breaks when the number of power iterations or the spectral norm does not reach the weights of a TF1 network."""
     case, variables, x, _, _ = recipe.load(GOLDEN / "resnet32_speciter3_val2.npz")
     flags = json.loads(str(case["config"]))["flags"]  # spec_iter and spec_norm_val
-    config = checkpoint.infer_config(variables, label_size=0, **flags)
+    slots = {f"{name}/Adam": variables[str(name)] for name in case["grad_cd_names"]}
+    config = checkpoint.infer_config(variables | slots, **flags)
     model = build_network(variables=variables, **{"net" if k == "network" else k: v for k, v in vars(config).items()})
     assert_close(model(to_ours(x)).detach(), case["energy"])
 
