@@ -528,7 +528,7 @@ def spectral_norm_once(model: EnergyNetwork, dtype: torch.dtype | None = None) -
     """Return the frozen prepared weights of a model for a whole chain, for `model.energy(weights, images, labels)`.
 
     One power iteration (`spec_iter` rounds) starts from the stored `u`, which stays as it is. The reference's
-    evaluation scripts do so with --spec_eval; without it each graph run moves `u` on.
+    evaluation scripts do so with `spec_eval`; without it each graph run moves `u` on.
     """
     with torch.no_grad():
         return detach(model.prepare(), dtype)

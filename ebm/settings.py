@@ -135,6 +135,18 @@ class TestData(DataFiles, SpriteSubsets):
 
 
 @dataclasses.dataclass(frozen=True)
+class InceptionWeights:
+    """Inception"""
+
+    inception_weights: str | None = flag(
+        None, "file of the Inception weights as published by torch-fidelity; default: in torch's cache folder"
+    )
+    inception_sha256: str = flag(
+        "6726825d", "first digits of the SHA-256 of the Inception weights; default: those of the published file"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class UnrecordedNetwork:
     """Network, as far as a TensorFlow checkpoint does not store it (other checkpoints do)"""
 
@@ -372,7 +384,7 @@ class NetworkSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class OutputSettings:
+class OutputSettings(InceptionWeights):
     """Output"""
 
     log_interval: int = flag(10, "iterations between two lines of the log", at_least=1)
@@ -380,10 +392,18 @@ class OutputSettings:
     test_interval: int = flag(
         1000, "iterations between two tests, which draw pictures and measure sample quality", at_least=1
     )
-    num_samples: int = flag(
-        100, "number of images to sample with --train=False, at the end of a run, and to measure --quality", at_least=1
+    num_samples: int | None = flag(
+        None,
+        "number of images to sample at the end of a run and with --train=False; default: 50,000 if Inception measures "
+        "them, else 100. Tests measure as many, with Inception at most 1,000",
+        at_least=1,
     )
-    quality: bool = flag(False, "measure the distance of samples to the data in the features of a small classifier")
+    quality: bool | None = flag(
+        None,
+        "measure samples at each test and at the end: by Inception for colour images if its weights are at hand, else "
+        "by their distance to the data in the features of a small classifier; default: on for cifar10, imagenet and "
+        "imagenetfull",
+    )
     sample_steps: int | None = flag(
         None,
         "Langevin steps of the chains that sample images for pictures and reports; default: 10 times --num_steps",
@@ -770,7 +790,7 @@ class PoolSettings(ChainPrecision):
 
 
 @dataclasses.dataclass(frozen=True)
-class MeasureSettings:
+class MeasureSettings(InceptionWeights):
     """Quality measures"""
 
     features: str = flag(
@@ -778,12 +798,6 @@ class MeasureSettings:
         "network in whose features images are compared; auto: Inception for colour images if its weights are "
         "available, else a classifier",
         choices=("auto", "inception", "classifier"),
-    )
-    inception_weights: str | None = flag(
-        None, "file of the Inception weights as published by torch-fidelity; default: in torch's cache folder"
-    )
-    inception_sha256: str = flag(
-        "6726825d", "first digits of the SHA-256 of the Inception weights; default: those of the published file"
     )
     splits: int = flag(5_000, "images per split of the Inception score", at_least=1)
     reference: str | None = flag(

@@ -7,6 +7,7 @@ import functools
 import gzip
 import io
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -14,7 +15,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ import checkpoint
 import data
 import models
 from ebm.readers import dsprites
+from ebm.readers.downloads import import_torchvision
 from ebm.readers.streaming import SIDE
 from ebm.settings import SandboxSettings, TrainSettings
 from ebm.support.progress import Progress
@@ -146,8 +147,10 @@ def make_state(label_size: int = 3, precision: str = "float32", **config: Any) -
 
 def make_run(state: State, folder: pathlib.Path, said: list[str] | None = None, **settings: Any) -> Run:
     """Return a run of one iteration in this folder, with settings besides, that appends what it says to a list."""
-    workers: Any = SimpleNamespace(rank=0, size=1, device="cpu", print=[].append if said is None else said.append)
-    dataset = data.StoredImages("toy", draw_bytes(24, *SHAPE), torch.arange(24) % 3, ("a", "b", "c"))
+    workers: Any = distributed.join_workers("none", "cpu")
+    workers.print = [].append if said is None else said.append
+    images = draw_bytes(24, *state.model.config.image_shape)
+    dataset = data.StoredImages("toy", images, torch.arange(24) % 3, ("a", "b", "c"))
     chosen = {"max_iter": 1, "num_steps": 1, "num_samples": 3, "sample_steps": 1, "lr": 1e-3} | settings
     return Run(TrainSettings(logdir=str(folder.parent), exp=folder.name, **chosen), state, dataset, workers)
 
@@ -176,6 +179,27 @@ def write_checkpoint(
     state = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "iteration": iteration}
     checkpoint.save(path, state | contents)
     return model
+
+
+def write_random_inception(path: pathlib.Path) -> None:
+    """Write weights of the size of Inception's, drawn at random so that its features are of order 1."""
+    import_torchvision()
+    from torch_fidelity import FeatureExtractorInceptionV3
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            pass
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    state = Unloaded("inception-v3-compat", ["2048"], nothing).state_dict()
+    draw = make_generator()
+    for tensor in state.values():
+        if tensor.dim() > 1:
+            tensor.normal_(0, math.sqrt(2 / tensor[0].numel()), generator=draw)
+    state["fc.weight"] *= 30  # predictions that differ
+    torch.save(state, path)
 
 
 def load_state(path: pathlib.Path) -> Any:

@@ -183,19 +183,25 @@ def test_classifier_distance_on_digits(tmp_path, capsys) -> None:
     images = torch.from_numpy(digits * (255 / 16)).to(torch.uint8).reshape(-1, 1, 8, 8)
     dataset = data.StoredImages("digits", images, torch.from_numpy(labels))
     distance = prepare_distance(dataset, 500, tmp_path)
+    assert isinstance(distance.extractor, Classifier)
     assert distance.extractor.network.accuracy > 0.9
 
     half, rest = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tensor_split(2)
     held = images[rest] / 255
     noisy = (held + 0.1 * normal(*held.shape).float()).clamp(0, 1)
     noise = torch.rand(held.shape, generator=torch.Generator().manual_seed(0))
-    real, worse, worst = map(distance.measure, (held, noisy, noise))
+
+    def measure(images):
+        return distance.rank(distance.measure(images))
+
+    real, worse, worst = map(measure, (held, noisy, noise))
     assert real < worse / 2 < worst / 8
-    assert distance.measure(images[half]) == pytest.approx(0, abs=1e-6)
-    assert distance.of_real_images == distance.measure(images[rest[:500]])
+    assert measure(images[half]) == pytest.approx(0, abs=1e-6)
+    assert distance.of_real_images == measure(images[rest[:500]])
 
     assert "training" in capsys.readouterr().out
     stored = prepare_distance(dataset, 500, tmp_path)
     assert "training" not in capsys.readouterr().out
-    assert stored.measure(noisy) == worse
+    assert stored.measure(noisy) == {"feature_distance": worse}
+    assert isinstance(stored.extractor, Classifier)
     assert stored.extractor.network.accuracy == distance.extractor.network.accuracy

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
@@ -28,10 +27,10 @@ from conftest import (
     run_commands,
     run_python,
     write_checkpoint,
+    write_random_inception,
 )
 from ebm.measures import features
 from ebm.measures.features import RealImages
-from ebm.readers.downloads import import_torchvision
 from ebm.settings import PoolSettings
 from ebm.support import metrics
 from ebm.support.errors import UsageError
@@ -207,34 +206,13 @@ def test_fresh_images_follow_the_chain_of_the_paper():
 # ---- Inception ----
 
 
-def random_inception(path):
-    """Write weights of the size of Inception's, drawn at random so that its features are of order 1."""
-    import_torchvision()
-    from torch_fidelity import FeatureExtractorInceptionV3
-
-    class Unloaded(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state):
-            pass
-
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
-    state = Unloaded("inception-v3-compat", ["2048"], nothing).state_dict()
-    draw = make_generator()
-    for tensor in state.values():
-        if tensor.dim() > 1:
-            tensor.normal_(0, math.sqrt(2 / tensor[0].numel()), generator=draw)
-    state["fc.weight"] *= 30  # predictions that differ
-    torch.save(state, path)
-
-
 def test_inception_figures_are_those_of_torch_fidelity(tmp_path, monkeypatch):
     """Breaks when images, layers, softmax or the roles of real and sampled differ from torch-fidelity's own path.
 
     Its figure for the Fréchet distance is compared on some of the features, for time.
     """
     path = tmp_path / "weights.pth"
-    random_inception(path)
+    write_random_inception(path)
     import torch_fidelity
     from torch_fidelity import metric_fid
 

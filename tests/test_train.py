@@ -36,7 +36,7 @@ def test_what_a_run_leaves_behind(run):
     assert [path.name for path in logdir.iterdir()] == ["whole"]
     for name in ("model_8.pt", "model_24.pt", "config.json", "log.jsonl"):
         assert (folder / name).exists()
-    for name in ("samples_24.png", "curves.png", "pictures/panel_12.png"):
+    for name in ("samples_24.png", "curves.png", "pictures/train_gen_12.png", "pictures/val_gen_12.png"):
         assert (folder / name).stat().st_size > 1000
         assert str(folder / name) in printed
     assert "MnistNet" in printed

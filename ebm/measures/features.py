@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import pathlib
 import pickle
 import zipfile
@@ -30,6 +31,7 @@ from ebm.measures.classifier import FeatureClassifier, train_feature_classifier
 from ebm.readers.downloads import import_torchvision
 from ebm.support import metrics
 from ebm.support.errors import UsageError
+from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
 
 MAX_COMPARED = (
@@ -101,12 +103,17 @@ class Inception:
         return features, logits.softmax(1)
 
 
+def locate_inception() -> pathlib.Path:
+    """Return the path in torch's cache folder where the released Inception-2015-12-05 weights belong."""
+    return pathlib.Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+
+
 def find_or_download_inception(download: bool = True) -> pathlib.Path:
-    """Return the path of the released Inception-2015-12-05 weights in torch's cache folder; download them if missing.
+    """Return the path of the Inception weights in torch's cache folder; download them if they are missing.
 
     Raises UsageError, which tells how to get the weights, if the download fails or `download` is False.
     """
-    path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    path = locate_inception()
     if path.exists():
         return path
     reason = "`download`=False"
@@ -348,50 +355,86 @@ def measure_quality(extractor: Extractor, images: Tensor, real: Statistics, *, s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The distance that a training run measures at every test
+# The measure of a training run, for its tests and its end
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleDistance:
-    """The Fréchet distance of samples to real images, in the features of a classifier of the data set.
+class SampleMeasure:
+    """A measure of samples: Inception score and FID, or the Fréchet distance in the features of a classifier.
 
-    of_real_images: the distance of other real images, as many as there are samples, for comparison.
+    of_real_images: the Fréchet distance of other real images, as many as there are samples, for comparison; None with
+    Inception.
     """
 
-    extractor: Classifier
+    extractor: Extractor
     real: Statistics
-    of_real_images: float
+    of_real_images: float | None = None
 
-    def measure(self, images: Tensor) -> float:
-        """Return the distance of images (N, C, H, W), float in [0, 1] or uint8; `nan` if they are not finite.
+    @property
+    def has_inception(self) -> bool:
+        """Whether images are compared by Inception."""
+        return self.extractor.name == Inception.name
 
-        A small number of images biases the distance upwards: compare values for equal numbers of images only.
+    def measure(self, images: Tensor, *, splits: int = 1) -> dict[str, float]:
+        """Return the figures of images (N, C, H, W), float in [0, 1] or uint8, by their names in the log.
+
+        They are `nan` if the images are not finite. splits: those of the Inception score. A small number of images
+        biases distances upwards: compare values for equal numbers of images only.
         """
-        return measure_distance(self.extractor, images, self.real)
+        if self.has_inception and not images.isfinite().all():
+            return dict.fromkeys(("inception_score", "inception_score_std", "fid"), math.nan)
+        if self.has_inception and images.is_floating_point():
+            images = to_bytes(images)
+        parts = [self.extractor(batch) for batch in images.split(BATCH)]
+        features, probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
+        distance = measure_distance(features, self.real)
+        if not self.has_inception:
+            return {"feature_distance": distance}
+        score, deviation = metrics.inception_score(probabilities, splits=splits)
+        return {"inception_score": score, "inception_score_std": deviation, "fid": distance}
+
+    def rank(self, figures: Mapping[str, float]) -> float:
+        """Return the figure by which the best model is chosen, smaller is better: −score, or the distance."""
+        return -figures["inception_score"] if self.has_inception else figures["feature_distance"]
+
+    def describe(self, figures: Mapping[str, float]) -> str:
+        """Return figures that `measure` returned in words."""
+        if not self.has_inception:
+            return f"{DISTANCE} {figures['feature_distance']:.2f}"
+        score, deviation, fid = (figures[name] for name in ("inception_score", "inception_score_std", "fid"))
+        return f"Inception score {score:.2f} ± {deviation:.2f}, FID {fid:.2f}"
 
 
-def measure_distance(extractor: Extractor, images: Tensor, real: Statistics) -> float:
-    """Return the Fréchet distance of images (N, C, H, W) to real images, in the features of the extractor."""
-    features = torch.cat([extractor(batch)[0] for batch in images.split(BATCH)])
-    device = features.device
+def measure_distance(features: Tensor, real: Statistics) -> float:
+    """Return the Fréchet distance of features (N, D) to those of real images."""
+    mean, covariance = metrics.mean_and_covariance(features)
     return metrics.frechet_distance(
-        *metrics.mean_and_covariance(features), real.mean.to(device), real.covariance.to(device)
+        mean, covariance, real.mean.to(features.device), real.covariance.to(features.device)
     )
 
 
-def prepare_distance(dataset: Dataset, number: int, cache: pathlib.Path) -> SampleDistance:
+def prepare_inception(
+    dataset: Dataset, path: str | pathlib.Path, sha256: str, cache: pathlib.Path, device: torch.device | str
+) -> SampleMeasure:
+    """Return the measure by Inception, whose FID compares samples with at most 10,000 images of the data.
+
+    path, sha256: those of the weights, see `read_inception`. cache: the folder of statistics of real images.
+    """
+    inception = Inception(*read_inception(path, sha256), device=device)
+    reference = RealImages.choose(dataset.name, "train", [dataset], MAX_COMPARED)
+    return SampleMeasure(inception, load_or_compute_statistics(inception, reference, cache))
+
+
+def prepare_distance(dataset: Dataset, number: int, cache: pathlib.Path) -> SampleMeasure:
     """Return the distance of samples to one half of the data; it includes the distance of real images.
 
     number: the number of real images, from the other half, whose distance is measured. The classifier is trained on the
-    data at the first call, then read from the cache folder.
+    data at the first call, then read from the cache folder. Raises UsageError if the images have no classes.
     """
-    device = dataset.index_device
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:MAX_REAL_IMAGES]
     reference, rest = order.tensor_split(2)
     images = RealImages.choose(dataset.name, "train", [dataset], MAX_REAL_IMAGES)
-    try:
-        classifier = load_or_train_classifier(images, cache, device)
-    except UsageError as error:
-        raise UsageError(f"{error}; leave out `quality`") from None
+    classifier = load_or_train_classifier(images, cache, dataset.index_device)
     real = load_or_compute_statistics(classifier, RealImages(dataset.name, "train", [dataset], reference), cache)
-    return SampleDistance(classifier, real, measure_distance(classifier, dataset.raw(rest[:number]), real))
+    features = torch.cat([classifier(batch)[0] for batch in dataset.raw(rest[:number]).split(BATCH)])
+    return SampleMeasure(classifier, real, measure_distance(features, real))

@@ -21,7 +21,7 @@ import io
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,8 @@ from torch import Tensor
 
 from ebm.support.errors import UsageError
 from ebm.training.watch import Launch, Watch, find_host
+
+Item = TypeVar("Item")
 
 BACKENDS = ("auto", "horovod", "torch", "none")
 BUCKET_BYTES = 8 << 20  # few messages, yet enough of them to overlap with the backward pass of a 20 MB network
@@ -357,6 +359,18 @@ class Workers:
     def share(self, item: Any) -> list[Any]:
         """Return every worker's item, in order, on all of them; see `gather`."""
         return [unpack(piece) for piece in self._exchange([pack(item)] * self.size)]
+
+    def share_out(self, items: Sequence[Item], compute: Callable[[Item], Any]) -> list[Any]:
+        """Return compute(item) for all items, in order, on all workers; each worker computes its share of them.
+
+        The results are as in `gather`. All workers must have the same items, and `compute` must not depend on the
+        order in which it is called.
+        """
+        if self.size == 1:
+            return [compute(item) for item in items]
+        with self.busy():
+            results = self.share([compute(item) for item in items[self.rank :: self.size]])
+        return [results[i % self.size][i // self.size] for i in range(len(items))]
 
     def any(self, flag: bool) -> bool:
         """Return on all workers whether the flag is true on at least one of them."""

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from checkpoint import to_tf_name
-from ebm.measures.features import DISTANCE, SampleDistance
+from ebm.measures.features import DISTANCE, SampleMeasure
 from ebm.settings import TrainSettings
 from ebm.support import pictures
 from ebm.support.logs import RunLog, read_series
 from ebm.support.progress import Progress
-from ebm.training.samples import Sampler
+from ebm.support.reports import write_json
+from ebm.training.samples import FreshChains, Sampler, choose_test_number
 from ebm.training.state import State, Step
 from sampling import compute_input_gradient
 
 PANELS = 20  # rows of start | sample | real
+IMAGES_PER_SPLIT = 5_000  # of the Inception score at the end
 BINS = 40  # of the histograms of energies in the log
 MAX_HISTOGRAM_ENERGY = 1e9  # the size of energies from which on no histogram is made
 
@@ -75,13 +78,13 @@ def choose_zoom(state: State) -> int:
 class Recorder:
     """The writer of a run's log and pictures, on its first worker.
 
-    distance: the measure of the distance from samples to the data, or None. stop: the last iteration.
+    measure: the measure of samples, or None. stop: the last iteration.
     """
 
     def __init__(
-        self, state: State, settings: TrainSettings, sampler: Sampler, distance: SampleDistance | None, stop: int
+        self, state: State, settings: TrainSettings, sampler: Sampler, measure: SampleMeasure | None, stop: int
     ):
-        self.state, self.settings, self.sampler, self.distance = state, settings, sampler, distance
+        self.state, self.settings, self.sampler, self.measure = state, settings, sampler, measure
         self.folder = settings.folder
         self.log = RunLog(self.folder, state.iteration)
         self.progress = Progress(stop, state.iteration, what="iteration")
@@ -100,30 +103,42 @@ class Recorder:
         self.progress.update(iteration)
         self.log.write_event(iteration, {"rollback_from": failed, "cause": cause, "lr": lr})
 
-    def draw_panel(self, step: Step) -> None:
-        """Save a picture of the chains' starts, their end points and real images."""
+    def draw_panel(self, name: str, columns: Mapping[str, Tensor]) -> None:
+        """Save a picture of images (N, C, H, W) in [0, 1], a column for each name."""
         iteration = self.state.iteration
-        images_by_name = {"start": step.start, "sample": step.samples, "real": step.images}
-        columns = {name: images[:PANELS] / self.settings.rescale for name, images in images_by_name.items()}
-        path = pictures.save_panel(
-            columns, self.folder / "pictures" / f"panel_{iteration}.png", scale=choose_zoom(self.state)
-        )
-        self.log.write_picture(iteration, "start_sample_real", path)
+        rows = min(PANELS, *map(len, columns.values()))
+        shown = {title: images[:rows] for title, images in columns.items()}
+        path = self.folder / "pictures" / f"{name}_{iteration}.png"
+        pictures.save_panel(shown, path, scale=choose_zoom(self.state))
+        self.log.write_picture(iteration, name, path)
         self.progress.say(f"pictures: {path}")
 
+    def draw_panels(self, step: Step) -> None:
+        """Save a picture of training's chains and one of fresh chains: their starts, their ends and real images."""
+        rescale = self.settings.rescale
+        real, chains = step.images / rescale, self.draw_fresh_chains()
+        self.draw_panel("train_gen", {"start": step.start / rescale, "sample": step.samples / rescale, "real": real})
+        self.draw_panel("val_gen", {"start": chains.start, "sample": chains.images, "real": real})
+
+    def draw_fresh_chains(self) -> FreshChains:
+        """Return the fresh chains of this test: as many as are measured, or as a picture shows."""
+        return self.sampler.draw_chains(
+            PANELS if self.measure is None else choose_test_number(self.settings, self.measure)
+        )
+
     def measure_samples(self) -> float | None:
-        """Log and return the distance from samples of fresh chains to the data; None if it is not measured."""
-        if self.distance is None:
+        """Log the figures of fresh chains; return their rank, smaller is better, or None if nothing is measured."""
+        if self.measure is None:
             return None
-        distance = self.distance.measure(self.sampler.draw_chains(self.settings.num_samples).images)
-        self.log.write_scalars(self.state.iteration, {"feature_distance": distance})
-        self.progress.say(f"iteration {self.state.iteration}: {DISTANCE} {distance:.2f}")
-        return distance
+        figures = self.measure.measure(self.draw_fresh_chains().images)
+        self.log.write_scalars(self.state.iteration, figures)
+        self.progress.say(f"iteration {self.state.iteration}: {self.measure.describe(figures)}")
+        return self.measure.rank(figures)
 
     def record_energies(self, step: Step) -> None:
         """Log histograms of the energies of data, negatives and fresh chains, and how far the fresh chains moved."""
         iteration = self.state.iteration
-        chains = self.sampler.draw_chains(PANELS if self.distance is None else self.settings.num_samples)
+        chains = self.draw_fresh_chains()
         with self.sampler.freeze_model() as energy, torch.no_grad():
             tensors = {"data": energy(step.images, step.labels), "negatives": energy(step.samples, step.chain_labels)}
         tensors["long_chains"] = chains.energies
@@ -146,27 +161,41 @@ class Recorder:
 
 
 def write_final_report(
-    settings: TrainSettings, sampler: Sampler, distance: SampleDistance | None, class_names: tuple[str, ...]
+    settings: TrainSettings,
+    sampler: Sampler,
+    images: Tensor,
+    measure: SampleMeasure | None,
+    class_names: tuple[str, ...],
 ) -> None:
-    """Sample from noise; save samples and training curves, print their paths and the samples' distance to the data."""
+    """Save samples and training curves, measure the samples, print all paths and figures.
+
+    images: the samples (N, C, H, W), float in [0, 1] or uint8.
+    """
     state, folder = sampler.state, settings.folder
-    images = sampler.draw_chains(settings.num_samples).images
     is_conditional = state.model.config.label_size and class_names
     columns = min(len(class_names), 20) if is_conditional else 10
     path = folder / f"samples_{state.iteration}.png"
-    pictures.save_grid(images[: 10 * columns], path, columns=columns, scale=choose_zoom(state))
-    print(f"samples from noise, {sampler.num_steps} Langevin steps: {path}")
-    if distance is not None:
+    grid = images[: 10 * columns]
+    grid = grid if grid.is_floating_point() else grid / 255
+    pictures.save_grid(grid, path, columns=columns, scale=choose_zoom(state))
+    steps = f"{sampler.num_steps} Langevin steps"
+    print(f"samples from noise, {steps}: {path}")
+    if measure is not None and measure.has_inception:
+        figures = measure.measure(images, splits=max(1, len(images) // IMAGES_PER_SPLIT))
+        print(f"{len(images):,} samples, {steps}, compared with 10,000 training images: {measure.describe(figures)}")
+        about = {"iteration": state.iteration, "samples": len(images), "num_steps": sampler.num_steps}
+        print(f"wrote {write_json(folder / f'quality_{state.iteration}.json', about | figures)}")
+    elif measure is not None:
         distances = dict(zip(*read_series(folder, "feature_distance"), strict=True))  # iteration -> distance
         print(f"{DISTANCE} to real images of {len(images)} images, smaller is closer:")
         if 0 in distances:
             print(f"  before training          {distances[0]:8.2f}")
-        print(f"  now                      {distance.measure(images):8.2f}")
-        print(f"  two halves of real data  {distance.of_real_images:8.2f}")
-    print(f"training curves: {draw_curves(settings, distance is not None)}")
+        print(f"  now                      {measure.measure(images)['feature_distance']:8.2f}")
+        print(f"  two halves of real data  {measure.of_real_images:8.2f}")
+    print(f"training curves: {draw_curves(settings, measure)}")
 
 
-def draw_curves(settings: TrainSettings, has_distance: bool) -> pathlib.Path:
+def draw_curves(settings: TrainSettings, measure: SampleMeasure | None) -> pathlib.Path:
     """Plot the logged figures of a whole run; return the path of the picture."""
     folder = settings.folder
     curves = {
@@ -175,6 +204,9 @@ def draw_curves(settings: TrainSettings, has_distance: bool) -> pathlib.Path:
         "mean |Δx|": {name: read_series(folder, name) for name in ("x_moved", "x_off")},
         "mean |∂E/∂x|": {name: read_series(folder, name) for name in ("x_grad_first", "x_grad")},
     }
-    if has_distance:
+    if measure is not None and measure.has_inception:
+        curves["Inception score"] = {"score": read_series(folder, "inception_score")}
+        curves["FID"] = {"FID": read_series(folder, "fid")}
+    elif measure is not None:
         curves["distance"] = {DISTANCE: read_series(folder, "feature_distance")}
     return pictures.plot_lines(curves, folder / "curves.png", xlabel="iteration")

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import checkpoint
 import data
-from ebm.measures.features import prepare_distance
 from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
@@ -21,7 +20,7 @@ from ebm.support.hardware import allow_tf32
 from ebm.training.distributed import GradientAverager, Workers
 from ebm.training.guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
 from ebm.training.records import Recorder, write_final_report
-from ebm.training.samples import Sampler
+from ebm.training.samples import Sampler, choose_measure, choose_number
 from ebm.training.setup import compute_last_iteration
 from ebm.training.state import State, Step
 
@@ -37,12 +36,10 @@ class Run:
         self.stop = compute_last_iteration(settings, len(dataset), workers.size)
         self.average_gradients = GradientAverager(workers, state.model.parameters()).finish
         self.sampler = Sampler(state, settings, dataset)
-        self.distance = None
-        if settings.quality and self.is_first:
-            self.distance = prepare_distance(dataset, settings.num_samples, settings.folder)
+        self.measure = choose_measure(settings, dataset, workers.device) if self.is_first else None
         self.guard = DivergenceGuard() if settings.guard else None
         self.rollbacks = 0
-        self.best = float("inf")  # the smallest distance of samples to the data
+        self.best = float("inf")  # the smallest rank of samples, see `SampleMeasure.rank`
         self.failed_saves = 0
         self.signal: int | None = None  # the signal that asked the run to end
         self.recorder: Recorder | None = None  # on rank 0 only, while it trains
@@ -62,7 +59,7 @@ class Run:
         """Open the log, give all workers the same weights and optimizer state, and measure untrained samples."""
         state = self.state
         if self.is_first:
-            self.recorder = Recorder(state, self.settings, self.sampler, self.distance, self.stop)
+            self.recorder = Recorder(state, self.settings, self.sampler, self.measure, self.stop)
         state.acceleration.say = bind_notes(self.recorder, self.workers.rank)
         moments = [moment for pair in state.optimizer.state.values() for moment in pair.values()]
         averages = [] if state.ema is None else state.ema.state_dict().values()
@@ -169,17 +166,17 @@ class Run:
             self.recorder.progress.update(self.state.iteration)
 
     def test(self, recorder: Recorder, step: Step) -> None:
-        """Save a picture of the chains, measure fresh samples and log energies."""
-        recorder.draw_panel(step)
+        """Measure fresh samples, save pictures of chains and log energies."""
         with self.workers.busy():
             self.measure_samples()
+            recorder.draw_panels(step)
             recorder.record_energies(step)
 
     def measure_samples(self) -> None:
-        """Log the distance from fresh samples to the data, and save the model if it is the best so far."""
-        distance = None if self.recorder is None else self.recorder.measure_samples()
-        if distance is not None and distance < self.best:
-            self.best = distance
+        """Log the quality of fresh samples, and save the model if it is the best so far."""
+        rank = None if self.recorder is None else self.recorder.measure_samples()
+        if rank is not None and rank < self.best:
+            self.best = rank
             self.write(self.settings.folder / "model_best.pt", self.state.get_shared_state() | self.describe_progress())
 
     @contextlib.contextmanager
@@ -191,11 +188,17 @@ class Run:
             self.say(f"could not write {what} ({error.strerror}); training goes on")
 
     def report(self) -> None:
-        """Sample from noise; write and print the final report on rank 0."""
+        """Sample from noise; write and print the final report on rank 0. Many samples are shared out to all workers."""
+        has_inception = self.workers.any(self.measure is not None and self.measure.has_inception)
+        number = choose_number(self.settings, has_inception)
+        if has_inception:
+            images = self.sampler.draw_bytes(number, self.workers)
+        elif self.is_first:
+            with self.workers.busy():
+                images = self.sampler.draw_chains(number).images
         if self.is_first:
             with self.workers.busy():
-                self.sampler.draw_chains(self.settings.num_samples)
-            write_final_report(self.settings, self.sampler, self.distance, self.dataset.class_names)
+                write_final_report(self.settings, self.sampler, images, self.measure, self.dataset.class_names)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 

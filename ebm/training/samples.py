@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,18 +14,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import data
+from ebm.measures.features import (
+    DISTANCE,
+    INCEPTION_URL,
+    SampleMeasure,
+    locate_inception,
+    prepare_distance,
+    prepare_inception,
+)
 from ebm.settings import TrainSettings
+from ebm.support.errors import UsageError
+from ebm.support.pixels import to_bytes
+from ebm.support.progress import Progress
 from ebm.training.chains import bind_chain
+from ebm.training.distributed import Workers
 from ebm.training.state import State
 from models import PreparedEnergy, draw_noise_images, freeze_energy
 
 CHAINS = 250  # chains that run at once, unless the step is compiled for another number
+PART = 1_000  # images of one draw, if there are more
+MEASURED = ("cifar10", "imagenet", "imagenetfull")  # data sets whose samples the reference measures
+MOST_MEASURED = 1_000  # images that a test measures by Inception
 
 
 class FreshChains(NamedTuple):
     """Chains from noise, `sample_steps` long."""
 
     iteration: int
+    part: int  # the number of the draw
+    start: Tensor  # the noise (N, C, H, W) that the chains start from, in [0, 1]
     images: Tensor  # the end points (N, C, H, W) in [0, 1]
     energies: Tensor  # the energies (N,) of the end points
     moved: float  # the mean distance of a pixel from its start, in [0, 1]
@@ -33,8 +51,9 @@ class FreshChains(NamedTuple):
 class Sampler:
     """A source of fresh chains under the averaged weights of a run, or under the current ones without `ema_decay`.
 
-    Every draw has the same noise and labels, from the run's seed. Classes take turns; labels that are not classes are
-    those of random data. Chains have the acceleration of training; their energies are computed in float32.
+    Every draw of the same number has the same noise and labels, from the run's seed. Classes take turns; labels that
+    are not classes are those of random data. Chains have the acceleration of training; their energies are computed in
+    float32.
     """
 
     def __init__(self, state: State, settings: TrainSettings, dataset: data.Dataset):
@@ -47,20 +66,21 @@ class Sampler:
         settings = self.settings
         return 10 * settings.num_steps if settings.sample_steps is None else settings.sample_steps
 
-    def draw_chains(self, number: int) -> FreshChains:
+    def draw_chains(self, number: int, part: int = 0) -> FreshChains:
         """Return fresh chains under the weights of this iteration; a second call returns the same ones.
 
-        number: how many chains.
+        number: how many chains. part: the number of the draw; draws of other numbers have other noise.
         """
         state, settings = self.state, self.settings
-        if self.latest is not None and (self.latest.iteration, len(self.latest.images)) == (state.iteration, number):
-            return self.latest
+        latest, wanted = self.latest, (state.iteration, part, number)
+        if latest is not None and (latest.iteration, latest.part, len(latest.images)) == wanted:
+            return latest
         size, total = CHAINS, number
         # A compiled step is compiled for training's batches: run whole batches and return the first `number` chains.
         if state.acceleration.compiled:
             size = settings.num_chains or settings.batch_size
             total = math.ceil(number / size) * size
-        generator = torch.Generator(state.generator.device).manual_seed(settings.seed + 1_000_003)
+        generator = torch.Generator(state.generator.device).manual_seed(settings.seed + 1_000_003 * (1 + part))
         labels = self.choose_labels(total, generator)
         noise = draw_noise_images(state.model.config, total, generator, settings.rescale)
         settings = dataclasses.replace(settings, num_steps=self.num_steps, zero_kl=True)
@@ -74,10 +94,24 @@ class Sampler:
                 ends.append(end)
                 with torch.no_grad():
                     energies.append(energy(end, batch_labels))
-        images = torch.cat(ends)[:number] / settings.rescale
-        moved = (images - noise[:number] / settings.rescale).abs().mean().item()
-        self.latest = FreshChains(state.iteration, images, torch.cat(energies)[:number], moved)
+        images, start = torch.cat(ends)[:number] / settings.rescale, noise[:number] / settings.rescale
+        moved = (images - start).abs().mean().item()
+        self.latest = FreshChains(state.iteration, part, start, images, torch.cat(energies)[:number], moved)
         return self.latest
+
+    def draw_bytes(self, number: int, workers: Workers) -> Tensor:
+        """Return the images of many fresh chains, uint8 (number, C, H, W) on the CPU; all workers draw their share."""
+        sizes = [min(PART, number - start) for start in range(0, number, PART)]
+        progress = Progress(len(sizes), what=f"part of {number:,} samples", quiet=workers.rank > 0)
+
+        def draw_part(part: int) -> Tensor:
+            images = to_bytes(self.draw_chains(sizes[part], part).images).cpu()
+            progress.advance(workers.size)
+            return images
+
+        parts = workers.share_out(range(len(sizes)), draw_part)
+        progress.close()
+        return torch.cat(parts)
 
     def choose_labels(self, number: int, generator: torch.Generator) -> Tensor | None:
         """Return labels (number, label_size) to sample under, or None for an unconditional model."""
@@ -98,3 +132,42 @@ class Sampler:
             yield freeze_energy(model.eval())
         finally:
             model.train(was_training)
+
+
+# ---- how samples are measured, and how many ----
+
+
+def choose_measure(settings: TrainSettings, dataset: data.Dataset, device: torch.device) -> SampleMeasure | None:
+    """Return the measure of samples: by Inception if its weights are at hand, else by a classifier; None for none.
+
+    A line says that the classifier stands in for Inception, or why nothing is measured. Raises UsageError if `quality`
+    is set and neither can be used.
+    """
+    if settings.quality is False or (settings.quality is None and settings.dataset not in MEASURED):
+        return None
+    if dataset.image_shape[0] == 3:
+        path = pathlib.Path(settings.inception_weights or locate_inception())
+        if settings.inception_weights or path.exists():
+            return prepare_inception(dataset, path, settings.inception_sha256, settings.folder, device)
+        print(
+            f"note: the {DISTANCE} stands in for Inception score and FID, because there are no Inception weights: put"
+        )
+        print(f"{INCEPTION_URL} into {path.parent}, or set inception_weights")
+    try:
+        return prepare_distance(dataset, choose_number(settings, has_inception=False), settings.folder)
+    except UsageError as error:
+        if settings.quality:
+            raise UsageError(f"{error}; leave out `quality`") from None
+        print(f"note: samples are not measured: {error}")
+        return None
+
+
+def choose_number(settings: TrainSettings, has_inception: bool) -> int:
+    """Return how many images to sample at the end of a run."""
+    return settings.num_samples or (50_000 if has_inception else 100)
+
+
+def choose_test_number(settings: TrainSettings, measure: SampleMeasure) -> int:
+    """Return how many images to measure at a test."""
+    number = choose_number(settings, measure.has_inception)
+    return min(number, MOST_MEASURED) if measure.has_inception else number
