@@ -22,15 +22,17 @@ from ebm.settings import DemoSettings
 from ebm.support import cli, pictures
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32, set_up_process
+from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
 from ebm.support.reports import make_folder
 from ebm.tasks.trained_models import (
+    TrainedModel,
     find_class,
     note_contradictions,
     open_model,
     refuse_concept_model,
 )
-from ebm.training.distributed import choose_device
+from ebm.training.distributed import Workers, share_evaluation
 from models import draw_noise_images, freeze_energy
 from sampling import langevin
 
@@ -68,52 +70,79 @@ def choose_classes(settings: DemoSettings, names: Sequence[str], classes: int) -
 
 def main(settings: DemoSettings) -> None:
     set_up_process()
-    device = choose_device(settings.device)
+    with share_evaluation(settings.device) as workers:
+        show_chains(settings, workers)
+
+
+def show_chains(settings: DemoSettings, workers: Workers) -> None:
+    """Run the chains, each worker its share of the images, and write them as a GIF, a picture and a film."""
     path = checkpoint.find(pathlib.Path(settings.logdir) / settings.exp, settings.resume_iter)
-    trained = open_model(path, device, settings, ema=settings.ema)
+    trained = open_model(path, workers.device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
-    config = trained.model.config
     refuse_concept_model(trained)
-    if settings.classes and not config.label_size:
+    if settings.classes and not trained.model.config.label_size:
         raise UsageError(f"`classes`: {path} has no classes; leave it out")
     folder = make_folder(pathlib.Path(settings.savedir) / settings.exp, "savedir")
 
     columns = math.ceil(math.sqrt(settings.batch_size))
-    labels = None
-    if config.label_size:
-        names: Sequence[str] = trained.class_names
-        if settings.class_names:
-            names = read_names(pathlib.Path(settings.class_names), config.label_size)
-        classes = choose_classes(settings, names, config.label_size)
-        labels = torch.nn.functional.one_hot(torch.tensor(classes), config.label_size).float().to(device)
-        for row in range(0, settings.batch_size, columns):
-            titles = [f"{number} {names[number]}" if names else str(number) for number in classes[row : row + columns]]
-            print(f"classes of row {row // columns + 1}: {', '.join(titles)}")
-
-    energy = freeze_energy(trained.model, precision=settings.precision, rescale=trained.rescale)
-    generator = torch.Generator(device).manual_seed(settings.seed)
-    progress, frames = Progress(settings.num_steps, what="Langevin step"), []
-
-    def add_frame(images: Tensor) -> None:
-        progress.advance()
-        if progress.done % settings.every == 0 or progress.done == settings.num_steps:
-            frames.append(pictures.make_grid(images, columns=columns, padding=0))
-
-    with allow_tf32(settings.precision):
-        langevin(
-            energy.under(labels),
-            draw_noise_images(config, settings.batch_size, generator),
-            num_steps=settings.num_steps,
-            step_lr=settings.step_lr / trained.rescale,  # for images in [0, 1] the gradient is `rescale` times larger
-            generator=generator,
-            after_step=add_frame,
-        )
-    progress.close()
+    labels = choose_labels(settings, trained, columns)
+    shares = torch.arange(settings.batch_size).chunk(workers.size)
+    parts = workers.share_out(
+        shares, lambda numbers: record_frames(settings, trained, labels, numbers, workers.rank > 0)
+    )
+    if workers.rank > 0:
+        return
+    frames = [pictures.make_grid(images / 255, columns=columns, padding=0) for images in torch.cat(parts, 1)]
     print(f"{len(frames)} frames: {pictures.save_gif(frames, folder / 'sample.gif', fps=FPS)}")
     print(f"the last one: {pictures.save_pixels(frames[-1], folder / 'sample.png')}")
     film = pictures.save_film(frames, folder / "sample.mp4", fps=FPS)
     if film is not None:
         print(f"the film: {film}")
+
+
+def choose_labels(settings: DemoSettings, trained: TrainedModel, columns: int) -> Tensor:
+    """Return the labels (batch_size, label_size) of the images, and print the classes of each row of the picture."""
+    classes = trained.model.config.label_size
+    if not classes:
+        return torch.zeros(settings.batch_size, 0)
+    names: Sequence[str] = trained.class_names
+    if settings.class_names:
+        names = read_names(pathlib.Path(settings.class_names), classes)
+    numbers = choose_classes(settings, names, classes)
+    for row in range(0, settings.batch_size, columns):
+        titles = [f"{number} {names[number]}" if names else str(number) for number in numbers[row : row + columns]]
+        print(f"classes of row {row // columns + 1}: {', '.join(titles)}")
+    return torch.nn.functional.one_hot(torch.tensor(numbers), classes).float()
+
+
+def record_frames(
+    settings: DemoSettings, trained: TrainedModel, labels: Tensor, numbers: Tensor, quiet: bool
+) -> Tensor:
+    """Return the frames of the chains with these numbers (n,), as bytes (frames, n, C, H, W) on the CPU.
+
+    labels: of all images. The noise of an image depends on `seed` and its number alone. quiet: print no progress.
+    """
+    device = next(trained.model.parameters()).device
+    energy = freeze_energy(trained.model, precision=settings.precision, rescale=trained.rescale)
+    generators = [torch.Generator(device).manual_seed(settings.seed * 1_000_003 + i) for i in numbers.tolist()]
+    progress, frames = Progress(settings.num_steps, what="Langevin step", quiet=quiet), []
+
+    def add_frame(images: Tensor) -> None:
+        progress.advance()
+        if progress.done % settings.every == 0 or progress.done == settings.num_steps:
+            frames.append(to_bytes(images).cpu())
+
+    with allow_tf32(settings.precision):
+        langevin(
+            energy.under(labels[numbers].to(device)),
+            torch.cat([draw_noise_images(trained.model.config, 1, generator) for generator in generators]),
+            num_steps=settings.num_steps,
+            step_lr=settings.step_lr / trained.rescale,  # for images in [0, 1] the gradient is `rescale` times larger
+            generator=generators,
+            after_step=add_frame,
+        )
+    progress.close()
+    return torch.stack(frames)
 
 
 if __name__ == "__main__":

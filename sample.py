@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ebm.settings import SampleSettings
 from ebm.support import cli, pictures
@@ -30,7 +31,7 @@ from ebm.tasks.trained_models import (
     open_model,
     refuse_concept_model,
 )
-from ebm.training.distributed import choose_device
+from ebm.training.distributed import Workers, share_evaluation
 from models import freeze_energy
 
 GRID = 400  # largest number of images in the grid
@@ -38,7 +39,13 @@ GRID = 400  # largest number of images in the grid
 
 def main(settings: SampleSettings) -> None:
     set_up_process()
-    device = choose_device(settings.device)
+    with share_evaluation(settings.device) as workers:
+        sample_images(settings, workers)
+
+
+def sample_images(settings: SampleSettings, workers: Workers) -> None:
+    """Sample the images, each worker its share of the batches, and write them."""
+    device = workers.device
     trained = open_model(find_checkpoint(settings), device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     model, path, config = trained.model, trained.path, trained.model.config
@@ -53,7 +60,8 @@ def main(settings: SampleSettings) -> None:
     steps = f"{num_steps} Langevin steps of {step_lr:g}"
     print(f"model: {path}; {settings.num} images, {steps}, seed {settings.seed}, on {device}")
 
-    progress = Progress(num_steps * -(-settings.num // settings.batch_size), what="Langevin step")
+    batches = -(-settings.num // settings.batch_size)
+    progress = Progress(num_steps * -(-batches // workers.size), what="Langevin step")
     with report_memory_shortage(settings.batch_size), allow_tf32(settings.precision):
         images = draw_fresh_images(
             freeze_energy(model, precision=settings.precision, rescale=rescale),
@@ -66,9 +74,18 @@ def main(settings: SampleSettings) -> None:
             seed=settings.seed,
             batch_size=settings.batch_size,
             progress=progress,
+            share_out=workers.share_out,
         )
     progress.close()
+    if workers.rank == 0:
+        write_images(settings, images, numbers, classes)
 
+
+def write_images(settings: SampleSettings, images: Tensor, numbers: Tensor, classes: int) -> None:
+    """Write images uint8 (N, C, H, W) as a grid, as an .npz file and, if asked for, as single files.
+
+    numbers: their classes (N,). classes: how many the model has, 0 if it is unconditional.
+    """
     folder = pathlib.Path(settings.logdir) / settings.exp / "sample"
     grid, columns = (
         images[:GRID] / 255,

@@ -15,8 +15,9 @@ from PIL import Image, ImageSequence
 
 import models
 import sampling
-from conftest import ENVIRONMENT, GOLDEN, ROOT, make_model, write_checkpoint
+from conftest import ENVIRONMENT, GOLDEN, ROOT, make_generator, make_model, write_checkpoint
 from ebm.support import pictures
+from ebm.support.pixels import to_bytes
 
 ANIMALS = ["tench, Tinca tinca", "crane", "Maltese dog, Maltese terrier", "crane", "hen"]
 
@@ -153,8 +154,8 @@ def expected_pixels(exp: str, classes: list[int], rescale: float) -> np.ndarray:
     """The end of the chain that QUICK asks for, in a grid of 2 columns."""
     config, _ = MODELS[exp]
     model = make_model(config, seed=3).eval()
-    generator = torch.Generator().manual_seed(0)
-    x = rescale * torch.rand((3, *config.image_shape), generator=generator)
+    generators = [make_generator(i) for i in range(3)]
+    x = rescale * torch.cat([torch.rand((1, *config.image_shape), generator=generator) for generator in generators])
     labels = torch.eye(5)[classes] if config.label_size else None
     x = sampling.langevin(
         lambda x: model(x, labels),
@@ -163,9 +164,9 @@ def expected_pixels(exp: str, classes: list[int], rescale: float) -> np.ndarray:
         step_lr=100 * rescale,
         noise_std=0.005 * rescale,
         bounds=(0, rescale),
-        generator=generator,
+        generator=generators,
     )
-    return pictures.make_grid(x / rescale, columns=2, padding=0).squeeze()
+    return pictures.make_grid(to_bytes(x / rescale) / 255, columns=2, padding=0).squeeze()
 
 
 def close(one: np.ndarray, other: np.ndarray) -> bool:

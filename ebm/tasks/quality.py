@@ -25,6 +25,7 @@ from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
 from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
+from ebm.support.sharing import ShareOut, compute_all
 from ebm.tasks.examined_model import is_out_of_memory
 from ebm.tasks.trained_models import TrainedModel, load_split
 from models import ModelConfig, PreparedEnergy, draw_noise_images, freeze_energy
@@ -110,16 +111,17 @@ def draw_fresh_images(
     seed: int = 0,
     batch_size: int = 100,
     progress: Progress,
+    share_out: ShareOut = compute_all,
 ) -> Tensor:
     """Return one image per row of labels (N, classes), each from a Langevin chain that starts from noise.
 
     The result is uint8 (N, C, H, W) on the CPU. The chain of image i draws its start and its noise from a generator of
     its own, seeded by (seed, i) on the device of the labels. On one kind of device the noise of an image therefore does
     not depend on the batch size and the number of images, and its pixels differ by rounding only. progress: counts the
-    Langevin steps of each batch.
+    Langevin steps of each batch. share_out: distributes the batches.
     """
-    batches = []
-    for numbers in torch.arange(len(labels)).split(batch_size):
+
+    def draw_batch(numbers: Tensor) -> Tensor:
         seeds = [(seed * 1_000_003 + i) % 2**32 for i in numbers.tolist()]
         generators = [torch.Generator(labels.device).manual_seed(each) for each in seeds]
         images = langevin(
@@ -132,8 +134,9 @@ def draw_fresh_images(
             generator=generators,
             after_step=lambda _: progress.advance(),
         )
-        batches.append(to_bytes(check_finite(images, DIVERGED)).cpu())
-    return torch.cat(batches)
+        return to_bytes(check_finite(images, DIVERGED)).cpu()
+
+    return torch.cat(share_out(torch.arange(len(labels)).split(batch_size), draw_batch))
 
 
 @contextlib.contextmanager

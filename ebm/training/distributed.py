@@ -19,9 +19,12 @@ import datetime
 import importlib.util
 import io
 import os
+import pathlib
 import socket
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,9 +36,8 @@ import torch.distributed.nn.functional
 from torch import Tensor
 
 from ebm.support.errors import UsageError
+from ebm.support.sharing import compute_all
 from ebm.training.watch import Launch, Watch, find_host
-
-Item = TypeVar("Item")
 
 BACKENDS = ("auto", "horovod", "torch", "none")
 BUCKET_BYTES = 8 << 20  # few messages, yet enough of them to overlap with the backward pass of a 20 MB network
@@ -303,6 +305,7 @@ class Workers:
             else SingleEngine()
         )
         self._watch = Watch(launch, timeout, self._engine.broadcast) if launch.size > 1 else None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def print(self, *words: object) -> None:
         """Print on rank 0 only."""
@@ -360,14 +363,21 @@ class Workers:
         """Return every worker's item, in order, on all of them; see `gather`."""
         return [unpack(piece) for piece in self._exchange([pack(item)] * self.size)]
 
-    def share_out(self, items: Sequence[Item], compute: Callable[[Item], Any]) -> list[Any]:
+    def choose_folder(self, folder: pathlib.Path) -> pathlib.Path:
+        """Return the folder for a worker's files: this one on rank 0, elsewhere one that is deleted at the end."""
+        if self.rank == 0:
+            return folder
+        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="ebm-", ignore_cleanup_errors=True)
+        return pathlib.Path(self._scratch.name)
+
+    def share_out(self, items: Sequence[Any], compute: Callable[[Any], Any]) -> list[Any]:
         """Return compute(item) for all items, in order, on all workers; each worker computes its share of them.
 
-        The results are as in `gather`. All workers must have the same items, and `compute` must not depend on the
-        order in which it is called.
+        The results are as in `gather`: with several workers their tensors arrive on the CPU. All workers must have the
+        same items. For `compute` see `ebm.support.sharing`.
         """
         if self.size == 1:
-            return [compute(item) for item in items]
+            return compute_all(items, compute)
         with self.busy():
             results = self.share([compute(item) for item in items[self.rank :: self.size]])
         return [results[i % self.size][i // self.size] for i in range(len(items))]
@@ -431,6 +441,26 @@ def join_workers(backend: str = "auto", device: str = "auto", timeout: float = 4
     if place.type == "cuda" and workers.size > 1:
         refuse_shared_gpu(workers.share(f"{socket.gethostname()} {torch.cuda.get_device_properties(place).uuid}"))
     return workers
+
+
+@contextlib.contextmanager
+def share_evaluation(device: str) -> Iterator[Workers]:
+    """Join the workers that evaluate a model together; inside the block all but rank 0 print nothing.
+
+    device: as in `join_workers`. A worker may compute for as long as it takes.
+    """
+    workers = join_workers(device=device)
+    silence = contextlib.redirect_stdout(io.StringIO()) if workers.rank > 0 else contextlib.nullcontext()
+    with silence, workers.busy():
+        try:
+            yield workers
+        except UsageError:
+            if workers.rank > 0:
+                time.sleep(
+                    2 * Watch.GRACE
+                )  # rank 0 makes the same mistake: its line is enough, its end ends this worker
+            raise
+        workers.close()
 
 
 class GradientAverager:

@@ -1,0 +1,15 @@
+"""The interface by which independent computations are shared out to workers, and its form for one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# (items, compute) -> compute(item) for all items, in order. `compute` must not depend on the order of its calls; its
+# results hold tensors and plain values.
+ShareOut = Callable[[Sequence[Any], Callable[[Any], Any]], list[Any]]
+
+
+def compute_all(items: Sequence[Any], compute: Callable[[Any], Any]) -> list[Any]:
+    """Return compute(item) for all items, one after the other; `Workers.share_out` does the same on many workers."""
+    return [compute(item) for item in items]
