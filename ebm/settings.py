@@ -724,7 +724,7 @@ class PoolSettings(ChainPrecision):
         at_least=1,
     )
     repeat_scale: int = flag(
-        100, "half the number of rounds per pool, those that fill it included; each gives 1,000 images", at_least=1
+        100, "half the number of rounds per 1,000 images, those in which the pool is filled included", at_least=1
     )
     nomix: int = flag(10, "number of rounds at the end in which no chain restarts or gets a new label", at_least=0)
 
@@ -740,7 +740,7 @@ class PoolSettings(ChainPrecision):
 
     @property
     def round_size(self) -> int:
-        """The number of chains that run in one round; more than all images would not change any."""
+        """The number of chains that run in one round, not more than the images that are wanted."""
         return min(self.batch_size, self.im_number)
 
 
@@ -790,7 +790,7 @@ class AnnealingSettings:
     )
     alr: float | None = flag(
         None,
-        "step size of HMC at the box, from which it falls to a 56th at the model; default: 0.0065 for grey images, "
+        "step size of HMC at the box, falling towards a 56th of it at the model; default: 0.0065 for grey images, "
         "0.0045 for colour (0.0085 with --rescale=8), 0.0085 for gauss, 0.0045 for 2d",
         at_least=0,
     )
