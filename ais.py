@@ -8,8 +8,8 @@ The model is the density exp(−temperature·E(x) − Σ (100·distance to the b
 a conditional model has one density for each class. Chains from the box to the model give a lower bound of log Z.
 Chains from their end points back to the box give an upper bound, which is valid if the end points are samples of the
 model. The bounds become closer with more distributions in between (--pdist). --dataset=gauss checks the method on a
-Gaussian, whose log Z and samples are known exactly. Langevin dynamics with noise of 0.005 samples from about
-temperature = 2·step_lr / 0.005², not 1.
+Gaussian, whose log Z and samples are known exactly; --dataset=2d does so in two dimensions. Langevin dynamics with
+noise of 0.005 samples from about temperature = 2·step_lr / 0.005², not 1.
 
 Test images are (bytes + noise from U(0, 1)) / 256. If p is their density on [0, 1]ᵈ, the 256 values of a byte take
 8 − log₂ p(x)/d bits per dimension; the mean is an upper bound (Theis et al. 2016). Figures and, for several --pdist, a
@@ -30,7 +30,7 @@ from ebm.support import cli, pictures
 from ebm.support.hardware import set_up_process
 from ebm.support.progress import Progress
 from ebm.support.reports import format_table, make_folder, write_json
-from ebm.tasks.likelihood import Target, bound_log_z_of_classes, build_gauss, compute_figures, load_target
+from ebm.tasks.likelihood import GAUSSIANS, Target, bound_log_z_of_classes, build_gauss, compute_figures, load_target
 from ebm.training.distributed import choose_device
 
 
@@ -57,9 +57,10 @@ def plot_bounds(contents: Mapping[str, Any], numbers: Sequence[int], path: pathl
 def main(settings: AisSettings) -> None:
     set_up_process()
     numbers, device = sorted(set(settings.pdist)), choose_device(settings.device)
-    is_gauss = settings.dataset == "gauss"
+    is_gauss = settings.dataset in GAUSSIANS
     target = build_gauss(settings, device) if is_gauss else load_target(settings, device)
-    folder = make_folder(pathlib.Path(settings.logdir) / ("gauss" if is_gauss else settings.exp) / "ais", "logdir")
+    name = str(settings.dataset if is_gauss else settings.exp)
+    folder = make_folder(pathlib.Path(settings.logdir) / name / "ais", "logdir")
     contents = describe_target(settings, target) | {"bounds": {}, "by class": {}}
     progress = Progress(2 * sum(numbers) * len(target.energies), what="HMC move")
     for number in numbers:

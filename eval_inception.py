@@ -30,7 +30,14 @@ from ebm.settings import InceptionSettings
 from ebm.support import cli, pictures
 from ebm.support.hardware import set_up_process
 from ebm.support.reports import format_table, make_folder, write_json
-from ebm.tasks.quality import choose_iterations, draw_samples, find_ensemble, load_extractor, load_reference
+from ebm.tasks.quality import (
+    check_pool,
+    choose_iterations,
+    draw_samples,
+    find_ensemble,
+    load_extractor,
+    load_reference,
+)
 from ebm.tasks.trained_models import TrainedModel, note_contradictions, open_model, refuse_concept_model
 from ebm.training.distributed import choose_device
 
@@ -75,6 +82,7 @@ def format_results(contents: dict[str, Any]) -> str:
 
 def main(settings: InceptionSettings) -> None:
     set_up_process()
+    check_pool(settings)
     device = choose_device(settings.device)
     experiment = pathlib.Path(settings.modeldir) / settings.exp
     ensembles = [

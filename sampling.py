@@ -180,13 +180,28 @@ def compute_hamiltonian(energy: Energy, x: Tensor, velocity: Tensor) -> Tensor:
         return energy(x) + 0.5 * velocity.square().flatten(1).sum(1)
 
 
+def draw_hmc_move(x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Return the random numbers of a `make_hmc_move` of images x (N, ...): N(0, 1) shaped like x, and U(0, 1), (N,)."""
+    velocity = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return velocity, torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
+
+
+def make_hmc_move(
+    energy: Energy, x: Tensor, velocity: Tensor, uniform: Tensor, *, step_size: float, num_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Make one Hamiltonian Monte Carlo move per image; return the images (N, ...) and whether each moved, bool (N,).
+
+    velocity: the start of the leapfrog steps, shaped like the images x. uniform: (N,), an image moves if its number is
+    below the probability of acceptance.
+    """
+    proposal, end_velocity = leapfrog(energy, x, velocity, step_size=step_size, num_steps=num_steps)
+    change = compute_hamiltonian(energy, x, velocity) - compute_hamiltonian(energy, proposal, end_velocity)
+    is_accepted = uniform < change.exp()
+    return torch.where(is_accepted.view(-1, *[1] * (x.dim() - 1)), proposal, x), is_accepted
+
+
 def hmc(
     energy: Energy, x: Tensor, *, step_size: float, num_steps: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Make one Hamiltonian Monte Carlo move per image; return the images (N, ...) and whether each moved, bool (N,)."""
-    velocity = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    proposal, end_velocity = leapfrog(energy, x, velocity, step_size=step_size, num_steps=num_steps)
-    change = compute_hamiltonian(energy, x, velocity) - compute_hamiltonian(energy, proposal, end_velocity)
-    uniform = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
-    is_accepted = uniform < change.exp()
-    return torch.where(is_accepted.view(-1, *[1] * (x.dim() - 1)), proposal, x), is_accepted
+    """Draw random numbers and make one Hamiltonian Monte Carlo move with them, see `make_hmc_move`."""
+    return make_hmc_move(energy, x, *draw_hmc_move(x, generator), step_size=step_size, num_steps=num_steps)

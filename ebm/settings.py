@@ -22,6 +22,7 @@ from sampling import PROJ_NORM_TYPES
 
 DEVICES = ("auto", "cpu", "cuda")
 UNCHANGED = "images are examined as they are, without augmentation"
+POOL = 1_000  # chains that eval_inception.py runs in one pool, as many as the images that it takes from there
 NOISE_UNIT = 0.005  # standard deviation of a Langevin step's noise at noise_scale 1, for images in [0, 1]
 
 # A setting that chooses a larger network for colour images -> the name of this network.
@@ -779,14 +780,31 @@ class PoolSettings(ChainPrecision):
     noise_scale: float = flag(
         NOISE_UNIT, "standard deviation of a Langevin step's noise, for images in [0, 1]", at_least=0
     )
-    batch_size: int = flag(512, "chains that run in one round, drawn at random from a pool of 1,000", at_least=1)
-    repeat_scale: int = flag(100, "half the number of rounds per pool", at_least=1)
+    batch_size: int = flag(
+        512,
+        "chains that run in one round: new ones until a pool has 1,000, or --im_number if that is less; then chains "
+        "of the pool, drawn at random with repetition",
+        at_least=1,
+    )
+    repeat_scale: int = flag(
+        100, "half the number of rounds per 1,000 images, those in which the pool is filled included", at_least=1
+    )
     nomix: int = flag(10, "number of rounds at the end in which no chain restarts or gets a new label", at_least=0)
 
     @property
     def rounds(self) -> int:
         """The number of rounds of a pool."""
         return 2 * self.repeat_scale
+
+    @property
+    def pool_size(self) -> int:
+        """The number of chains that fill a pool."""
+        return min(POOL, self.im_number)
+
+    @property
+    def round_size(self) -> int:
+        """The number of chains that run in one round, not more than the images that are wanted."""
+        return min(self.batch_size, self.im_number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -802,7 +820,8 @@ class MeasureSettings(InceptionWeights):
     splits: int = flag(5_000, "images per split of the Inception score", at_least=1)
     reference: str | None = flag(
         None,
-        "split of the data set to compare with; default: both for cifar10, else train",
+        "split of the data set to compare with; default: both for cifar10, test (the validation set) for imagenet "
+        "and imagenetfull, else train",
         choices=("train", "test", "both"),
     )
     real_number: int = flag(
@@ -824,7 +843,7 @@ class InceptionSettings(ModelChoice, EnsembleChoice, PoolSettings, MeasureSettin
 class AnnealingSettings:
     """Annealed importance sampling"""
 
-    limit: int = flag(1000, "number of test images to measure, drawn at random", at_least=1)
+    limit: int | None = flag(None, "number of test images to measure, drawn at random; default: all", at_least=1)
     pdist: tuple[int, ...] = flag(
         (10,),
         "number of distributions from the box to the model; several numbers, such as 10,100,1000, are compared",
@@ -832,8 +851,8 @@ class AnnealingSettings:
     )
     alr: float | None = flag(
         None,
-        "step size of HMC; default: 0.0065 for grey images, 0.0045 for colour (0.0085 with --rescale=8), 0.0085 "
-        "for gauss",
+        "step size of HMC at the box, falling towards a 56th of it at the model; default: 0.0065 for grey images, "
+        "0.0045 for colour (0.0085 with --rescale=8), 0.0085 for gauss, 0.0045 for 2d",
         at_least=0,
     )
     batch_size: int = flag(16, "number of chains, for each class if the model is conditioned on classes", at_least=2)
@@ -842,7 +861,10 @@ class AnnealingSettings:
         None, "largest pixel value: images are scaled to [0, rescale]; default: as in training", at_least=1e-6
     )
     gauss_dim: int = flag(
-        500, "for --dataset=gauss: number of dimensions; its precision (inverse variance) is --temperature", at_least=1
+        500,
+        "for --dataset=gauss: number of dimensions, 2 for --dataset=2d; the precision (inverse variance) of both is "
+        "--temperature",
+        at_least=1,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import models
-from conftest import ROOT, make_model, run_python, write_checkpoint
+from conftest import make_model, run_commands, write_checkpoint
 from ebm.tasks.likelihood import (
     SPILL,
     LogZBounds,
@@ -60,7 +60,7 @@ def test_a_constant_energy_is_weighed_exactly(reverse):
     x, counted = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)), []
     annealed = anneal(
         lambda x: 0 * x.sum(1) + 7.0, x, num_distributions=4, step_size=0.005, reverse=reverse,
-        generator=torch.Generator().manual_seed(0), progress=lambda: counted.append(1),
+        progress=lambda: counted.append(1),
     )  # fmt: skip
     torch.testing.assert_close(annealed.log_weights, torch.full((3,), -7.0, dtype=torch.float64))
     assert len(counted) == 4 and annealed.acceptance.shape == (4,) and not torch.equal(annealed.x, x)
@@ -116,21 +116,27 @@ def test_bits_per_dimension_in_closed_form():
     assert figures["error"] == pytest.approx(3 * math.hypot(0.25, 0.75)) and figures["accepted"] == 1
 
 
-def ais(folder, *flags):
-    return run_python(ROOT / "ais.py", f"--logdir={folder}/out", f"--modeldir={folder}", *flags, cwd=folder)
-
-
-def test_script_on_the_gaussian(tmp_path):
-    """Breaks when --dataset=gauss wants a model, or its figures and plot are not where they are said to be."""
-    result = ais(tmp_path, "--dataset=gauss", "--gauss_dim=7", "--temperature=300", "--pdist=3,9")
-    assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "out/gauss/ais/ais.json").read_text())
-    assert found["log Z"] == pytest.approx(compute_gauss_log_z(7, 300.0, 1.0)) and set(found["bounds"]) == {
-        "pdist 3",
-        "pdist 9",
+def run_ais(folder, commands):
+    """Run ais.py with the words of each command in one process; return the report of each by the folder's name."""
+    common = [f"--logdir={folder}/out", f"--modeldir={folder}"]
+    done = run_commands("ais", {name: [*common, *words.split()] for name, words in commands.items()})
+    assert not [error for _, error in done.values() if error]
+    return {
+        name: (printed, json.loads((folder / "out" / name / "ais/ais.json").read_text()))
+        for name, (printed, _) in done.items()
     }
-    assert all(row["log Z ≥"] < found["log Z"] < row["log Z ≤"] for row in found["bounds"].values())
-    assert str((tmp_path / "out/gauss/ais/ais.png").relative_to(tmp_path)) in result.stdout
+
+
+def test_script_on_gaussians(tmp_path):
+    """Breaks when a known density wants a model, its dimensions or step size are others, or figures are not found."""
+    density = "--temperature=300 --pdist=3,9"
+    done = run_ais(tmp_path, {"gauss": f"--dataset=gauss --gauss_dim=7 {density}", "2d": f"--dataset=2d {density}"})
+    for name, dimensions, alr in [("gauss", 7, 0.0085), ("2d", 2, 0.0045)]:
+        printed, found = done[name]
+        assert found["log Z"] == pytest.approx(compute_gauss_log_z(dimensions, 300.0, 1.0)) and found["alr"] == alr
+        assert set(found["bounds"]) == {"pdist 3", "pdist 9"}
+        assert all(row["log Z ≥"] < found["log Z"] < row["log Z ≤"] for row in found["bounds"].values())
+        assert (tmp_path / f"out/{name}/ais/ais.png").exists() and f"{name}/ais/ais.png" in printed
 
 
 def test_script_on_a_model(tmp_path):
@@ -144,9 +150,7 @@ def test_script_on_a_model(tmp_path):
         model.stages["fc5"].b.fill_(0.5)
     flags = {"dataset": "digits", "temperature": 3.0, "rescale": 2.0}
     write_checkpoint(tmp_path / "digits" / "model_1.pt", model, flags=flags)
-    result = ais(tmp_path, "--exp=digits", "--pdist=2", "--limit=3", "--batch_size=2")
-    assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "out/digits/ais/ais.json").read_text())
+    _, found = run_ais(tmp_path, {"digits": "--exp=digits --pdist=2 --limit=3 --batch_size=2"})["digits"]
     assert found["−T·E of test images"] == pytest.approx(-1.5) and found["rescale"] == 2 and found["alr"] == 0.0065
     bounds, exact = found["bounds"]["pdist 2"], 8 + math.log2(1 + SPILL / 2)
     assert bounds["bits/dim ≥"] == pytest.approx(exact, abs=1e-6) == bounds["bits/dim ≤"]

@@ -16,10 +16,12 @@ import data
 import models
 from conftest import (
     ENVIRONMENT,
+    IMAGENET_BATCHES,
     ROOT,
     Bomb,
     Planted,
     draw_bytes,
+    draw_imagenet_batch,
     draw_sides,
     make_generator,
     make_model,
@@ -27,19 +29,20 @@ from conftest import (
     run_commands,
     run_python,
     write_checkpoint,
+    write_pickle,
     write_random_inception,
 )
 from ebm.measures import features
 from ebm.measures.features import RealImages
-from ebm.settings import PoolSettings
+from ebm.settings import InceptionSettings, PoolSettings
 from ebm.support import metrics
 from ebm.support.errors import UsageError
 from ebm.support.metrics import mean_and_covariance
 from ebm.support.pixels import to_bytes
 from ebm.tasks import quality
+from ebm.tasks.trained_models import TrainedModel
 
 CONFIG = models.ModelConfig("MnistNet", (1, 2, 2), 1, label_size=10)
-STILL = PoolSettings(num_steps=1, noise_scale=0.0, repeat_scale=20, batch_size=512)
 
 
 def plant(energy, config=CONFIG):
@@ -47,110 +50,64 @@ def plant(energy, config=CONFIG):
     return models.freeze_energy(Planted(energy, config))  # type: ignore[arg-type]
 
 
-def pool(energies, settings, size=1000, config=CONFIG, step_lr=0.0):
-    return quality.run_pool(
-        [plant(energy) for energy in energies], size, config, settings,
-        step_lr=step_lr, proj_norm=0.0, generator=make_generator(), progress=make_progress(),
+def draw_small_pool(energies, number=0, step_lr=0.01, proj_norm=0.0, seed=0):
+    """Return a pool of 50 images after two rounds of 25 new chains, of two steps each without noise."""
+    settings = PoolSettings(im_number=50, num_steps=2, noise_scale=0.0, batch_size=25, repeat_scale=1)
+    return quality.draw_pool(
+        number, list(map(plant, energies)), settings,
+        step_lr=step_lr, proj_norm=proj_norm, seed=seed, device=torch.device("cpu"), progress=make_progress(),
     )  # fmt: skip
 
 
-class Watcher:
-    """A flat energy that remembers the images and classes of each round, one evaluation long."""
-
-    def __init__(self):
-        self.rounds = []
-
-    def __call__(self, images, labels):
-        self.rounds.append((images.detach().flatten(1)[:, 0].clone(), labels.argmax(1)))
-        return images.flatten(1).sum(1) * 0
+# ---- the pool; its rounds are compared with the reference's in test_golden_inception.py ----
 
 
-# ---- the pool ----
+def test_draws_of_a_pool():
+    """Breaks when entries are not drawn evenly and with repetition, or labels or masks not at their rates."""
+    draws = quality.PoolDraws(CONFIG, make_generator())
+    counts = draws.draw_indices(1000, 100_000).bincount(minlength=1000).float()
+    assert len(counts) == 1000 and counts.var() / counts.mean() == pytest.approx(1, rel=0.2)
+    assert draws.draw_mask(100_000, 0.1).float().mean() == pytest.approx(0.1, rel=0.05)
+    labels = draws.draw_labels(100_000)
+    assert (labels.sum(1) == 1).all() and (labels.mean(0) - 0.1).abs().max() < 0.005
+    unconditional = quality.PoolDraws(dataclasses.replace(CONFIG, label_size=0), make_generator())
+    assert unconditional.draw_labels(3).shape == (3, 0) and unconditional.draw_images(3).shape == (3, 1, 2, 2)
 
 
-def test_chains_restart_and_change_class_at_their_rates():
-    """Breaks when a share is not 1 % and 10 %, when chains do not go on where they were, or a batch holds one twice.
+def test_rounds_run_langevin_chains():
+    """Breaks when the step sizes do not reach the chains, or a round runs another model of the ensemble.
 
-    Chains that stand still are known by their pixel. 32 rounds of 512 restart 164 ± 13 and draw 1,638 ± 38 labels, of
-    which nine tenths differ from the label before.
+    The first energy pulls every pixel up by 0.01 a step, the second down by 0.03, or 0.02 if its gradient is clipped.
     """
-    watcher = Watcher()
-    pool([watcher], STILL)
-    restarts = changes = 0
-    classes = {}
-    for images, labels in watcher.rounds:
-        assert len(images.unique()) == 512
-        for image, label in zip(images.tolist(), labels.tolist(), strict=True):
-            restarts += image not in classes
-            changes += classes.get(image, label) != label
-            classes[image] = label
-    assert len(watcher.rounds) == 40
-    restarts -= 1000  # the first sight of those that were there from the start
-    assert 30 * 512 * 0.01 - 5 * 13 < restarts < 30 * 512 * 0.01 + 5 * 13
-    assert 30 * 512 * 0.09 - 5 * 38 < changes < 30 * 512 * 0.09 + 5 * 38
-
-
-def test_the_last_rounds_leave_chains_alone():
-    """Breaks when --nomix rounds restart chains or change labels, or are others than the last."""
-    watcher = Watcher()
-    images = pool([watcher], PoolSettings(num_steps=1, noise_scale=0.0, repeat_scale=6, batch_size=1000))
-    last = {image: label for x, y in watcher.rounds[-11:] for image, label in zip(x.tolist(), y.tolist(), strict=True)}
-    assert last.keys() == set(images.flatten(1)[:, 0].tolist())
-    for x, y in watcher.rounds[-10:]:
-        assert all(last[image] == label for image, label in zip(x.tolist(), y.tolist(), strict=True))
-    before = set(watcher.rounds[0][0].tolist())
-    assert 5 <= len(last.keys() - before) < 60  # and the first two rounds do
-
-
-def test_the_ensemble_takes_turns_and_batches_are_written_back():
-    """Breaks when one model does all rounds, when end points are lost, or when the step sizes do not reach the chain.
-
-    The first energy pulls every pixel up by 0.01 a step, the second down by 0.03: after 6 rounds of 2 steps on all
-    chains of a pool, a pixel that met no edge is 0.12 lower.
-    """
-    asked = []
-
-    def slope(name, pull):
-        def energy(images, labels):
-            asked.append(name)
-            return pull * images.flatten(1).sum(1)
-
-        return energy
-
-    settings = PoolSettings(num_steps=2, noise_scale=0.0, batch_size=50, repeat_scale=3, nomix=6)
-    start = pool([slope("", 0)], dataclasses.replace(settings, num_steps=1), 50)
-    asked.clear()
-    end = pool([slope("up", -1), slope("down", 3)], settings, 50, step_lr=0.01)
-    assert asked == ["up", "up", "down", "down"] * 3
+    energies = [lambda images, labels: -images.flatten(1).sum(1), lambda images, labels: 3 * images.flatten(1).sum(1)]
+    start = draw_small_pool([lambda images, labels: 0 * images.flatten(1).sum(1)])
     inside = (start > 0.2) & (start < 0.9)
-    torch.testing.assert_close(end[inside], start[inside] - 0.12)
+    for proj_norm, down in [(0.0, 0.06), (2.0, 0.04)]:
+        change = draw_small_pool(energies, proj_norm=proj_norm) - start
+        torch.testing.assert_close(change[:25][inside[:25]], torch.full_like(change[:25][inside[:25]], 0.02))
+        torch.testing.assert_close(change[25:][inside[25:]], torch.full_like(change[25:][inside[25:]], -down))
 
 
-def test_one_pool_after_another():
-    """Breaks when a number that is no multiple of 1,000 is rounded, or the pools are the same images."""
-    generator = make_generator()
-    images = quality.draw_from_pools(
-        lambda size: quality.run_pool(
-            [plant(Watcher())], size, CONFIG, STILL,
-            step_lr=0.0, proj_norm=0.05, generator=generator, progress=make_progress(),
-        ),
-        1250,
-    )  # fmt: skip
-    assert images.shape == (1250, 1, 2, 2) and images.dtype == torch.uint8
-    assert not torch.equal(images[:250], images[1000:])
+def test_labels_reach_the_chains():
+    """Breaks when chains run without the labels of the pool: pixels stop moving where the label is of class 0."""
+    pool = draw_small_pool([lambda images, labels: -images.flatten(1).sum(1) * (1 - labels[:, 0])], step_lr=10.0)
+    assert 35 < (pool == 1).flatten(1).all(1).sum() < 50
 
 
-def test_diverged_chains_are_named():
-    """Breaks when NaN images become bytes, and figures of them."""
+def test_pools_depend_on_their_numbers_alone():
+    """Breaks when two pools have the same images, or a pool is another because others were drawn before."""
+    energies = [lambda images, labels: images.flatten(1).sum(1)]
+    pools = [draw_small_pool(energies, number, seed=seed) for number, seed in [(0, 0), (1, 0), (0, 1), (1, 0)]]
+    assert torch.equal(pools[1], pools[3])
+    assert not any(torch.equal(pools[k], pools[m]) for k, m in [(0, 1), (0, 2), (1, 2)])
+
+
+def test_images_are_the_first_of_each_pool():
+    """Breaks when a number that is no multiple of 1,000 is rounded, or a pool gives more than 1,000 images."""
+    images = quality.draw_from_pools(lambda number: torch.full((1024, 1, 1, 1), number / 4), 2250)
+    assert images.dtype == torch.uint8 and images.flatten().bincount()[[0, 64, 128]].tolist() == [1000, 1000, 250]
     with pytest.raises(UsageError, match="diverged"):
-        quality.draw_from_pools(
-            lambda size: quality.run_pool(
-                [plant(lambda images, labels: images.flatten(1).sum(1) * math.nan)],
-                size, CONFIG, PoolSettings(repeat_scale=1),
-                step_lr=10.0, proj_norm=0.05, generator=make_generator(), progress=make_progress(),
-            ),
-            10,
-        )  # fmt: skip
+        quality.draw_from_pools(lambda number: torch.full((10, 1, 1, 1), math.nan), 10)
 
 
 def test_bytes_are_those_of_the_reference():
@@ -227,12 +184,12 @@ def test_inception_figures_are_those_of_torch_fidelity(tmp_path, monkeypatch):
             return len(self.images)
 
     # Samples all like one real image: precise, without recall.
-    real, change = (draw_bytes(4, 3, 8, 8, seed=s) for s in (0, 1))
+    real, change = (draw_bytes(5, 3, 8, 8, seed=s) for s in (0, 1))
     fake = real[:1] - real[:1] % 32 + change % 32
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(fake), input2=Images(real), cuda=False, isc=True, kid=True, prc=True, verbose=False,
         feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(path), cache=False,
-        isc_splits=2, samples_shuffle=False, kid_subsets=1, kid_subset_size=4, prc_neighborhood=3, save_cpu_ram=True,
+        isc_splits=2, samples_shuffle=False, kid_subsets=1, kid_subset_size=5, prc_neighborhood=3, save_cpu_ram=True,
     )  # fmt: skip
 
     state, sha256 = features.read_inception(path, hashlib.sha256(path.read_bytes()).hexdigest())
@@ -388,6 +345,7 @@ EVALUATIONS = {
     "grey": "--exp=digits --features=inception",
     "no number": "--exp=digits --iterations=300,best",
     "other size": "--exp=colour --dataset=digits",
+    "too few rounds": "--exp=digits --batch_size=3",
 }
 SAMPLES = {
     "all classes": "--exp=digits --num=12 --batch_size=5 --seed=3",
@@ -463,6 +421,17 @@ def test_evaluations_end_to_end(models_folder):
     assert "--features=inception" in done["grey"][1]
     assert "--dataset=digits" in done["other size"][1]
     assert "--iterations=best" in done["no number"][1]
+    assert "--repeat_scale=1 makes 2 rounds" in done["too few rounds"][1]
+
+
+def test_imagenet_is_compared_with_its_validation_set(tmp_path):
+    """Breaks when samples are compared with training images by default, where the reference takes others."""
+    for seed, name in enumerate(["val_data", *IMAGENET_BATCHES]):
+        write_pickle(tmp_path / name, draw_imagenet_batch(seed))
+    model = make_model(models.ModelConfig("ResNet32", (3, 32, 32), 1))
+    trained = TrainedModel(model, tmp_path / "model_1.pt", {"dataset": "imagenet"}, ())
+    settings = InceptionSettings(imagenet_path=str(tmp_path))
+    assert "3 of 3 images of test" in str(quality.load_reference(settings, trained, torch.device("cpu")))
 
 
 def test_samples_end_to_end(models_folder):

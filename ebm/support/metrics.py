@@ -90,8 +90,8 @@ def inception_score(probabilities: Tensor, *, splits: int = 10) -> tuple[float, 
     Salimans et al. 2016. probabilities: a classifier's predictions (N, K), whose rows sum to one. Splits are parts of
     consecutive images; the score is in [1, K].
     """
-    scores = []
-    for part in probabilities.double().tensor_split(splits):
+    scores, ends = [], [len(probabilities) * k // splits for k in range(1, splits)]
+    for part in probabilities.double().tensor_split(ends):
         divergence = torch.xlogy(part, part) - torch.xlogy(part, part.mean(0))
         scores.append(divergence.sum(1).mean().exp())
     return float(torch.stack(scores).mean()), float(torch.stack(scores).std(correction=0))

@@ -8,6 +8,8 @@ Images are in a box with steep walls instead of hard ones: the density is exp(�
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from ebm.support.errors import UsageError
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.trained_models import TrainedModel, find_checkpoint, load_split, note_contradictions, open_model
 from models import freeze_energy
-from sampling import Energy, hmc
+from sampling import Energy, draw_hmc_move, make_hmc_move
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Annealed importance sampling (Neal 2001) between a box of images and an energy
@@ -59,37 +61,32 @@ def anneal(
     num_steps: int = 10,
     bounds: tuple[float, float] = (0.0, 1.0),
     reverse: bool = False,
-    generator: torch.Generator | None = None,
+    draw: Callable[[Tensor], tuple[Tensor, Tensor]] = draw_hmc_move,
     progress: Callable[[], object] = lambda: None,
 ) -> AnnealingResult:
     """Run annealed importance sampling (Neal 2001) on images (N, ...), from the box to the density exp(−E) or back.
 
-    The chains make one HMC move at each density exp(−alpha·E − walls), alpha = k / num_distributions, with the step
-    size step_size·5^(−2.5·alpha) as in the reference. If x are samples of the box, the expected log weight is at most
-    log ∫ exp(−E − walls) − log ∫ exp(−walls). With `reverse`, and if x are samples of exp(−E − walls), it is at least
-    that. num_steps: leapfrog steps of a move. progress: called after each move.
+    The chains pass the densities exp(−alpha·E − walls), alpha = k / num_distributions. At each change of alpha they are
+    weighed where they are and then make one HMC move at the new density. As in the reference, its step size is
+    step_size·5^(−2.5·alpha) for the alpha before the change, in both directions. If x are samples of the box, the
+    expected log weight is at most log ∫ exp(−E − walls) − log ∫ exp(−walls). With `reverse`, and if x are samples of
+    exp(−E − walls), it is at least that. num_steps: leapfrog steps of a move. draw: returns the random numbers of a
+    move of images. progress: called after each move.
     """
-    log_weights = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    acceptance = torch.zeros(num_distributions, device=x.device)
-
-    def weigh(x: Tensor) -> None:
-        with torch.no_grad():
-            log_weights.sub_(energy(x).double(), alpha=1 / num_distributions)
+    log_weights, acceptance = torch.zeros(len(x), dtype=torch.float64, device=x.device), []
+    alphas = [k / num_distributions for k in range(num_distributions + 1)]
 
     def density(alpha: float) -> Energy:
         return lambda x: alpha * energy(x) + compute_wall_energy(x, bounds)
 
-    for k in range(num_distributions, 0, -1) if reverse else range(1, num_distributions + 1):
-        if not reverse:
-            weigh(x)
-        alpha = k / num_distributions
+    for alpha, new_alpha in itertools.pairwise(reversed(alphas) if reverse else alphas):
+        with torch.no_grad():
+            log_weights -= energy(x).double() / num_distributions
         step = step_size * 5 ** (-2.5 * alpha)
-        x, accepted = hmc(density(alpha), x, step_size=step, num_steps=num_steps, generator=generator)
-        acceptance[k - 1] = accepted.float().mean()
-        if reverse:
-            weigh(x)
+        x, is_accepted = make_hmc_move(density(new_alpha), x, *draw(x), step_size=step, num_steps=num_steps)
+        acceptance.append(is_accepted.float().mean())
         progress()
-    return AnnealingResult(x, log_weights, acceptance)
+    return AnnealingResult(x, log_weights, torch.stack(acceptance[::-1] if reverse else acceptance))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,8 +140,9 @@ def bound_log_z(
     it starts at the end points of the forward run; the upper bound is then valid only if these are samples of the
     energy (Grosse et al. 2015).
     """
+    draw = functools.partial(draw_hmc_move, generator=generator)
     settings: dict[str, Any] = {"num_distributions": num_distributions, "step_size": step_size, "bounds": bounds}
-    settings |= {"generator": generator, "progress": progress}
+    settings |= {"draw": draw, "progress": progress}
     forward = anneal(energy, draw_box_images(shape, bounds, generator), **settings)
     back = anneal(energy, forward.x if samples is None else samples, reverse=True, **settings)
     box = math.prod(shape[1:]) * math.log(bounds[1] - bounds[0] + SPILL)
@@ -240,18 +238,22 @@ def draw_gauss_samples(shape: tuple[int, ...], precision: float, rescale: float,
 # Targets: this Gaussian, or a trained model
 
 
+GAUSSIANS = {"gauss": 0.0085, "2d": 0.0045}  # name -> usual step size of HMC
+
+
 def build_gauss(settings: AisSettings, device: torch.device) -> Target:
-    """Return a Gaussian in the middle of the box, with `gauss_dim` dimensions and the precision `temperature`."""
+    """Return a Gaussian in the middle of the box, of the precision `temperature`, in `gauss_dim` or two dimensions."""
     precision, rescale = settings.temperature or 1.0, settings.rescale or 1.0
+    name, dimensions = str(settings.dataset), 2 if settings.dataset == "2d" else settings.gauss_dim
 
     def energy(x: Tensor) -> Tensor:
         return 0.5 * precision * (x - rescale / 2).square().sum(1)
 
-    shape = settings.batch_size, settings.gauss_dim
+    shape = settings.batch_size, dimensions
     samples = draw_gauss_samples(shape, precision, rescale, torch.Generator(device).manual_seed(settings.seed + 1))
-    about = {"log Z": compute_gauss_log_z(settings.gauss_dim, precision, rescale)}
-    alr = 0.0085 if settings.alr is None else settings.alr
-    return Target({"gauss": energy}, shape[1:], {"gauss": 1.0}, None, samples, rescale, alr, about)
+    about = {"log Z": compute_gauss_log_z(dimensions, precision, rescale)}
+    alr = GAUSSIANS[name] if settings.alr is None else settings.alr
+    return Target({name: energy}, shape[1:], {name: 1.0}, None, samples, rescale, alr, about)
 
 
 def load_target(settings: AisSettings, device: torch.device) -> Target:

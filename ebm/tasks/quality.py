@@ -20,7 +20,7 @@ from ebm.measures.features import (
     load_or_train_classifier,
     read_inception,
 )
-from ebm.settings import InceptionSettings, PoolSettings
+from ebm.settings import POOL, InceptionSettings, PoolSettings
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
 from ebm.support.pixels import to_bytes
@@ -32,71 +32,139 @@ from models import ModelConfig, PreparedEnergy, draw_noise_images, freeze_energy
 from sampling import check_finite, langevin
 
 DIVERGED = "this model has diverged: use an earlier checkpoint"
-POOL = 1_000  # number of chains in a pool
-RESTART_SHARE = 0.01  # share of a batch that restarts from noise
-RELABEL_SHARE = 0.1  # share of a batch that gets a new label
+RESTART_SHARE = 0.01  # share of the chains of a round that restart from noise
+RELABEL_SHARE = 0.1  # share of the chains of a round that get a new label
+# Data set -> the split that the reference compares samples with.
+REFERENCES = {"cifar10": "both", "imagenet": "test", "imagenetfull": "test"}
 SPACING = 300  # iterations between the checkpoints of the reference's ensemble
 
 
-def draw_from_pools(run: Callable[[int], Tensor], number: int) -> Tensor:
-    """Return this many images, uint8 (number, C, H, W) on the CPU, from consecutive pools of 1,000 chains.
+def derive_seed(seed: int, number: int) -> int:
+    """Return the seed of what has this number in a run with this seed."""
+    return (seed * 1_000_003 + number) % 2**32
 
-    run: runs one pool of a given size, see `run_pool`. Raises UsageError if a chain diverges.
-    """
-    sizes = [min(POOL, number - start) for start in range(0, number, POOL)]
-    return torch.cat([to_bytes(check_finite(run(size), DIVERGED)).cpu() for size in sizes])
+
+# ---- pools of persistent chains ----
+
+
+Chain = Callable[[Tensor, Tensor], Tensor]  # images (N, C, H, W) in [0, 1], labels (N, classes) -> its end points
+
+
+class PoolDraws:
+    """What the rounds of a pool draw at random, from one generator. config: that of the networks."""
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator):
+        self.config, self.generator, self.device = config, generator, generator.device
+
+    def draw_images(self, number: int) -> Tensor:
+        """Return noise that chains start from, (number, C, H, W)."""
+        return draw_noise_images(self.config, number, self.generator)
+
+    def draw_labels(self, number: int) -> Tensor:
+        """Return random classes, one-hot (number, classes), or of width 0 if the networks have none."""
+        classes = self.config.label_size
+        if not classes:
+            return torch.zeros(number, 0, device=self.device)
+        drawn = torch.randint(classes, (number,), generator=self.generator, device=self.device)
+        return F.one_hot(drawn, classes).float()
+
+    def draw_indices(self, entries: int, number: int) -> Tensor:
+        """Return random indices of this many entries, (number,), with repetition."""
+        return torch.randint(entries, (number,), generator=self.generator, device=self.device)
+
+    def draw_mask(self, number: int, share: float) -> Tensor:
+        """Return a mask (number,) that is true with the probability `share`."""
+        return torch.rand(number, generator=self.generator, device=self.device) < share
 
 
 def run_pool(
+    chains: Sequence[Chain], draws: PoolDraws, settings: PoolSettings, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """Run a pool of persistent chains for all its rounds; return its images (N, C, H, W) and labels (N, classes).
+
+    chains: those of the ensemble, which take turns. progress: counts rounds.
+
+    As in the reference, a round runs new chains and adds them to the pool until it has `pool_size` entries, of which
+    there may be more at the end. From then on each round draws entries with repetition and continues them; the last
+    result of a repeated entry stays. Before that, in all but the last `nomix` rounds, a share of the drawn chains
+    restarts from noise and a share gets a new label.
+    """
+    size = settings.round_size
+    images, labels = draws.draw_images(0), draws.draw_labels(0)
+    for number in range(settings.rounds):
+        chain = chains[number % len(chains)]
+        if len(images) < settings.pool_size:
+            x, y = draws.draw_images(size), draws.draw_labels(size)
+            images, labels = torch.cat([images, chain(x, y)]), torch.cat([labels, y])
+        else:
+            index = draws.draw_indices(len(images), size)
+            x, y = images[index], labels[index]
+            if number < settings.rounds - settings.nomix:
+                x, y = mix_chains(x, y, draws)
+            x, last = chain(x, y), find_last_draws(index, len(images))
+            is_drawn = last >= 0
+            images[is_drawn], labels[is_drawn] = x[last[is_drawn]], y[last[is_drawn]]
+        progress.advance()
+    return images, labels
+
+
+def find_last_draws(index: Tensor, entries: int) -> Tensor:
+    """Return the last place of each entry among the drawn indices (n,), or -1 if it was not drawn, as (entries,)."""
+    last = torch.full((entries,), -1, device=index.device)
+    return last.scatter_reduce(0, index, torch.arange(len(index), device=index.device), "amax")
+
+
+def mix_chains(images: Tensor, labels: Tensor, draws: PoolDraws) -> tuple[Tensor, Tensor]:
+    """Return images and labels of chains, of which 1 % restart from noise and 10 % have a new label."""
+    number = len(images)
+    is_restarted, is_relabelled = draws.draw_mask(number, RESTART_SHARE), draws.draw_mask(number, RELABEL_SHARE)
+    labels = torch.where(is_relabelled.view(-1, 1), draws.draw_labels(number), labels)
+    return torch.where(is_restarted.view(-1, 1, 1, 1), draws.draw_images(number), images), labels
+
+
+def draw_pool(
+    number: int,
     energies: Sequence[PreparedEnergy],
-    size: int,
-    config: ModelConfig,
     settings: PoolSettings,
     *,
     step_lr: float,
     proj_norm: float,
-    generator: torch.Generator,
+    seed: int,
+    device: torch.device,
     progress: Progress,
 ) -> Tensor:
-    """Run a pool of persistent chains for all its rounds and return their images (size, C, H, W) in [0, 1].
+    """Return the images (N, C, H, W) in [0, 1] of one pool, which do not depend on other pools.
 
-    energies: those of the ensemble, as functions of images in [0, 1]. config: that of its networks. step_lr, proj_norm:
+    number: of the pool, from 0. energies: those of the ensemble, as functions of images in [0, 1]. step_lr, proj_norm:
     step size and clip of the gradients of these energies. progress: counts rounds.
-
-    As in the reference, each round draws a batch of chains without repetition, continues them under the next energy of
-    the ensemble and writes them back. In all but the last `nomix` rounds a share of the batch restarts from noise, and
-    a share gets a new label.
     """
-    device, classes = generator.device, config.label_size
+    generator = torch.Generator(device).manual_seed(derive_seed(seed, number))
+    descend = functools.partial(
+        langevin,
+        num_steps=settings.num_steps,
+        step_lr=step_lr,
+        noise_std=settings.noise_scale,
+        proj_norm=proj_norm,
+        generator=generator,
+    )
 
-    def draw_labels(n: int) -> Tensor:
-        if not classes:
-            return torch.zeros(n, 0, device=device)
-        return F.one_hot(torch.randint(classes, (n,), generator=generator, device=device), classes).float()
+    def build_chain(energy: PreparedEnergy) -> Chain:
+        return lambda images, labels: descend(energy.under(labels), images)
 
-    images, labels = draw_noise_images(config, size, generator), draw_labels(size)
-    batch_size = min(settings.batch_size, size)
-    for round_ in range(settings.rounds):
-        index = torch.randperm(size, generator=generator, device=device)[:batch_size]
-        x, y = images[index], labels[index]
-        if round_ < settings.rounds - settings.nomix:
-            chance = torch.rand(2, batch_size, generator=generator, device=device)
-            x = torch.where(
-                (chance[0] < RESTART_SHARE).view(-1, 1, 1, 1), draw_noise_images(config, batch_size, generator), x
-            )
-            y = torch.where((chance[1] < RELABEL_SHARE).view(-1, 1), draw_labels(batch_size), y)
-        images[index] = langevin(
-            energies[round_ % len(energies)].under(y),
-            x,
-            num_steps=settings.num_steps,
-            step_lr=step_lr,
-            noise_std=settings.noise_scale,
-            proj_norm=proj_norm,
-            generator=generator,
-        )
-        labels[index] = y
-        progress.advance()
-    return images
+    draws = PoolDraws(energies[0].model.config, generator)
+    return run_pool(list(map(build_chain, energies)), draws, settings, progress)[0]
+
+
+def draw_from_pools(draw: Callable[[int], Tensor], number: int) -> Tensor:
+    """Return this many images, uint8 (number, C, H, W) on the CPU: the first 1,000 of each of so many pools.
+
+    draw: returns the images of a pool by its number from 0, see `draw_pool`. Raises UsageError if a chain diverges.
+    """
+    pools = [draw(k)[:POOL] for k in range(-(-number // POOL))]
+    return torch.cat([to_bytes(check_finite(images, DIVERGED)).cpu() for images in pools])[:number]
+
+
+# ---- one new chain per image ----
 
 
 def draw_fresh_images(
@@ -122,7 +190,7 @@ def draw_fresh_images(
     """
 
     def draw_batch(numbers: Tensor) -> Tensor:
-        seeds = [(seed * 1_000_003 + i) % 2**32 for i in numbers.tolist()]
+        seeds = [derive_seed(seed, i) for i in numbers.tolist()]
         generators = [torch.Generator(labels.device).manual_seed(each) for each in seeds]
         images = langevin(
             energy.under(labels[numbers.to(labels.device)]),
@@ -185,7 +253,7 @@ def find_ensemble(folder: pathlib.Path, resume_iter: str, number: int) -> list[p
 def load_reference(settings: InceptionSettings, trained: TrainedModel, device: torch.device) -> RealImages:
     """Return the real images to compare samples with; raise UsageError if they do not fit the model."""
     name = settings.dataset or trained.flags.get("dataset", "cifar10")
-    choice = settings.reference or ("both" if name == "cifar10" else "train")
+    choice = settings.reference or REFERENCES.get(name, "train")
     splits = ("train", "test") if choice == "both" else (choice,)
     datasets = [load_split(split, trained, settings, device) for split in splits]
     return RealImages.choose(name, choice, datasets, settings.real_number)
@@ -221,6 +289,15 @@ def load_extractor(
     return classifier
 
 
+def check_pool(settings: PoolSettings) -> None:
+    """Raise UsageError if the rounds of a pool do not fill it."""
+    if settings.rounds * settings.round_size < settings.pool_size:
+        raise UsageError(
+            f"`repeat_scale`={settings.repeat_scale} makes {settings.rounds} rounds of `batch_size`="
+            f"{settings.batch_size} chains, which do not fill a pool of {settings.pool_size:,}; raise one of them"
+        )
+
+
 def draw_samples(
     settings: InceptionSettings, paths: Sequence[pathlib.Path], trained: TrainedModel, device: torch.device
 ) -> Tensor:
@@ -228,22 +305,17 @@ def draw_samples(
     load = functools.partial(checkpoint.load_energy, ema=settings.ema, device=device, **settings.unrecorded)
     ensemble, rescale = list(map(load, paths)), trained.rescale
     progress = Progress(settings.rounds * -(-settings.im_number // POOL), what="round")
-    energies = [freeze_energy(model, precision=settings.precision, rescale=rescale) for model in ensemble]
-    generator = torch.Generator(device).manual_seed(settings.seed)
-
-    def run(size: int) -> Tensor:
-        return run_pool(
-            energies,
-            size,
-            ensemble[0].config,
-            settings,
-            step_lr=trained.choose_step_lr(settings.step_lr) / rescale,  # gradients to images in [0, 1] are `rescale`
-            proj_norm=settings.proj_norm * rescale,  # times those to the network's own images
-            generator=generator,
-            progress=progress,
-        )
-
+    draw = functools.partial(
+        draw_pool,
+        energies=[freeze_energy(model, precision=settings.precision, rescale=rescale) for model in ensemble],
+        settings=settings,
+        step_lr=trained.choose_step_lr(settings.step_lr) / rescale,  # gradients to images in [0, 1] are `rescale`
+        proj_norm=settings.proj_norm * rescale,  # times those to the network's own images
+        seed=settings.seed,
+        device=device,
+        progress=progress,
+    )
     with report_memory_shortage(settings.batch_size), allow_tf32(settings.precision):
-        images = draw_from_pools(run, settings.im_number)
+        images = draw_from_pools(draw, settings.im_number)
     progress.close()
     return images
