@@ -23,15 +23,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ebm.settings import AisSettings
 from ebm.support import cli, pictures
 from ebm.support.hardware import set_up_process
 from ebm.support.progress import Progress
 from ebm.support.reports import format_table, make_folder, write_json
 from ebm.tasks.likelihood import GAUSSIANS, Target, bound_log_z_of_classes, build_gauss, compute_figures, load_target
-from ebm.training.distributed import choose_device
+from ebm.training.distributed import Workers, share_evaluation
 
 
 def describe_target(settings: AisSettings, target: Target) -> dict[str, Any]:
@@ -56,16 +54,20 @@ def plot_bounds(contents: Mapping[str, Any], numbers: Sequence[int], path: pathl
 
 def main(settings: AisSettings) -> None:
     set_up_process()
-    numbers, device = sorted(set(settings.pdist)), choose_device(settings.device)
-    is_gauss = settings.dataset in GAUSSIANS
-    target = build_gauss(settings, device) if is_gauss else load_target(settings, device)
+    with share_evaluation(settings.device) as workers:
+        measure_likelihood(settings, workers)
+
+
+def measure_likelihood(settings: AisSettings, workers: Workers) -> None:
+    """Bound log Z and the likelihood of test images, each worker with its share of the chains, and write the report."""
+    numbers, is_gauss = sorted(set(settings.pdist)), settings.dataset in GAUSSIANS
+    target = build_gauss(settings, workers.device) if is_gauss else load_target(settings, workers)
     name = str(settings.dataset if is_gauss else settings.exp)
-    folder = make_folder(pathlib.Path(settings.logdir) / name / "ais", "logdir")
+    folder = workers.choose_folder(make_folder(pathlib.Path(settings.logdir) / name / "ais", "logdir"))
     contents = describe_target(settings, target) | {"bounds": {}, "by class": {}}
     progress = Progress(2 * sum(numbers) * len(target.energies), what="HMC move")
     for number in numbers:
-        generator = torch.Generator(device).manual_seed(settings.seed)
-        bounds_by_class = bound_log_z_of_classes(target, settings.batch_size, number, generator, progress.advance)
+        bounds_by_class = bound_log_z_of_classes(target, settings, number, progress.advance, workers)
         contents["bounds"][f"pdist {number}"] = figures = compute_figures(target, bounds_by_class)
         contents["by class"][f"pdist {number}"] = {
             name: bounds_of_class.to_dict() for name, bounds_of_class in bounds_by_class.items()

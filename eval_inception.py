@@ -16,7 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ebm.measures.features import (
     Classifier,
@@ -31,6 +35,7 @@ from ebm.support import cli, pictures
 from ebm.support.hardware import set_up_process
 from ebm.support.reports import format_table, make_folder, write_json
 from ebm.tasks.quality import (
+    PAPER,
     check_pool,
     choose_iterations,
     draw_samples,
@@ -39,21 +44,9 @@ from ebm.tasks.quality import (
     load_reference,
 )
 from ebm.tasks.trained_models import TrainedModel, note_contradictions, open_model, refuse_concept_model
-from ebm.training.distributed import choose_device
+from ebm.training.distributed import Workers, share_evaluation
 
 COMPARED = "of at most 10,000 images"
-
-# (Data set, conditional) -> published figures (Du & Mordatch 2019, as later papers quote them; "?": not verified).
-PAPER = {
-    ("cifar10", False): {
-        "one model": "IS 6.02, FID 40.58",
-        "ensemble of 10 late checkpoints": "IS 6.78, FID 38.2",
-        "released model_121200, one model, num_steps 60, repeat_scale 10, by a user": "IS 6.40, FID 51.9",
-    },
-    ("cifar10", True): {"conditional": "IS 8.30, FID 37.9"},
-    ("imagenet", True): {"conditional": "IS 18.22, FID 14.31 ? (a later paper quotes IS 5.85, FID 62.2)"},
-    ("imagenetfull", True): {"conditional": "IS 28.6, FID 43.7 ?"},
-}
 
 
 def describe_settings(
@@ -83,50 +76,73 @@ def format_results(contents: dict[str, Any]) -> str:
 def main(settings: InceptionSettings) -> None:
     set_up_process()
     check_pool(settings)
-    device = choose_device(settings.device)
+    with share_evaluation(settings.device) as workers:
+        evaluate_samples(settings, workers)
+
+
+def evaluate_samples(settings: InceptionSettings, workers: Workers) -> None:
+    """Sample from each ensemble, each worker its share of the pools; measure and report the samples on rank 0."""
     experiment = pathlib.Path(settings.modeldir) / settings.exp
     ensembles = [
         find_ensemble(experiment, iteration, settings.ensemble) for iteration in choose_iterations(settings, experiment)
     ]
-    newest = ensembles[-1][0]
-    trained = open_model(newest, device, settings, ema=settings.ema)
+    trained = open_model(ensembles[-1][0], workers.device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
-    config = trained.model.config
     refuse_concept_model(trained)
-    cache = pathlib.Path(settings.cache or pathlib.Path(settings.logdir) / "statistics")
-    reference = load_reference(settings, trained, device)
-    extractor = load_extractor(settings, reference, cache, device)
-    real = load_or_compute_statistics(extractor, reference, cache)
-
-    of_real = dict(zip(("images", "distance"), measure_real(real, settings.im_number), strict=True))
-    published = PAPER.get((reference.datasets[0].name, config.label_size > 0), {})
-    contents: dict[str, Any] = {
-        "settings": describe_settings(settings, trained, reference, extractor),
-        "flags": cli.to_dict(settings),
-        "network": dataclasses.asdict(config),
-        "results": [],
-        "Fréchet distance of real images": of_real,
-        "paper": published if extractor.name == "inception" else {},
-    }
-    folder = make_folder(pathlib.Path(settings.logdir) / settings.exp / f"eval_inception_{settings.idx}", "logdir")
-    path = folder / "eval_inception.json"
+    report = Report(settings, trained, workers.device) if workers.rank == 0 else None
     for paths in ensembles:
         print(f"ensemble of {len(paths)}: {', '.join(map(str, paths))}")
-        images = draw_samples(settings, paths, trained, device)
+        images = draw_samples(settings, paths, trained, workers)
+        if report is not None:
+            report.add(paths, images)
+    if report is not None:
+        report.finish()
+
+
+class Report:
+    """The figures of samples, and the files that they are written to."""
+
+    def __init__(self, settings: InceptionSettings, trained: TrainedModel, device: torch.device):
+        cache = pathlib.Path(settings.cache or pathlib.Path(settings.logdir) / "statistics")
+        reference = load_reference(settings, trained, device)
+        self.settings, self.extractor = settings, load_extractor(settings, reference, cache, device)
+        self.real = load_or_compute_statistics(self.extractor, reference, cache)
+        of_real = dict(zip(("images", "distance"), measure_real(self.real, settings.im_number), strict=True))
+        published = PAPER.get((reference.datasets[0].name, trained.model.config.label_size > 0), {})
+        self.contents: dict[str, Any] = {
+            "settings": describe_settings(settings, trained, reference, self.extractor),
+            "flags": cli.to_dict(settings),
+            "network": dataclasses.asdict(trained.model.config),
+            "results": [],
+            "Fréchet distance of real images": of_real,
+            "paper": published if self.extractor.name == "inception" else {},
+        }
+        folder = pathlib.Path(settings.logdir) / settings.exp / f"eval_inception_{settings.idx}"
+        self.folder = make_folder(folder, "logdir")
+        self.path = self.folder / "eval_inception.json"
+
+    def add(self, paths: Sequence[pathlib.Path], images: Tensor) -> None:
+        """Measure the images uint8 (N, C, H, W) of an ensemble of checkpoints; write them as a grid, and the report."""
         iteration = paths[0].stem.removeprefix("model_")
         grid, scale = images[:100] / 255, max(1, 64 // images.shape[3])
-        print(f"wrote {pictures.save_grid(grid, folder / f'samples_{iteration}.png', columns=10, scale=scale)}")
-        figures = measure_quality(extractor, images, real, splits=settings.splits)
-        contents["results"].append({"iteration": iteration, "ensemble": list(map(str, paths)), "figures": figures})
-        write_json(path, contents)
-    print(format_results(contents))
-    print(f"wrote {path}")
-    if len(ensembles) > 1:
-        iterations = [int(result["iteration"]) for result in contents["results"]]
-        curves = {
-            name: {name: (iterations, [result["figures"][name] for result in contents["results"]])} for name in figures
-        }
-        print(f"wrote {pictures.plot_lines(curves, folder / 'curve.png', xlabel='iteration')}")
+        print(f"wrote {pictures.save_grid(grid, self.folder / f'samples_{iteration}.png', columns=10, scale=scale)}")
+        figures = measure_quality(self.extractor, images, self.real, splits=self.settings.splits)
+        result = {"iteration": iteration, "ensemble": list(map(str, paths)), "figures": figures}
+        self.contents["results"].append(result)
+        write_json(self.path, self.contents)
+
+    def finish(self) -> None:
+        """Print the figures and the path of the report, and plot them if they are of several iterations."""
+        print(format_results(self.contents))
+        print(f"wrote {self.path}")
+        results = self.contents["results"]
+        if len(results) > 1:
+            iterations = [int(result["iteration"]) for result in results]
+            curves = {
+                name: {name: (iterations, [result["figures"][name] for result in results])}
+                for name in results[0]["figures"]
+            }
+            print(f"wrote {pictures.plot_lines(curves, self.folder / 'curve.png', xlabel='iteration')}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
 from ebm.support.reports import make_folder
+from ebm.support.sharing import derive_seed
 from ebm.tasks.trained_models import (
     TrainedModel,
     find_class,
@@ -124,7 +125,7 @@ def record_frames(
     """
     device = next(trained.model.parameters()).device
     energy = freeze_energy(trained.model, precision=settings.precision, rescale=trained.rescale)
-    generators = [torch.Generator(device).manual_seed(settings.seed * 1_000_003 + i) for i in numbers.tolist()]
+    generators = [torch.Generator(device).manual_seed(derive_seed(settings.seed, i)) for i in numbers.tolist()]
     progress, frames = Progress(settings.num_steps, what="Langevin step", quiet=quiet), []
 
     def add_frame(images: Tensor) -> None:

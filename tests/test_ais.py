@@ -82,7 +82,7 @@ def test_the_bounds_bracket_a_gaussian_and_close(precision, numbers, exact):
     for number in numbers:
         bounds_of_class = bound_log_z(
             gaussian(precision, 1.0), shape, num_distributions=number, step_size=0.012, samples=samples,
-            generator=torch.Generator().manual_seed(0),
+            seed=0, device=torch.device("cpu"),
         )  # fmt: skip
         assert (
             bounds_of_class.lower + bounds_of_class.lower_error
@@ -92,6 +92,16 @@ def test_the_bounds_bracket_a_gaussian_and_close(precision, numbers, exact):
         assert bounds_of_class.acceptance.mean() > 0.8 and bounds_of_class.reverse_acceptance.mean() > 0.8
         gaps.append(bounds_of_class.upper - bounds_of_class.lower)
     assert all(wide > 1.5 * narrow for wide, narrow in itertools.pairwise(gaps))
+
+
+def test_parts_draw_the_same_numbers():
+    """Breaks when chains that are shared out to workers draw other numbers, so that a figure depends on the workers."""
+    settings = {"num_distributions": 3, "step_size": 0.012, "seed": 5, "device": torch.device("cpu")}
+    samples = draw_gauss_samples((7, 4), 300.0, 1.0, torch.Generator().manual_seed(1))
+    whole, parts = (bound_log_z(gaussian(300.0, 1.0), (7, 4), parts=n, samples=samples, **settings) for n in (1, 3))
+    assert (parts.lower, parts.upper_error) == pytest.approx((whole.lower, whole.upper_error), rel=1e-5)
+    torch.testing.assert_close(parts.acceptance, whole.acceptance)
+    torch.testing.assert_close(parts.reverse_acceptance, whole.reverse_acceptance)
 
 
 def test_bits_per_dimension_in_closed_form():

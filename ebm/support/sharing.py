@@ -1,4 +1,4 @@
-"""The interface by which independent computations are shared out to workers, and its form for one process."""
+"""The interface by which independent computations are shared out to workers, its form for one process, their seeds."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ ShareOut = Callable[[Sequence[Any], Callable[[Any], Any]], list[Any]]
 def compute_all(items: Sequence[Any], compute: Callable[[Any], Any]) -> list[Any]:
     """Return compute(item) for all items, one after the other; `Workers.share_out` does the same on many workers."""
     return [compute(item) for item in items]
+
+
+def derive_seed(seed: int, number: int) -> int:
+    """Return the seed of the computation with this number in a run with this seed, below 2³²."""
+    return (seed * 1_000_003 + number) % 2**32

@@ -8,7 +8,6 @@ Images are in a box with steep walls instead of hard ones: the density is exp(�
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -19,8 +18,10 @@ from torch import Tensor
 
 from ebm.settings import AisSettings
 from ebm.support.errors import UsageError
+from ebm.support.sharing import ShareOut, compute_all, derive_seed
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.trained_models import TrainedModel, find_checkpoint, load_split, note_contradictions, open_model
+from ebm.training.distributed import Workers
 from models import freeze_energy
 from sampling import Energy, draw_hmc_move, make_hmc_move
 
@@ -131,47 +132,62 @@ def bound_log_z(
     step_size: float,
     bounds: tuple[float, float] = (0.0, 1.0),
     samples: Tensor | None = None,
-    generator: torch.Generator,
+    seed: int,
+    device: torch.device,
     progress: Callable[[], object] = lambda: None,
+    parts: int = 1,
+    share_out: ShareOut = compute_all,
 ) -> LogZBounds:
     """Return lower and upper bounds of log ∫ exp(−E − walls), from forward and reverse runs of `anneal`.
 
     shape: of the chains (N, ...). samples: exact samples of the energy, from which the reverse run starts. Without them
     it starts at the end points of the forward run; the upper bound is then valid only if these are samples of the
-    energy (Grosse et al. 2015).
+    energy (Grosse et al. 2015). share_out: distributes the chains in so many parts; a chain draws the same numbers in
+    any number of parts.
     """
-    draw = functools.partial(draw_hmc_move, generator=generator)
-    settings: dict[str, Any] = {"num_distributions": num_distributions, "step_size": step_size, "bounds": bounds}
-    settings |= {"draw": draw, "progress": progress}
-    forward = anneal(energy, draw_box_images(shape, bounds, generator), **settings)
-    back = anneal(energy, forward.x if samples is None else samples, reverse=True, **settings)
+
+    def run_part(chains: Tensor) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def draw(x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(drawn[chains] for drawn in draw_hmc_move(x.new_empty(shape), generator))
+
+        settings: dict[str, Any] = {"num_distributions": num_distributions, "step_size": step_size, "bounds": bounds}
+        settings |= {"draw": draw, "progress": progress}
+        forward = anneal(energy, draw_box_images(shape, bounds, generator)[chains], **settings)
+        back = anneal(energy, forward.x if samples is None else samples[chains], reverse=True, **settings)
+        accepted = (result.acceptance * len(chains) for result in (forward, back))
+        return forward.log_weights, back.log_weights, *accepted
+
+    results = share_out(torch.arange(shape[0], device=device).chunk(parts), run_part)
+    *log_weights, acceptance, reverse_acceptance = map(list, zip(*results, strict=True))
     box = math.prod(shape[1:]) * math.log(bounds[1] - bounds[0] + SPILL)
     (lower, lower_error), (upper, upper_error) = (
-        (box + w.mean().item(), (w.std() / len(w) ** 0.5).item()) for w in (forward.log_weights, back.log_weights)
+        (box + w.mean().item(), (w.std() / len(w) ** 0.5).item()) for w in map(torch.cat, log_weights)
     )
-    return LogZBounds(lower, lower_error, upper, upper_error, forward.acceptance, back.acceptance)
+    shares = (torch.stack(counts).sum(0) / shape[0] for counts in (acceptance, reverse_acceptance))
+    return LogZBounds(lower, lower_error, upper, upper_error, *shares)
 
 
 def bound_log_z_of_classes(
-    target: Target,
-    chains: int,
-    num_distributions: int,
-    generator: torch.Generator,
-    progress: Callable[[], object],
+    target: Target, settings: AisSettings, num_distributions: int, progress: Callable[[], object], workers: Workers
 ) -> dict[str, LogZBounds]:
-    """Return the bounds of log Z for each class of a target by name. chains: their number for each class."""
+    """Return the bounds of log Z for each class of a target by name, from `batch_size` chains for each class."""
     return {
         name: bound_log_z(
             energy,
-            (chains, *target.shape),
+            (settings.batch_size, *target.shape),
             num_distributions=num_distributions,
             step_size=target.alr,
             bounds=(0.0, target.rescale),
             samples=target.samples,
-            generator=generator,
+            seed=derive_seed(settings.seed, k),
+            device=workers.device,
             progress=progress,
+            parts=workers.size,
+            share_out=workers.share_out,
         )
-        for name, energy in target.energies.items()
+        for k, (name, energy) in enumerate(target.energies.items())
     }
 
 
@@ -256,11 +272,12 @@ def build_gauss(settings: AisSettings, device: torch.device) -> Target:
     return Target({name: energy}, shape[1:], {name: 1.0}, None, samples, rescale, alr, about)
 
 
-def load_target(settings: AisSettings, device: torch.device) -> Target:
+def load_target(settings: AisSettings, workers: Workers) -> Target:
     """Return the density of the model that the settings name, with the energies of test images.
 
     Raises UsageError if the model or the data are missing, do not fit each other, or have no density.
     """
+    device = workers.device
     trained = open_model(find_checkpoint(settings), device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     model, path = trained.model, trained.path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -25,9 +26,10 @@ from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
 from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
-from ebm.support.sharing import ShareOut, compute_all
+from ebm.support.sharing import ShareOut, compute_all, derive_seed
 from ebm.tasks.examined_model import is_out_of_memory
 from ebm.tasks.trained_models import TrainedModel, load_split
+from ebm.training.distributed import Workers
 from models import ModelConfig, PreparedEnergy, draw_noise_images, freeze_energy
 from sampling import check_finite, langevin
 
@@ -38,10 +40,17 @@ RELABEL_SHARE = 0.1  # share of the chains of a round that get a new label
 REFERENCES = {"cifar10": "both", "imagenet": "test", "imagenetfull": "test"}
 SPACING = 300  # iterations between the checkpoints of the reference's ensemble
 
-
-def derive_seed(seed: int, number: int) -> int:
-    """Return the seed of what has this number in a run with this seed."""
-    return (seed * 1_000_003 + number) % 2**32
+# (Data set, conditional) -> published figures (Du & Mordatch 2019, as later papers quote them; "?": not verified).
+PAPER = {
+    ("cifar10", False): {
+        "one model": "IS 6.02, FID 40.58",
+        "ensemble of 10 late checkpoints": "IS 6.78, FID 38.2",
+        "released model_121200, one model, num_steps 60, repeat_scale 10, by a user": "IS 6.40, FID 51.9",
+    },
+    ("cifar10", True): {"conditional": "IS 8.30, FID 37.9"},
+    ("imagenet", True): {"conditional": "IS 18.22, FID 14.31 ? (a later paper quotes IS 5.85, FID 62.2)"},
+    ("imagenetfull", True): {"conditional": "IS 28.6, FID 43.7 ?"},
+}
 
 
 # ---- pools of persistent chains ----
@@ -155,13 +164,17 @@ def draw_pool(
     return run_pool(list(map(build_chain, energies)), draws, settings, progress)[0]
 
 
-def draw_from_pools(draw: Callable[[int], Tensor], number: int) -> Tensor:
+def draw_from_pools(draw: Callable[[int], Tensor], number: int, share_out: ShareOut = compute_all) -> Tensor:
     """Return this many images, uint8 (number, C, H, W) on the CPU: the first 1,000 of each of so many pools.
 
-    draw: returns the images of a pool by its number from 0, see `draw_pool`. Raises UsageError if a chain diverges.
+    draw: returns the images of a pool by its number from 0, see `draw_pool`. share_out: distributes the pools. Raises
+    UsageError if a chain diverges.
     """
-    pools = [draw(k)[:POOL] for k in range(-(-number // POOL))]
-    return torch.cat([to_bytes(check_finite(images, DIVERGED)).cpu() for images in pools])[:number]
+
+    def draw_bytes(pool: int) -> Tensor:
+        return to_bytes(check_finite(draw(pool)[:POOL], DIVERGED)).cpu()
+
+    return torch.cat(share_out(range(-(-number // POOL)), draw_bytes))[:number]
 
 
 # ---- one new chain per image ----
@@ -299,12 +312,15 @@ def check_pool(settings: PoolSettings) -> None:
 
 
 def draw_samples(
-    settings: InceptionSettings, paths: Sequence[pathlib.Path], trained: TrainedModel, device: torch.device
+    settings: InceptionSettings, paths: Sequence[pathlib.Path], trained: TrainedModel, workers: Workers
 ) -> Tensor:
-    """Return `im_number` images, uint8 (N, C, H, W), sampled from the ensemble of these checkpoints."""
-    load = functools.partial(checkpoint.load_energy, ema=settings.ema, device=device, **settings.unrecorded)
+    """Return `im_number` images, uint8 (N, C, H, W), sampled from the ensemble of these checkpoints.
+
+    Each worker runs its share of the pools, and every one receives all images.
+    """
+    load = functools.partial(checkpoint.load_energy, ema=settings.ema, device=workers.device, **settings.unrecorded)
     ensemble, rescale = list(map(load, paths)), trained.rescale
-    progress = Progress(settings.rounds * -(-settings.im_number // POOL), what="round")
+    progress = Progress(settings.rounds * math.ceil(settings.im_number / POOL / workers.size), what="round")
     draw = functools.partial(
         draw_pool,
         energies=[freeze_energy(model, precision=settings.precision, rescale=rescale) for model in ensemble],
@@ -312,10 +328,10 @@ def draw_samples(
         step_lr=trained.choose_step_lr(settings.step_lr) / rescale,  # gradients to images in [0, 1] are `rescale`
         proj_norm=settings.proj_norm * rescale,  # times those to the network's own images
         seed=settings.seed,
-        device=device,
+        device=workers.device,
         progress=progress,
     )
     with report_memory_shortage(settings.batch_size), allow_tf32(settings.precision):
-        images = draw_from_pools(draw, settings.im_number)
+        images = draw_from_pools(draw, settings.im_number, workers.share_out)
     progress.close()
     return images
