@@ -89,7 +89,7 @@ def evaluate_samples(settings: InceptionSettings, workers: Workers) -> None:
     trained = open_model(ensembles[-1][0], workers.device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     refuse_concept_model(trained)
-    report = Report(settings, trained, workers.device) if workers.rank == 0 else None
+    report = QualityReport(settings, trained, workers.device) if workers.rank == 0 else None
     for paths in ensembles:
         print(f"ensemble of {len(paths)}: {', '.join(map(str, paths))}")
         images = draw_samples(settings, paths, trained, workers)
@@ -99,7 +99,7 @@ def evaluate_samples(settings: InceptionSettings, workers: Workers) -> None:
         report.finish()
 
 
-class Report:
+class QualityReport:
     """The figures of samples, and the files that they are written to."""
 
     def __init__(self, settings: InceptionSettings, trained: TrainedModel, device: torch.device):
