@@ -198,11 +198,15 @@ NOT_GIVEN = {
     "eval_inception.py": CHECKED,
     "imagenet_demo.py": CHECKED - {"large_model", "larger_model", "wider_model"},  # which it did not have
     "sample.py": CHECKED,
-    # What gentest and genbaseline train has the old defaults where these are None.
-    "ebm_combine.py": {"num_filters", "cclass", "spec_norm", "use_attention", "swish_act"},
+    # What gentest and genbaseline train has the old defaults where these are None, but for the release's leaky ReLU and
+    # its five passes in genbaseline.
+    "ebm_combine.py": {"num_filters", "cclass", "spec_norm", "use_attention", "swish_act", "break_steps"},
 }
-# The demo now takes all flags of a network, as the other scripts do.
-ADDED = {"imagenet_demo.py": {"bn", "wider_model", "large_model", "larger_model", "use_bias"}}
+# The demo now takes all flags of a network, as the other scripts do. Without `balance` the slices are the release's.
+ADDED = {
+    "ebm_combine.py": {"balance"},
+    "imagenet_demo.py": {"bn", "wider_model", "large_model", "larger_model", "use_bias"},
+}
 
 
 def settings_of(monkeypatch, script):
