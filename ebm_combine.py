@@ -29,14 +29,22 @@ from ebm.support.errors import UsageError
 from ebm.support.hardware import set_up_process
 from ebm.support.reports import make_folder, write_report
 from ebm.tasks import concepts, unseen
-from ebm.tasks.concept_models import find_models, list_models, load_models, read_pairs, read_weights, train_models
+from ebm.tasks.concept_models import (
+    find_models,
+    find_starts,
+    list_models,
+    load_models,
+    read_pairs,
+    read_weights,
+    train_models,
+)
 from ebm.training.distributed import choose_device
 
 TASKS: dict[str, Callable[..., Any]] = {
     "train": train_models,
     "conceptcombine": concepts.combine_concepts,
     "labeldiscover": concepts.discover_labels,
-    "gentest": unseen.compare_with_generator,
+    "gentest": unseen.measure_product,
     "genbaseline": unseen.measure_generator,
 }
 
@@ -56,6 +64,15 @@ def check_combination(settings: CombineSettings) -> None:
         raise UsageError(
             f"`first_step_lr`={settings.first_step_lr:g} cannot fall to `step_lr`={settings.step_lr:g}; lower `step_lr`"
         )
+
+
+def find_task_models(settings: Settings) -> dict[str, pathlib.Path]:
+    """Return the paths of the checkpoints that the task uses, by name; only gentest can do without some."""
+    if settings.task in ("conceptcombine", "labeldiscover"):
+        return find_models(settings, list_models(settings, settings.task))
+    if settings.task == "gentest":
+        return find_starts(settings, ("pos", unseen.choose_other_concept(settings)))
+    return {}
 
 
 def load_all_sprites(path: str | None, device: torch.device) -> dsprites.Sprites:
@@ -82,8 +99,7 @@ def main(settings: Settings) -> None:
     set_up_process()
     device = choose_device(settings.device)
     labels, weights = read_pairs("labels", settings.labels), read_weights(settings)
-    uses_models = settings.task in ("conceptcombine", "labeldiscover")
-    paths = find_models(settings, list_models(settings, settings.task)) if uses_models else {}
+    paths = find_task_models(settings)
     folder = make_task_folder(settings)
     run = concepts.ConceptRun(
         settings,

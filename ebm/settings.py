@@ -558,7 +558,8 @@ class CombineRun(DeviceChoice):
     batch_size: int = flag(256, "images that the models process at once", at_least=1)
     limit: int | None = flag(
         None,
-        "number of images to sample or examine; default: --batch_size, in task labeldiscover 30 times as many",
+        "number of images to sample or examine; default: --batch_size, in labeldiscover 30 times as many, in gentest "
+        "and genbaseline all unseen combinations",
         at_least=1,
     )
     seed: int = flag(0, "seed of all random numbers", at_least=0)
@@ -646,26 +647,36 @@ class CombineTraining:
     train_flags: str = flag(
         "--max_iter=10000", "train: flags for train.py, which follow the published flags and override them"
     )
-    train: bool = flag(False, "gentest: train the models again even if trained ones exist")
+    train: bool = flag(False, "gentest: train the models again even if an earlier run has trained them")
     joint_shape: bool = flag(False, "gentest, genbaseline: combine position with shape instead of size")
     joint_rot: bool = flag(False, "gentest, genbaseline: combine position with rotation instead of size")
-    break_steps: int = flag(300, "gentest, genbaseline: number of training iterations", at_least=1)
+    balance: bool = flag(
+        True,
+        "gentest, genbaseline: train on as many images in which the other concept varies as of those in which the "
+        "position does; --nobalance: on each of the former once, as the release",
+    )
+    break_steps: int | None = flag(
+        None,
+        "gentest, genbaseline: largest number of training iterations; default: 300 in gentest, which makes one pass "
+        "over its images, and in genbaseline five passes",
+        at_least=1,
+    )
     lr: float = flag(1e-3, "gentest: learning rate of the energy models", at_least=0)
-    frac: float = flag(0.0, "genbaseline: share of the unseen combinations to train on, 0 to 1", at_least=0, at_most=1)
+    frac: float = flag(0.0, "genbaseline: share of the other combinations to train on, 0 to 1", at_least=0, at_most=1)
     plot_curve: bool = flag(False, "genbaseline: repeat for --frac from 0 to 1 in steps of 0.1, and plot the curve")
 
 
 @dataclasses.dataclass(frozen=True)
 class CombineNetwork(UnrecordedNetwork):
-    """Network (checkpoints define it; these flags are compared with them, and used where gentest trains)"""
+    """Network (checkpoints define it; these flags are compared with them, and used for new networks in gentest)"""
 
     num_filters: int | None = flag(
         None,
-        "number of filters, the width of the network; default for training in gentest and genbaseline: 64",
+        "number of filters, the width of the network; default for new networks in gentest and genbaseline: 64",
         at_least=1,
     )
     cclass: bool | None = flag(None, "the networks are conditioned on a concept")
-    spec_norm: bool | None = flag(None, "spectral normalisation of the weights; default for training in gentest: True")
+    spec_norm: bool | None = flag(None, "spectral normalisation of the weights; default for new networks: True")
     use_attention: bool | None = flag(None, "the network has self-attention; no network for sprites has it")
     proj_cclass: bool = flag(False, "labels enter a network as they did in training", inert=True)
     proposal_debug: bool = flag(False, "no task makes Hamiltonian Monte Carlo moves", inert=True)

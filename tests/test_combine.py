@@ -12,21 +12,19 @@ import pytest
 import torch
 
 import checkpoint
-import data
 import models
-from conftest import ROOT, Planted, make_generator, make_model, make_progress, run_commands, write_checkpoint
+from conftest import GOLDEN, ROOT, Planted, make_generator, make_model, make_progress, run_commands, write_checkpoint
 from ebm.readers import dsprites
 from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings, TrainSettings
 from ebm.support import cli, reports
 from ebm.support.errors import UsageError
 from ebm.tasks import concepts, unseen
-from ebm.tasks.concept_models import ConceptModel
+from ebm.tasks.concept_models import ConceptModel, find_starts, load_model
 from ebm.tasks.concepts import ConceptRun, anneal_linearly
 from ebm.tasks.expressions import parse_expression
-from ebm.training.state import State
 from sampling import langevin
-from utils import ClippedAdam, ReplayBuffer
+from utils import ClippedAdam
 
 SIZES = {name: concept.label_size for name, concept in CONCEPTS.items()}
 
@@ -363,9 +361,9 @@ def test_gradient_is_taken_before_the_noise(small_grid, tmp_path):
     """Breaks when the noise moves the point whose gradient is taken: half of it would be gone after this step."""
     models_by_name = {"size": plant(lambda images, labels: QUADRATIC["a"](images), SIZES["size"], "size")}
     run = run_on(models_by_name, small_grid, tmp_path, num_steps=1, step_lr=0.5 / K1)
-    start = models.draw_noise_images(models_by_name["size"].config, 4, make_generator())
-    end = run.run_chain([composed("a")], 4, make_progress())
-    offset = (end - (start + A) / 2)[(start > 0) & (start < 1)]  # where no bound is near the end
+    start = torch.rand(4, 1, 64, 64, generator=make_generator(1))
+    end = run.run_chain([composed("a")], start, make_progress())
+    offset = end - (start + A) / 2  # no bound is near the end
     assert offset.mean().item() == pytest.approx(0, abs=1e-3)
     assert offset.std().item() == pytest.approx(0.005, rel=0.06)
 
@@ -480,17 +478,31 @@ def test_untrained_models_go_through(small_grid, tmp_path):
 
 @pytest.mark.parametrize(("other", "values"), [("size", 6), ("shape", 3), ("rot", 40)])
 def test_slices(other, values):
-    """Breaks when training sees what is tested, the slices are not balanced, or a combination is missing."""
+    """Breaks when the slices are not weighed as in the release or as asked for, or others than its combinations tested.
+
+    The release repeats the position's slice of 1,024; only with size it tests on nothing that training saw.
+    """
     latents = dsprites.compute_latents(torch.arange(dsprites.SIZE))
-    seen, rest = unseen.select_slices(latents, other)
-    assert len(seen) == 2 * 1024 and len(rest) == (values - 1) * (1024 - 1)
-    assert not set(seen.tolist()) & set(rest.tolist())
-    assert len(seen.unique()) == 1024 + values - 1
-    moved = ((latents[seen][:, 3:] - 16 / 31).abs() > 1e-3).any(1)
-    assert moved.sum() == 1023  # in the other slice the sprite stays in the middle
-    labels = unseen.join_labels(latents[rest], other)
+    slices = unseen.select_slices(latents, other, balance=False)
+    times = 1024 // values
+    assert len(slices.training) == times * 1024 + values and len(slices.training.unique()) == 1024 + values - 1
+    in_middle = ((latents[slices.training][:, 3:] - 16 / 31).abs() < 1e-3).all(1)
+    assert in_middle.sum() == times + values  # in the other slice the sprite stays in the middle
+    column = list(dsprites.LATENTS).index({"size": "scale", "rot": "orientation"}.get(other, other))
+    assert (latents[slices.training[:1024]][:, column].unique()).numel() == 1
+    assert len(slices.others) == values * 1024 - 1
+    is_seen = torch.isin(slices.unseen, slices.training)
+    if other == "size":
+        assert len(slices.unseen) == (values - 1) * (1024 - 1) and not is_seen.any()
+    else:
+        assert len(slices.unseen) == values * 1024 and is_seen.sum() == 1024 + values - 1
+    labels = unseen.join_labels(latents[slices.unseen], other)
     assert labels.shape[1] == 2 + SIZES[other]
-    assert len(labels.unique(dim=0)) == len(rest) or other == "rot"  # where 0 and 2π are one label
+    assert len(labels.unique(dim=0)) == len(slices.unseen) or other == "rot"  # where 0 and 2π are one label
+
+    balanced = unseen.select_slices(latents, other).training
+    in_middle = ((latents[balanced][:, 3:] - 16 / 31).abs() < 1e-3).all(1)
+    assert len(balanced) == 2 * times * 1024 and in_middle.sum() == times + times * 1024
 
 
 def test_product_adds_energies():
@@ -520,30 +532,59 @@ def test_generator_has_as_many_parameters(small_grid, tmp_path):
 
 def test_generator_learns(small_grid, tmp_path):
     """Breaks when training the generator gets stuck at black images, or does not lead to those of its labels."""
-    run = run_on({}, small_grid, tmp_path, num_filters=8, break_steps=40)
-    index = unseen.select_slices(small_grid.latents, "size")[0][:1].repeat(8)
+    run = run_on({}, small_grid, tmp_path, num_filters=8, batch_size=2, break_steps=80)
+    index = unseen.select_slices(small_grid.latents, "size").training[:1].repeat(64)
     sample = unseen.train_generator(run, unseen.build_generator(run, "size"), index, "size")
-    true = run.render_images(index)
-    assert unseen.measure_squared_error(sample(small_grid.latents[index]), true) < 0.9 * true.square().mean()
+    true = run.render_images(index[:8])
+    assert unseen.measure_squared_error(sample(small_grid.latents[index[:8]]), true) < 0.9 * true.square().mean()
 
 
-def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch):
-    """Breaks when a task stops half-way, does not keep what it trained, or does not show the other's figures."""
+@pytest.fixture
+def optimizers(monkeypatch):
+    """The settings (lr, betas) of each optimizer of gentest and genbaseline, and how many steps each made."""
+    found = []
+
+    class Spy(ClippedAdam):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            found.append(self.param_groups[0])
+
+    monkeypatch.setattr(unseen, "ClippedAdam", Spy)
+    return found
+
+
+def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch, optimizers):
+    """Breaks when a task stops half-way, tests on part of the combinations, does not keep what it trained, or does not
+    show the other's figures; when training takes other passes over its list or another optimizer than the release.
+
+    The list has each of the 9 positions once, as often as 6 goes into 9, and 9 sizes: 9 batches of 2.
+    """
     folder = tmp_path / "gentest" / "pos_size"
-    run = run_on({}, small_grid, folder, limit=6)
-    figures = unseen.compare_with_generator(run)
-    assert {"energy, unseen", "energy, seen", "generator, unseen", "generator, seen"} < set(figures)
+    run = run_on({}, small_grid, folder, batch_size=2, break_steps=None, num_steps=1)
+    sampled = []
+    sample_product = unseen.sample_product
+    monkeypatch.setattr(unseen, "sample_product", lambda *words: sampled.append(words[2]) or sample_product(*words))
+    figures = unseen.measure_product(run)
+    assert sum(map(len, sampled)) == 5 * 8 + 2  # all unseen combinations, and a batch of seen ones
+    assert torch.cat(sampled).std().item() == pytest.approx(1, rel=0.01)
+    assert torch.cat(sampled).mean().item() == pytest.approx(0.5, abs=0.01)
+    assert {"energy, unseen", "energy, seen"} < set(figures) and figures["share of the unseen that was trained on"] == 0
     assert json.dumps(figures, allow_nan=False) and all(path.exists() for path in run.files)
     (folder / "gentest.json").write_text(json.dumps({"figures": figures}))
 
-    kept = checkpoint.load_energy(folder / "pos" / "model_3")
+    kept = checkpoint.load_energy(folder / "pos" / "model_9")
     start = unseen.build_product(run, "size").networks[0]
     moved = [(a - b).abs().max() for a, b in zip(kept.parameters(), start.parameters(), strict=True)]
     assert kept.config.label_size == 2 and max(moved) > 1e-4
     monkeypatch.setattr(unseen, "train_product", None)  # trained models are loaded, not trained again
-    unseen.compare_with_generator(run_on({}, small_grid, folder, limit=2, break_steps=3))
+    unseen.measure_product(run_on({}, small_grid, folder, limit=2, batch_size=2, break_steps=9))
 
-    run = run_on({}, small_grid, tmp_path / "genbaseline" / "pos_size", limit=4, plot_curve=True, break_steps=1)
+    run = run_on({}, small_grid, tmp_path / "genbaseline" / "pos_size", limit=4, batch_size=5, break_steps=None)
+    unseen.measure_generator(run)
+    used = [(group["lr"], group["betas"], group["t"]) for group in optimizers]
+    assert used == [(1e-3, (0.0, 0.999), 9), (1e-3, (0.9, 0.999), 5 * 3)]
+
+    run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, plot_curve=True, break_steps=1))
     curve = unseen.measure_generator(run)
     assert curve["energy, unseen"] == figures["energy, unseen"] and "100%, seen" in curve
     stored = np.load(run.folder / "curve.npy")
@@ -551,17 +592,54 @@ def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch):
     assert stored[1, 3] == curve["30%, unseen"]["MSE"]
 
 
+def test_gentest_starts_from_the_models(small_grid, tmp_path):
+    """Breaks when joint training begins with new networks although there are trained ones, or changes their activation.
+
+    A network that is not there is a new one, as wide as asked for.
+    """
+    config = models.ModelConfig("DspritesNet", (1, 64, 64), 8, 1, swish_act=True)
+    known = {"size": ConceptModel(models.freeze_energy(make_model(config, seed=5)), "size")}
+    first, second = unseen.build_product(run_on(known, small_grid, tmp_path), "size").networks
+    assert second is known["size"].energy.model
+    assert (first.config.num_filters, first.config.swish_act) == (4, False)
+
+
+def test_gentest_finds_its_starts(tmp_path, capsys):
+    """Breaks when gentest does not go on from a checkpoint that fits, or does not say why a network is a new one."""
+    for name, label_size in {"pos": 2, "size": 1, "shape": 3, "rot": 2}.items():
+        config = models.ModelConfig("DspritesNet", (1, 64, 64), 4, label_size, swish_act=name == "shape")
+        write_checkpoint(tmp_path / f"dsprites_cond_{name}" / "model_5.pt", make_model(config), 5)
+    settings = CombineSettings(logdir=str(tmp_path), exp_size="gone", cond_rot=False, num_filters=4, swish_act=False)
+    paths = find_starts(settings, ("pos", "size", "shape", "rot"))
+    assert paths == {"pos": tmp_path / "dsprites_cond_pos" / "model_5.pt"}
+    assert capsys.readouterr().out.splitlines() == [
+        f"model size: starts from new weights, because there is no {tmp_path}/gone/model_latest",
+        f"model shape: starts from new weights, because {tmp_path}/dsprites_cond_shape/model_5.pt has swish_act=True, "
+        "not False",
+        "model rot: starts from new weights, as cond_rot=False says",
+    ]
+
+
+def test_noise_in_joint_chains(small_grid, tmp_path):
+    """Breaks when noise is not added twice before the position's step, or also before the other's.
+
+    On flat energies the second step would show any noise; the bounds are far away.
+    """
+    run = run_on({}, small_grid, tmp_path, num_steps=2)
+    product = unseen.build_product(run, "size")
+    flat = {name: torch.zeros_like(tensor) for name, tensor in product.prepare().items()}
+    start = torch.full((4, 1, 64, 64), 0.5)
+    end = unseen.run_product_chain(run, models.PreparedEnergy(product, flat), start, torch.zeros(4, 3))
+    assert (end - start).std().item() == pytest.approx(0.005 * math.sqrt(2 * 2), rel=0.03)
+
+
 def test_chains_of_joint_training_start_from_noise_and_5_percent_replay(small_grid, tmp_path):
-    """Breaks when more or fewer of the chains go on from earlier end points, or those are not earlier ones."""
-    product = unseen.build_product(run_on({}, small_grid, tmp_path), "size")
-    buffer = ReplayBuffer(10, (1, 64, 64))
-    batches = data.Batches(2000, 2000, 0)
-    state = State(product, ClippedAdam(product.parameters()), buffer, batches, make_generator())
-    noise = unseen.draw_starts(state)
+    """Breaks when more or fewer of the chains go on from earlier end points, or those are not as they were."""
+    config, generator = unseen.build_product(run_on({}, small_grid, tmp_path), "size").config, make_generator()
+    noise = unseen.draw_starts(config, 2000, torch.empty(0, 1, 64, 64), generator)
     assert noise.mean().item() == pytest.approx(0.5, abs=0.01) and noise.std().item() == pytest.approx(0.5, abs=0.01)
-    buffer.push(torch.full((10, 1, 64, 64), 0.25))
-    replayed = unseen.draw_starts(state).flatten(1).std(1) < 0.01
-    assert 60 < replayed.sum() < 140
+    starts = unseen.draw_starts(config, 2000, torch.full((10, 1, 64, 64), 0.123456), generator)
+    assert 60 < (starts == 0.123456).flatten(1).all(1).sum() < 140
 
 
 # ---- the command line ----
@@ -644,12 +722,21 @@ def test_published_command(commands):
         assert (root / "out" / exp / "conceptcombine" / name).exists()
     assert "note: --proj_cclass has no effect" in results["two"][0]
     assert results["bf16"][1] is results["two"][1] is results["expression"][1] is results["gentest"][1] is None
-    assert (root / "out/combine/gentest/pos_rot/gentest.json").exists()
+    joint = json.loads((root / "out/combine/gentest/pos_rot/gentest.json").read_text())
+    assert joint["checkpoints"] == {name: f"{root}/dsprites_cond_{name}/model_5.pt" for name in ("pos", "rot")}
+    assert f"model rot: {root}/dsprites_cond_rot/model_5.pt, DspritesNet with 4 filters, swish" in results["gentest"][0]
     reports = [
         json.loads((root / f"out/{exp}/conceptcombine/conceptcombine.json").read_text()) for exp in ("two", "bf16")
     ]
     full, half = (report["figures"]["right, shape & pos"]["off sprites"] for report in reports)
     assert full != half == pytest.approx(full, rel=1e-3)
+
+
+def test_activation_of_tensorflow_checkpoints():
+    """Breaks when a checkpoint that does not tell its activation gets another one than the release's default."""
+    path = GOLDEN / "tf_checkpoints" / "dsprites_cond_pos" / "model_8000"
+    for settings, is_swish in {CombineSettings(): False, CombineSettings(swish_act=True): True}.items():
+        assert load_model(settings, "pos", path, torch.device("cpu")).config.swish_act == is_swish
 
 
 def test_missing_models(commands):

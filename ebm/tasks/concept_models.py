@@ -20,7 +20,7 @@ from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings
 from ebm.support.errors import UsageError
 from ebm.tasks.expressions import parse_expression
-from ebm.tasks.trained_models import check_network, open_model
+from ebm.tasks.trained_models import TrainedModel, check_network, find_contradictions, open_model
 from models import ModelConfig, PreparedEnergy, freeze_energy
 
 
@@ -143,6 +143,33 @@ def find_models(settings: CombineSettings, names: Sequence[str]) -> dict[str, pa
     return paths
 
 
+def find_starts(settings: CombineSettings, names: Sequence[str]) -> dict[str, pathlib.Path]:
+    """Return the paths of the checkpoints that gentest trains further, by concept; print a line for each other one.
+
+    A concept that is switched off, or whose checkpoint is missing or contradicts the network settings, has none.
+    """
+    paths = {}
+    for name in names:
+        exp, iteration, _ = find_source(settings, name)
+        folder = pathlib.Path(settings.logdir) / exp
+        if not getattr(settings, f"cond_{name}"):
+            print(f"model {name}: starts from new weights, as cond_{name}=False says")
+            continue
+        try:
+            path = checkpoint.find(folder, iteration)
+        except UsageError:
+            print(f"model {name}: starts from new weights, because there is no {folder}/model_{iteration}")
+            continue
+        config = open_concept(settings, path, torch.device("cpu")).model.config
+        differences = find_contradictions(settings, config).items()
+        if differences:
+            reasons = ", ".join(f"{each}={stored}, not {value}" for each, (value, stored) in differences)
+            print(f"model {name}: starts from new weights, because {path} has {reasons}")
+            continue
+        paths[name] = path
+    return paths
+
+
 def load_models(
     settings: CombineSettings, paths: Mapping[str, pathlib.Path], device: torch.device
 ) -> dict[str, ConceptModel]:
@@ -150,16 +177,24 @@ def load_models(
     concepts = {name: load_model(settings, name, path, device) for name, path in paths.items()}
     for name, concept in concepts.items():
         config = concept.config
-        print(f"model {name}: {paths[name]}, {config.network} with {config.num_filters} filters, on {device}")
+        activation = "swish" if config.swish_act else "leaky ReLU"
+        print(
+            f"model {name}: {paths[name]}, {config.network} with {config.num_filters} filters, {activation}, {device}"
+        )
     shapes = {name: concept.config.image_shape for name, concept in concepts.items()}
     if len(set(shapes.values())) > 1:
         raise UsageError(f"models of images of different shapes cannot be combined: {shapes}")
     return concepts
 
 
+def open_concept(settings: CombineSettings, path: pathlib.Path, device: torch.device) -> TrainedModel:
+    """Load the trained model of a checkpoint with these settings, see `open_model`."""
+    return open_model(path, device, settings, ema=settings.ema)
+
+
 def load_model(settings: CombineSettings, name: str, path: pathlib.Path, device: torch.device) -> ConceptModel:
     """Load the model of this name; raise UsageError if it is conditioned on another concept than the name says."""
-    trained = open_model(path, device, settings, ema=settings.ema)
+    trained = open_concept(settings, path, device)
     check_network(settings, trained)
     trained_on = next((concept for concept in CONCEPTS if trained.flags.get(f"cond_{concept}")), None)
     concept, label_size = split_name(name)[0], trained.model.config.label_size

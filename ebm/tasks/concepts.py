@@ -104,7 +104,7 @@ class ConceptRun:
     """One task, with its models, the sprites that it uses and the folder for its files.
 
     concepts: the models by name. sprites: all of dSprites in the published order. folder: for the files, which `files`
-    lists.
+    lists. noise_std, label_noise: standard deviation of the noise in a Langevin step on images, and on labels.
     """
 
     settings: CombineSettings
@@ -115,6 +115,8 @@ class ConceptRun:
     generator: torch.Generator
     folder: Path
     files: list[Path] = dataclasses.field(default_factory=list)
+    noise_std: float = NOISE_UNIT
+    label_noise: float = LABEL_NOISE
 
     def add_file(self, name: str) -> Path:
         """Return the path of a file in the task's folder, and add it to `files`."""
@@ -199,27 +201,28 @@ class ConceptRun:
         targets: latents (count, N, 5). `restarts` chains run for each image, and the one with the lowest energy, summed
         over the expressions, is returned.
         """
-        images = []
+        images, config = [], next(iter(self.concepts.values())).config
         for part in targets.split(self.settings.batch_size, 1):
             energies = [self.build_energy(expression, part) for expression in expressions]
+            draw_start = functools.partial(draw_noise_images, config, part.shape[1], self.generator)
             chains = torch.stack(
-                [self.run_chain(energies, part.shape[1], progress) for _ in range(self.settings.restarts)]
+                [self.run_chain(energies, draw_start(), progress) for _ in range(self.settings.restarts)]
             )
             with torch.no_grad():
                 totals = torch.stack([torch.stack([energy(chain) for energy in energies]).sum(0) for chain in chains])
             images.append(chains[totals.argmin(0), torch.arange(part.shape[1], device=chains.device)])
         return torch.cat(images)
 
-    def run_chain(self, energies: Sequence[Energy], number: int, progress: Progress) -> Tensor:
-        """Run chains from noise that descend the energies in turn; return their end points (number, C, H, W)."""
-        settings, config = self.settings, next(iter(self.concepts.values())).config
+    def run_chain(self, energies: Sequence[Energy], start: Tensor, progress: Progress) -> Tensor:
+        """Run chains that descend the energies in turn; return their end points, shaped like `start` (N, C, H, W)."""
+        settings = self.settings
         with allow_tf32(settings.precision):
             end = langevin(
                 energies,
-                draw_noise_images(config, number, self.generator),
+                start,
                 num_steps=settings.num_steps,
                 step_lr=anneal_linearly(settings.first_step_lr, settings.step_lr, settings.num_steps),
-                noise_std=anneal_linearly(settings.first_noise, NOISE_UNIT, settings.num_steps),
+                noise_std=anneal_linearly(settings.first_noise, self.noise_std, settings.num_steps),
                 generator=self.generator,
                 gradient_first=True,  # as in the reference's combination
                 after_step=lambda _: progress.advance(),
@@ -423,7 +426,7 @@ def discover_labels(run: ConceptRun) -> Figures:
     for name, concept in run.concepts.items():
         condition = concept.condition
         assert condition, "main takes concepts only"
-        labels = descend_labels(run, concept, index, progress)
+        labels = trace_labels(run, concept, index, progress)
         errors = [measure_label_errors(label, latents, condition) for label in labels]
         true = dsprites.compute_labels(latents, condition)
         title = f"{name} / {CONCEPTS[condition].unit}"
@@ -442,8 +445,8 @@ def discover_labels(run: ConceptRun) -> Figures:
     return figures | judged
 
 
-def descend_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, progress: Progress) -> list[Tensor]:
-    """Infer labels of sprites by Langevin steps; return the labels (N, label_size) at the start and after each step.
+def trace_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, progress: Progress) -> list[Tensor]:
+    """Infer labels of sprites from random starts; return the labels (N, label_size) at the start and after each step.
 
     Labels start uniformly in their range. index: the sprites (N,). concept: a model conditioned on one concept.
     progress: counts sprites.
@@ -453,20 +456,31 @@ def descend_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, progre
     stages = []  # for each part the labels before and after every step, each (n, label_size)
     for part in index.split(run.settings.batch_size):
         uniform = torch.rand((len(part), label_size), generator=run.generator, device=index.device)
-        stages.append([low + (high - low) * uniform])
-        end = langevin(
-            functools.partial(concept.energy, run.render_images(part)),  # a function of labels
-            stages[-1][0],
-            num_steps=run.settings.num_steps,
-            step_lr=run.settings.label_lr,
-            noise_std=LABEL_NOISE,
-            bounds=(low, high),
-            generator=run.generator,
-            after_step=stages[-1].append,
-        )
-        check_finite(end, "lower `label_lr`")
+        stages.append(descend_labels(run, concept, run.render_images(part), low + (high - low) * uniform))
         progress.advance(len(part))
     return [torch.cat(stage) for stage in zip(*stages, strict=True)]
+
+
+def descend_labels(run: ConceptRun, concept: ConceptModel, images: Tensor, start: Tensor) -> list[Tensor]:
+    """Take Langevin steps on the labels of images; return the labels (N, label_size) at the start and after each step.
+
+    images: (N, 1, 64, 64). start: labels (N, label_size). concept: a model conditioned on one concept, in the range of
+    whose labels they are kept.
+    """
+    assert concept.condition, "main takes concepts only"
+    labels = [start]
+    end = langevin(
+        functools.partial(concept.energy, images),  # a function of labels
+        start,
+        num_steps=run.settings.num_steps,
+        step_lr=run.settings.label_lr,
+        noise_std=run.label_noise,
+        bounds=CONCEPTS[concept.condition].label_range,
+        generator=run.generator,
+        after_step=labels.append,
+    )
+    check_finite(end, "lower `label_lr`")
+    return labels
 
 
 def find_lowest_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, progress: Progress) -> Tensor:

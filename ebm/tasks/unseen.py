@@ -1,9 +1,9 @@
 """Generalisation to combinations that were not in the training data: tasks gentest and genbaseline of ebm_combine.py.
 
-    seen, unseen = select_slices(run.sprites.latents, "size")  # indices of sprites
+    slices = select_slices(run.sprites.latents, "size")  # indices of sprites
 
 The training data are two slices of the latents: in one only the position varies, in the other only another concept. The
-test data are sprites in which both differ. Two energy models, trained together, are compared with a feed-forward
+test data are sprites in which both vary. gentest trains two energy models together, genbaseline a feed-forward
 generator.
 """
 
@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,19 +28,22 @@ from ebm.readers import dsprites
 from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings, TrainSettings
 from ebm.support import pictures
-from ebm.support.hardware import allow_tf32
+from ebm.support.hardware import LOSS_PRECISIONS, allow_tf32
 from ebm.support.progress import Progress
 from ebm.tasks.concepts import ROWS, ConceptRun, Figures, compute_share, judge_latents
-from ebm.training.acceleration import Acceleration
-from ebm.training.state import State
-from models import draw_noise_images, freeze_energy
-from sampling import check_finite, langevin
-from train import train_step
-from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
+from models import PreparedEnergy, draw_noise_images, freeze_energy
+from sampling import Energy, check_finite, compute_input_gradient, draw_noise, langevin
+from train import contrastive_loss, kl_loss
+from utils import REPLAY_SIZE, ClippedAdam
 
+GENTEST_STEPS = 300  # training iterations of gentest, if `break_steps` does not say otherwise
+GENTEST_PASSES, GENBASELINE_PASSES = 1, 5  # passes over the training sprites, after which training ends at the latest
+REPLAY_RATE = 0.05  # share of the chains in training that start from earlier end points
+TEST_CHAINS = 3  # chains that follow one another for an image of the test
+JOINT_LOSS = TrainSettings()  # contrastive divergence with the KL term
 LEARNING_RATE = 1e-3  # learning rate of the generator
-REPLAY_RATE = 0.05  # share of the chains that start from the replay buffer
-FRACTIONS = tuple(k / 10 for k in range(11))  # shares of the unseen combinations that `plot_curve` trains on
+GENERATOR_BETAS = 0.9, 0.999
+FRACTIONS = tuple(k / 10 for k in range(11))  # shares of the other combinations that `plot_curve` trains on
 
 SpriteSampler = Callable[[Tensor], Tensor]  # latents (N, 5) -> images (N, 1, 64, 64)
 
@@ -50,19 +53,32 @@ def choose_other_concept(settings: CombineSettings) -> str:
     return "shape" if settings.joint_shape else "rot" if settings.joint_rot else "size"
 
 
-def select_slices(latents: Tensor, other: str) -> tuple[Tensor, Tensor]:
-    """Return the indices of the training sprites and those of the unseen combinations.
+class Slices(NamedTuple):
+    """The sprites of a generalisation test, as indices (N,)."""
 
-    latents: of all sprites (SIZE, 5). The training sprites are two slices, see `dsprites.SUBSETS`; the smaller one is
-    repeated so that both weigh the same. The unseen combinations share the latents that both slices fix, and are in
-    neither slice.
+    training: Tensor  # the two slices, one after the other, with repetitions
+    others: Tensor  # each combination of both concepts but the one that is in both slices
+    unseen: Tensor  # the combinations that samples are tested on
+
+
+def select_slices(latents: Tensor, other: str, balance: bool = True) -> Slices:
+    """Return the sprites to train and to test on, for the position and another concept.
+
+    latents: of all sprites (SIZE, 5). The slices are those of `dsprites.SUBSETS`. As in the release, that of the
+    positions is repeated, as often as the other goes into it; with `balance` the other is repeated, too, until both
+    weigh the same. For the size, the unseen combinations are in neither slice; for shape and rotation they are all
+    combinations, those of the slices among them, as in the release.
     """
     position, other_slice = (dsprites.is_in_subset(latents, subset) for subset in ("pos", other))
     first, second = position.nonzero()[:, 0], other_slice.nonzero()[:, 0]
-    training = torch.cat([first, second.repeat(-(-len(first) // len(second)))[: len(first)]])
+    first = first.repeat(max(1, len(first) // len(second)))
+    if balance:
+        second = second.repeat(-(-len(first) // len(second)))[: len(first)]
     fixed = dict(dsprites.SUBSETS["pos"].items() & dsprites.SUBSETS[other].items())
     plane = dsprites.match_latents(latents, fixed)
-    return training, (plane & ~position & ~other_slice).nonzero()[:, 0]
+    unseen = plane & ~position & ~other_slice if other == "size" else plane
+    others = plane & ~(position & other_slice)
+    return Slices(torch.cat([first, second]), others.nonzero()[:, 0], unseen.nonzero()[:, 0])
 
 
 def join_labels(latents: Tensor, other: str) -> Tensor:
@@ -88,19 +104,26 @@ class ProductNetwork(models.EnergyNetwork):
         prepared = [network.prepare(**settings) for network in self.networks]
         return {f"{i}.{name}": tensor for i, weights in enumerate(prepared) for name, tensor in weights.items()}
 
-    def energy(self, weights: models.Weights, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the sum of the energies (N,) of images (N, C, H, W) under labels (N, sum of widths)."""
-        assert labels is not None, "the networks are conditional"
-        total = images.new_zeros(len(images))
+    def bind_energies(self, weights: models.Weights, labels: Tensor) -> list[Energy]:
+        """Return the energy of each network under its part of the labels (N, sum of widths), as functions of images."""
+        energies = []
         for i, (network, part) in enumerate(zip(self.networks, labels.split(self.widths, 1), strict=True)):
             prefix = f"{i}."
             prepared = {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
-            total = total + network.energy(prepared, images, part)
-        return total
+            energies.append(PreparedEnergy(network, prepared).under(part))
+        return energies
+
+    def energy(self, weights: models.Weights, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the sum of the energies (N,) of images (N, C, H, W) under labels (N, sum of widths)."""
+        assert labels is not None, "the networks are conditional"
+        return torch.stack([energy(images) for energy in self.bind_energies(weights, labels)]).sum(0)
 
 
 def build_product(run: ConceptRun, other: str) -> ProductNetwork:
-    """Return the product of untrained networks for the position and for the other concept."""
+    """Return the product of a network for the position and one for the other concept, before their joint training.
+
+    They are those of the run's models; a network that the run does not have is a new one.
+    """
     settings, generator = run.settings, torch.Generator().manual_seed(run.settings.seed)
     parts = []
     for concept in ("pos", other):
@@ -112,80 +135,155 @@ def build_product(run: ConceptRun, other: str) -> ProductNetwork:
             spec_norm=settings.spec_norm is not False,
             swish_act=bool(settings.swish_act),
         )
-        parts.append(models.build_model(config, generator))
+        known = run.concepts.get(concept)
+        parts.append(known.energy.model if known else models.build_model(config, generator))
     return ProductNetwork(parts).to(run.generator.device)
 
 
-def train_product(run: ConceptRun, product: ProductNetwork, seen: Tensor, other: str) -> None:
+def run_product_chain(
+    run: ConceptRun, energy: PreparedEnergy, start: Tensor, labels: Tensor, *, differentiable: bool = False
+) -> Tensor:
+    """Run chains that descend the energies of a product in turn; return their end points, shaped like `start`.
+
+    energy: of a ProductNetwork, whose first network is that of the position. labels: (N, sum of widths). Each round
+    takes a step on the position's energy, then one on the other. As in the release, the gradient of the position's
+    energy is always that at the chain's start, and noise is added twice before the first step, never before the second.
+    differentiable: as in `langevin`.
+    """
+    assert isinstance(energy.model, ProductNetwork)
+    first, second = energy.model.bind_energies(energy.weights, labels)
+    step_lr, x = run.settings.step_lr, start
+    gradient = compute_input_gradient(first, start, create_graph=differentiable)
+    for _ in range(run.settings.num_steps):
+        noise = draw_noise(x, run.generator) + draw_noise(x, run.generator)
+        x = (x + run.noise_std * noise - step_lr * gradient).clamp(0, 1)
+        x = langevin(
+            second,
+            x,
+            num_steps=1,
+            step_lr=step_lr,
+            noise_std=0.0,
+            generator=run.generator,
+            differentiable=differentiable,
+        )
+    return x
+
+
+class ProductStep(NamedTuple):
+    """The tensors of one iteration of joint training on N images."""
+
+    samples: Tensor  # the end points of the chains (N, 1, 64, 64)
+    e_pos: Tensor  # the energies of the data, (N,)
+    e_neg: Tensor  # the energies of the samples, (N,)
+    loss: Tensor
+
+
+def train_product_step(
+    run: ConceptRun, product: ProductNetwork, optimizer: ClippedAdam, images: Tensor, labels: Tensor, start: Tensor
+) -> ProductStep:
+    """Run one iteration of joint training: chains, the contrastive loss of the sum of energies, the KL term, update.
+
+    images: the data (N, 1, 64, 64). labels: (N, sum of widths). start: of the chains (N, 1, 64, 64).
+    """
+    weights = models.cast(product.prepare(update_u=True), LOSS_PRECISIONS[run.settings.precision])
+    energy = PreparedEnergy(product, weights)
+    ends = run_product_chain(run, energy, start, labels, differentiable=True)
+    samples = ends.detach()
+    e_pos, e_neg = energy(images, labels), energy(samples, labels)
+    loss_ml, regulariser = contrastive_loss(e_pos, e_neg, JOINT_LOSS)
+    loss = loss_ml + regulariser + kl_loss(energy, ends, labels, JOINT_LOSS)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return ProductStep(samples, e_pos.detach(), e_neg.detach(), loss.detach())
+
+
+def count_iterations(settings: CombineSettings, images: int, passes: int, default: int | None = None) -> int:
+    """Return the number of training iterations: `break_steps`, or `default`, but no more than passes over the images.
+
+    As in the release, a pass leaves out a last batch that is not full.
+    """
+    in_passes = passes * (images // settings.batch_size)
+    return min(in_passes, settings.break_steps or default or in_passes)
+
+
+def train_product(run: ConceptRun, product: ProductNetwork, training: Tensor, other: str) -> None:
     """Train the networks of a product together by contrastive divergence with the KL term.
 
-    5 % of the chains start from the replay buffer. seen: indices of the training sprites. other: the other concept.
+    5 % of the chains start from end points of earlier ones. training: indices of sprites. other: the other concept.
     """
-    settings = TrainSettings(num_steps=run.settings.num_steps, step_lr=run.settings.step_lr)
-    buffer = ReplayBuffer(REPLAY_SIZE, product.config.image_shape, run.generator.device)
-    state = State(
-        model=product,
-        optimizer=ClippedAdam(product.parameters(), lr=run.settings.lr),
-        buffer=buffer,
-        batches=data.Batches(len(seen), run.settings.batch_size, run.settings.seed, device=run.generator.device),
-        generator=run.generator,
-        acceleration=Acceleration(run.settings.precision),
-    )
-    progress = Progress(run.settings.break_steps, what="training of the energy")
-    for iteration in range(1, run.settings.break_steps + 1):
-        index = seen[state.batches.next()]
-        start = draw_starts(state)
-        labels = join_labels(run.sprites.latents[index], other)
-        with allow_tf32(run.settings.precision):
-            step = train_step(state, settings, run.render_images(index), labels, start, lambda: None)
-        buffer.push(step.samples)
+    settings, device = run.settings, run.generator.device
+    optimizer = ClippedAdam(product.parameters(), lr=settings.lr)
+    batches = data.Batches(len(training), settings.batch_size, settings.seed, device=device)
+    replay = torch.empty(0, *product.config.image_shape, device=device)
+    total = count_iterations(settings, len(training), GENTEST_PASSES, GENTEST_STEPS)
+    progress = Progress(total, what="training of the energy")
+    for iteration in range(1, total + 1):
+        index = training[batches.next()]
+        images, labels = run.render_images(index), join_labels(run.sprites.latents[index], other)
+        start = draw_starts(product.config, len(index), replay, run.generator)
+        with allow_tf32(settings.precision):
+            step = train_product_step(run, product, optimizer, images, labels, start)
+        replay = torch.cat([replay, step.samples])[-REPLAY_SIZE:]
         if iteration % 10 == 0:
-            progress.text = f"e_pos {step.e_pos.mean():+.4f} e_neg {step.e_neg.mean():+.4f}"
             check_finite(step.loss, "lower `step_lr` or `lr`")
+            off = measure_squared_error(step.samples, images)
+            progress.text = f"off {off:.4f} e_pos {step.e_pos.mean():+.4f} e_neg {step.e_neg.mean():+.4f}"
         progress.update(iteration)
-    product.eval()
 
 
-def draw_starts(state: State) -> Tensor:
-    """Draw the start of an iteration's chains: noise, and for 5 % of them samples from the replay buffer."""
-    n, generator = state.batches.batch_size, state.generator
-    start = draw_noise_images(state.model.config, n, generator)
-    if len(state.buffer):
-        is_replayed = torch.rand(n, 1, 1, 1, generator=generator, device=generator.device) < REPLAY_RATE
-        start = torch.where(is_replayed, state.buffer.sample(n, generator), start)
+def draw_starts(config: models.ModelConfig, number: int, replay: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw the starts of an iteration's chains: noise, and for 5 % of them end points of earlier chains.
+
+    replay: these end points (M, 1, 64, 64), as floats; as in the release, they are not stored as bytes here.
+    """
+    start = draw_noise_images(config, number, generator)
+    if len(replay):
+        is_replayed = torch.rand(number, 1, 1, 1, generator=generator, device=generator.device) < REPLAY_RATE
+        index = torch.randint(len(replay), (number,), generator=generator, device=generator.device)
+        start = torch.where(is_replayed, replay[index], start)
     return start
 
 
+def sample_product(run: ConceptRun, product: ProductNetwork, start: Tensor, labels: Tensor) -> Tensor:
+    """Return the end points (N, 1, 64, 64) of three chains in a row, of which each starts where the last one ended.
+
+    They differ from one long chain in the point where the position's gradient is taken. labels: (N, sum of widths).
+    """
+    x = start
+    with allow_tf32(run.settings.precision):
+        for _ in range(TEST_CHAINS):
+            x = run_product_chain(run, freeze_energy(product, precision=run.settings.precision), x, labels)
+    return check_finite(x, "lower `step_lr`")
+
+
 def build_product_sampler(run: ConceptRun, product: ProductNetwork, other: str) -> SpriteSampler:
-    """Return a function that samples images for latents, by chains from noise as in training."""
-    energy = freeze_energy(product, precision=run.settings.precision)
+    """Return a function that samples images for latents, from noise twice as wide as in training, 0.5 + N(0, 1)."""
 
     def sample(latents: Tensor) -> Tensor:
-        with allow_tf32(run.settings.precision):
-            end = langevin(
-                energy.under(join_labels(latents, other)),
-                draw_noise_images(product.config, len(latents), run.generator),
-                num_steps=run.settings.num_steps,
-                step_lr=run.settings.step_lr,
-                generator=run.generator,
-            )
-        return check_finite(end, "lower `step_lr`")
+        shape, device = (len(latents), *product.config.image_shape), run.generator.device
+        start = 0.5 + torch.randn(shape, generator=run.generator, device=device)
+        return sample_product(run, product, start, join_labels(latents, other))
 
     return sample
 
 
-def load_or_train_product(run: ConceptRun, seen: Tensor, other: str) -> ProductNetwork:
-    """Return the trained networks: load those of an earlier run, or train them now and save them as checkpoints."""
-    paths = [run.folder / concept / f"model_{run.settings.break_steps}.pt" for concept in ("pos", other)]
+def load_or_train_product(run: ConceptRun, training: Tensor, other: str) -> ProductNetwork:
+    """Return the trained networks: load those of an earlier run, or train them now and save them as checkpoints.
+
+    training: indices of sprites. other: the other concept.
+    """
+    iteration = count_iterations(run.settings, len(training), GENTEST_PASSES, GENTEST_STEPS)
+    paths = [run.folder / concept / f"model_{iteration}.pt" for concept in ("pos", other)]
     if not run.settings.train and all(path.exists() for path in paths):
         print(f"trained before: {', '.join(map(str, paths))}; train=True trains anew")
         return ProductNetwork([checkpoint.load_energy(path, device=run.generator.device) for path in paths])
     product = build_product(run, other)
-    train_product(run, product, seen, other)
+    train_product(run, product, training, other)
     for concept, path, network in zip(("pos", other), paths, product.networks, strict=True):
         contents = {"config": dataclasses.asdict(network.config), "model": network.state_dict()}
         flags = {"dataset": "dsprites", f"cond_{concept}": True, "step_lr": run.settings.step_lr}
-        checkpoint.save(path, contents | {"iteration": run.settings.break_steps, "flags": flags})
+        checkpoint.save(path, contents | {"iteration": iteration, "flags": flags})
         run.files.append(path)
     return product
 
@@ -245,16 +343,17 @@ def build_generator_of_size(label_size: int, count: int, seed: int) -> SpriteGen
         return SpriteGenerator(label_size, width)
 
 
-def train_generator(run: ConceptRun, generator: SpriteGenerator, trained: Tensor, other: str) -> SpriteSampler:
+def train_generator(run: ConceptRun, generator: SpriteGenerator, training: Tensor, other: str) -> SpriteSampler:
     """Train a generator on sprites by mean squared error; return a function that samples images for latents.
 
-    trained: indices of the sprites. other: the other concept.
+    training: indices of the sprites. other: the other concept. The pixels of samples are unbounded.
     """
-    optimizer = torch.optim.Adam(generator.parameters(), lr=LEARNING_RATE)
-    batches = data.Batches(len(trained), run.settings.batch_size, run.settings.seed, device=trained.device)
-    progress = Progress(run.settings.break_steps, what="training of the generator")
-    for iteration in range(1, run.settings.break_steps + 1):
-        index = trained[batches.next()]
+    optimizer = ClippedAdam(generator.parameters(), lr=LEARNING_RATE, betas=GENERATOR_BETAS)
+    batches = data.Batches(len(training), run.settings.batch_size, run.settings.seed, device=training.device)
+    total = count_iterations(run.settings, len(training), GENBASELINE_PASSES)
+    progress = Progress(total, what="training of the generator")
+    for iteration in range(1, total + 1):
+        index = training[batches.next()]
         images = generator(join_labels(run.sprites.latents[index], other))
         loss = nn.functional.mse_loss(images, run.render_images(index))
         optimizer.zero_grad()
@@ -263,7 +362,7 @@ def train_generator(run: ConceptRun, generator: SpriteGenerator, trained: Tensor
         if iteration % 10 == 0:
             progress.text = f"loss {loss.item():.5f}"
         progress.update(iteration)
-    return torch.no_grad()(lambda latents: generator(join_labels(latents, other)).clamp(0, 1))
+    return torch.no_grad()(lambda latents: generator(join_labels(latents, other)))
 
 
 # ---- the tasks ----
@@ -275,16 +374,16 @@ def shuffle_index(run: ConceptRun, index: Tensor) -> Tensor:
     return index[order.to(index.device)]
 
 
-def measure_samplers(
-    run: ConceptRun, samplers: Mapping[str, SpriteSampler], seen: Tensor, unseen: Tensor, other: str
-) -> Figures:
+def measure_samplers(run: ConceptRun, samplers: Mapping[str, SpriteSampler], slices: Slices, other: str) -> Figures:
     """Return the errors of samplers on unseen and on seen combinations, one row for each; draw a picture.
 
-    samplers: by name. seen, unseen: indices of sprites. A row has the mean squared error to the true images, and the
-    share of images that are right in the position, in the other concept and in both.
+    samplers: by name. They are tested on all unseen combinations and on as many seen ones as a batch holds, or on
+    `limit` of each. A row has the mean squared error to the true images, and the share of images that are right in the
+    position, in the other concept and in both.
     """
-    number = run.settings.limit or run.settings.batch_size
-    sets = {"unseen": shuffle_index(run, unseen)[:number], "seen": shuffle_index(run, seen)[:number]}
+    limit = run.settings.limit
+    unseen, seen = shuffle_index(run, slices.unseen)[:limit], shuffle_index(run, slices.training)
+    sets = {"unseen": unseen, "seen": seen[: limit or run.settings.batch_size]}
     progress = Progress(len(samplers) * sum(map(len, sets.values())), what="images")
     samples = {}
     for name, sampler in samplers.items():
@@ -295,8 +394,8 @@ def measure_samplers(
                 progress.advance(len(part))
             samples[name, kind] = torch.cat(parts)
     columns = {name: samples[name, "unseen"][:ROWS] for name in samplers}
-    true = run.render_images(sets["unseen"][:ROWS])
-    pictures.save_panel({"true": true} | columns, run.add_file("unseen.png"), scale=2)
+    true = run.render_images(unseen[:ROWS])
+    pictures.save_panel(columns | {"true": true}, run.add_file("unseen.png"), scale=2)
 
     nearest, _ = dsprites.find_nearest_sprites(torch.cat(list(samples.values())))
     parts_by_set = nearest.split([len(images) for images in samples.values()])
@@ -318,43 +417,41 @@ def measure_squared_error(images: Tensor, true: Tensor) -> float:
 
 
 def build_generator(run: ConceptRun, other: str) -> SpriteGenerator:
-    """Return an untrained generator with about as many parameters as the two energy networks."""
+    """Return an untrained generator with about as many parameters as two new energy networks."""
     product = build_product(run, other)
     generator = build_generator_of_size(product.config.label_size, count_parameters(product), run.settings.seed)
     return generator.to(run.generator.device)
 
 
-def compare_with_generator(run: ConceptRun) -> Figures:
-    """Compare energy models with a generator, trained on two slices, on combinations that are in neither slice."""
+def measure_product(run: ConceptRun) -> Figures:
+    """Train two energy models together on two slices, and measure their samples of unseen combinations."""
     other = choose_other_concept(run.settings)
-    seen, unseen = select_slices(run.sprites.latents, other)
-    product, generator = load_or_train_product(run, seen, other), build_generator(run, other)
-    samplers = {
-        "energy": build_product_sampler(run, product, other),
-        "generator": train_generator(run, generator, seen, other),
-    }
-    figures = measure_samplers(run, samplers, seen, unseen, other)
-    true = run.render_images(shuffle_index(run, unseen)[: run.settings.batch_size])
-    figures["MSE of black images"] = measure_squared_error(torch.zeros_like(true), true)
-    for name, network in (("energy", product), ("generator", generator)):
-        figures[f"parameters, {name}"] = count_parameters(network)
+    slices = select_slices(run.sprites.latents, other, run.settings.balance)
+    product = load_or_train_product(run, slices.training, other)
+    figures = measure_samplers(run, {"energy": build_product_sampler(run, product, other)}, slices, other)
+    true = run.render_images(shuffle_index(run, slices.unseen)[: run.settings.limit])
+    figures["MSE of black images"] = true.square().mean().item()
+    is_trained_on = torch.isin(slices.unseen, slices.training)
+    figures["share of the unseen that was trained on"] = compute_share(is_trained_on)
+    figures["parameters, energy"] = count_parameters(product)
     return figures
 
 
 def measure_generator(run: ConceptRun) -> Figures:
     """Measure the generator after training on the slices and on a share of the other combinations (`frac`).
 
-    With `plot_curve` the shares from 0 to 1 follow one another. The combinations that are measured are the last to be
-    trained on: up to a share of about 0.8 they are unseen.
+    With `plot_curve` the shares from 0 to 1 follow one another. As in the release, the combinations that are measured
+    are the same for every share, so that a part of them was then trained on.
     """
     other = choose_other_concept(run.settings)
-    seen, unseen = select_slices(run.sprites.latents, other)
+    slices = select_slices(run.sprites.latents, other, run.settings.balance)
+    others = shuffle_index(run, slices.others)
     fractions = FRACTIONS if run.settings.plot_curve else (run.settings.frac,)
     samplers = {}
     for fraction in fractions:
-        training = torch.cat([seen, shuffle_index(run, unseen).flip(0)[: round(fraction * len(unseen))]])
+        training = torch.cat([slices.training, others[: int(fraction * len(others))]])
         samplers[f"{fraction:.0%}"] = train_generator(run, build_generator(run, other), training, other)
-    figures = measure_samplers(run, samplers, seen, unseen, other)
+    figures = measure_samplers(run, samplers, slices, other)
     energy = read_energy_figures(run)
     if run.settings.plot_curve:
         plot_curve(run, fractions, figures, energy)
