@@ -38,7 +38,7 @@ from ebm.tasks.concept_models import (
     read_weights,
     train_models,
 )
-from ebm.training.distributed import choose_device
+from ebm.training.distributed import Workers, find_launch, share_evaluation
 
 TASKS: dict[str, Callable[..., Any]] = {
     "train": train_models,
@@ -94,21 +94,27 @@ def make_task_folder(settings: Settings) -> pathlib.Path:
 def main(settings: Settings) -> None:
     check_combination(settings)
     if settings.task == "train":
-        train_models(settings, pathlib.Path(__file__).with_name("train.py"))
+        if find_launch().rank == 0:  # trainings are not shared out
+            train_models(settings, pathlib.Path(__file__).with_name("train.py"))
         return
     set_up_process()
-    device = choose_device(settings.device)
+    with share_evaluation(settings.device) as workers:
+        run_task(settings, workers)
+
+
+def run_task(settings: Settings, workers: Workers) -> None:
+    """Run the task, each worker on its share of the images, and write its report."""
     labels, weights = read_pairs("labels", settings.labels), read_weights(settings)
     paths = find_task_models(settings)
-    folder = make_task_folder(settings)
     run = concepts.ConceptRun(
         settings,
-        load_models(settings, paths, device),
+        load_models(settings, paths, workers.device),
         labels,
         weights,
-        load_all_sprites(settings.dsprites_path, device),
-        torch.Generator(device).manual_seed(settings.seed),
-        folder,
+        load_all_sprites(settings.dsprites_path, workers.device),
+        torch.Generator(workers.device).manual_seed(settings.seed),
+        make_task_folder(settings),
+        workers=workers,
     )
     figures = TASKS[settings.task](run)
     contents = {

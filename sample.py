@@ -60,8 +60,8 @@ def sample_images(settings: SampleSettings, workers: Workers) -> None:
     steps = f"{num_steps} Langevin steps of {step_lr:g}"
     print(f"model: {path}; {settings.num} images, {steps}, seed {settings.seed}, on {device}")
 
-    batches = -(-settings.num // settings.batch_size)
-    progress = Progress(num_steps * -(-batches // workers.size), what="Langevin step")
+    batches = workers.count_share(-(-settings.num // settings.batch_size))
+    progress = Progress(num_steps * batches, what="Langevin step")
     with report_memory_shortage(settings.batch_size), allow_tf32(settings.precision):
         images = draw_fresh_images(
             freeze_energy(model, precision=settings.precision, rescale=rescale),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import pathlib
 import re
 import shlex
@@ -21,6 +22,7 @@ from ebm.settings import CombineSettings
 from ebm.support.errors import UsageError
 from ebm.tasks.expressions import parse_expression
 from ebm.tasks.trained_models import TrainedModel, check_network, find_contradictions, open_model
+from ebm.training.distributed import remove_launch
 from models import ModelConfig, PreparedEnergy, freeze_energy
 
 
@@ -239,8 +241,11 @@ def can_resume(folder: pathlib.Path) -> bool:
 
 
 def run_command(command: list[str]) -> int:
-    """Run a command to its end and return its exit status; signals are left to it, so that it can save first."""
-    process = subprocess.Popen(command)
+    """Run a command to its end and return its exit status; signals are left to it, so that it can save first.
+
+    The command is a job of its own, even if this process is one of several workers.
+    """
+    process = subprocess.Popen(command, env=remove_launch(os.environ))
     handlers = {
         signal.SIGINT: lambda number, frame: None,  # a terminal sends Ctrl-C to both processes
         signal.SIGTERM: lambda number, frame: process.send_signal(number),

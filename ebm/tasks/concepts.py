@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from ebm.support import pictures
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
 from ebm.support.progress import Progress
+from ebm.support.sharing import derive_seed
 from ebm.tasks.concept_models import ConceptModel, split_name
 from ebm.tasks.expressions import Expression, Joined, Name, Weighted, parse_expression
+from ebm.training.distributed import Workers, work_alone
 from models import compute_label_energies, draw_noise_images
 from sampling import Energy, Schedule, check_finite, langevin
 
@@ -104,7 +107,8 @@ class ConceptRun:
     """One task, with its models, the sprites that it uses and the folder for its files.
 
     concepts: the models by name. sprites: all of dSprites in the published order. folder: for the files, which `files`
-    lists. noise_std, label_noise: standard deviation of the noise in a Langevin step on images, and on labels.
+    lists. noise_std, label_noise: standard deviation of the noise in a Langevin step on images, and on labels. workers:
+    those that share the parts of the images; all but rank 0 write to a folder that is deleted.
     """
 
     settings: CombineSettings
@@ -117,11 +121,25 @@ class ConceptRun:
     files: list[Path] = dataclasses.field(default_factory=list)
     noise_std: float = NOISE_UNIT
     label_noise: float = LABEL_NOISE
+    workers: Workers = dataclasses.field(default_factory=work_alone)
 
     def add_file(self, name: str) -> Path:
         """Return the path of a file in the task's folder, and add it to `files`."""
-        self.files.append(self.folder / name)
+        self.files.append(self.workers.choose_folder(self.folder) / name)
         return self.files[-1]
+
+    def share_parts(self, parts: Sequence[Any], compute: Callable[[Any], Tensor]) -> list[Tensor]:
+        """Return compute(part) for all parts; each worker computes its share of them.
+
+        Each part draws random numbers of its own from `generator`, so that they do not depend on the other parts.
+        """
+
+        def compute_part(number: int) -> Tensor:
+            self.generator.manual_seed(derive_seed(self.settings.seed, number))
+            return compute(parts[number])
+
+        results = self.workers.share_out(range(len(parts)), compute_part)
+        return [result.to(self.generator.device) for result in results]
 
     def render_images(self, index: Tensor) -> Tensor:
         """Return the sprites (N, 1, 64, 64) of an index (N,), in [0, 1]."""
@@ -201,17 +219,13 @@ class ConceptRun:
         targets: latents (count, N, 5). `restarts` chains run for each image, and the one with the lowest energy, summed
         over the expressions, is returned.
         """
-        images, config = [], next(iter(self.concepts.values())).config
-        for part in targets.split(self.settings.batch_size, 1):
-            energies = [self.build_energy(expression, part) for expression in expressions]
-            draw_start = functools.partial(draw_noise_images, config, part.shape[1], self.generator)
-            chains = torch.stack(
-                [self.run_chain(energies, draw_start(), progress) for _ in range(self.settings.restarts)]
-            )
-            with torch.no_grad():
-                totals = torch.stack([torch.stack([energy(chain) for energy in energies]).sum(0) for chain in chains])
-            images.append(chains[totals.argmin(0), torch.arange(part.shape[1], device=chains.device)])
-        return torch.cat(images)
+        number, config = targets.shape[1], next(iter(self.concepts.values())).config
+        energies = [self.build_energy(expression, targets) for expression in expressions]
+        draw_start = functools.partial(draw_noise_images, config, number, self.generator)
+        chains = torch.stack([self.run_chain(energies, draw_start(), progress) for _ in range(self.settings.restarts)])
+        with torch.no_grad():
+            totals = torch.stack([torch.stack([energy(chain) for energy in energies]).sum(0) for chain in chains])
+        return chains[totals.argmin(0), torch.arange(number, device=chains.device)]
 
     def run_chain(self, energies: Sequence[Energy], start: Tensor, progress: Progress) -> Tensor:
         """Run chains that descend the energies in turn; return their end points, shaped like `start` (N, C, H, W)."""
@@ -268,10 +282,11 @@ def combine_concepts(run: ConceptRun) -> Figures:
     index = run.draw_targets(max(split_name(name)[1] for name in run.concepts), number)
     targets = run.sprites.latents[index]  # (count, N, 5)
 
-    parts = -(-number // run.settings.batch_size)
-    rounds = run.settings.num_steps * run.settings.restarts * parts * len(plans)
+    parts = list(itertools.product(plans.values(), targets.split(run.settings.batch_size, 1)))
+    rounds = run.settings.num_steps * run.settings.restarts * run.workers.count_share(len(parts))
     progress = Progress(rounds, what="rounds of the chains")
-    samples = {title: run.sample_images(plan, targets, progress) for title, plan in plans.items()}
+    images = torch.cat(run.share_parts(parts, lambda part: run.sample_images(part[0], part[1], progress)))
+    samples = dict(zip(plans, images.split(number), strict=True))
     generated = next(iter(samples.values()))
     has_concepts = any(concept.condition for concept in run.concepts.values())
     columns = {}
@@ -453,12 +468,14 @@ def trace_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, progress
     """
     assert concept.condition, "main takes concepts only"
     (low, high), label_size = CONCEPTS[concept.condition].label_range, CONCEPTS[concept.condition].label_size
-    stages = []  # for each part the labels before and after every step, each (n, label_size)
-    for part in index.split(run.settings.batch_size):
+
+    def trace_part(part: Tensor) -> Tensor:
         uniform = torch.rand((len(part), label_size), generator=run.generator, device=index.device)
-        stages.append(descend_labels(run, concept, run.render_images(part), low + (high - low) * uniform))
-        progress.advance(len(part))
-    return [torch.cat(stage) for stage in zip(*stages, strict=True)]
+        labels = descend_labels(run, concept, run.render_images(part), low + (high - low) * uniform)
+        progress.advance(len(part) * run.workers.size)
+        return torch.stack(labels)
+
+    return list(torch.cat(run.share_parts(index.split(run.settings.batch_size), trace_part), 1))
 
 
 def descend_labels(run: ConceptRun, concept: ConceptModel, images: Tensor, start: Tensor) -> list[Tensor]:
@@ -494,12 +511,13 @@ def find_lowest_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, pr
     latents = values.new_ones(len(values), len(dsprites.LATENTS))
     latents[:, column] = values
     labels = dsprites.compute_labels(latents, concept.condition)
-    lowest = []
-    for part in index.split(LABEL_BATCH):
-        with torch.no_grad():
-            lowest.append(compute_label_energies(concept.energy, run.render_images(part), labels).argmin(1))
-        progress.advance(len(part))
-    return labels[torch.cat(lowest)]
+
+    @torch.no_grad()
+    def search_part(part: Tensor) -> Tensor:
+        progress.advance(len(part) * run.workers.size)
+        return compute_label_energies(concept.energy, run.render_images(part), labels).argmin(1)
+
+    return labels[torch.cat(run.share_parts(index.split(LABEL_BATCH), search_part))]
 
 
 def measure_label_errors(labels: Tensor, latents: Tensor, condition: str) -> Tensor:

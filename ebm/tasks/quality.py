@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -320,7 +319,7 @@ def draw_samples(
     """
     load = functools.partial(checkpoint.load_energy, ema=settings.ema, device=workers.device, **settings.unrecorded)
     ensemble, rescale = list(map(load, paths)), trained.rescale
-    progress = Progress(settings.rounds * math.ceil(settings.im_number / POOL / workers.size), what="round")
+    progress = Progress(settings.rounds * workers.count_share(-(-settings.im_number // POOL)), what="round")
     draw = functools.partial(
         draw_pool,
         energies=[freeze_energy(model, precision=settings.precision, rescale=rescale) for model in ensemble],

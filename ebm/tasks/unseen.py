@@ -271,15 +271,20 @@ def build_product_sampler(run: ConceptRun, product: ProductNetwork, other: str) 
 def load_or_train_product(run: ConceptRun, training: Tensor, other: str) -> ProductNetwork:
     """Return the trained networks: load those of an earlier run, or train them now and save them as checkpoints.
 
-    training: indices of sprites. other: the other concept.
+    Rank 0 trains while the other workers wait for its weights. training: indices of sprites. other: the other concept.
     """
     iteration = count_iterations(run.settings, len(training), GENTEST_PASSES, GENTEST_STEPS)
     paths = [run.folder / concept / f"model_{iteration}.pt" for concept in ("pos", other)]
-    if not run.settings.train and all(path.exists() for path in paths):
+    is_trained = run.workers.rank == 0 and not run.settings.train and all(path.exists() for path in paths)
+    if run.workers.any(is_trained):
         print(f"trained before: {', '.join(map(str, paths))}; train=True trains anew")
         return ProductNetwork([checkpoint.load_energy(path, device=run.generator.device) for path in paths])
     product = build_product(run, other)
-    train_product(run, product, training, other)
+    if run.workers.rank == 0:
+        train_product(run, product, training, other)
+    run.workers.broadcast(product.state_dict().values())
+    if run.workers.rank > 0:
+        return product
     for concept, path, network in zip(("pos", other), paths, product.networks, strict=True):
         contents = {"config": dataclasses.asdict(network.config), "model": network.state_dict()}
         flags = {"dataset": "dsprites", f"cond_{concept}": True, "step_lr": run.settings.step_lr}
@@ -343,11 +348,12 @@ def build_generator_of_size(label_size: int, count: int, seed: int) -> SpriteGen
         return SpriteGenerator(label_size, width)
 
 
-def train_generator(run: ConceptRun, generator: SpriteGenerator, training: Tensor, other: str) -> SpriteSampler:
-    """Train a generator on sprites by mean squared error; return a function that samples images for latents.
+def train_generator(run: ConceptRun, training: Tensor, other: str) -> SpriteGenerator:
+    """Return a generator that was trained on sprites by mean squared error.
 
-    training: indices of the sprites. other: the other concept. The pixels of samples are unbounded.
+    training: indices of the sprites. other: the other concept.
     """
+    generator = build_generator(run, other)
     optimizer = ClippedAdam(generator.parameters(), lr=LEARNING_RATE, betas=GENERATOR_BETAS)
     batches = data.Batches(len(training), run.settings.batch_size, run.settings.seed, device=training.device)
     total = count_iterations(run.settings, len(training), GENBASELINE_PASSES)
@@ -362,6 +368,11 @@ def train_generator(run: ConceptRun, generator: SpriteGenerator, training: Tenso
         if iteration % 10 == 0:
             progress.text = f"loss {loss.item():.5f}"
         progress.update(iteration)
+    return generator
+
+
+def build_generator_sampler(generator: SpriteGenerator, other: str) -> SpriteSampler:
+    """Return a function that samples images for latents; their pixels are unbounded. other: the other concept."""
     return torch.no_grad()(lambda latents: generator(join_labels(latents, other)))
 
 
@@ -385,14 +396,16 @@ def measure_samplers(run: ConceptRun, samplers: Mapping[str, SpriteSampler], sli
     unseen, seen = shuffle_index(run, slices.unseen)[:limit], shuffle_index(run, slices.training)
     sets = {"unseen": unseen, "seen": seen[: limit or run.settings.batch_size]}
     progress = Progress(len(samplers) * sum(map(len, sets.values())), what="images")
-    samples = {}
-    for name, sampler in samplers.items():
-        for kind, index in sets.items():
-            parts = []
-            for part in index.split(run.settings.batch_size):
-                parts.append(sampler(run.sprites.latents[part]))
-                progress.advance(len(part))
-            samples[name, kind] = torch.cat(parts)
+
+    def sample_part(part: tuple[SpriteSampler, Tensor]) -> Tensor:
+        sampler, index = part
+        progress.advance(len(index) * run.workers.size)
+        return sampler(run.sprites.latents[index])
+
+    wanted = {(name, kind): (samplers[name], index) for name in samplers for kind, index in sets.items()}
+    parts = [(sampler, part) for sampler, index in wanted.values() for part in index.split(run.settings.batch_size)]
+    images = torch.cat(run.share_parts(parts, sample_part)).split([len(index) for _, index in wanted.values()])
+    samples = dict(zip(wanted, images, strict=True))
     columns = {name: samples[name, "unseen"][:ROWS] for name in samplers}
     true = run.render_images(unseen[:ROWS])
     pictures.save_panel(columns | {"true": true}, run.add_file("unseen.png"), scale=2)
@@ -447,10 +460,16 @@ def measure_generator(run: ConceptRun) -> Figures:
     slices = select_slices(run.sprites.latents, other, run.settings.balance)
     others = shuffle_index(run, slices.others)
     fractions = FRACTIONS if run.settings.plot_curve else (run.settings.frac,)
-    samplers = {}
-    for fraction in fractions:
+
+    def train_on(fraction: float) -> dict[str, Tensor]:
         training = torch.cat([slices.training, others[: int(fraction * len(others))]])
-        samplers[f"{fraction:.0%}"] = train_generator(run, build_generator(run, other), training, other)
+        return train_generator(run, training, other).state_dict()
+
+    samplers = {}
+    for fraction, weights in zip(fractions, run.workers.share_out(fractions, train_on), strict=True):
+        generator = build_generator(run, other)
+        generator.load_state_dict(weights)
+        samplers[f"{fraction:.0%}"] = build_generator_sampler(generator, other)
     figures = measure_samplers(run, samplers, slices, other)
     energy = read_energy_figures(run)
     if run.settings.plot_curve:

@@ -370,6 +370,10 @@ class Workers:
         self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="ebm-", ignore_cleanup_errors=True)
         return pathlib.Path(self._scratch.name)
 
+    def count_share(self, items: int) -> int:
+        """Return how many of so many items rank 0 computes in `share_out`."""
+        return -(-items // self.size)
+
     def share_out(self, items: Sequence[Any], compute: Callable[[Any], Any]) -> list[Any]:
         """Return compute(item) for all items, in order, on all workers; each worker computes its share of them.
 
@@ -441,6 +445,17 @@ def join_workers(backend: str = "auto", device: str = "auto", timeout: float = 4
     if place.type == "cuda" and workers.size > 1:
         refuse_shared_gpu(workers.share(f"{socket.gethostname()} {torch.cuda.get_device_properties(place).uuid}"))
     return workers
+
+
+def work_alone(device: torch.device | str = "cpu") -> Workers:
+    """Return the only worker of a job, whatever this process was launched with."""
+    return Workers(ALONE, "none", "one worker", torch.device(device), timeout=0.0)
+
+
+def remove_launch(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return environment variables without those of launchers, for a process that is a job of its own."""
+    of_launchers = {name for _, variables in LAUNCHERS for name in variables.split()}
+    return {name: value for name, value in environment.items() if name not in of_launchers}
 
 
 @contextlib.contextmanager
