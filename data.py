@@ -65,7 +65,7 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def raw(self, index: Tensor) -> Tensor:
-        """Return the stored images (n, C, H, W) uint8 of an index (n,) int64."""
+        """Return the images (n, C, H, W) uint8 of an index (n,) int64, without noise."""
 
     def batch(
         self, index: Tensor, generator: torch.Generator | None, rescale: float = 1.0
@@ -146,6 +146,7 @@ class Request(NamedTuple):
     channels: int | None
     condition: str | None
     subset: str | None
+    antialias: bool
     workers: int
     download: bool
 
@@ -175,6 +176,7 @@ def load_dataset(
     channels: int | None = None,
     condition: str | None = None,
     subset: str | None = None,
+    antialias: bool = False,
     workers: int = 4,
     download: bool = True,
 ) -> Dataset:
@@ -185,10 +187,9 @@ def load_dataset(
     images below `path`, see `image_files.read_folder`. dsprites: drawn, or read from the published file `path`;
     `condition` (shape, size, pos, rot) chooses the labels, `subset` (shape, pos, size, rot, restrict) keeps a part of
     the sprites. imagenet: 32x32 pixels, from the authors' files below `path`. imagenetfull: 128x128 pixels, read batch
-    by batch from TFRecords or class folders below `path`. dsprites and textures have no splits.
-
-    Raises UsageError for
-    an unknown name, for missing or damaged files and for arguments that exclude each other.
+    by batch from TFRecords or class folders below `path`; resized as in the reference, or better with `antialias`.
+    dsprites and textures have no splits. Raises UsageError for an unknown name, for missing or damaged files and for
+    arguments that exclude each other.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, must be 'train' or 'test'")
@@ -198,10 +199,12 @@ def load_dataset(
         raise UsageError(f"a condition or a subset of sprites is for `dataset`=dsprites, not {name}")
     if name != "folder" and (image_size or channels):
         raise UsageError(f"`image_size` and `channels` are for `dataset`=folder; {name} has its own")
+    if name != "imagenetfull" and antialias:
+        raise UsageError(f"`antialias` is for `dataset`=imagenetfull; the images of {name} are not resized by it")
     root_and_device = pathlib.Path(root), torch.device(device)
-    files = None if path is None else pathlib.Path(path)
+    files, size = None if path is None else pathlib.Path(path), (image_size, channels)
     return DATASETS[name].load(
-        Request(name, split, *root_and_device, files, image_size, channels, condition, subset, workers, download)
+        Request(name, split, *root_and_device, files, *size, condition, subset, antialias, workers, download)
     )
 
 
@@ -239,7 +242,13 @@ def load_imagenet32(request: Request) -> Dataset:
 
 def open_imagenet128(request: Request) -> Dataset:
     """Open ImageNet at 128x128 pixels, whose images are read batch by batch."""
-    return imagenet.open_imagenet(request.require_path(), request.split, device=request.device, workers=request.workers)
+    return imagenet.open_imagenet(
+        request.require_path(),
+        request.split,
+        device=request.device,
+        workers=request.workers,
+        antialias=request.antialias,
+    )
 
 
 def load_sprites(request: Request) -> Dataset:

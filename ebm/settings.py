@@ -101,6 +101,9 @@ class TestData(DataFiles):
         "name of the data set, one of those in train.py --help; default: the one that the model was trained on, "
         "else cifar10",
     )
+    antialias: bool | None = flag(
+        None, "for --dataset=imagenetfull: resize images with antialiasing; default: as in training, else False"
+    )
     data_workers: int = flag(5, "number of parallel workers that decode image files; 0: no extra processes", at_least=0)
 
 
@@ -176,6 +179,11 @@ class TrainingData(DataFiles):
     )
     channels: int | None = flag(
         None, "for --dataset=folder: 1 (grey) or 3 (colour); default: as in the first image", at_least=1, at_most=3
+    )
+    antialias: bool = flag(
+        False,
+        "for --dataset=imagenetfull: resize images with antialiasing, a better picture; else by TensorFlow's old "
+        "bilinear rule, as the published models were trained",
     )
     data_workers: int = flag(4, "number of parallel workers that decode image files; 0: no extra processes", at_least=0)
     batch_size: int = flag(256, "images per iteration on each worker", at_least=1)

@@ -202,7 +202,15 @@ NOT_GIVEN = {
     "ebm_combine.py": {"num_filters", "cclass", "spec_norm", "use_attention", "swish_act"},
 }
 # The demo now takes all flags of a network, as the other scripts do.
-ADDED = {"imagenet_demo.py": {"bn", "wider_model", "large_model", "larger_model", "use_bias"}}
+ADDED = {
+    "imagenet_demo.py": {"bn", "wider_model", "large_model", "larger_model", "use_bias"},
+    # Images of imagenetfull are resized as in the reference unless this is given, or the model was trained otherwise.
+    "train.py": {"antialias"},
+    "ais.py": {"antialias"},
+    "ebm_sandbox.py": {"antialias"},
+    "eval_inception.py": {"antialias"},
+    "benchmarks/loader.py": {"antialias"},
+}
 
 
 def settings_of(monkeypatch, script):

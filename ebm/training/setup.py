@@ -76,6 +76,7 @@ def open_dataset(settings: TrainSettings, workers: Workers) -> data.Dataset:
         channels=settings.channels,
         condition=next((CONDITIONS[name] for name in list_enabled(settings, CONDITIONS)), None),
         subset=next((SUBSETS[name] for name in list_enabled(settings, SUBSETS)), None),
+        antialias=settings.antialias,
         workers=settings.data_workers,
         download=settings.download,
     )
