@@ -225,6 +225,25 @@ def test_textures(tmp_path):
     assert (dataset.class_names, dataset.noise) == (("banded",), "centred")
 
 
+@pytest.mark.parametrize("place", ["celeba/img_align_celeba", "img_align_celeba"])
+def test_celeba(tmp_path, place):
+    """Breaks when a face is cut instead of squeezed, resized without averaging, or gets noise or a label."""
+    (tmp_path / place).mkdir(parents=True)
+    y, x = np.mgrid[0:218, 0:178]
+    face = np.stack([y, x, 255 * (x % 2)], 2).astype(np.uint8)  # two ramps, and stripes that average to grey
+    for name in ("000001.png", "000002.png"):
+        Image.fromarray(face).save(tmp_path / place / name)
+    dataset = data.load_dataset("celeba", root=tmp_path)
+    images, labels = dataset.batch(torch.tensor([1]), make_generator(), rescale=2.0)
+    assert (len(dataset), dataset.image_shape, labels) == (2, (3, 32, 32), None)
+    assert torch.allclose(images * 127.5, dataset.raw(torch.tensor([1])).float(), atol=1e-4)
+    middle = (torch.arange(32) + 0.5) / 32
+    inner = slice(1, -1)  # at the edges there is less to average
+    assert ((images[0, 0] * 127.5 - (218 * middle[:, None] - 0.5)).abs()[inner] <= 0.51).all()
+    assert ((images[0, 1] * 127.5 - (178 * middle - 0.5)).abs()[:, inner] <= 0.51).all()
+    assert ((images[0, 2] - 1).abs()[:, inner] < 0.1).all()
+
+
 def stand_in_torchvision(**datasets):
     """Return what stands in for the module torchvision, with these data sets."""
     return SimpleNamespace(datasets=SimpleNamespace(**datasets))
@@ -615,6 +634,8 @@ def test_no_network(tmp_path, monkeypatch):
         ({"name": "folder"}, "`dataset`=folder needs `data_path`"),
         ({"name": "folder", "path": pathlib.Path(), "channels": 2}, "`channels`=2 must be 1"),
         ({"name": "dsprites", "path": "nowhere.npz"}, "`dsprites_path`=nowhere.npz: no such file"),
+        ({"name": "celeba", "root": "nowhere"}, "nowhere/celeba/img_align_celeba is missing; unpack .*`datadir`"),
+        ({"name": "digits", "antialias": True}, "`antialias` is for `dataset`=imagenetfull; the images of digits"),
     ],
 )
 def test_what_does_not_go_together(arguments, message):

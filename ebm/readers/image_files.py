@@ -340,6 +340,23 @@ def decode_files(
     return torch.cat(images).contiguous()
 
 
+def read_celeba(root: pathlib.Path, split: str, workers: int) -> Contents:
+    """Read all aligned faces of CelebA, squeezed to 32x32 pixels as the reference does; both splits are the same.
+
+    Raises UsageError if there is no folder of them.
+    """
+    folders = root / "celeba/img_align_celeba", root / "img_align_celeba"
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        raise UsageError(
+            f"`dataset`=celeba: {folders[0]} is missing; unpack CelebA's img_align_celeba.zip there, or set `datadir` "
+            "to where it is"
+        )
+    paths, _, _ = list_folder(folder)
+    images = decode_files(paths, "RGB", lambda image: image.resize((32, 32), Image.Resampling.BILINEAR), workers)
+    return images, None, ()
+
+
 def read_textures(root: pathlib.Path, split: str, workers: int) -> Contents:
     """Read the upper left 32x32 pixels of all Describable Textures, as the reference does; both splits are the same."""
     folder = root / "dtd/dtd/images"
