@@ -65,7 +65,7 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def raw(self, index: Tensor) -> Tensor:
-        """Return the stored images (n, C, H, W) uint8 of an index (n,) int64."""
+        """Return the images (n, C, H, W) uint8 of an index (n,) int64, without noise."""
 
     def batch(
         self, index: Tensor, generator: torch.Generator | None, rescale: float = 1.0
@@ -146,6 +146,7 @@ class Request(NamedTuple):
     channels: int | None
     condition: str | None
     subset: str | None
+    antialias: bool
     workers: int
     download: bool
 
@@ -158,10 +159,15 @@ class Request(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The loader of a data set, and the setting that holds the path of its files."""
+    """The loader of a data set, the setting that holds the path of its files, and what makes its labels false.
+
+    path_setting: None if the files are below `datadir`. label_breakers: the settings of augmentations after which an
+    image is no longer of its class.
+    """
 
     load: Callable[[Request], Dataset]
-    path_setting: str | None = None  # None: the files are below `datadir`
+    path_setting: str | None = None
+    label_breakers: tuple[str, ...] = ()
 
 
 def load_dataset(
@@ -175,20 +181,21 @@ def load_dataset(
     channels: int | None = None,
     condition: str | None = None,
     subset: str | None = None,
+    antialias: bool = False,
     workers: int = 4,
     download: bool = True,
 ) -> Dataset:
     """Load the "train" or "test" split of a data set, one of DATASETS, onto the device.
 
     digits: scikit-learn's 1,797 digits, of which a tenth of each class is the test split. mnist, fashion_mnist,
-    cifar10, cifar100, svhn, textures: torchvision's files below `root`, downloaded if they are missing. folder: the
-    images below `path`, see `image_files.read_folder`. dsprites: drawn, or read from the published file `path`;
-    `condition` (shape, size, pos, rot) chooses the labels, `subset` (shape, pos, size, rot, restrict) keeps a part of
-    the sprites. imagenet: 32x32 pixels, from the authors' files below `path`. imagenetfull: 128x128 pixels, read batch
-    by batch from TFRecords or class folders below `path`. dsprites and textures have no splits.
-
-    Raises UsageError for
-    an unknown name, for missing or damaged files and for arguments that exclude each other.
+    cifar10, cifar100, svhn, textures: torchvision's files below `root`, downloaded if they are missing. celeba: the
+    aligned faces below `root`, squeezed to 32x32 pixels. folder: the images below `path`, see
+    `image_files.read_folder`. dsprites: drawn, or read from the published file `path`; `condition` (shape, size, pos,
+    rot) chooses the labels, `subset` (shape, pos, size, rot, restrict) keeps a part of the sprites. imagenet: 32x32
+    pixels, from the authors' files below `path`. imagenetfull: 128x128 pixels, read batch by batch from TFRecords or
+    class folders below `path`; resized as in the reference, or better with `antialias`. celeba, dsprites and textures
+    have no splits. Raises UsageError for an unknown name, for missing or damaged files and for arguments that exclude
+    each other.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, must be 'train' or 'test'")
@@ -198,10 +205,12 @@ def load_dataset(
         raise UsageError(f"a condition or a subset of sprites is for `dataset`=dsprites, not {name}")
     if name != "folder" and (image_size or channels):
         raise UsageError(f"`image_size` and `channels` are for `dataset`=folder; {name} has its own")
+    if name != "imagenetfull" and antialias:
+        raise UsageError(f"`antialias` is for `dataset`=imagenetfull; the images of {name} are not resized by it")
     root_and_device = pathlib.Path(root), torch.device(device)
-    files = None if path is None else pathlib.Path(path)
+    files, size = None if path is None else pathlib.Path(path), (image_size, channels)
     return DATASETS[name].load(
-        Request(name, split, *root_and_device, files, image_size, channels, condition, subset, workers, download)
+        Request(name, split, *root_and_device, files, *size, condition, subset, antialias, workers, download)
     )
 
 
@@ -230,6 +239,12 @@ def load_folder(request: Request) -> Dataset:
     return make_dataset(request, contents)
 
 
+def load_celeba(request: Request) -> Dataset:
+    """Load the faces of CelebA at 32x32 pixels."""
+    contents = image_files.read_celeba(request.root, request.split, request.workers)
+    return make_dataset(request, contents, "none")  # as the reference
+
+
 def load_imagenet32(request: Request) -> Dataset:
     """Load ImageNet at 32x32 pixels."""
     return make_dataset(
@@ -239,7 +254,13 @@ def load_imagenet32(request: Request) -> Dataset:
 
 def open_imagenet128(request: Request) -> Dataset:
     """Open ImageNet at 128x128 pixels, whose images are read batch by batch."""
-    return imagenet.open_imagenet(request.require_path(), request.split, device=request.device, workers=request.workers)
+    return imagenet.open_imagenet(
+        request.require_path(),
+        request.split,
+        device=request.device,
+        workers=request.workers,
+        antialias=request.antialias,
+    )
 
 
 def load_sprites(request: Request) -> Dataset:
@@ -298,28 +319,43 @@ def load_torchvision(
 
 
 def make_torchvision_source(
-    read: Callable[[pathlib.Path, str, int], image_files.Contents], download: Download, noise: str = "steps"
+    read: Callable[[pathlib.Path, str, int], image_files.Contents],
+    download: Download,
+    noise: str = "steps",
+    label_breakers: tuple[str, ...] = (),
 ) -> Source:
     """Return the source of one of torchvision's data sets."""
-    return Source(functools.partial(load_torchvision, read=read, download=download, noise=noise))
+    load = functools.partial(load_torchvision, read=read, download=download, noise=noise)
+    return Source(load, label_breakers=label_breakers)
 
 
-# The one list of data sets. Their kind of noise is that of the reference.
+# The one list of data sets. Their kind of noise is that of the reference. The mirror image of a digit is no digit; on a
+# black background a black square changes a shape; labels of sprites tell their place, size and rotation.
 DATASETS = {
-    "digits": Source(load_digits),
-    "mnist": make_torchvision_source(image_files.read_mnist, lambda sets, root, _: sets.MNIST(root, download=True)),
+    "digits": Source(load_digits, label_breakers=("augment", "cutout")),
+    "mnist": make_torchvision_source(
+        image_files.read_mnist,
+        lambda sets, root, _: sets.MNIST(root, download=True),
+        label_breakers=("augment", "cutout"),
+    ),
     "fashion_mnist": make_torchvision_source(
-        image_files.read_fashion_mnist, lambda sets, root, _: sets.FashionMNIST(root, download=True)
+        image_files.read_fashion_mnist,
+        lambda sets, root, _: sets.FashionMNIST(root, download=True),
+        label_breakers=("cutout",),
     ),
     "cifar10": make_torchvision_source(
         image_files.read_cifar10, lambda sets, root, _: sets.CIFAR10(root, download=True)
     ),
+    "celeba": Source(load_celeba),
     "imagenet": Source(load_imagenet32, "imagenet_path"),
     "imagenetfull": Source(open_imagenet128, "imagenet_datadir"),
-    "dsprites": Source(load_sprites, "dsprites_path"),
+    "dsprites": Source(load_sprites, "dsprites_path", label_breakers=("augment", "cutout")),
     "folder": Source(load_folder, "data_path"),
     "svhn": make_torchvision_source(
-        image_files.read_svhn, lambda sets, root, split: sets.SVHN(root, split=split, download=True), "centred"
+        image_files.read_svhn,
+        lambda sets, root, split: sets.SVHN(root, split=split, download=True),
+        "centred",
+        label_breakers=("augment",),
     ),
     "cifar100": make_torchvision_source(
         image_files.read_cifar100, lambda sets, root, _: sets.CIFAR100(root, download=True), "centred"

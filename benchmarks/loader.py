@@ -42,6 +42,7 @@ class Settings(timing.BenchmarkOutput):
     width: int = flag(500, "width of a JPEG, in pixels", at_least=1)
     height: int = flag(375, "height of a JPEG, in pixels", at_least=1)
     files: int = flag(64, "JPEGs to make", at_least=1)
+    antialias: bool = flag(False, "resize with antialiasing, as torchvision does; else as TensorFlow 1")
 
 
 def make_jpegs(settings: Settings, folder: pathlib.Path) -> float:
@@ -62,7 +63,7 @@ def make_jpegs(settings: Settings, folder: pathlib.Path) -> float:
 
 def start_own_loader(settings: Settings, folder: pathlib.Path, workers: int) -> Loader:
     """Return a loader of this project."""
-    dataset = imagenet.open_imagenet(folder, "train", workers=workers)
+    dataset = imagenet.open_imagenet(folder, "train", workers=workers, antialias=settings.antialias)
     generator = torch.Generator().manual_seed(0)
 
     def draw_index() -> torch.Tensor:
@@ -102,7 +103,7 @@ def main(settings: Settings) -> None:
         places = imagenet.ClassFolders(folder)
         start_time = time.process_time()
         for place in places:
-            streaming.decode_image(place)
+            streaming.decode_image(place, settings.antialias)
         processor = 1000 * (time.process_time() - start_time) / len(places)
         print(f"one image takes {processor:.2f} ms of a processor: at best {1000 / processor:.0f} images/s per worker")
         for workers in settings.workers:

@@ -128,6 +128,9 @@ class TestData(DataFiles, SpriteSubsets):
         "name of the data set, one of those in train.py --help; default: the one that the model was trained on, "
         "else cifar10",
     )
+    antialias: bool | None = flag(
+        None, "for --dataset=imagenetfull: resize images with antialiasing; default: as in training, else False"
+    )
     data_workers: int = flag(5, "number of parallel workers that decode image files; 0: no extra processes", at_least=0)
     cutout: bool = flag(False, UNCHANGED, inert=True)
     cutout_inside: bool = flag(False, UNCHANGED, inert=True)
@@ -242,12 +245,25 @@ class TrainingData(DataFiles):
     channels: int | None = flag(
         None, "for --dataset=folder: 1 (grey) or 3 (colour); default: as in the first image", at_least=1, at_most=3
     )
+    antialias: bool = flag(
+        False,
+        "for --dataset=imagenetfull: resize images with antialiasing, a better picture; else by TensorFlow's old "
+        "bilinear rule, as the published models were trained",
+    )
     data_workers: int = flag(4, "number of parallel workers that decode image files; 0: no extra processes", at_least=0)
     batch_size: int = flag(256, "images per iteration on each worker", at_least=1)
     single: bool = flag(False, "train on a single image, to check that the model can overfit it")
-    augment: bool = flag(False, "augment images by random crops (4 pixels of padding) and horizontal flips")
+    augment: bool = flag(
+        False,
+        "augment images by random crops (4 pixels of padding) and horizontal flips; with --cclass not for digits and "
+        "sprites, whose labels would become false",
+    )
     mixup: bool = flag(False, "train on convex combinations of two images, weighted by a draw from Beta(1, 1)")
-    cutout: bool = flag(False, "set a random square of each image to black")
+    cutout: bool = flag(
+        False,
+        "set a random square of each image to black; with --cclass not for images on a black background, whose labels "
+        "would become false",
+    )
     cutout_inside: bool = flag(False, "keep the cutout square completely inside the image")
     cutout_prob: float = flag(1.0, "share of the images that get a cutout square, 0 to 1", at_least=0, at_most=1)
     cutout_mask_size: int = flag(16, "side of the cutout square, in pixels", at_least=1)

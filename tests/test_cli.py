@@ -104,6 +104,25 @@ def test_a_flag_without_effect_says_so(capsys, flag, words, told):
     assert capsys.readouterr().out.count(f"{name} has no effect") == told
 
 
+TRUE_LABELS = {
+    "augment": {"fashion_mnist", "cifar10", "cifar100", "celeba", "imagenet", "imagenetfull", "textures", "folder"},
+    "cutout": {"cifar10", "cifar100", "celeba", "imagenet", "imagenetfull", "textures", "folder", "svhn"},
+}
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("name", TRUE_LABELS)
+def test_labels_stay_true(name, dataset):
+    """Breaks when images are changed under labels that no longer fit, or an augmentation is refused that harms none."""
+    words = [f"--{name}", f"--dataset={dataset}", "--data_path=images"]
+    check_settings(parse(*words))
+    if dataset in TRUE_LABELS[name]:
+        check_settings(parse(*words, "--cclass"))
+    else:
+        with pytest.raises(UsageError, match=f"`{name}` makes labels of `dataset`={dataset} false"):
+            check_settings(parse(*words, "--cclass"))
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

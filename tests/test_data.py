@@ -1,5 +1,6 @@
 """Data sets in their real file formats, batches of them, what is done to a batch, and what a user can get wrong."""
 
+import io
 import itertools
 import os
 import pathlib
@@ -145,6 +146,44 @@ def test_cifar10(tmp_path, python2):
     assert (dataset.class_names, dataset.noise) == (("cat", "dog", "frog"), "steps")
 
 
+PLAIN_VALUES = {
+    "data": draw_bytes(3, 3072).numpy(),
+    "labels": [np.int64(1), np.int32(7), np.uint16(1000), 3],
+    "label array": np.array([1, 1000], ">i4"),
+    "mean": np.linspace(0, 255, 3072),
+    "columns first": np.asfortranarray(draw_bytes(3, 8).numpy()),
+    "permuted": draw_bytes(2, 3, 4).permute(1, 0, 2).numpy(),
+    "every second": draw_bytes(3, 8).numpy()[:, ::2],
+    "names": np.array(["cat", "dog"]),
+    "name": np.str_("frog"),
+    "bytes": bytes(range(256)),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("keys_are_bytes", [False, True])
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickles_of_all_protocols(tmp_path, protocol, keys_are_bytes):
+    """Breaks when plain values or arrays that Python 3 wrote are refused or changed, in any protocol."""
+    written = {key.encode() if keys_are_bytes else key: value for key, value in PLAIN_VALUES.items()}
+    (tmp_path / "batch").write_bytes(pickle.dumps(written, protocol))
+    read = image_files.read_pickle(tmp_path / "batch", list(PLAIN_VALUES))
+    for found, wanted in zip(read, PLAIN_VALUES.values(), strict=True):
+        assert isinstance(found, np.ndarray) == isinstance(wanted, np.ndarray)
+        assert np.array_equal(found, wanted)
+    torch.from_numpy(read[2])  # which takes the byte order of the machine only
+
+
+def test_small_pickles_fill_no_memory():
+    """Breaks when a text or the bytes of an array are copied each time that a pickle of many short calls names them."""
+    contents = bytes(1000)
+    views = [Bomb(np._core.numeric._frombuffer, contents, np.dtype("u1"), (1000,), "C") for _ in range(2)]
+    arrays = image_files.PlainUnpickler(io.BytesIO(pickle.dumps(views, 5))).load()
+    assert np.shares_memory(arrays[0].view, arrays[1].view)
+    texts = image_files.PlainUnpickler(io.BytesIO(pickle.dumps([bytes(9), bytes(bytearray(9))], 2))).load()
+    assert texts[0] == bytes(9) and texts[0] is texts[1]
+
+
 def test_cifar100(tmp_path):
     """Breaks if the fine classes are not the labels, or the test split is not the file `test`."""
     names = {"meta": "meta", "label_key": "fine_labels", "names_key": "fine_label_names"}
@@ -184,6 +223,25 @@ def test_textures(tmp_path):
     dataset = data.load_dataset("textures", root=tmp_path)
     assert torch.equal(torch.as_tensor(dataset.images)[0], pixels[:32, :32].permute(2, 0, 1))
     assert (dataset.class_names, dataset.noise) == (("banded",), "centred")
+
+
+@pytest.mark.parametrize("place", ["celeba/img_align_celeba", "img_align_celeba"])
+def test_celeba(tmp_path, place):
+    """Breaks when a face is cut instead of squeezed, resized without averaging, or gets noise or a label."""
+    (tmp_path / place).mkdir(parents=True)
+    y, x = np.mgrid[0:218, 0:178]
+    face = np.stack([y, x, 255 * (x % 2)], 2).astype(np.uint8)  # two ramps, and stripes that average to grey
+    for name in ("000001.png", "000002.png"):
+        Image.fromarray(face).save(tmp_path / place / name)
+    dataset = data.load_dataset("celeba", root=tmp_path)
+    images, labels = dataset.batch(torch.tensor([1]), make_generator(), rescale=2.0)
+    assert (len(dataset), dataset.image_shape, labels) == (2, (3, 32, 32), None)
+    assert torch.allclose(images * 127.5, dataset.raw(torch.tensor([1])).float(), atol=1e-4)
+    middle = (torch.arange(32) + 0.5) / 32
+    inner = slice(1, -1)  # at the edges there is less to average
+    assert ((images[0, 0] * 127.5 - (218 * middle[:, None] - 0.5)).abs()[inner] <= 0.51).all()
+    assert ((images[0, 1] * 127.5 - (178 * middle - 0.5)).abs()[:, inner] <= 0.51).all()
+    assert ((images[0, 2] - 1).abs()[:, inner] < 0.1).all()
 
 
 def stand_in_torchvision(**datasets):
@@ -462,6 +520,15 @@ def damage(root, kind):
         bomb = Bomb(exec, "import os; os.environ['DATA_BOMB'] = '1'")
         (cifar / "data_batch_3").write_bytes(pickle.dumps({"data": bomb, "labels": [0]}))
         return {"name": "cifar10"}, "data_batch_3 is damaged .*builtins.exec has no place in a data file"
+    if kind == "a call that claims memory":
+        write_cifar(cifar, files=[f"data_batch_{n}" for n in range(1, 6)])
+        (cifar / "data_batch_3").write_bytes(pickle.dumps({"data": Bomb(bytes, 1 << 40), "labels": [0]}, protocol=2))
+        return {"name": "cifar10"}, "data_batch_3 is damaged .*'int'"  # refused for its type, not for want of memory
+    if kind == "a type that is no name":
+        write_cifar(cifar, files=[f"data_batch_{n}" for n in range(1, 6)])
+        kinds = Bomb(np.dtype, [["u1"], ["u1"]])
+        (cifar / "data_batch_3").write_bytes(pickle.dumps({"data": kinds, "labels": [0]}))
+        return {"name": "cifar10"}, "data_batch_3 is damaged .*the type of an array is not a name"
     if kind == "objects in a pickle":
         write_cifar(cifar, files=[f"data_batch_{n}" for n in range(1, 6)])
         objects = {"data": np.array([None, 1], dtype=object), "labels": [0]}
@@ -520,6 +587,8 @@ def damage_folder(root, kind):
         "empty file",
         "other count",
         "code in a pickle",
+        "a call that claims memory",
+        "a type that is no name",
         "objects in a pickle",
         "truncated pickle",
         "class without a name",
@@ -565,6 +634,8 @@ def test_no_network(tmp_path, monkeypatch):
         ({"name": "folder"}, "`dataset`=folder needs `data_path`"),
         ({"name": "folder", "path": pathlib.Path(), "channels": 2}, "`channels`=2 must be 1"),
         ({"name": "dsprites", "path": "nowhere.npz"}, "`dsprites_path`=nowhere.npz: no such file"),
+        ({"name": "celeba", "root": "nowhere"}, "nowhere/celeba/img_align_celeba is missing; unpack .*`datadir`"),
+        ({"name": "digits", "antialias": True}, "`antialias` is for `dataset`=imagenetfull; the images of digits"),
     ],
 )
 def test_what_does_not_go_together(arguments, message):

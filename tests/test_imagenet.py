@@ -1,5 +1,6 @@
 """ImageNet in the formats it comes in, on small files written here: pickles, .npz, TFRecords, class folders."""
 
+import functools
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,14 +34,16 @@ from conftest import (
     write_pickle,
     write_records,
 )
-from ebm.readers import imagenet, streaming
+from ebm.readers import imagenet, streaming, tf_images
 from ebm.readers.imagenet import open_imagenet, read_imagenet32
 from ebm.readers.streaming import SIDE
-from ebm.settings import TrainSettings
+from ebm.settings import AisSettings, TrainSettings
 from ebm.support.errors import UsageError
 from ebm.support.pixels import dequantise
-from ebm.training.run import read_batch
+from ebm.tasks.trained_models import TrainedModel, load_split
+from ebm.training.run import Run, read_batch
 from ebm.training.state import State, Step
+from golden.tasks import recipe_tasks
 from utils import ClippedAdam, ReplayBuffer
 
 pytest.importorskip("google_crc32c")
@@ -432,7 +436,7 @@ def test_resize_and_crop(kind, width, height) -> None:
             100.0,
         )
     )
-    decoded = streaming.read_pixels(encode_image(ramp, kind))
+    decoded = streaming.read_antialiased_pixels(encode_image(ramp, kind))
     inner = (slice(None), slice(4, -4), slice(4, -4))  # at the edges there is nothing beyond to average
     assert abs(decoded.astype(float) - expected)[inner].max() < 4
 
@@ -443,24 +447,31 @@ def test_detail(kind) -> None:
 
     def stripes(period: int) -> np.ndarray:
         line = np.where(np.arange(4 * SIDE) % period < period // 2, 230, 30).astype(np.uint8)
-        return streaming.read_pixels(encode_image(np.broadcast_to(line[:, None], (4 * SIDE, 4 * SIDE, 3)), kind))
+        return streaming.read_antialiased_pixels(
+            encode_image(np.broadcast_to(line[:, None], (4 * SIDE, 4 * SIDE, 3)), kind)
+        )
 
     assert stripes(period=16).std() > 65
     assert abs(stripes(period=2).astype(int) - 130).max() < 15
 
 
-def test_no_image_runs_a_program(monkeypatch) -> None:
+READERS = [streaming.read_antialiased_pixels, functools.partial(tf_images.read_tf_pixels, side=SIDE)]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_no_image_runs_a_program(monkeypatch, read) -> None:
     """Red if Pillow may read PostScript, which it hands to Ghostscript whatever a file is called."""
     from PIL import EpsImagePlugin
 
     started = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **named: started.append(given))
     with pytest.raises(OSError, match="cannot identify"):
-        streaming.read_pixels(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+        read(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     assert not started
 
 
-def test_grey_and_cmyk_become_colour() -> None:
+@pytest.mark.parametrize("read", READERS)
+def test_grey_and_cmyk_become_colour(read) -> None:
     """Red if ImageNet's few grey, CMYK and transparent files are refused or come out in other colours."""
     for mode, value in (("L", 128), ("CMYK", (127, 127, 127, 0)), ("P", 1), ("RGBA", (128, 128, 128, 255))):
         image = Image.new(mode, (150, 150), value)
@@ -468,9 +479,93 @@ def test_grey_and_cmyk_become_colour() -> None:
             image.putpalette([0, 0, 0, 128, 128, 128])
         file = io.BytesIO()
         image.save(file, "JPEG" if mode in ("L", "CMYK") else "PNG")
-        decoded = streaming.read_pixels(file.getvalue())
+        decoded = read(file.getvalue())
         assert decoded.shape == (3, SIDE, SIDE)
         assert abs(decoded.astype(int) - 128).max() <= 3, mode
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_are_resized_as_asked(tmp_path, antialias, workers) -> None:
+    """Breaks when the setting does not reach the decoder, or fractions of a byte are lost before the noise is added."""
+    encoded = encode_image(recipe_tasks.picture(0, 200, 300), "JPEG")
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.jpg").write_bytes(encoded)
+    dataset = open_imagenet(tmp_path, "train", workers=workers, antialias=antialias)
+    images, _ = dataset.batch(torch.tensor([0]), torch.Generator().manual_seed(1))
+    bytes_of_image = dataset.raw(torch.tensor([0]))
+    dataset.close()
+    stored = torch.tensor(READERS[1 - antialias](encoded)[None])
+    assert torch.equal(images, dequantise(stored, torch.Generator().manual_seed(1), 1.0))
+    assert bytes_of_image.dtype == torch.uint8
+    assert (bytes_of_image - stored).abs().max() <= (0 if antialias else 0.5)
+
+
+OF_EARLIER_VERSION = {"dataset": "imagenetfull"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "expected"),
+    [
+        ({}, None, False),  # a TensorFlow checkpoint
+        (OF_EARLIER_VERSION, None, True),
+        (OF_EARLIER_VERSION, False, False),
+        (OF_EARLIER_VERSION | {"antialias": False}, None, False),
+        (OF_EARLIER_VERSION | {"antialias": True}, None, True),
+        (OF_EARLIER_VERSION | {"antialias": True}, False, False),
+        ({"dataset": "folder"}, None, False),
+        ({"dataset": "folder"}, True, True),
+    ],
+)
+def test_a_model_is_examined_on_images_as_in_training(tree, capsys, flags, given, expected) -> None:
+    """Breaks when a model gets images that are resized otherwise than in its training, or that is assumed silently."""
+    model = models.build_model(models.ModelConfig("ResNet128", (3, SIDE, SIDE), num_filters=4))
+    trained = TrainedModel(model, pathlib.Path("model_1.pt"), flags, ())
+    settings = AisSettings(dataset="imagenetfull", imagenet_datadir=str(tree), antialias=given, data_workers=0)
+    dataset = load_split("train", trained, settings, torch.device("cpu"))
+    assert isinstance(dataset, streaming.StreamedImages)
+    assert dataset.antialias == expected
+    is_assumed = flags == OF_EARLIER_VERSION and given is None
+    assert capsys.readouterr().out.count("note: antialias=True: model_1.pt was trained before") == is_assumed
+
+
+@pytest.mark.parametrize(
+    ("flags", "antialias", "note"),
+    [
+        (OF_EARLIER_VERSION, False, "with antialias=True; this run goes on with antialias=False"),
+        (OF_EARLIER_VERSION, True, ""),
+        (OF_EARLIER_VERSION | {"antialias": False}, False, ""),
+        (OF_EARLIER_VERSION | {"antialias": False}, True, "with antialias=False; this run goes on with antialias=True"),
+        ({"dataset": "cifar10"}, False, ""),
+    ],
+)
+def test_resuming_with_other_images_is_said(capsys, flags, antialias, note) -> None:
+    """Breaks when a run goes on, without a word, with images that are resized otherwise than before."""
+    settings = TrainSettings(dataset=flags["dataset"], antialias=antialias)
+    run = SimpleNamespace(settings=settings, workers=SimpleNamespace(print=print))
+    Run.note_other_images(run, pathlib.Path("model_1.pt"), flags)  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert note in said and bool(note) == bool(said)
+
+
+def test_sides_are_rounded_up() -> None:
+    """Breaks when a side is rounded to the nearest number, or not in float32, where 390·(128/104) exceeds 480."""
+    assert tf_images.compute_tf_size(300, 310, 128) == (128, 133)  # 132.27
+    assert tf_images.compute_tf_size(310, 300, 128) == (133, 128)
+    assert tf_images.compute_tf_size(104, 390, 128) == (128, 481)
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_colours_of_jpegs(subsampling) -> None:
+    """Breaks when colours that a JPEG stores at half the width or height are put elsewhere, or are not smoothed."""
+    hue = 128 + 100 * np.sin(np.mgrid[0:61, 0:83].sum(0) / 2)  # waves along both axes
+    file = io.BytesIO()
+    Image.fromarray(np.stack([hue, 255 - hue, hue * 0 + 128], 2).astype(np.uint8)).save(
+        file, "JPEG", quality=95, subsampling=subsampling
+    )
+    exact = np.asarray(Image.open(file)).transpose(2, 0, 1).astype(int)
+    found = tf_images.look_up_pixels(Image.open(file), np.arange(61), np.arange(83))
+    assert abs(found - exact).mean() < 3  # the fast cosine transform; 11 and more where colours are not smoothed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import io
 import pathlib
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ def read_idx(path: pathlib.Path) -> Tensor:
 
 def read_cifar(folder: pathlib.Path, files: list[str], meta: str, label_key: str, names_key: str) -> Contents:
     """Read the files of CIFAR-10 or CIFAR-100: pickled dictionaries with rows of 3x32x32 bytes and with classes."""
-    class_names = tuple(read_pickle(folder / meta, [names_key])[0])
+    class_names = tuple(map(decode_text, read_pickle(folder / meta, [names_key])[0]))
     images, classes = [], []
     for file in files:
         rows, labels = read_pickle(folder / file, ["data", label_key])
@@ -140,47 +140,98 @@ def read_pickle(path: pathlib.Path, keys: list[str]) -> list[Any]:
     """Read the entries `keys` of a pickled dictionary of arrays and plain values, written by Python 2 or 3."""
     path.stat()
     with report_unreadable_file(path):
-        contents = PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-        values = [contents[key] for key in keys]
-        return [value.array if isinstance(value, PickledArray) else value for value in values]
+        contents = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        by_name = {decode_text(key): value for key, value in contents.items()}
+        values = [by_name[key] for key in keys]
+        return [value.copy() if isinstance(value, PickledArray) else value for value in values]
+
+
+def decode_text(value: Any) -> Any:
+    """Return a value of a pickle as text if it is bytes, as the texts are that Python 2 wrote."""
+    return value.decode("latin1") if isinstance(value, bytes) else value
 
 
 class PlainUnpickler(
     pickle._Unpickler
 ):  # the Python version, because the C version reserves any memory a file asks for
-    """An unpickler of plain values and arrays of numbers, which refuses all else because it could execute code."""
+    """An unpickler of plain values and arrays of numbers, of any protocol.
 
-    def find_class(self, module: str, name: str) -> type:
-        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):
-            if name in ("ndarray", "_reconstruct"):
-                return PickledArray
-            if name == "dtype":
-                return PickledType
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a data file")
+    It calls nothing that a file names, because that could execute code: the names that arrays need have substitutes
+    here, and all others are refused. No substitute copies bytes, so that a small file cannot fill the memory with them.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file, encoding="bytes")  # so that the arrays of Python 2 are bytes, too
+        self.encoded: dict[str, bytes] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        substitutes = {
+            "numpy.ndarray": PickledArray,
+            "numpy.dtype": PickledType,
+            "numpy.core.multiarray._reconstruct": PickledArray,
+            "numpy.core.multiarray.scalar": self.read_number,
+            "numpy.core.numeric._frombuffer": self.view_array,  # protocol 5
+            "_codecs.encode": self.encode_text,  # protocols 0 to 2
+            "__builtin__.bytes": self.encode_text,
+        }
+        full_name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # of numpy 2 and of numpy 1
+        if full_name not in substitutes:
+            raise pickle.UnpicklingError(f"{full_name} has no place in a data file")
+        return substitutes[full_name]
+
+    def encode_text(self, text: str = "", encoding: str = "latin1") -> bytes:
+        """Return the bytes for which Python 3 wrote a text in Latin-1; those of equal texts are one object."""
+        if text not in self.encoded:
+            self.encoded[text] = text.encode("latin1")
+        return self.encoded[text]
+
+    def read_number(self, kind: PickledType, contents: bytes) -> Any:
+        """Return one of numpy's numbers as a plain number."""
+        return np.frombuffer(contents, kind.name, count=1).item()
+
+    def view_array(
+        self,
+        contents: bytes | bytearray,
+        kind: PickledType,
+        shape: tuple[int, ...],
+        order: str,
+        axes: tuple[int, ...] | None = None,
+    ) -> PickledArray:
+        """Return an array over bytes; order: "C", "F" (the first axis varies fastest) or "K" (with permuted axes)."""
+        array = PickledArray()
+        array.view = np.frombuffer(contents, kind.name).reshape(shape, order="F" if order == "F" else "C")
+        array.view = array.view.transpose(axes) if axes else array.view
+        return array
 
 
 class PickledType:
-    """A substitute for numpy.dtype that keeps the name only; numpy's own can be set to a state that crashes."""
+    """A substitute for numpy.dtype that keeps name and byte order; numpy's own can be set to a state that crashes."""
 
-    def __init__(self, name: str, *_: object):
-        self.name = name
+    def __init__(self, name: str | bytes, *_: object):
+        self.name = decode_text(name)
+        if not isinstance(self.name, str):
+            raise pickle.UnpicklingError("the type of an array is not a name")
 
-    def __setstate__(self, state: object) -> None:
-        """Ignore the state: the byte order is that of the machine."""
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Take the byte order from the pickled state."""
+        if decode_text(state[1]) == ">":
+            self.name = f">{self.name}"
 
 
 class PickledArray:
     """A substitute for numpy.ndarray that accepts a shape, a number type and bytes only."""
 
     def __init__(self, *_: object):
-        self.array = np.empty(0)
+        self.view = np.empty(0)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Build the array from its pickled state."""
+        """Lay the array over the bytes of its pickled state."""
         _, shape, kind, fortran_order, contents = state
-        contents = contents.encode("latin1") if isinstance(contents, str) else contents  # a Python 2 string
-        self.array = np.frombuffer(contents, str(kind.name)).reshape(shape, order="F" if fortran_order else "C")
-        self.array = self.array.copy()  # writable
+        self.view = np.frombuffer(contents, kind.name).reshape(shape, order="F" if fortran_order else "C")
+
+    def copy(self) -> np.ndarray:
+        """Return a writable array in the byte order of this machine."""
+        return self.view.astype(self.view.dtype.newbyteorder("="), order="C")
 
 
 def read_svhn(root: pathlib.Path, split: str, workers: int) -> Contents:
@@ -287,6 +338,23 @@ def decode_files(
             progress.update(progress.done + len(part))
     progress.close()
     return torch.cat(images).contiguous()
+
+
+def read_celeba(root: pathlib.Path, split: str, workers: int) -> Contents:
+    """Read all aligned faces of CelebA, squeezed to 32x32 pixels as the reference does; both splits are the same.
+
+    Raises UsageError if there is no folder of them.
+    """
+    folders = root / "celeba/img_align_celeba", root / "img_align_celeba"
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        raise UsageError(
+            f"`dataset`=celeba: {folders[0]} is missing; unpack CelebA's img_align_celeba.zip there, or set `datadir` "
+            "to where it is"
+        )
+    paths, _, _ = list_folder(folder)
+    images = decode_files(paths, "RGB", lambda image: image.resize((32, 32), Image.Resampling.BILINEAR), workers)
+    return images, None, ()
 
 
 def read_textures(root: pathlib.Path, split: str, workers: int) -> Contents:

@@ -159,6 +159,8 @@ class TFRecords(Sequence[Place]):
     not be found.
     """
 
+    class_names = NUMBERS
+
     def __init__(self, folder: pathlib.Path, prefix: str):
         counts = read_counts(folder, prefix)
         self.paths = [str(folder / name) for name in counts]
@@ -271,20 +273,33 @@ def list_images(folder: pathlib.Path) -> list[bytes]:
 
 
 def open_imagenet(
-    folder: pathlib.Path, split: str, *, device: torch.device | str = "cpu", workers: int = 4
+    folder: pathlib.Path,
+    split: str,
+    *,
+    device: torch.device | str = "cpu",
+    workers: int = 4,
+    antialias: bool = False,
 ) -> StreamedImages:
     """Open a split of ImageNet, whose images are decoded batch by batch to 128x128 pixels.
 
+    folder, split: see `find_images`. device: where batches are put. workers: number of decoding processes. antialias:
+    see `StreamedImages`. Raises UsageError if the folder holds no such images.
+    """
+    images = find_images(folder, split)
+    return StreamedImages(images, images.class_names, device=device, workers=workers, antialias=antialias)
+
+
+def find_images(folder: pathlib.Path, split: str) -> TFRecords | ClassFolders:
+    """Return the places of the images of a split.
+
     folder: holds TFRecords (train-NNNNN-of-NNNNN, validation-NNNNN-of-NNNNN, index.json), or class folders of image
     files, either in the subfolders `train` and `val` or, for the training split alone, directly. split: "train", or
-    "test" for the validation images. device: where batches are put. workers: number of decoding processes. Raises
-    UsageError if the folder holds none of these.
+    "test" for the validation images. Raises UsageError if the folder holds none of these.
     """
     if not folder.is_dir():
         raise UsageError(f"`imagenet_datadir`={folder}: no such folder")
     if (folder / "index.json").exists() or next(folder.glob("*-of-*"), None):
-        records = TFRecords(folder, "train" if split == "train" else "validation")
-        return StreamedImages(records, NUMBERS, device=device, workers=workers)
+        return TFRecords(folder, "train" if split == "train" else "validation")
     if (folder / "train").is_dir():
         names = ("train",) if split == "train" else ("val", "validation", "test")
         parent = next((folder / name for name in names if (folder / name).is_dir()), None)
@@ -292,5 +307,4 @@ def open_imagenet(
         parent = folder if split == "train" else None
     if parent is None:
         raise UsageError(f"`imagenet_datadir`={folder} has no validation images; put class folders below {folder}/val")
-    files = ClassFolders(parent)
-    return StreamedImages(files, files.class_names, device=device, workers=workers)
+    return ClassFolders(parent)

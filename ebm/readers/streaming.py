@@ -4,6 +4,8 @@
     images, labels = dataset.batch(index, generator)  # (n, 3, 128, 128) in [0, 1], one-hot
     dataset.prefetch(next_index)  # decoded while the network trains
 
+Images are resized as in the reference, or with antialiasing, a better picture (`antialias`).
+
 Any image can be read by its number. So each epoch shuffles all images, all workers share one permutation, and a resumed
 run sees the same images as an uninterrupted one. The reference gives each worker a contiguous share of the records and
 shuffles within the next 10,000 of them, a state that no checkpoint can hold.
@@ -30,6 +32,7 @@ from torch.nn import functional as F
 
 from ebm.readers import image_files
 from ebm.readers.tensorflow import Fault
+from ebm.readers.tf_images import read_tf_pixels
 from ebm.support.errors import UsageError
 from ebm.support.pixels import dequantise
 
@@ -46,11 +49,14 @@ class Place(Protocol):
         ...
 
 
-Decoded = tuple[np.ndarray, int] | str  # pixels uint8 (3, SIDE, SIDE) and class, or an error message
+Decoded = tuple[np.ndarray, int] | str  # pixels (3, SIDE, SIDE) and class, or an error message
 
 
-def decode_image(place: Place) -> Decoded:
-    """Read and decode one image; return its pixels and class, or an error message. This runs in a decode worker."""
+def decode_image(place: Place, antialias: bool) -> Decoded:
+    """Read and decode one image; return its pixels and class, or an error message. This runs in a decode worker.
+
+    The pixels are uint8 with antialiasing, and float32 in [0, 255] without.
+    """
     try:
         encoded, label = place.load()
     except Fault as fault:
@@ -58,12 +64,12 @@ def decode_image(place: Place) -> Decoded:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     try:
-        return read_pixels(encoded), label
+        return read_antialiased_pixels(encoded) if antialias else read_tf_pixels(encoded, SIDE), label
     except Exception as error:  # Pillow raises many types for damaged files
         return f"is no image that can be decoded ({' '.join(str(error).split()) or type(error).__name__})"
 
 
-def read_pixels(encoded: bytes) -> np.ndarray:
+def read_antialiased_pixels(encoded: bytes) -> np.ndarray:
     """Decode an image to colour, resize its shorter side to SIDE and cut out the middle: uint8 (3, SIDE, SIDE).
 
     The interpolation is bilinear with antialiasing. A JPEG at least twice too large is decoded at a half, quarter or
@@ -78,9 +84,12 @@ def read_pixels(encoded: bytes) -> np.ndarray:
 def serve_images(connection: Connection) -> None:
     """Decode the images that a connection asks for until it closes; ignore Ctrl-C, which the run itself handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Freeing 16 MB once makes glibc keep what is freed later. Else the system clears the same 4 MB anew for each image,
+    # which takes longer than decoding it.
+    np.empty(1 << 24, np.uint8)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(decode_image(connection.recv()))
+            connection.send(decode_image(*connection.recv()))
 
 
 class DecodeWorker:
@@ -103,13 +112,13 @@ class DecodeWorker:
         self.process.start()
         other_end.close()
 
-    def decode(self, place: Place) -> Decoded:
+    def decode(self, place: Place, antialias: bool) -> Decoded:
         """Return the result of `decode_image`; give up an image that kills the process twice."""
         for _ in range(2):
             try:
                 if self.process is None:
                     self.start()
-                self.connection.send(place)
+                self.connection.send((place, antialias))
                 return self.connection.recv()
             except (EOFError, OSError) as error:
                 print(f"note: a decode worker was killed ({error or 'out of memory?'}); a new one starts", flush=True)
@@ -127,8 +136,9 @@ class StreamedImages:
     """A `data.Dataset` whose images are read and decoded batch by batch by worker processes.
 
     places: of the images. device: where batches are put. workers: number of processes; 0 decodes in a thread of this
-    process. A damaged image is replaced by the next one, and a note names it. UsageError is raised if more than MAX_BAD
-    images, or all of them, are damaged.
+    process. antialias: whether images are resized with antialiasing, or as in the reference. A damaged image is
+    replaced by the next one, and a note names it. UsageError is raised if more than MAX_BAD images, or all of them, are
+    damaged.
     """
 
     name = "imagenetfull"
@@ -144,8 +154,9 @@ class StreamedImages:
         *,
         device: torch.device | str = "cpu",
         workers: int = 4,
+        antialias: bool = False,
     ):
-        self.places, self.class_names, self.device = places, class_names, device
+        self.places, self.class_names, self.device, self.antialias = places, class_names, device, antialias
         self.workers = [DecodeWorker() for _ in range(workers)]
         self.idle: queue.SimpleQueue[DecodeWorker] = queue.SimpleQueue()
         for worker in self.workers:
@@ -181,11 +192,15 @@ class StreamedImages:
         return dequantise(stored, generator, rescale), F.one_hot(labels, self.label_size).float()
 
     def raw(self, index: Tensor) -> Tensor:
-        """Return the images uint8 (n, 3, 128, 128) of an index (n,)."""
-        return self.decode_batch(index)[0]
+        """Return the images uint8 (n, 3, 128, 128) of an index (n,), fractions rounded to the nearest byte."""
+        stored, _ = self.decode_batch(index)
+        return stored.round().to(torch.uint8) if stored.is_floating_point() else stored
 
     def decode_batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images uint8 (n, 3, 128, 128) and classes (n,) of an index (n,), on the device."""
+        """Return the images (n, 3, 128, 128) and classes (n,) of an index (n,), on the device.
+
+        The images are uint8 with antialiasing, and float32 in [0, 255] without.
+        """
         self.prefetch(index)
         numbers = tuple(index.tolist())
         futures = zip(numbers, self.pending.pop(numbers), strict=True)
@@ -210,10 +225,10 @@ class StreamedImages:
     def decode(self, number: int) -> Decoded:
         """Decode the image of this number, in a worker process if there are any."""
         if not self.workers:
-            return decode_image(self.places[number])
+            return decode_image(self.places[number], self.antialias)
         worker = self.idle.get()
         try:
-            return worker.decode(self.places[number])
+            return worker.decode(self.places[number], self.antialias)
         finally:
             self.idle.put(worker)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def dequantise(stored: Tensor, generator: torch.Generator | None, rescale: float) -> Tensor:
-    """Return uint8 images as floats in [0, rescale] with uniform noise: (value + U(0, 1))/256·rescale."""
+    """Return images of values in [0, 255] as floats in [0, rescale], with noise: (value + U(0, 1))/256·rescale."""
     noise = torch.rand(stored.shape, generator=generator, device=stored.device)
     return (stored + noise).mul_(rescale / 256)
 

@@ -32,6 +32,17 @@ class TrainedModel(NamedTuple):
         """The largest pixel value of the images that the model was trained on, which are in [0, rescale]."""
         return self.flags.get("rescale", 1.0)
 
+    def choose_antialias(self, antialias: bool | None) -> bool:
+        """Return whether images are resized with antialiasing: `antialias` if it is not None, else as in training.
+
+        Before this was a setting, this project always did so, and the reference never; a note says that it is assumed.
+        """
+        if antialias is not None or self.flags.get("dataset") != "imagenetfull":
+            return bool(antialias)
+        if "antialias" not in self.flags:
+            print(f"note: antialias=True: {self.path} was trained before this was a setting, on antialiased images")
+        return self.flags.get("antialias", True)
+
     def choose_step_lr(self, step_lr: float | None) -> float:
         """Return the step size of Langevin steps: `step_lr` if it is a number, else that of training, else 10."""
         return self.flags.get("step_lr", 10.0) if step_lr is None else step_lr
@@ -163,6 +174,7 @@ def load_split(
         channels=config.image_shape[0] if is_folder else None,
         condition=condition if is_sprites else None,
         subset=find_subset(settings, trained.flags) if is_sprites else None,
+        antialias=trained.choose_antialias(settings.antialias) if name == "imagenetfull" else bool(settings.antialias),
         workers=settings.data_workers,
         download=settings.download,
     )

@@ -262,6 +262,7 @@ class Run:
         checkpoint.check_config(checkpoint.read_config(contents, path), state.model.config, path)
         checkpoint.load_state(state.model, contents["model"], path)
         state.load_shared_state(contents)
+        self.note_other_images(path, contents.get("flags", {}))
         was_averaged, is_averaged = bool(contents.get("ema")), state.ema is not None
         if was_averaged and not is_averaged:
             workers.print(f"note: {path} has averaged weights, which this run drops; ema_decay would keep them")
@@ -294,6 +295,17 @@ class Run:
             )
             buffers = torch.cat([worker_state["buffer"]["images"] for worker_state in worker_states])
             state.buffer.load_state_dict({"images": buffers[workers.rank :: workers.size], "position": 0})
+
+    def note_other_images(self, path: pathlib.Path, flags: dict[str, Any]) -> None:
+        """Print a note if images are not resized as in the run with these flags, which wrote the checkpoint.
+
+        Earlier versions of this project had no such flag: they always resized with antialiasing.
+        """
+        before, now = flags.get("antialias", True), self.settings.antialias
+        if self.settings.dataset == flags.get("dataset") == "imagenetfull" and before != now:
+            self.workers.print(
+                f"note: {path} was trained with antialias={before}; this run goes on with antialias={now}"
+            )
 
     # ------------------------------------------------------------------------------------------ stopping
 

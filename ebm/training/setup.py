@@ -40,6 +40,12 @@ def check_settings(settings: TrainSettings) -> None:
             raise UsageError(f"`{name}` is for `dataset`=dsprites, not {settings.dataset}")
     if conditions and not settings.cclass:
         raise UsageError(f"`{conditions[0]}` conditions the network only with `cclass`; add it")
+    for name in data.DATASETS[settings.dataset].label_breakers:
+        if getattr(settings, name) and settings.cclass:
+            raise UsageError(
+                f"`{name}` makes labels of `dataset`={settings.dataset} false, and `cclass` trains on them; "
+                "leave one of the two out"
+            )
     if (settings.num_chains or 0) > settings.batch_size:
         raise UsageError(
             f"`num_chains`={settings.num_chains} is more than the images of a `batch_size`={settings.batch_size}"
@@ -78,6 +84,7 @@ def open_dataset(settings: TrainSettings, workers: Workers) -> data.Dataset:
         channels=settings.channels,
         condition=next((CONDITIONS[name] for name in list_enabled(settings, CONDITIONS)), None),
         subset=settings.subset,
+        antialias=settings.antialias,
         workers=settings.data_workers,
         download=settings.download,
     )
@@ -91,7 +98,8 @@ def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.Mod
     channels, height, _ = dataset.image_shape
     is_conditional = settings.cclass or settings.model_cclass
     if is_conditional and not dataset.label_size:
-        raise UsageError(f"`cclass` needs labels, and {dataset.name} has none; use class subfolders")
+        remedy = "use class subfolders" if settings.dataset == "folder" else "leave it out"
+        raise UsageError(f"`cclass` needs labels, and {dataset.name} has none; {remedy}")
     size = next(iter(list_enabled(settings, SIZES)), None)
     if size and (channels == 1 or height > 64):
         raise UsageError(f"`{size}` is for colour images of up to 64x64 pixels, not {dataset.name}")
