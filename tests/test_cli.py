@@ -201,8 +201,11 @@ NOT_GIVEN = {
     # What gentest and genbaseline train has the old defaults where these are None.
     "ebm_combine.py": {"num_filters", "cclass", "spec_norm", "use_attention", "swish_act"},
 }
-# The demo now takes all flags of a network, as the other scripts do.
-ADDED = {"imagenet_demo.py": {"bn", "wider_model", "large_model", "larger_model", "use_bias"}}
+# The demo now takes all flags of a network, as the other scripts do; the others are new.
+ADDED = {
+    "imagenet_demo.py": {"bn", "wider_model", "large_model", "larger_model", "use_bias"},
+    "ebm_sandbox.py": {"l2_per_step"},
+}
 
 
 def settings_of(monkeypatch, script):

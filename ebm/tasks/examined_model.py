@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
 from ebm.support.progress import Progress
-from ebm.tasks.attacks import Attack, Restriction, ascend_loss, restrict_to_ball, restrict_to_bounds
+from ebm.tasks.attacks import Attack, Restriction, ascend_loss, draw_offset, restrict_to_ball, restrict_to_bounds
 from models import EnergyNetwork, PreparedEnergy, compute_class_logits, freeze_energy
 from sampling import langevin
+from utils import ClippedAdam
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -43,10 +44,10 @@ def show_progress(progress: Progress | str, total: int) -> Progress:
 class ExaminedModel:
     """A trained model with the settings of its chains.
 
-    num_steps, step_lr, proj_norm: of one round, which is a Langevin chain with noise N(0, 0.005²), see
-    `sampling.langevin`. rescale: the model was trained on images in [0, rescale]. batch_size: images that the network
-    processes at once, fewer if memory is short. precision: the number type of chains; energies, logits and attacks on
-    logits are computed in float32. bias: added to the class logits, (label_size,); `finetune` learns it.
+    num_steps, step_lr, proj_norm, noise_std: of one round, which is a Langevin chain, see `sampling.langevin`. rescale:
+    the model was trained on images in [0, rescale]. batch_size: images that the network processes at once, fewer if
+    memory is short. precision: the number type of chains; energies, logits and attacks on logits are computed in
+    float32.
     """
 
     model: EnergyNetwork
@@ -54,17 +55,16 @@ class ExaminedModel:
     num_steps: int = 20
     step_lr: float = 10.0
     proj_norm: float = 0.0
+    noise_std: float = 0.005
     rescale: float = 1.0
     batch_size: int = 32
     precision: str = "float32"
     memory_limit: int | None = None  # images at once after memory was exhausted, None before
     energy: PreparedEnergy = dataclasses.field(init=False)
     chain_energy: PreparedEnergy = dataclasses.field(init=False)
-    bias: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.freeze()
-        self.bias = torch.zeros(self.classes, device=self.device)
 
     def freeze(self) -> None:
         """Prepare the energy with the current weights, in float32 and in the number type of chains."""
@@ -159,6 +159,7 @@ class ExaminedModel:
                 x,
                 num_steps=self.num_steps,
                 step_lr=pull * self.step_lr / self.rescale,  # the gradient is `rescale` times that in training
+                noise_std=self.noise_std,
                 proj_norm=self.proj_norm * self.rescale,
                 project=lambda y: restrict(y, start),
                 generator=self.generator,
@@ -166,7 +167,7 @@ class ExaminedModel:
             )
 
     def classify_batch(self, x: Tensor, refine: float | None = None, *, differentiable: bool = False) -> Tensor:
-        """Return the class logits −E(x, y) + bias of a batch x for every class y, (n, classes).
+        """Return the class logits −E(x, y) of a batch x for every class y, (n, classes).
 
         refine: first refine x under each class by one round of Langevin steps, within an L∞ ball of this radius.
         """
@@ -177,7 +178,19 @@ class ExaminedModel:
                 y = self.run_round(y, labels, y, ball, differentiable=differentiable)
             return self.energy(y, labels)
 
-        return compute_class_logits(energy, x, self.classes) + self.bias
+        return compute_class_logits(energy, x, self.classes)
+
+    def attack_batch(
+        self, x: Tensor, classes: Tensor, attack: Attack, offset: Tensor, refine: float | None = None
+    ) -> Tensor:
+        """Return adversarial images of a batch, see `attack`. offset: added to x before the first step."""
+        adaptive = attack.draws > 0
+
+        def loss(x: Tensor) -> Tensor:
+            logits = self.classify_batch(x, refine if adaptive else None, differentiable=adaptive)
+            return F.cross_entropy(logits, classes, reduction="none")
+
+        return ascend_loss(loss, x, offset, attack)
 
     # ------------------------------------------------------------------------------------------ any number of images
 
@@ -216,17 +229,13 @@ class ExaminedModel:
 
         With attack.draws > 0 the attack is adaptive: it follows gradients through the Langevin steps of the refinement.
         """
-        adaptive = attack.draws > 0
-
-        def move(part: slice) -> Tensor:
-            def loss(x: Tensor) -> Tensor:
-                logits = self.classify_batch(x, refine if adaptive else None, differentiable=adaptive)
-                return F.cross_entropy(logits, classes[part], reduction="none")
-
-            return ascend_loss(loss, images[part], attack, self.generator)
-
         if not attack.steps:
             return images
+
+        def move(part: slice) -> Tensor:
+            offset = draw_offset(images[part], attack, self.generator)
+            return self.attack_batch(images[part], classes[part], attack, offset, refine)
+
         return self.compute_in_batches(move, len(images), show_progress(progress, len(images)), each=self.classes)
 
     def run_stages(
@@ -257,23 +266,22 @@ class ExaminedModel:
         return x
 
     def finetune(self, images: Tensor, labels: Tensor, *, lr: float = 1e-3) -> float:
-        """Train the network and the bias for one epoch on the cross-entropy of the class logits; return the mean loss.
+        """Train the network for one epoch on the cross-entropy of the class logits; return the mean loss of an image.
 
-        labels: one-hot (N, classes). lr: learning rate of Adam. Dropout stays off, as in all tasks of the sandbox.
+        labels: one-hot (N, classes). lr: learning rate of Adam. As in the reference, what is differentiated is the sum
+        over a batch. Dropout stays off, as in all tasks of the sandbox.
         """
-        bias = self.bias.clone().requires_grad_()
-        optimizer = torch.optim.Adam([*self.model.parameters(), bias], lr=lr)
+        optimizer = ClippedAdam(self.model.parameters(), lr=lr, betas=(0.9, 0.999), clipped=False)
 
         def step(part: slice) -> Tensor:
             energy = PreparedEnergy(self.model, self.model.prepare(update_u=True), self.rescale)
-            logits = compute_class_logits(energy, images[part], self.classes) + bias
+            logits = compute_class_logits(energy, images[part], self.classes)
             losses = F.cross_entropy(logits, labels[part], reduction="none")
             optimizer.zero_grad()
-            losses.mean().backward()
+            losses.sum().backward()
             optimizer.step()
             return losses.detach()
 
         losses = self.compute_in_batches(step, len(images), Progress(len(images), what="finetune"), each=self.classes)
-        self.bias = bias.detach()
         self.freeze()
         return losses.mean().item()
