@@ -73,7 +73,7 @@ def find_hessian_directions(
     image: (C, H, W). The eigenvalues (count,) ascend, of which the first ones are usually negative; the eigenvectors
     (count, C, H, W) have length 1 and an arbitrary sign. Lanczos iteration on Hessian-vector products takes about a
     hundred backward passes at 64x64; the full matrix, which takes 4,096, is computed where the iteration does not
-    converge, because too many eigenvalues are almost the smallest. Raises UsageError if the Hessian is zero.
+    converge, as where the smallest eigenvalues are 0. Raises UsageError if the Hessian is zero.
     """
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
@@ -88,17 +88,13 @@ def find_hessian_directions(
 
     size = x.numel()
     start = torch.randn(size, generator=generator, device=generator.device).cpu().double().numpy()
-    if not gradient.requires_grad or not (product_of_start := product(start)).any():
+    if not gradient.requires_grad or not product(start).any():
         raise UsageError(
             "the Hessian of this energy is zero, because its network is piecewise linear: use `hessian`=False"
         )
-    # Eigenvalues are accurate relative to their own size. A shift by the matrix norm, as estimated from one product,
-    # makes this the size of the largest one: the smallest may be 0, which is never reached to any digit.
-    shift = size**0.5 * np.linalg.norm(product_of_start) / np.linalg.norm(start)
-    operator = LinearOperator((size, size), matvec=lambda v: product(v) - shift * v, dtype=np.float64)
+    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
     try:
         values, vectors = eigsh(operator, k=count, which="SA", v0=start, tol=1e-6, maxiter=50)
-        values = values + shift
     except ArpackNoConvergence:
         values, vectors = np.linalg.eigh(np.stack([product(row) for row in np.eye(size)]))
     order = np.argsort(values)[:count]
