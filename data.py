@@ -81,7 +81,8 @@ class StoredImages:
     """A data set in memory.
 
     images: uint8 (N, C, H, W), or sprites that are drawn when indexed. noise: how bytes become values in [0, 1]:
-    "steps": (byte + U(0, 1))/256, "centred": byte/255 + U(−1/512, 1/512), "none": byte/255.
+    "steps": (byte + U(0, 1))/256, "centred": byte/255 + U(−1/512, 1/512), "none": byte/255, "floor": byte/256, which is
+    "steps" without the noise.
     """
 
     name: str
@@ -124,7 +125,7 @@ class StoredImages:
             noise = torch.rand(stored.shape, generator=generator, device=stored.device)
             images = (stored / 255 + (noise - 0.5) / 256) * rescale
         else:
-            images = stored * (rescale / 255)
+            images = stored * (rescale / (256 if self.noise == "floor" else 255))
         if self.labels is None:
             return images, None
         labels = self.labels[index]

@@ -5,7 +5,9 @@
     python ebm_sandbox.py --task=mixenergy --exp=cifar10_large_model_uncond --svhnmix --cifar100mix --randommix
     python ebm_sandbox.py --task=boxcorrupt --exp=digits --limit=100
 
-A round is a Langevin chain of --num_steps steps. Pictures, arrays and <task>.json go to <logdir>/<exp>/<task>/.
+A round is a Langevin chain of --num_steps steps. Images are bytes/256, without the noise that training adds; those of
+SVHN, CIFAR-100, ImageNet and the textures have their own noise, as in the reference. Pictures, arrays and <task>.json
+go to <logdir>/<exp>/<task>/.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.sandbox import TASKS, SandboxRun
 from ebm.tasks.sandbox_data import list_outliers, load_model_split, load_outlier_set
 from ebm.tasks.trained_models import check_network, find_checkpoint, open_model
-from ebm.training.distributed import choose_device
+from ebm.training.distributed import Workers, share_evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,13 @@ class Settings(SandboxSettings):
 
 def main(settings: Settings) -> None:
     set_up_process()
-    device = choose_device(settings.device)
+    with share_evaluation(settings.device) as workers:
+        examine_model(settings, workers)
+
+
+def examine_model(settings: Settings, workers: Workers) -> None:
+    """Run the task, each worker on its share of the images, and write its report."""
+    device = workers.device
     trained = open_model(find_checkpoint(settings), device, settings, ema=settings.ema)
     check_network(settings, trained)
     config = trained.model.config
@@ -50,12 +58,15 @@ def main(settings: Settings) -> None:
         rescale=trained.rescale,
         batch_size=settings.batch_size,
         precision=settings.precision,
+        workers=workers,
     )
+    load = functools.partial(load_model_split, settings=settings, trained=trained, device=device)
+    load_mix = functools.partial(load_outlier_set, settings=settings, config=config, device=device)
     run = SandboxRun(
         model,
         settings,
-        load=functools.cache(functools.partial(load_model_split, settings=settings, trained=trained, device=device)),
-        load_mix=functools.partial(load_outlier_set, settings=settings, config=config, device=device),
+        load=functools.cache(lambda split: workers.take_turns(functools.partial(load, split))),
+        load_mix=lambda name: workers.take_turns(functools.partial(load_mix, name)),
         mixes=list_outliers(settings),
         folder=make_folder(pathlib.Path(settings.logdir) / settings.exp / settings.task, "logdir"),
         names=trained.class_names,

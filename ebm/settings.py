@@ -505,6 +505,9 @@ class ClassificationSettings:
     )
     lival: float = flag(8.0, "radius of the attack's L∞ ball, in units of 1/255", at_least=0)
     l2val: float = flag(40.0, "radius of the attack's L2 ball, in units of 1/255", at_least=0)
+    l2_per_step: bool = flag(
+        False, "with --lnorm=2: limit each step of the attack by --l2val, but not their sum, as in the reference"
+    )
     adaptive: int = flag(
         0,
         "attack through the refinement, and average the gradient over this many draws of its noise; 0: the attack "
@@ -543,8 +546,8 @@ class LatentSettings:
 
     hessian: bool = flag(
         True,
-        "move images along eigenvectors of the energy's Hessian; --nohessian: along the directions in which the "
-        "features of the last layer change most",
+        "move images along the eigenvectors of the smallest eigenvalues of the energy's Hessian; --nohessian: along "
+        "the directions in which the features of the last layer change most",
     )
 
 

@@ -18,6 +18,7 @@ from conftest import (
     ROOT,
     Planted,
     draw_bytes,
+    load_state,
     make_dataset,
     make_generator,
     make_model,
@@ -33,8 +34,9 @@ from ebm.settings import SandboxSettings
 from ebm.support import cli, reports
 from ebm.support.errors import UsageError
 from ebm.tasks import analysis, attacks, sandbox, sandbox_data
-from ebm.tasks.attacks import Attack, ascend_loss, restrict_to_ball
+from ebm.tasks.attacks import Attack, ascend_loss, draw_offset, restrict_to_ball
 from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.trained_models import TrainedModel
 
 
 def planted(energy, image_shape=(1, 4, 4), label_size=0, **settings):
@@ -51,18 +53,37 @@ def no_labels(images):
 
 @pytest.mark.parametrize("norm", ["li", "l2"])
 def test_attack_stays_in_its_ball(norm):
-    """Breaks when an attack leaves its ball or [0, 1], starts at the image, or makes no use of the ball."""
-    images = torch.rand(5, 3, 4, 4, generator=make_generator())
+    """Breaks when an attack leaves its ball, makes no use of it, or is clipped to [0, 1]."""
+    images = torch.rand(5, 3, 4, 4, generator=make_generator()).round()
     slope = torch.randn(3, 4, 4, generator=make_generator(1))
     loss = lambda x: (slope * x).flatten(1).sum(1)  # noqa: E731
-    for steps in (0, 7):
-        attacked = ascend_loss(loss, images, Attack(norm, 0.1, steps), make_generator())
-        offset = (attacked - images).flatten(1)
-        length = offset.abs().amax(1) if norm == "li" else offset.norm(dim=1)
-        assert attacked.min() >= 0 and attacked.max() <= 1
-        assert length.max() <= 0.1 + 1e-6
-        assert length.min() > 0.05
+    attack = Attack(norm, 0.05, 20)
+    attacked = ascend_loss(loss, images, draw_offset(images, attack, make_generator()), attack)
+    offset = (attacked - images).flatten(1)
+    length = offset.abs().amax(1) if norm == "li" else offset.norm(dim=1)
+    torch.testing.assert_close(length, torch.full((5,), 0.05))
+    assert attacked.min() < 0 and attacked.max() > 1
     assert (loss(attacked) > loss(images)).all()
+
+
+def test_starts_of_attacks():
+    """Breaks when an L∞ attack does not start at −8 … 8 shades, whatever the radius, or an L2 one in its ball."""
+    images = torch.zeros(200, 3, 8, 8)
+    for attack in (Attack("li", 1 / 255, 1), Attack("l2", 1 / 255, 1, per_step=True)):
+        shades, counts = (255 * draw_offset(images, attack, make_generator())).round().unique(return_counts=True)
+        assert shades.tolist() == list(range(-8, 9)) and counts.max() < 1.1 * counts.min()
+    length = draw_offset(images, Attack("l2", 0.1, 1), make_generator()).flatten(1).norm(dim=1)
+    assert 0.09 < length.mean() < length.max() <= 0.1
+
+
+def test_limit_of_each_step():
+    """Breaks when --l2_per_step limits the sum of all steps, as the honest attack does."""
+    images = torch.zeros(2, 1, 4, 4)
+    uphill = lambda x: x.flatten(1).sum(1)  # noqa: E731
+    for per_step, length in ((True, 5 * 0.01), (False, 0.01)):
+        attack = Attack("l2", 0.01, 5, per_step=per_step)
+        attacked = ascend_loss(uphill, images, torch.zeros_like(images), attack)
+        torch.testing.assert_close(attacked.flatten(1).norm(dim=1), torch.full((2,), length))
 
 
 @pytest.mark.parametrize(("norm", "radius"), [("li", 0.1), ("l2", 0.4)])
@@ -104,7 +125,7 @@ def test_draws_average_the_noise_of_a_gradient():
         return ((slope + 3 * torch.randn(100, generator=noise)) * x.flatten(1)).sum(1)
 
     image = torch.full((1, 1, 10, 10), 0.5)
-    moved = ascend_loss(loss, image, Attack("l2", 0.1, steps=3, draws=40), make_generator()) - image
+    moved = ascend_loss(loss, image, torch.zeros_like(image), Attack("l2", 0.1, steps=3, draws=40)) - image
     assert F.cosine_similarity(moved.flatten(), slope, dim=0) > 0.75
 
 
@@ -130,18 +151,25 @@ def test_adaptive_attack_goes_through_the_refinement():
 def test_attack_describes_itself():
     """Breaks when the output does not say which attack was run."""
     assert str(Attack("li", 8 / 255, 0)) == "none"
-    assert "L∞ ball of 8/255" in str(Attack("li", 8 / 255, 20))
+    assert str(Attack("li", 1 / 255, 20)).startswith(
+        "PGD, L∞ ball of 1/255, random start within ±8/255, 20 steps of 2/255"
+    )
+    assert "each step but not their sum within an L2 ball of 40/255" in str(Attack("l2", 40 / 255, 20, per_step=True))
     assert "not through" in str(Attack("li", 8 / 255, 20))
     assert "20 steps of 5/255, gradient through the refinement, mean of 3 draws" in str(Attack("l2", 40 / 255, 20, 3))
 
 
 def test_flags_of_the_attack():
-    """Breaks when --l2val, --lival, --pgd, --lnorm or --adaptive do not reach the attack."""
+    """Breaks when --l2val, --lival, --pgd, --lnorm, --l2_per_step or --adaptive do not reach the attack."""
     settings = SandboxSettings(lival=4, l2val=20, pgd=3, adaptive=2)
     assert sandbox.choose_attack(settings) == Attack("li", 4 / 255, 3, 2)
     settings = SandboxSettings(lival=4, l2val=20, pgd=3, lnorm="2")
     assert sandbox.choose_attack(settings) == Attack("l2", 20 / 255, 3)
     assert sandbox.choose_attack(settings, 7) == Attack("l2", 7 / 255, 3)
+    settings = SandboxSettings(pgd=3, lnorm="2", l2_per_step=True)
+    assert sandbox.choose_attack(settings) == Attack("l2", 40 / 255, 3, per_step=True)
+    with pytest.raises(UsageError, match="`l2_per_step` needs an L2 attack, `lnorm`=2"):
+        sandbox.choose_attack(SandboxSettings(l2_per_step=True))
 
 
 # ---- chains ----
@@ -179,7 +207,8 @@ def test_other_ranges_of_images():
     energy = lambda x, y: 0.3 * (x - 1).square().flatten(1).sum(1)  # noqa: E731
     images = torch.rand(2, 1, 4, 4, generator=make_generator())
     settings = {"num_steps": 3, "step_lr": 0.2, "proj_norm": 0.4}
-    ours = planted(energy, rescale=4.0, **settings).run_chain(images, no_labels(images), rounds=1)
+    examined = planted(energy, rescale=4.0, **settings)
+    ours = examined.run_round(images, no_labels(images), images, attacks.restrict_to_bounds)
     trained = sampling.langevin(
         lambda x: energy(x, None),
         4 * images,
@@ -198,7 +227,7 @@ def test_batches_shrink_until_memory_holds_them():
 
     def draw(examined, limit, sizes):
         def function(part):
-            noise = torch.randn(part.stop - part.start, generator=examined.generator)
+            noise = torch.rand(part.stop - part.start, generator=examined.generator)
             if len(noise) > limit:
                 raise torch.OutOfMemoryError("out of memory")
             sizes.append(len(noise))
@@ -206,11 +235,12 @@ def test_batches_shrink_until_memory_holds_them():
 
         return function
 
-    small, large = (planted(None, batch_size=size) for size in (2, 8))
-    expected = small.compute_in_batches(draw(small, 9, []), 7, make_progress(7))
+    roomy, large = planted(None, batch_size=8), planted(None, batch_size=8)
+    expected = roomy.compute_in_batches(draw(roomy, 9, []), 7, make_progress(7))
     sizes: list[int] = []
     found = large.compute_in_batches(draw(large, 3, sizes), 7, make_progress(7))
     assert torch.equal(found, expected) and sizes == [2, 2, 2, 1] and large.images_at_a_time == 2
+    assert torch.equal(roomy.generator.get_state(), large.generator.get_state())
     with pytest.raises(UsageError, match="memory"):
         large.compute_in_batches(draw(large, 0, []), 7, make_progress(7))
 
@@ -271,17 +301,29 @@ def test_nearest_neighbours_of_training_images_are_themselves():
 # ---- directions ----
 
 
-def test_eigenvectors_of_a_quadratic_energy():
-    """Breaks when the Hessian's eigenvectors of largest curvature, of either sign, are not recovered in order."""
-    basis = torch.linalg.qr(torch.randn(16, 16, generator=make_generator(), dtype=torch.float64))[0].float()
-    curvatures = torch.linspace(-1, 1, 16)
-    curvatures[[3, 8, 12]] = torch.tensor([5.0, -4.0, 3.0])
+def find_eigenvectors(curvatures):
+    """Return the smallest eigenvalues of a quadratic energy, and each vector's overlap with all axes, as found."""
+    size = len(curvatures)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=make_generator(), dtype=torch.float64))[0].float()
     energy = lambda x: 0.5 * ((x.flatten(1) @ basis).square() * curvatures).sum(1)  # noqa: E731
-    image = torch.rand(1, 4, 4, generator=make_generator())
+    image = torch.rand(1, 4, size // 4, generator=make_generator())
     values, vectors = analysis.find_hessian_directions(energy, image, 3, make_generator())
-    torch.testing.assert_close(values, torch.tensor([5.0, -4.0, 3.0]), rtol=1e-3, atol=0)
-    overlap = (vectors.flatten(1) * basis[:, [3, 8, 12]].T).sum(1).abs()
-    torch.testing.assert_close(overlap, torch.ones(3), rtol=1e-3, atol=0)
+    return values, (vectors.flatten(1) @ basis).abs()
+
+
+def test_eigenvectors_of_a_quadratic_energy():
+    """Breaks when the Hessian's eigenvectors of smallest eigenvalue, not magnitude, are not recovered in order."""
+    curvatures = torch.linspace(-1, 1, 80)
+    curvatures[[3, 8, 12, 40]] = torch.tensor([-3.0, 5.0, -4.0, -2.0])
+    values, overlaps = find_eigenvectors(curvatures)
+    torch.testing.assert_close(values, torch.tensor([-4.0, -3.0, -2.0]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(overlaps[range(3), [12, 3, 40]], torch.ones(3), rtol=1e-3, atol=0)
+
+
+def test_eigenvectors_where_many_eigenvalues_are_zero():
+    """Breaks when the search for the smallest eigenvalues of a flat energy does not end, or ends elsewhere."""
+    values, overlaps = find_eigenvectors(torch.exp(-torch.arange(100.0)))
+    assert values.abs().max() < 1e-4 and overlaps[:, :5].max() < 1e-2
 
 
 def test_piecewise_linear_energies_have_no_hessian():
@@ -305,7 +347,59 @@ def test_directions_of_linear_features():
     torch.testing.assert_close(overlap, torch.ones(3), rtol=1e-4, atol=0)
 
 
+def test_traversals_go_on_in_their_direction(tmp_path):
+    """Breaks when a row turns round at a move, whose eigenvector has any sign, or its moves are not 7 of length 1."""
+    from scipy.linalg import hadamard
+
+    basis = torch.from_numpy(hadamard(256)).float() / 16
+    curvatures = torch.linspace(0, 1, 256)
+    curvatures[[9, 5, 11]] = torch.tensor([-3.0, -2.0, -1.0])
+    energy = lambda x, y: 0.5 * ((x.flatten(1) @ basis).square() * curvatures).sum(1)  # noqa: E731
+    run = make_sandbox_run(planted(energy, (1, 16, 16), step_lr=0.0, noise_std=0.0), tmp_path, classes=0)
+    grey = torch.full((1, 1, 16, 16), 128, dtype=torch.uint8)
+    run.load = lambda split: data.StoredImages("grey", grey, None, noise="floor")
+    panels = {}
+    run.write_panel = lambda name, columns: panels.update(columns)
+    report = sandbox.traverse_directions(run)
+    assert list(report.figures["image 1"].values()) == pytest.approx([-3, -2, -1], rel=1e-3)
+    assert list(panels) == list("01234567")
+    for move in range(1, 8):
+        way = (panels[str(move)] - 0.5).flatten(1) @ basis
+        moved = way[range(6), [9, 9, 5, 5, 11, 11]]
+        torch.testing.assert_close(moved.abs(), torch.full((6,), float(move)), rtol=1e-3, atol=0)
+        assert (moved[::2] * moved[1::2] < 0).all()
+
+
 # ---- tasks ----
+
+
+def test_rounds_of_tasks(tmp_path):
+    """Breaks when a task without golden results runs other rounds than the reference: 1, 5 or 10."""
+    shown = {}
+    for task, rounds in (("democlass", 1), ("anticorrupt", 5), ("nearestneighbor", 10)):
+        examined = planted(lambda x, y: x.flatten(1).sum(1), label_size=3, num_steps=1, step_lr=0.01, noise_std=0.0)
+        run = make_sandbox_run(examined, tmp_path)
+        run.draw_noise = lambda number: torch.full((number, 1, 4, 4), 0.5)
+        run.write_panel = lambda name, columns: shown.update(columns)
+        sandbox.TASKS[task](run)
+        if task == "anticorrupt":
+            moved = (shown["corrupt"] - shown["restored"]).max()
+        else:
+            moved = 0.5 - shown["sample" if task == "nearestneighbor" else "class 0"].mean()
+        assert moved.item() == pytest.approx(0.01 * rounds, abs=1e-5)
+
+
+def test_images_without_steps_of_noise(tmp_path):
+    """Breaks when images carry the noise U(0, 1/256) of training, or those of SVHN lack theirs, which is centred."""
+    write_colour_sets(tmp_path)
+    settings = SandboxSettings(datadir=str(tmp_path), download=False)
+    config, index = models.ModelConfig("ResNet32", (3, 32, 32), 2), torch.arange(4)
+    trained = TrainedModel(make_model(config), tmp_path, {}, ())
+    own = sandbox_data.load_model_split("test", settings, trained, torch.device("cpu"))
+    assert torch.equal(own.batch(index, make_generator())[0], own.raw(index) / 256)
+    svhn = sandbox_data.load_outlier_set("svhn", settings, config, torch.device("cpu"))
+    noise = svhn.batch(index, make_generator())[0] - svhn.raw(index) / 255
+    assert 0.49 / 256 < noise.max() <= 0.5 / 256 + 1e-6
 
 
 def test_chains_in_16_bits_and_energies_in_32():
@@ -325,8 +419,9 @@ NEED_CLASSES = {"label", "labelfinetune", "crossclass", "democlass"}
 @pytest.mark.parametrize("task", sandbox.TASKS)
 def test_task_on_a_conditional_model_of_grey_images(task, tmp_path):
     """Breaks when a task does not run, writes no picture, or reports what JSON cannot hold."""
+    settings = {"limit": 1 if task == "latent" else 8, "hessian": False}
     run = make_sandbox_run(
-        make_sandbox("MnistNet", (1, 12, 12), 3), tmp_path, mixes=["random", "interpolation"], limit=8, pgd=2
+        make_sandbox("MnistNet", (1, 12, 12), 3), tmp_path, mixes=["random", "interpolation"], pgd=2, **settings
     )
     report = sandbox.TASKS[task](run)
     assert any(path.suffix == ".png" for path in run.files)
@@ -416,6 +511,10 @@ def test_finetuning_learns_and_is_kept(tmp_path):
     reloaded = sandbox.finetune_classifier(fresh).figures
     assert reloaded["clean"] == trained["clean"]
     torch.testing.assert_close(fresh.model.compute_logits(images), examined.compute_logits(images))
+    path = tmp_path / "model_supervised.pt"
+    torch.save(load_state(path) | {"bias": torch.zeros(3)}, path)
+    with pytest.raises(UsageError, match="earlier version, which trained a bias"):
+        sandbox.finetune_classifier(fresh)
     with pytest.raises(UsageError, match="run once with `train`"):
         sandbox.finetune_classifier(make_sandbox_run(examined, tmp_path / "empty", train=False))
 
@@ -502,10 +601,11 @@ def test_published_commands(name, outcomes):
 def test_settings_take_effect(outcomes):
     """Breaks when --lival or --pgd are ignored, as in the reference, or the training's step size is not taken over."""
     contents = json.loads((outcomes[1] / "cifar10_wider_model_cond/label/label.json").read_text())
-    assert contents["figures"]["attack"].startswith("PGD, L∞ ball of 4/255, random start, 2 steps of 1/255")
+    assert contents["figures"]["attack"].startswith("PGD, L∞ ball of 4/255, random start within ±8/255, 2 steps of 2/")
+    assert "note: lival=4 takes effect; the reference attacks with 8, except in a grid\n" in outcomes[0]["label"][0]
     assert "10 Langevin steps under each class" in contents["figures"]["refinement"]
     assert contents["settings"]["step_lr"] == 7.5 and contents["network"]["network"] == "ResNet32Wider"
-    assert contents["images"]["test"].startswith("1 of 6 images of cifar10, dequantisation: steps")
+    assert contents["images"]["test"].startswith("1 of 6 images of cifar10, dequantisation: floor")
     assert "paper: 0.491" in outcomes[0]["label"][0]
 
 

@@ -22,6 +22,11 @@ def add_salt_and_pepper(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where((chance >= 0.05) & (chance < 0.1), 0.9, pepper)
 
 
+def average_with_next(images: Tensor) -> Tensor:
+    """Return the mean of each image (N, C, H, W) and the next one, for the last image and the first."""
+    return (images + images.roll(-1, 0)) / 2
+
+
 def fit_images(images: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
     """Return images (N, c, h, w) converted to the shape (C, H, W).
 
@@ -63,13 +68,14 @@ def find_neighbours(queries: Tensor, dataset: Dataset, count: int, *, block: int
 def find_hessian_directions(
     energy: Energy, image: Tensor, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues of largest magnitude of the energy's Hessian at an image, and their eigenvectors.
+    """Return the smallest eigenvalues of the energy's Hessian at an image, and their eigenvectors.
 
-    image: (C, H, W). The eigenvalues (count,) descend in magnitude; the eigenvectors (count, C, H, W) have length 1.
-    Lanczos iteration on Hessian-vector products takes about a hundred backward passes at 64x64, the full matrix 4,096.
-    Raises UsageError if the Hessian is zero.
+    image: (C, H, W). The eigenvalues (count,) ascend, of which the first ones are usually negative; the eigenvectors
+    (count, C, H, W) have length 1 and an arbitrary sign. Lanczos iteration on Hessian-vector products takes about a
+    hundred backward passes at 64x64; the full matrix, which takes 4,096, is computed where the iteration does not
+    converge, as where the smallest eigenvalues are 0. Raises UsageError if the Hessian is zero.
     """
-    from scipy.sparse.linalg import LinearOperator, eigsh
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
     x = image[None].detach().requires_grad_()
     with torch.enable_grad():
@@ -80,14 +86,18 @@ def find_hessian_directions(
         (result,) = torch.autograd.grad(gradient, x, direction, retain_graph=True)
         return result.flatten().cpu().double().numpy()
 
-    start = torch.randn(x.numel(), generator=generator, device=generator.device).cpu().double().numpy()
+    size = x.numel()
+    start = torch.randn(size, generator=generator, device=generator.device).cpu().double().numpy()
     if not gradient.requires_grad or not product(start).any():
         raise UsageError(
             "the Hessian of this energy is zero, because its network is piecewise linear: use `hessian`=False"
         )
-    operator = LinearOperator((len(start), len(start)), matvec=product, dtype=np.float64)
-    values, vectors = eigsh(operator, k=count, v0=start, tol=1e-3)
-    order = np.argsort(-np.abs(values))
+    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
+    try:
+        values, vectors = eigsh(operator, k=count, which="SA", v0=start, tol=1e-6, maxiter=50)
+    except ArpackNoConvergence:
+        values, vectors = np.linalg.eigh(np.stack([product(row) for row in np.eye(size)]))
+    order = np.argsort(values)[:count]
     directions = torch.from_numpy(vectors.T[order].copy()).to(image)
     return torch.from_numpy(values[order].copy()).to(image), directions.view(count, *image.shape)
 

@@ -23,9 +23,12 @@ from torch.nn import functional as F
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
 from ebm.support.progress import Progress
-from ebm.tasks.attacks import Attack, Restriction, ascend_loss, restrict_to_ball, restrict_to_bounds
+from ebm.support.sharing import ShareOut, compute_all, derive_seed
+from ebm.tasks.attacks import Attack, Restriction, ascend_loss, draw_offset, restrict_to_ball, restrict_to_bounds
+from ebm.training.distributed import Workers, work_alone
 from models import EnergyNetwork, PreparedEnergy, compute_class_logits, freeze_energy
 from sampling import langevin
+from utils import ClippedAdam
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -43,10 +46,10 @@ def show_progress(progress: Progress | str, total: int) -> Progress:
 class ExaminedModel:
     """A trained model with the settings of its chains.
 
-    num_steps, step_lr, proj_norm: of one round, which is a Langevin chain with noise N(0, 0.005²), see
-    `sampling.langevin`. rescale: the model was trained on images in [0, rescale]. batch_size: images that the network
-    processes at once, fewer if memory is short. precision: the number type of chains; energies, logits and attacks on
-    logits are computed in float32. bias: added to the class logits, (label_size,); `finetune` learns it.
+    num_steps, step_lr, proj_norm, noise_std: of one round, which is a Langevin chain, see `sampling.langevin`. rescale:
+    the model was trained on images in [0, rescale]. batch_size: images that the network processes at once, fewer if
+    memory is short. precision: the number type of chains; energies, logits and attacks on logits are computed in
+    float32. workers: those that share the batches.
     """
 
     model: EnergyNetwork
@@ -54,17 +57,17 @@ class ExaminedModel:
     num_steps: int = 20
     step_lr: float = 10.0
     proj_norm: float = 0.0
+    noise_std: float = 0.005
     rescale: float = 1.0
     batch_size: int = 32
     precision: str = "float32"
+    workers: Workers = dataclasses.field(default_factory=work_alone)
     memory_limit: int | None = None  # images at once after memory was exhausted, None before
     energy: PreparedEnergy = dataclasses.field(init=False)
     chain_energy: PreparedEnergy = dataclasses.field(init=False)
-    bias: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.freeze()
-        self.bias = torch.zeros(self.classes, device=self.device)
 
     def freeze(self) -> None:
         """Prepare the energy with the current weights, in float32 and in the number type of chains."""
@@ -87,23 +90,57 @@ class ExaminedModel:
         return self.generator.device
 
     def compute_in_batches(
-        self, function: Callable[[slice], Tensor], total: int, progress: Progress, *, each: int = 1
+        self,
+        function: Callable[[slice], Tensor],
+        total: int,
+        progress: Progress,
+        *,
+        each: int = 1,
+        share_out: ShareOut | None = None,
     ) -> Tensor:
         """Return the concatenated results of function(part) for consecutive parts of `total` images.
 
-        each: evaluations of the network per image; if more than 10, parts are smaller in proportion. If memory cannot
-        hold a part, it is halved and computed again with the same noise, and all later parts stay as small. Raises
-        UsageError if memory cannot hold a single image, and for results that are not finite.
+        Each part draws random numbers of its own, so that the workers, who share the parts, get the results of one.
+        each: evaluations of the network per image; if more than 10, parts are smaller in proportion. share_out:
+        replaces that of the workers. Raises UsageError if memory cannot hold a single image, and for results that are
+        not finite.
+        """
+        size, before = self.choose_size(each), progress.done
+        parts = [slice(start, min(start + size, total)) for start in range(0, total, size)]
+        seed = int(torch.randint(2**31, (), generator=self.generator, device=self.device))
+        noise = self.generator.get_state()
+
+        def compute_part(part: slice) -> Tensor:
+            self.generator.manual_seed(derive_seed(seed, part.start))
+            result = self.compute_in_pieces(function, part, each, progress)
+            done = progress.done + (part.stop - part.start) * self.workers.size
+            progress.update(min(done, before + total))
+            return result
+
+        results = (share_out or self.workers.share_out)(parts, compute_part)
+        self.generator.set_state(noise)
+        progress.update(before + total)
+        return torch.cat([result.to(self.device) for result in results])
+
+    def choose_size(self, each: int) -> int:
+        """Return how many images to compute at once if each takes so many evaluations of the network."""
+        return max(1, self.images_at_a_time * 10 // max(each, 10))
+
+    def compute_in_pieces(
+        self, function: Callable[[slice], Tensor], part: slice, each: int, progress: Progress
+    ) -> Tensor:
+        """Return function(part), computed in pieces if memory cannot hold the part.
+
+        The size is then halved, for all later parts, too, and the piece is computed again with the same noise.
         """
         results: list[Tensor] = []
-        done = 0
-        while done < total:
-            size = max(1, self.images_at_a_time * 10 // max(each, 10))
-            part = slice(done, min(done + size, total))
+        done = part.start
+        while done < part.stop:
+            piece = slice(done, min(done + self.choose_size(each), part.stop))
             noise = self.generator.get_state()
-            result = self.compute_if_memory_allows(function, part)
+            result = self.compute_if_memory_allows(function, piece)
             if result is None:
-                if part.stop - done == 1:
+                if piece.stop - done == 1:
                     raise UsageError("memory cannot hold the computation of a single image; try `device`=cpu")
                 self.generator.set_state(noise)
                 self.memory_limit = self.images_at_a_time // 2
@@ -114,8 +151,7 @@ class ExaminedModel:
                     "energies or images are not finite: this model has diverged; use an earlier checkpoint"
                 )
             results.append(result)
-            progress.advance(part.stop - done)
-            done = part.stop
+            done = piece.stop
         return torch.cat(results)
 
     def compute_if_memory_allows(self, function: Callable[[slice], Tensor], part: slice) -> Tensor | None:
@@ -159,6 +195,7 @@ class ExaminedModel:
                 x,
                 num_steps=self.num_steps,
                 step_lr=pull * self.step_lr / self.rescale,  # the gradient is `rescale` times that in training
+                noise_std=self.noise_std,
                 proj_norm=self.proj_norm * self.rescale,
                 project=lambda y: restrict(y, start),
                 generator=self.generator,
@@ -166,7 +203,7 @@ class ExaminedModel:
             )
 
     def classify_batch(self, x: Tensor, refine: float | None = None, *, differentiable: bool = False) -> Tensor:
-        """Return the class logits −E(x, y) + bias of a batch x for every class y, (n, classes).
+        """Return the class logits −E(x, y) of a batch x for every class y, (n, classes).
 
         refine: first refine x under each class by one round of Langevin steps, within an L∞ ball of this radius.
         """
@@ -177,7 +214,19 @@ class ExaminedModel:
                 y = self.run_round(y, labels, y, ball, differentiable=differentiable)
             return self.energy(y, labels)
 
-        return compute_class_logits(energy, x, self.classes) + self.bias
+        return compute_class_logits(energy, x, self.classes)
+
+    def attack_batch(
+        self, x: Tensor, classes: Tensor, attack: Attack, offset: Tensor, refine: float | None = None
+    ) -> Tensor:
+        """Return adversarial images of a batch, see `attack`. offset: added to x before the first step."""
+        adaptive = attack.draws > 0
+
+        def loss(x: Tensor) -> Tensor:
+            logits = self.classify_batch(x, refine if adaptive else None, differentiable=adaptive)
+            return F.cross_entropy(logits, classes, reduction="none")
+
+        return ascend_loss(loss, x, offset, attack)
 
     # ------------------------------------------------------------------------------------------ any number of images
 
@@ -216,17 +265,13 @@ class ExaminedModel:
 
         With attack.draws > 0 the attack is adaptive: it follows gradients through the Langevin steps of the refinement.
         """
-        adaptive = attack.draws > 0
-
-        def move(part: slice) -> Tensor:
-            def loss(x: Tensor) -> Tensor:
-                logits = self.classify_batch(x, refine if adaptive else None, differentiable=adaptive)
-                return F.cross_entropy(logits, classes[part], reduction="none")
-
-            return ascend_loss(loss, images[part], attack, self.generator)
-
         if not attack.steps:
             return images
+
+        def move(part: slice) -> Tensor:
+            offset = draw_offset(images[part], attack, self.generator)
+            return self.attack_batch(images[part], classes[part], attack, offset, refine)
+
         return self.compute_in_batches(move, len(images), show_progress(progress, len(images)), each=self.classes)
 
     def run_stages(
@@ -257,23 +302,27 @@ class ExaminedModel:
         return x
 
     def finetune(self, images: Tensor, labels: Tensor, *, lr: float = 1e-3) -> float:
-        """Train the network and the bias for one epoch on the cross-entropy of the class logits; return the mean loss.
+        """Train the network for one epoch on the cross-entropy of the class logits; return the mean loss of an image.
 
-        labels: one-hot (N, classes). lr: learning rate of Adam. Dropout stays off, as in all tasks of the sandbox.
+        labels: one-hot (N, classes). lr: learning rate of Adam. As in the reference, what is differentiated is the sum
+        over a batch. Dropout stays off, as in all tasks of the sandbox. Rank 0 trains, the others receive its weights.
         """
-        bias = self.bias.clone().requires_grad_()
-        optimizer = torch.optim.Adam([*self.model.parameters(), bias], lr=lr)
+        optimizer = ClippedAdam(self.model.parameters(), lr=lr, betas=(0.9, 0.999), clipped=False)
 
         def step(part: slice) -> Tensor:
             energy = PreparedEnergy(self.model, self.model.prepare(update_u=True), self.rescale)
-            logits = compute_class_logits(energy, images[part], self.classes) + bias
+            logits = compute_class_logits(energy, images[part], self.classes)
             losses = F.cross_entropy(logits, labels[part], reduction="none")
             optimizer.zero_grad()
-            losses.mean().backward()
+            losses.sum().backward()
             optimizer.step()
             return losses.detach()
 
-        losses = self.compute_in_batches(step, len(images), Progress(len(images), what="finetune"), each=self.classes)
-        self.bias = bias.detach()
+        loss = 0.0
+        if self.workers.rank == 0:
+            progress = Progress(len(images), what="finetune")
+            losses = self.compute_in_batches(step, len(images), progress, each=self.classes, share_out=compute_all)
+            loss = losses.mean().item()
+        self.workers.broadcast([*self.model.state_dict().values()])
         self.freeze()
-        return losses.mean().item()
+        return self.workers.share(loss)[0]

@@ -284,10 +284,12 @@ def load_target(settings: AisSettings, workers: Workers) -> Target:
     temperature = trained.flags.get("temperature", 1.0) if settings.temperature is None else settings.temperature
     rescale = trained.rescale if settings.rescale is None else settings.rescale
     usual = 0.0065 if model.config.image_shape[0] == 1 else 0.0085 if rescale == 8 else 0.0045
-    images, labels, description = load_test_images(settings, trained, device)
+    images, labels, description = workers.take_turns(lambda: load_test_images(settings, trained, device))
     print(f"model: {path}, {model.config.network}, temperature {temperature:g}; {description}")
 
-    examined = ExaminedModel(model, torch.Generator(device).manual_seed(settings.seed), rescale=rescale, batch_size=100)
+    examined = ExaminedModel(
+        model, torch.Generator(device).manual_seed(settings.seed), rescale=rescale, batch_size=100, workers=workers
+    )
     values = temperature * examined.compute_energies(images, labels) + compute_wall_energy(
         rescale * images, (0.0, rescale)
     )

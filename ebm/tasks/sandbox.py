@@ -21,13 +21,14 @@ from ebm.support.errors import UsageError
 from ebm.support.progress import Progress
 from ebm.tasks.analysis import (
     add_salt_and_pepper,
+    average_with_next,
     find_feature_directions,
     find_hessian_directions,
     find_neighbours,
     fit_images,
     read_images,
 )
-from ebm.tasks.attacks import Attack, restrict_to_ball, restrict_to_lower_half
+from ebm.tasks.attacks import SHADES, Attack, restrict_to_ball, restrict_to_lower_half
 from ebm.tasks.examined_model import ExaminedModel
 from models import ModelConfig, draw_noise_images
 
@@ -36,9 +37,9 @@ MOST_PIXELS = 500_000_000  # largest number of their pixels, 2 GB as floats
 ROWS = 20  # rows of a picture
 LONG = 50  # rounds of a long chain, 1,000 steps by default
 SHOWN_ROUNDS = (0, 1, LONG // 10, LONG // 2, LONG)  # rounds after which figures and pictures are reported
-SHADES = 255  # `lival`, `l2val` and `refine` are in units of 1/255
+ROUNDS = {"anticorrupt": 5, "boxcorrupt": 10, "crossclass": 10, "cycleclass": 20, "democlass": 1, "nearestneighbor": 10}
 DIRECTIONS = 3  # number of directions in which task latent moves an image
-LATENT_STEP = 4.0  # L2 length of a move, for images in [0, 1]
+MOVES = 7  # of task latent: from the image itself, then six from where the last one led
 
 # The paper's figures for CIFAR-10, as later papers quote them: the accuracy of a conditional model, and the AUROC of an
 # unconditional one. "?": not verified.
@@ -125,7 +126,7 @@ class SandboxRun:
         return order[:number].to(self.model.device)
 
     def draw_examples(self, split: str, number: int) -> Examples:
-        """Return random images of the model's data set with labels, dequantised as in training and in the reference."""
+        """Return random images of the model's data set with their labels."""
         dataset = self.load(split)
         images, labels = dataset.batch(self.draw_index(dataset, number, split), self.model.generator)
         return Examples(images, images.new_zeros(len(images), 0) if labels is None else labels)
@@ -172,7 +173,7 @@ class SandboxRun:
 
     def add_file(self, name: str) -> Path:
         """Return the path of a file in the task's folder, and add it to `files`."""
-        self.files.append(self.folder / name)
+        self.files.append(self.model.workers.choose_folder(self.folder) / name)
         return self.files[-1]
 
     def write_panel(self, name: str, columns: Mapping[str, Tensor]) -> None:
@@ -195,7 +196,13 @@ class SandboxRun:
 def classify_images(run: SandboxRun) -> Report:
     """Classify test images by −E(x, y), also after an attack (`pgd`), or attacks of growing radius (`labelgrid`)."""
     run.require_class_names("label")
-    return classify_in_balls(run) if run.settings.labelgrid else classify_test_images(run)
+    if run.settings.labelgrid:
+        return classify_in_balls(run)
+    name = "lival" if run.settings.lnorm == "-1" else "l2val"
+    value, usual = getattr(run.settings, name), getattr(SandboxSettings, name)
+    if run.settings.pgd and value != usual:
+        print(f"note: {name}={value:g} takes effect; the reference attacks with {usual:g}, except in a grid")
+    return classify_test_images(run)
 
 
 def finetune_classifier(run: SandboxRun) -> Report:
@@ -205,12 +212,13 @@ def finetune_classifier(run: SandboxRun) -> Report:
     if not run.settings.train:
         if not path.exists():
             raise UsageError(f"`train`=False loads {path}, which is missing; run once with `train`")
+        if "bias" in checkpoint.load(path):
+            raise UsageError(f"{path} is of an earlier version, which trained a bias, too; run again with `train`")
         run.model = dataclasses.replace(model, model=checkpoint.load_energy(path, device=model.device))
-        run.model.bias = checkpoint.load(path)["bias"].to(model.device)
         return classify_test_images(run)
     loss = model.finetune(*run.draw_examples("train", run.choose_number()))
-    contents = {"config": dataclasses.asdict(model.model.config), "model": model.model.state_dict()}
-    checkpoint.save(run.add_file(path.name), contents | {"bias": model.bias, "iteration": 0})
+    contents = {"config": dataclasses.asdict(model.model.config), "model": model.model.state_dict(), "iteration": 0}
+    checkpoint.save(run.add_file(path.name), contents)
     return Report({"mean loss of the epoch": loss, **classify_test_images(run).figures})
 
 
@@ -260,7 +268,10 @@ def classify_in_balls(run: SandboxRun) -> Report:
 def choose_attack(settings: SandboxSettings, radius: float | None = None) -> Attack:
     """Return the attack that the settings describe. radius: replaces that of the settings, in units of 1/255."""
     norm, usual = ("li", settings.lival) if settings.lnorm == "-1" else ("l2", settings.l2val)
-    return Attack(norm, (usual if radius is None else radius) / SHADES, settings.pgd, settings.adaptive)
+    if settings.l2_per_step and norm == "li":
+        raise UsageError("`l2_per_step` needs an L2 attack, `lnorm`=2")
+    radius = (usual if radius is None else radius) / SHADES
+    return Attack(norm, radius, settings.pgd, settings.adaptive, settings.l2_per_step)
 
 
 def describe_refinement(run: SandboxRun) -> str:
@@ -423,7 +434,7 @@ def load_outliers(run: SandboxRun, images: Tensor) -> Iterator[tuple[str, Tensor
     generator = run.model.generator
     for name in run.mixes:
         if name == "interpolation":
-            yield name, (images + images.roll(-1, 0)) / 2
+            yield name, average_with_next(images)
         elif name == "random":
             yield name, 0.5 + 0.5 * torch.randn(images.shape, generator=generator, device=images.device)
         else:
@@ -445,7 +456,7 @@ def denoise_images(run: SandboxRun) -> Report:
     """Remove salt-and-pepper noise from test images by 5 rounds of Langevin steps."""
     real, labels = run.draw_examples("test", run.choose_number(ROWS))
     corrupt = add_salt_and_pepper(real, run.model.generator)
-    restored = run.model.run_chain(corrupt, labels, rounds=5, progress="anticorrupt")
+    restored = run.model.run_chain(corrupt, labels, rounds=ROUNDS["anticorrupt"], progress="anticorrupt")
     columns = {"corrupt": corrupt, "restored": restored, "real": real}
     run.write_panel("restored", {name: images[:ROWS] for name, images in columns.items()})
     return Report(
@@ -454,7 +465,10 @@ def denoise_images(run: SandboxRun) -> Report:
 
 
 def inpaint_images(run: SandboxRun) -> Report:
-    """Inpaint the lower half of images; smaller errors on training than on test images would show memorisation."""
+    """Inpaint the lower half of images; smaller errors on training than on test images would show memorisation.
+
+    As in the reference, errors are means over the whole image, of which the upper half is kept.
+    """
     errors: dict[str, np.ndarray] = {}
     columns: dict[str, Tensor] = {}
     figures: dict[str, object] = {}
@@ -463,15 +477,21 @@ def inpaint_images(run: SandboxRun) -> Report:
         half = real.shape[2] // 2
         corrupt = torch.cat([real[:, :, :half], run.draw_noise(len(real))[:, :, half:]], 2)
         restored = run.model.run_chain(
-            corrupt, labels, rounds=10, restrict=restrict_to_lower_half, progress=f"inpaint {split}"
+            corrupt,
+            labels,
+            rounds=ROUNDS["boxcorrupt"],
+            restrict=restrict_to_lower_half,
+            progress=f"inpaint {split}",
         )
-        values = measure_mean_squares(restored[:, :, half:], real[:, :, half:])
+        values = measure_mean_squares(restored, real)
         errors[split] = run.write_array(f"mse_{split}", values)
         figures |= {f"{split} MSE mean": values.mean().item(), f"{split} MSE std": values.std(correction=0).item()}
+        lower = measure_mean_squares(restored[:, :, half:], real[:, :, half:])
+        figures[f"{split} MSE of the lower half"] = lower.mean().item()
         batches = {"start": corrupt, "restored": restored, "real": real}
         columns |= {f"{split} {name}": images[:ROWS] for name, images in batches.items()}
     auroc, verdict = measure_memorisation(run, -errors["train"], -errors["test"])
-    pictures.plot_histograms(errors, run.add_file("mse.png"), xlabel="MSE of the lower half", title=verdict)
+    pictures.plot_histograms(errors, run.add_file("mse.png"), xlabel="MSE", title=verdict)
     run.write_panel("restored", columns)
     return Report({**figures, "AUROC train/test": auroc, "verdict": verdict})
 
@@ -492,15 +512,11 @@ def measure_recognition(run: SandboxRun, images: Tensor, labels: Tensor) -> dict
 
 
 def change_classes(run: SandboxRun) -> Report:
-    """Turn test images into another class by 10 rounds of Langevin steps under that class."""
+    """Turn test images into another class: 10 rounds of Langevin steps from one image under the label of the next."""
     run.require_class_names("crossclass")
-    pool = run.draw_examples("test", 1000)
-    target = pool.first(run.choose_number(ROWS))
-    differs = (target.classes[:, None] != pool.classes).float()
-    if not differs.any(1).all():
-        raise UsageError("`task`=crossclass needs images of at least two classes; use another `dataset`")
-    start = pool.images[differs.multinomial(1, generator=run.model.generator)[:, 0]]
-    stages = list(run.model.run_stages(start, target.labels, rounds=10, progress="crossclass"))
+    target = run.draw_examples("test", run.choose_number(ROWS))
+    start = target.images.roll(1, 0)
+    stages = list(run.model.run_stages(start, target.labels, rounds=ROUNDS["crossclass"], progress="crossclass"))
     run.write_panel("crossclass", number_stages(run, stages) | {"class": target.images})
     return Report(measure_recognition(run, stages[-1], target.labels))
 
@@ -511,21 +527,22 @@ def number_stages(run: SandboxRun, stages: Sequence[Tensor]) -> dict[str, Tensor
 
 
 def sample_stages(run: SandboxRun) -> Report:
-    """Sample from noise by 20 rounds of Langevin steps, and show the images after every round."""
-    rows = run.choose_number(100)
-    labels = run.sample_labels(rows)
-    stages = list(run.model.run_stages(run.draw_noise(rows), labels, rounds=20, progress="cycleclass"))
-    run.write_panel("cycleclass", number_stages(run, stages))
-    return Report(measure_recognition(run, stages[-1], labels))
+    """Sample from noise by 20 rounds of Langevin steps under the labels of test images; show all rounds and images."""
+    real = run.draw_examples("test", run.choose_number(100))
+    start = run.draw_noise(len(real.images))
+    stages = list(run.model.run_stages(start, real.labels, rounds=ROUNDS["cycleclass"], progress="cycleclass"))
+    run.write_panel("cycleclass", number_stages(run, stages) | {"real": real.images})
+    return Report(measure_recognition(run, stages[-1], real.labels))
 
 
 def sample_classes(run: SandboxRun) -> Report:
-    """Sample 5 images of each class, of at most 10 random classes, from noise by 10 rounds of Langevin steps."""
+    """Sample 5 images of each class, of at most 10 random classes, from noise by a round of Langevin steps."""
     names = run.require_class_names("democlass")
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(run.settings.seed))
     classes = order[:10].sort().values
     labels = torch.eye(len(names))[classes.repeat_interleave(5)].to(run.model.device)
-    samples = run.model.run_chain(run.draw_noise(len(labels)), labels, rounds=10, progress="democlass")
+    noise = run.draw_noise(len(labels))
+    samples = run.model.run_chain(noise, labels, rounds=ROUNDS["democlass"], progress="democlass")
     run.write_panel("democlass", {names[k]: five for k, five in zip(classes.tolist(), samples.split(5), strict=True)})
     return Report(measure_recognition(run, samples, labels))
 
@@ -533,7 +550,8 @@ def sample_classes(run: SandboxRun) -> Report:
 def find_training_neighbours(run: SandboxRun) -> Report:
     """Sample 10 images and find the 5 nearest training images of each in L2; do the same for test images."""
     train, rows = run.load("train"), run.choose_number(10)
-    samples = run.model.run_chain(run.draw_noise(rows), run.sample_labels(rows), rounds=10, progress="nearestneighbor")
+    noise, labels = run.draw_noise(rows), run.sample_labels(rows)
+    samples = run.model.run_chain(noise, labels, rounds=ROUNDS["nearestneighbor"], progress="nearestneighbor")
     distances, indices = find_neighbours(torch.cat([samples, run.draw_examples("test", rows).images]), train, 5)
     neighbours = read_images(train, indices[:rows].flatten()).view(rows, -1, *train.image_shape)
     columns = {f"nearest {k + 1}": neighbours[:, k] for k in range(neighbours.shape[1])}
@@ -543,33 +561,71 @@ def find_training_neighbours(run: SandboxRun) -> Report:
 
 
 def traverse_directions(run: SandboxRun) -> Report:
-    """Move images along the directions in which the energy varies most: 6 moves, each followed by a round."""
-    model, moves = run.model, 6
-    images, labels = run.draw_examples("test", run.choose_number(3))
-    directions = [find_directions(run, images[i], labels[i : i + 1]) for i in range(len(images))]
-    rows = torch.arange(len(images), device=images.device).repeat_interleave(DIRECTIONS).repeat(2)
-    step = LATENT_STEP * torch.cat([vectors for _, vectors in directions])
-    step, x = torch.cat([-step, step]), images[rows]
-    backwards, columns = {}, {"0": x[: len(x) // 2]}
-    progress = Progress(moves * len(x), what="latent")
-    for move in range(1, moves + 1):
-        x = model.run_chain(x + step, labels[rows], rounds=1, pull=4.0, progress=progress)
-        backwards[f"-{move}"], columns[f"+{move}"] = x.tensor_split(2)
-    run.write_panel("traversals", dict(reversed(backwards.items())) | columns)
-    values = {f"image {i + 1}": values.tolist() for i, (values, _) in enumerate(directions)}
-    return Report({name: {f"value {k + 1}": v for k, v in enumerate(row)} for name, row in values.items()})
+    """Move an image along the directions in which its energy curves most downwards: 7 moves, each followed by a round.
+
+    Each of three directions has a row that goes backwards along it and one that goes forwards. After each round every
+    row takes its direction anew, at the image where it is.
+    """
+    images, labels = run.draw_examples("test", run.choose_number(1))
+    x, labels = images.repeat_interleave(2 * DIRECTIONS, 0), labels.repeat_interleave(2 * DIRECTIONS, 0)
+    progress = Progress(len(images) + (2 * MOVES - 1) * len(x), what="latent")
+    values, vectors = find_directions(run, images, labels[:: 2 * DIRECTIONS], progress)
+    directions = vectors.repeat_interleave(2, 1).flatten(0, 1)  # (N, 3, C, H, W) -> (6·N, C, H, W)
+    columns = {"0": x, "1": move_images(run, x, labels, directions, progress)}
+    rows = torch.arange(len(x), device=x.device)
+    for move in range(2, MOVES + 1):
+        x = columns[str(move - 1)]
+        _, vectors = find_directions(run, x, labels, progress)
+        directions = align_signs(vectors[rows, rows // 2 % DIRECTIONS], directions)
+        columns[str(move)] = move_images(run, x, labels, directions, progress, bounded=True)
+    run.write_panel("traversals", columns)
+    figures = {
+        f"image {i + 1}": {f"value {k + 1}": v for k, v in enumerate(row)} for i, row in enumerate(values.tolist())
+    }
+    return Report(figures)
 
 
-def find_directions(run: SandboxRun, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 3 directions (3, C, H, W) in which the energy varies most at an image, and their values (3,).
+def find_directions(run: SandboxRun, images: Tensor, labels: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+    """Return 3 directions (N, 3, C, H, W) of length 1 at each image (N, C, H, W), and their values (N, 3).
 
-    They are eigenvectors and eigenvalues of the energy's Hessian, or singular vectors and values of the features'
-    Jacobian with `hessian`=False.
+    They are eigenvectors and eigenvalues of the energy's Hessian, smallest first, or singular vectors and values of the
+    features' Jacobian, largest first, with `hessian`=False.
     """
     model = run.model
-    if run.settings.hessian:
-        return find_hessian_directions(model.energy.under(label), image, DIRECTIONS, model.generator)
-    return find_feature_directions(functools.partial(model.compute_features, labels=label), image, DIRECTIONS)
+
+    def find(part: slice) -> Tensor:
+        rows = []
+        for image, label in zip(images[part], labels[part].split(1), strict=True):
+            if run.settings.hessian:
+                energy = model.energy.under(label)
+                values, vectors = find_hessian_directions(energy, image, DIRECTIONS, model.generator)
+            else:
+                features = functools.partial(model.compute_features, labels=label)
+                values, vectors = find_feature_directions(features, image, DIRECTIONS)
+            rows.append(torch.cat([values[:, None], vectors.flatten(1)], 1))
+        return torch.stack(rows)
+
+    found = model.compute_in_batches(find, len(images), progress, each=1000)  # one image at a time
+    return found[..., 0], found[..., 1:].reshape(-1, DIRECTIONS, *images.shape[1:])
+
+
+def align_signs(vectors: Tensor, reference: Tensor) -> Tensor:
+    """Return vectors (N, ...), each with the sign, which is arbitrary, that takes it nearer to its reference."""
+    backwards = (vectors * reference).flatten(1).sum(1) < 0
+    return torch.where(backwards.view(-1, *[1] * (vectors.dim() - 1)), -vectors, vectors)
+
+
+def move_images(
+    run: SandboxRun, x: Tensor, labels: Tensor, directions: Tensor, progress: Progress, *, bounded: bool = False
+) -> Tensor:
+    """Return images (N, C, H, W) after a move along directions of the same shape, and a round of 4 times the step size.
+
+    Images move backwards and forwards by turns. bounded: clip them to [0, 1] before the round, as the reference does
+    after each move but the first.
+    """
+    signs = torch.tensor([-1.0, 1.0], device=x.device).repeat(len(x) // 2).view(-1, 1, 1, 1)
+    start = x + signs * directions
+    return run.model.run_chain(start.clamp(0, 1) if bounded else start, labels, rounds=1, pull=4.0, progress=progress)
 
 
 TASKS: dict[str, Callable[[SandboxRun], Report]] = {

@@ -26,6 +26,16 @@ def find_condition(settings: SandboxSettings, label_size: int, training_flags: M
     return (by_settings + by_training + [by_width])[0]
 
 
+def remove_step_noise(dataset: data.Dataset) -> data.Dataset:
+    """Return a data set in memory without noise that is U(0, 1/256), as the reference's sandbox reads CIFAR-10.
+
+    Noise of other data sets, such as SVHN's U(−1/512, 1/512), stays, as there.
+    """
+    if isinstance(dataset, data.StoredImages) and dataset.noise == "steps":
+        return dataclasses.replace(dataset, noise="floor")
+    return dataset
+
+
 def load_model_split(
     split: str, settings: SandboxSettings, trained: TrainedModel, device: torch.device
 ) -> data.Dataset:
@@ -38,13 +48,13 @@ def load_model_split(
         raise UsageError(
             f"`dataset`={dataset.name} has labels of width {dataset.label_size}, the model takes {label_size}"
         )
-    return dataset
+    return remove_step_noise(dataset)
 
 
 def load_outlier_set(name: str, settings: SandboxSettings, config: ModelConfig, device: torch.device) -> data.Dataset:
     """Return an out-of-distribution data set: that of this name, or the images of the folder at this path."""
     if name not in settings.mixfolder:
-        return data.load_dataset(
+        dataset = data.load_dataset(
             name,
             split="test",
             root=settings.datadir,
@@ -52,6 +62,7 @@ def load_outlier_set(name: str, settings: SandboxSettings, config: ModelConfig, 
             workers=settings.data_workers,
             download=settings.download,
         )
+        return remove_step_noise(dataset)
     channels, size, _ = config.image_shape
     dataset = data.load_dataset(
         "folder",
@@ -63,7 +74,7 @@ def load_outlier_set(name: str, settings: SandboxSettings, config: ModelConfig, 
         workers=settings.data_workers,
     )
     assert isinstance(dataset, data.StoredImages), "a folder is read into memory"
-    return dataclasses.replace(dataset, name=pathlib.Path(name).resolve().name)
+    return remove_step_noise(dataclasses.replace(dataset, name=pathlib.Path(name).resolve().name))
 
 
 def list_outliers(settings: SandboxSettings) -> list[str]:

@@ -24,7 +24,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,8 @@ from torch import Tensor
 from ebm.support.errors import UsageError
 from ebm.support.sharing import compute_all
 from ebm.training.watch import Launch, Watch, find_host
+
+Result = TypeVar("Result")
 
 BACKENDS = ("auto", "horovod", "torch", "none")
 BUCKET_BYTES = 8 << 20  # few messages, yet enough of them to overlap with the backward pass of a 20 MB network
@@ -362,6 +364,15 @@ class Workers:
     def share(self, item: Any) -> list[Any]:
         """Return every worker's item, in order, on all of them; see `gather`."""
         return [unpack(piece) for piece in self._exchange([pack(item)] * self.size)]
+
+    def take_turns(self, read: Callable[[], Result]) -> Result:
+        """Return read(), which rank 0 calls before the others, so that it downloads files for all of them."""
+        if self.rank > 0:
+            self.barrier()
+        result = read()
+        if self.rank == 0:
+            self.barrier()
+        return result
 
     def choose_folder(self, folder: pathlib.Path) -> pathlib.Path:
         """Return the folder for a worker's files: this one on rank 0, elsewhere one that is deleted at the end."""

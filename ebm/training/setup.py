@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -73,9 +74,8 @@ def check_settings(settings: TrainSettings) -> None:
 
 def open_dataset(settings: TrainSettings, workers: Workers) -> data.Dataset:
     """Return the data set to train on. Rank 0 reads it before the others, so that it is downloaded once."""
-    if workers.rank > 0:
-        workers.barrier()
-    dataset = data.load_dataset(
+    read = functools.partial(
+        data.load_dataset,
         settings.dataset,
         root=settings.datadir,
         device=workers.device,
@@ -88,9 +88,7 @@ def open_dataset(settings: TrainSettings, workers: Workers) -> data.Dataset:
         workers=settings.data_workers,
         download=settings.download,
     )
-    if workers.rank == 0:
-        workers.barrier()
-    return dataset
+    return workers.take_turns(read)
 
 
 def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.ModelConfig:
