@@ -520,13 +520,14 @@ OF_EARLIER_VERSION = {"dataset": "imagenetfull"}
 def test_a_model_is_examined_on_images_as_in_training(tree, capsys, flags, given, expected) -> None:
     """Breaks when a model gets images that are resized otherwise than in its training, or that is assumed silently."""
     model = models.build_model(models.ModelConfig("ResNet128", (3, SIDE, SIDE), num_filters=4))
-    trained = TrainedModel(model, pathlib.Path("model_1.pt"), flags, ())
+    trained = TrainedModel(model, tree / "model_1.pt", flags, ())
     settings = AisSettings(dataset="imagenetfull", imagenet_datadir=str(tree), antialias=given, data_workers=0)
-    dataset = load_split("train", trained, settings, torch.device("cpu"))
-    assert isinstance(dataset, streaming.StreamedImages)
-    assert dataset.antialias == expected
+    for split in ("train", "test"):
+        dataset = load_split(split, trained, settings, torch.device("cpu"))
+        assert isinstance(dataset, streaming.StreamedImages)
+        assert dataset.antialias == expected
     is_assumed = flags == OF_EARLIER_VERSION and given is None
-    assert capsys.readouterr().out.count("note: antialias=True: model_1.pt was trained before") == is_assumed
+    assert capsys.readouterr().out.count("model_1.pt was trained before this was a setting") == is_assumed
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,17 +36,23 @@ class TrainedModel(NamedTuple):
     def choose_antialias(self, antialias: bool | None) -> bool:
         """Return whether images are resized with antialiasing: `antialias` if it is not None, else as in training.
 
-        Before this was a setting, this project always did so, and the reference never; a note says that it is assumed.
+        Before this was a setting, this project always did so; a note says that it is assumed. The reference never did.
         """
         if antialias is not None or self.flags.get("dataset") != "imagenetfull":
             return bool(antialias)
         if "antialias" not in self.flags:
-            print(f"note: antialias=True: {self.path} was trained before this was a setting, on antialiased images")
+            note_assumed_antialias(self.path)
         return self.flags.get("antialias", True)
 
     def choose_step_lr(self, step_lr: float | None) -> float:
         """Return the step size of Langevin steps: `step_lr` if it is a number, else that of training, else 10."""
         return self.flags.get("step_lr", 10.0) if step_lr is None else step_lr
+
+
+@functools.cache  # one line for both splits of a data set
+def note_assumed_antialias(path: pathlib.Path) -> None:
+    """Print a note, once per checkpoint, that images are resized as in its training, without its saying so."""
+    print(f"note: antialias=True: {path} was trained before this was a setting, on antialiased images")
 
 
 def find_checkpoint(settings: ModelChoice) -> pathlib.Path:
