@@ -318,11 +318,12 @@ class ExaminedModel:
             optimizer.step()
             return losses.detach()
 
-        loss = 0.0
+        loss, noise = 0.0, self.generator.get_state()
         if self.workers.rank == 0:
             progress = Progress(len(images), what="finetune")
             losses = self.compute_in_batches(step, len(images), progress, each=self.classes, share_out=compute_all)
             loss = losses.mean().item()
-        self.workers.broadcast([*self.model.state_dict().values()])
+        self.generator.set_state(noise)  # as on the other workers
+        self.workers.broadcast(self.model.state_dict().values())
         self.freeze()
         return self.workers.share(loss)[0]
