@@ -379,7 +379,11 @@ class NetworkSettings:
     """Network"""
 
     cclass: bool = flag(False, "condition the network on class labels")
-    model_cclass: bool = flag(False, "condition the network on classes that it infers itself from its energies")
+    model_cclass: bool = flag(
+        False,
+        "condition the network on classes, which it infers itself for the chains; energies of data are averaged over "
+        "all classes",
+    )
     num_filters: int | None = flag(
         None,
         "number of filters, the width of the network; default: 64 (grey images, sprites, 128x128), 128 (colour "
@@ -427,7 +431,7 @@ class OutputSettings(InceptionWeights):
         at_least=0,
     )
     proposal_debug: bool = flag(
-        False, "the reference prints proposals here; this project writes their figures to log.jsonl", inert=True
+        False, "the share of accepted moves of --hmc is always logged, as hmc_acceptance", inert=True
     )
 
 
