@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ebm.support.errors import UsageError
 
 Energy = Callable[[Tensor], Tensor]  # (N, ...) -> (N,)
-Schedule = float | Callable[[int], float]  # a number, or its value at each step from 0
+Schedule = float | Tensor | Callable[[int], float]  # a number, numbers for the pixels, or its value at each step from 0
 # One generator for all images, one for each image, or None for torch's own.
 Generator = torch.Generator | Sequence[torch.Generator] | None
 
@@ -136,6 +136,7 @@ def langevin(
     (`clip_gradient`), descends by step_lr times this gradient and clips the images to `bounds`. With several energies,
     each step does so for one energy after the other.
 
+    noise_std, step_lr: may differ between pixels, as a tensor, or between steps, as a function of the step's number.
     project: maps images to allowed ones and replaces the clipping to `bounds`, for example into a ball or back to known
     pixels. generator: the source of the noise. gradient_first: take the gradient before the noise is added.
     after_step: called with the images after each step.

@@ -186,6 +186,23 @@ def test_inpainting_leaves_the_kept_half_alone():
     assert (restored[:, :, 2:] != images[:, :, 2:]).float().mean() > 0.9
 
 
+def test_inpainting_sees_the_kept_half_as_it_is(tmp_path, monkeypatch):
+    """Breaks when noise is added to the upper half before the gradient is taken, although it is taken away later."""
+    seen = []
+
+    def energy(x, y):
+        seen.extend(image.numpy().tobytes() for image in x.detach()[:, :, :4])
+        return x.flatten(1).square().sum(1)
+
+    monkeypatch.setattr(sandbox.pictures, "plot_histograms", lambda *_, **__: None)
+    run = make_sandbox_run(planted(energy, (1, 8, 8), num_steps=2, step_lr=0.01), tmp_path, classes=0, limit=3)
+    run.write_panel = lambda name, columns: panels.update(columns)
+    panels = {}
+    sandbox.inpaint_images(run)
+    kept = {image.numpy().tobytes() for split in ("train", "test") for image in panels[f"{split} start"][:, :, :4]}
+    assert len(seen) > 100 and set(seen) == kept
+
+
 def test_refinement_stays_in_its_ball():
     """Breaks when the ball moves along with the chain from one step to the next."""
     examined = planted(lambda x, y: 100 * x.flatten(1).sum(1), label_size=2, num_steps=5, step_lr=1.0)
@@ -368,6 +385,30 @@ def test_traversals_go_on_in_their_direction(tmp_path):
         moved = way[range(6), [9, 9, 5, 5, 11, 11]]
         torch.testing.assert_close(moved.abs(), torch.full((6,), float(move)), rtol=1e-3, atol=0)
         assert (moved[::2] * moved[1::2] < 0).all()
+
+
+def test_directions_are_taken_anew(tmp_path, monkeypatch):
+    """Breaks when a move takes the direction of an earlier image, or a row that of another image or eigenvalue."""
+    taken, steps = [], []
+
+    def find_directions(run, images, labels, progress):
+        taken.append(images)
+        numbers = 100 * len(taken) + 10 * torch.arange(len(images))[:, None] + torch.arange(3)
+        return torch.zeros(len(images), 3), numbers.view(-1, 3, 1, 1, 1) * torch.ones(1, 8, 8)
+
+    def move_images(run, x, labels, directions, progress, bounded=False):
+        steps.append(directions[:, 0, 0, 0].tolist())
+        return x + len(steps)
+
+    monkeypatch.setattr(sandbox, "find_directions", find_directions)
+    monkeypatch.setattr(sandbox, "move_images", move_images)
+    run = make_sandbox_run(planted(None, (1, 8, 8)), tmp_path, classes=0)
+    run.write_panel = lambda name, columns: None
+    sandbox.traverse_directions(run)
+    assert steps[0] == [100, 100, 101, 101, 102, 102] and len(steps) == len(taken) == 7
+    for move in range(1, 7):
+        assert steps[move] == [100 * (move + 1) + 10 * row + row // 2 for row in range(6)]
+        torch.testing.assert_close(taken[move], taken[0].expand(6, -1, -1, -1) + sum(range(1, move + 1)))
 
 
 # ---- tasks ----

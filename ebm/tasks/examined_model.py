@@ -182,12 +182,13 @@ class ExaminedModel:
         restrict: Restriction,
         *,
         pull: float = 1.0,
+        noise: Tensor | float = 1.0,
         differentiable: bool = False,
     ) -> Tensor:
         """Return a batch of images after one round, a restricted Langevin chain.
 
-        start: the images from which `restrict` measures. pull: a factor of the step size. differentiable: let gradients
-        flow back through the chain.
+        start: the images from which `restrict` measures. pull: a factor of the step size. noise: a factor of the noise,
+        which may differ between pixels. differentiable: let gradients flow back through the chain.
         """
         with allow_tf32(self.precision):
             return langevin(
@@ -195,7 +196,7 @@ class ExaminedModel:
                 x,
                 num_steps=self.num_steps,
                 step_lr=pull * self.step_lr / self.rescale,  # the gradient is `rescale` times that in training
-                noise_std=self.noise_std,
+                noise_std=noise * self.noise_std,
                 proj_norm=self.proj_norm * self.rescale,
                 project=lambda y: restrict(y, start),
                 generator=self.generator,
@@ -282,6 +283,7 @@ class ExaminedModel:
         rounds: int,
         restrict: Restriction = restrict_to_bounds,
         pull: float = 1.0,
+        noise: Tensor | float = 1.0,
         progress: Progress | str = "chain",
     ) -> Iterator[Tensor]:
         """Yield the images at the start of a chain and after each of its rounds, see `run_round`."""
@@ -290,7 +292,7 @@ class ExaminedModel:
         for _ in range(rounds):
 
             def one_round(part: slice, x: Tensor = x) -> Tensor:
-                return self.run_round(x[part], labels[part], start[part], restrict, pull=pull)
+                return self.run_round(x[part], labels[part], start[part], restrict, pull=pull, noise=noise)
 
             x = self.compute_in_batches(one_round, len(x), bar)
             yield x

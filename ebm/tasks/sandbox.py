@@ -475,12 +475,14 @@ def inpaint_images(run: SandboxRun) -> Report:
     for split in ("train", "test"):
         real, labels = run.draw_examples(split, run.choose_number(10_000))
         half = real.shape[2] // 2
+        is_lower = (torch.arange(real.shape[2], device=real.device) >= half).float()[:, None]
         corrupt = torch.cat([real[:, :, :half], run.draw_noise(len(real))[:, :, half:]], 2)
         restored = run.model.run_chain(
             corrupt,
             labels,
             rounds=ROUNDS["boxcorrupt"],
             restrict=restrict_to_lower_half,
+            noise=is_lower,  # as in the reference, gradients are taken at the upper half as it is
             progress=f"inpaint {split}",
         )
         values = measure_mean_squares(restored, real)
