@@ -56,8 +56,11 @@ class Settings(CombineSettings):
     task: str = flag("conceptcombine", "the task to run, see above", choices=tuple(TASKS))
 
 
-def check_combination(settings: CombineSettings) -> None:
+def check_combination(settings: Settings) -> None:
     """Raise UsageError for settings that contradict each other."""
+    if settings.task in ("gentest", "genbaseline") and (settings.use_attention or settings.cclass is False):
+        name = "use_attention" if settings.use_attention else "cclass"
+        raise UsageError(f"`{name}`: the networks of `task`={settings.task} have labels and no attention; leave it out")
     if settings.joint_shape and settings.joint_rot:
         raise UsageError("`joint_shape` and `joint_rot` exclude each other")
     if 0 < settings.first_step_lr < settings.step_lr:
@@ -92,7 +95,6 @@ def make_task_folder(settings: Settings) -> pathlib.Path:
 
 
 def main(settings: Settings) -> None:
-    check_combination(settings)
     if settings.task == "train":
         if find_launch().rank == 0:  # trainings are not shared out
             train_models(settings, pathlib.Path(__file__).with_name("train.py"))
@@ -104,6 +106,7 @@ def main(settings: Settings) -> None:
 
 def run_task(settings: Settings, workers: Workers) -> None:
     """Run the task, each worker on its share of the images, and write its report."""
+    check_combination(settings)
     labels, weights = read_pairs("labels", settings.labels), read_weights(settings)
     paths = find_task_models(settings)
     run = concepts.ConceptRun(

@@ -5,9 +5,9 @@
     python ebm_sandbox.py --task=mixenergy --exp=cifar10_large_model_uncond --svhnmix --cifar100mix --randommix
     python ebm_sandbox.py --task=boxcorrupt --exp=digits --limit=100
 
-A round is a Langevin chain of --num_steps steps. Images are bytes/256, without the noise that training adds; those of
-SVHN, CIFAR-100, ImageNet and the textures have their own noise, as in the reference. Pictures, arrays and <task>.json
-go to <logdir>/<exp>/<task>/.
+A round is a Langevin chain of --num_steps steps. As in the reference, images that training dequantises are bytes/256
+without noise, and those of SVHN, CIFAR-100, ImageNet and the textures have their own noise. Pictures, arrays and
+<task>.json go to <logdir>/<exp>/<task>/.
 """
 
 from __future__ import annotations

@@ -75,13 +75,13 @@ def format_results(contents: dict[str, Any]) -> str:
 
 def main(settings: InceptionSettings) -> None:
     set_up_process()
-    check_pool(settings)
     with share_evaluation(settings.device) as workers:
         evaluate_samples(settings, workers)
 
 
 def evaluate_samples(settings: InceptionSettings, workers: Workers) -> None:
     """Sample from each ensemble, each worker its share of the pools; measure and report the samples on rank 0."""
+    check_pool(settings)
     experiment = pathlib.Path(settings.modeldir) / settings.exp
     ensembles = [
         find_ensemble(experiment, iteration, settings.ensemble) for iteration in choose_iterations(settings, experiment)

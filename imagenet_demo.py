@@ -35,7 +35,7 @@ from ebm.tasks.trained_models import (
 )
 from ebm.training.distributed import Workers, share_evaluation
 from models import draw_noise_images, freeze_energy
-from sampling import langevin
+from sampling import check_finite, langevin
 
 FPS = 20  # frames per second
 
@@ -96,8 +96,7 @@ def show_chains(settings: DemoSettings, workers: Workers) -> None:
     frames = [pictures.make_grid(images / 255, columns=columns, padding=0) for images in torch.cat(parts, 1)]
     print(f"{len(frames)} frames: {pictures.save_gif(frames, folder / 'sample.gif', fps=FPS)}")
     print(f"the last one: {pictures.save_pixels(frames[-1], folder / 'sample.png')}")
-    film = pictures.save_film(frames, folder / "sample.mp4", fps=FPS)
-    if film is not None:
+    if film := pictures.save_film(frames, folder / "sample.mp4", fps=FPS):
         print(f"the film: {film}")
 
 
@@ -134,7 +133,7 @@ def record_frames(
             frames.append(to_bytes(images).cpu())
 
     with allow_tf32(settings.precision):
-        langevin(
+        end = langevin(
             energy.under(labels[numbers].to(device)),
             torch.cat([draw_noise_images(trained.model.config, 1, generator) for generator in generators]),
             num_steps=settings.num_steps,
@@ -143,6 +142,7 @@ def record_frames(
             after_step=add_frame,
         )
     progress.close()
+    check_finite(end, "lower `step_lr`")
     return torch.stack(frames)
 
 

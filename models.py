@@ -520,7 +520,10 @@ def detach(weights: Weights, dtype: torch.dtype | None = None) -> Weights:
 
     Those that are parameters themselves, such as biases, are copied, so that an update of the network leaves them.
     """
-    frozen = {name: tensor.detach().clone() if tensor.is_leaf else tensor.detach() for name, tensor in weights.items()}
+    frozen = {
+        name: tensor.detach().clone() if isinstance(tensor, nn.Parameter) else tensor.detach()
+        for name, tensor in weights.items()
+    }
     return cast(frozen, dtype)
 
 

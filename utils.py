@@ -60,7 +60,7 @@ class ClippedAdam:
 
     A gradient is clipped elementwise to ±(3·sqrt(v/(1 − β2ᵗ)) + 0.1), v the second moment before this step. The step
     is p −= lr·sqrt(1 − β2ᵗ)/(1 − β1ᵗ) · m/(sqrt(v) + eps), with eps outside the bias correction ("epsilon hat").
-    clipped: without it, gradients are taken as they are, which is TensorFlow's own Adam.
+    clip_gradients: without it, gradients are taken as they are, which is TensorFlow's own Adam.
 
     It has the groups and the states of a torch.optim.Optimizer. It does not inherit from that class, which loads
     torch's compiler and would add two seconds to every start.
@@ -72,9 +72,9 @@ class ClippedAdam:
         lr: float = 3e-4,
         betas: tuple[float, float] = (0.0, 0.999),
         eps: float = 1e-8,
-        clipped: bool = True,
+        clip_gradients: bool = True,
     ):
-        self.clipped = clipped
+        self.clip_gradients = clip_gradients
         parameters = list(parameters)
         self.param_groups: list[dict[str, Any]] = [{"params": parameters, "lr": lr, "betas": betas, "eps": eps, "t": 0}]
         self.state = {p: {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for p in parameters}
@@ -115,7 +115,7 @@ class ClippedAdam:
             gradients = [p.grad for p in parameters]
             first, second = ([self.state[p][key] for p in parameters] for key in ("m", "v"))
 
-            if self.clipped:
+            if self.clip_gradients:
                 bound = torch._foreach_sqrt(torch._foreach_div(second, 1 - beta2**t))
                 torch._foreach_mul_(bound, 3.0)
                 torch._foreach_add_(bound, 0.1)

@@ -597,6 +597,9 @@ def test_gentest_starts_from_the_models(small_grid, tmp_path):
 
     A network that is not there is a new one, as wide as asked for.
     """
+    run = run_on({}, small_grid, tmp_path, spec_iter=3, downsample=True)
+    new = unseen.build_product(run, "size").networks[0].config
+    assert (new.spec_iter, new.downsample, new.spec_norm_val) == (3, True, 1.0)
     config = models.ModelConfig("DspritesNet", (1, 64, 64), 8, 1, swish_act=True)
     known = {"size": ConceptModel(models.freeze_energy(make_model(config, seed=5)), "size")}
     first, second = unseen.build_product(run_on(known, small_grid, tmp_path), "size").networks

@@ -93,11 +93,12 @@ def test_iteration(run):
     # A pixel whose gradient changes sign within rounding moves a whole chain, and with it all that follows.
     share_of_chains = compute_share_of_rows(step.samples, CASE[f"{run}_x_rows"])
     assert share_of_chains >= 0.5
+    tolerance = 1e-4 if share_of_chains == 1 else 0.1
+    assert_close(step.e_neg, CASE[f"{run}_e_neg"].flatten(), tolerance)
+    gradients = {to_tf_name(name): p.grad for name, p in state.model.named_parameters() if p.grad is not None}
+    assert_digests_close(gradients, CASE, f"{run}_grad", tolerance)
+    assert_close(figures["loss_e"], CASE[f"{run}_loss_energy"].mean(), tolerance)
     if share_of_chains == 1:
-        assert_close(step.e_neg, CASE[f"{run}_e_neg"].flatten(), 1e-4)
         assert_close(step.loss_ml, CASE[f"{run}_loss_ml"].mean(), 1e-4)
         assert_close(step.loss, CASE[f"{run}_loss_total"], 1e-4)
-        gradients = {to_tf_name(name): p.grad for name, p in state.model.named_parameters() if p.grad is not None}
-        assert_digests_close(gradients, CASE, f"{run}_grad")
-        assert_close(figures["loss_e"], CASE[f"{run}_loss_energy"].mean(), 1e-4)
         assert_close(figures["x_off"], CASE[f"{run}_x_off"], 1e-4)

@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import checkpoint
 import data
 from conftest import draw_sides, load_state, make_run, make_state, write_random_inception
 from ebm.measures import features
 from ebm.settings import TrainSettings
 from ebm.support import metrics
 from ebm.support.logs import read_log
+from ebm.training import samples
 from ebm.training.records import Recorder
-from ebm.training.samples import choose_measure, choose_number
+from ebm.training.samples import choose_measure, choose_number, choose_test_number
 
 COLOUR = (3, 28, 28)
 
@@ -46,7 +49,7 @@ def test_inception_chooses_the_best_model(tmp_path, monkeypatch, capsys):
     assert {k: line["inception_score"] for k, line in logged.items()} == {0: 1.0, 1: 2.0, 2: 1.5}
     assert all(line["fid"] == 2048 and line["inception_score_std"] == 0.1 for line in logged.values())
     best = load_state(run.settings.folder / "model_best.pt")
-    assert (best["iteration"], best["best"]) == (1, -2.0)
+    assert (best["iteration"], best["best"]) == (1, {"inception": -2.0})
 
     run.report()
     printed = capsys.readouterr().out
@@ -60,6 +63,28 @@ def test_how_many_samples():
     assert choose_number(TrainSettings(), has_inception=True) == 50_000
     assert choose_number(TrainSettings(), has_inception=False) == 100
     assert choose_number(TrainSettings(num_samples=7), has_inception=True) == 7
+
+
+def test_many_samples_come_in_parts(tmp_path, monkeypatch):
+    """Breaks when a sample is lost or drawn twice where there are many, or a test measures all of them."""
+    monkeypatch.setattr(samples, "PART", 3)
+    run = make_run(make_state(), tmp_path / "run", num_steps=1)
+    images = run.sampler.draw_bytes(7, run.workers)
+    assert images.shape == (7, 1, 28, 28) and images.dtype == torch.uint8
+    assert len(images.flatten(1).unique(dim=0)) == 7
+    with_inception = SimpleNamespace(has_inception=True)
+    assert choose_test_number(TrainSettings(), with_inception) == 1_000
+    assert choose_test_number(TrainSettings(num_samples=20), with_inception) == 20
+
+
+def test_the_best_model_is_that_of_one_measure(tmp_path):
+    """Breaks when a run that goes on with another measure compares its figures with those of the earlier one."""
+    state = make_state()
+    for saved, best in ((12.5, {"classifier": 12.5}), ({"inception": -6.5}, {"inception": -6.5})):
+        checkpoint.save(tmp_path / "model_0.pt", state.get_shared_state() | {"best": saved})
+        run = make_run(make_state(), tmp_path / "run")
+        run.resume(tmp_path / "model_0.pt")
+        assert run.best == best
 
 
 def test_a_classifier_stands_in(tmp_path, monkeypatch, capsys):

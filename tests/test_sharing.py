@@ -6,6 +6,7 @@ The test runs this same file as a script, which runs all commands in one process
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -47,6 +48,8 @@ def run_commands_here(models: str, out: str) -> None:
     """Run all commands as one worker of a job; write what each printed to <out>/printed.json on rank 0."""
     workers = distributed.join_workers(device="cpu")
     close, workers.close = workers.close, lambda: None  # type: ignore[method-assign]
+    if workers.rank > 0:
+        sys.addaudithook(functools.partial(refuse_writing, out))
     distributed.join_workers = lambda *words, **settings: workers  # the job outlives its first script
     places = tuple(k / 31 for k in (0, 16, 31))
     dsprites.LATENTS |= {"x": places, "y": places}  # few sprites, so that the nearest one is found at once
@@ -65,6 +68,12 @@ def run_commands_here(models: str, out: str) -> None:
     else:
         assert not any(printed), "rank 1 printed something"
     close()
+
+
+def refuse_writing(out: str, event: str, words: tuple) -> None:
+    """Raise AssertionError if a file below a folder is opened to be written."""
+    if event == "open" and str(words[0]).startswith(out) and words[1] is not None and set(words[1]) & set("wax+"):
+        raise AssertionError(f"a worker other than the first writes {words[0]}")
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,9 @@ def test_quality(tmp_path):
     measured = {line["iteration"]: line["feature_distance"] for line in lines if "feature_distance" in line}
     assert set(measured) == {0, 2, 4}
     best = load_state(tmp_path / "q" / "model_best.pt")
-    assert best["iteration"] == min(measured, key=measured.get) and best["best"] == min(measured.values())
+    assert best["iteration"] == min(measured, key=measured.get) and best["best"] == {
+        "classifier": min(measured.values())
+    }
     assert "before training" in result.stdout and "two halves of real data" in result.stdout
 
 

@@ -37,6 +37,7 @@ from ebm.support.progress import Progress
 MAX_COMPARED = (
     10_000  # largest number of features per set for KID, precision and recall: the cost grows with its square
 )
+IMAGES_PER_SPLIT = 5_000  # of the Inception score, as in the reference
 BATCH = 250  # images whose features are computed at once
 MAX_REAL_IMAGES = 100_000  # largest number of real images that a training run compares its samples with
 DISTANCE = "classifier Fréchet distance"  # computed in the features of a small classifier; the FID needs Inception
@@ -329,7 +330,9 @@ def measure_real(real: Statistics, number: int) -> tuple[int, float]:
     return len(some), metrics.frechet_distance(*metrics.mean_and_covariance(some), real.mean, real.covariance)
 
 
-def measure_quality(extractor: Extractor, images: Tensor, real: Statistics, *, splits: int = 5_000) -> dict[str, float]:
+def measure_quality(
+    extractor: Extractor, images: Tensor, real: Statistics, *, splits: int = IMAGES_PER_SPLIT
+) -> dict[str, float]:
     """Return quality measures of images uint8 (N, C, H, W) by name, computed in the features of the extractor.
 
     With Inception: the Inception score over splits of `splits` images, FID, KID, precision and recall. With a
@@ -393,7 +396,7 @@ class SampleMeasure:
         score, deviation = metrics.inception_score(probabilities, splits=splits)
         return {"inception_score": score, "inception_score_std": deviation, "fid": distance}
 
-    def rank(self, figures: Mapping[str, float]) -> float:
+    def get_key_figure(self, figures: Mapping[str, float]) -> float:
         """Return the figure by which the best model is chosen, smaller is better: −score, or the distance."""
         return -figures["inception_score"] if self.has_inception else figures["feature_distance"]
 

@@ -65,6 +65,9 @@ def find_neighbours(queries: Tensor, dataset: Dataset, count: int, *, block: int
     return distances, indices
 
 
+LARGEST_MATRIX = 4096  # largest number of rows for which a whole Hessian is computed: that of 64x64 pixels
+
+
 def find_hessian_directions(
     energy: Energy, image: Tensor, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -96,6 +99,8 @@ def find_hessian_directions(
     try:
         values, vectors = eigsh(operator, k=count, which="SA", v0=start, tol=1e-6, maxiter=50)
     except ArpackNoConvergence:
+        if size > LARGEST_MATRIX:
+            raise UsageError("the smallest eigenvalues of the Hessian do not converge; use `hessian`=False") from None
         values, vectors = np.linalg.eigh(np.stack([product(row) for row in np.eye(size)]))
     order = np.argsort(values)[:count]
     directions = torch.from_numpy(vectors.T[order].copy()).to(image)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,9 @@ from models import EnergyNetwork, PreparedEnergy, compute_class_logits, freeze_e
 from sampling import langevin
 from utils import ClippedAdam
 
+MOST = 50_000  # largest number of images to examine at once
+MOST_PIXELS = 500_000_000  # largest number of their pixels
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that the memory of a GPU or of the CPU is exhausted."""
@@ -40,6 +44,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 def show_progress(progress: Progress | str, total: int) -> Progress:
     """Return `progress` if it is a bar already, else a new bar of this name. total: its number of items."""
     return Progress(total, what=progress) if isinstance(progress, str) else progress
+
+
+def choose_size(batch_size: int, each: int) -> int:
+    """Return how many images to compute at once if each takes so many evaluations of the network.
+
+    batch_size: the number of images for up to ten evaluations; if there are more, it is less in proportion.
+    """
+    return max(1, batch_size * 10 // max(each, 10))
+
+
+def count_most_images(image_shape: tuple[int, int, int]) -> int:
+    """Return how many images (C, H, W) to examine at most, so that memory surely holds them: 2 GB as floats."""
+    return min(MOST, MOST_PIXELS // math.prod(image_shape))
 
 
 @dataclasses.dataclass
@@ -105,7 +122,7 @@ class ExaminedModel:
         replaces that of the workers. Raises UsageError if memory cannot hold a single image, and for results that are
         not finite.
         """
-        size, before = self.choose_size(each), progress.done
+        size, before = choose_size(self.batch_size, each), progress.done
         parts = [slice(start, min(start + size, total)) for start in range(0, total, size)]
         seed = int(torch.randint(2**31, (), generator=self.generator, device=self.device))
         noise = self.generator.get_state()
@@ -122,10 +139,6 @@ class ExaminedModel:
         progress.update(before + total)
         return torch.cat([result.to(self.device) for result in results])
 
-    def choose_size(self, each: int) -> int:
-        """Return how many images to compute at once if each takes so many evaluations of the network."""
-        return max(1, self.images_at_a_time * 10 // max(each, 10))
-
     def compute_in_pieces(
         self, function: Callable[[slice], Tensor], part: slice, each: int, progress: Progress
     ) -> Tensor:
@@ -136,7 +149,7 @@ class ExaminedModel:
         results: list[Tensor] = []
         done = part.start
         while done < part.stop:
-            piece = slice(done, min(done + self.choose_size(each), part.stop))
+            piece = slice(done, min(done + choose_size(self.images_at_a_time, each), part.stop))
             noise = self.generator.get_state()
             result = self.compute_if_memory_allows(function, piece)
             if result is None:
@@ -309,7 +322,7 @@ class ExaminedModel:
         labels: one-hot (N, classes). lr: learning rate of Adam. As in the reference, what is differentiated is the sum
         over a batch. Dropout stays off, as in all tasks of the sandbox. Rank 0 trains, the others receive its weights.
         """
-        optimizer = ClippedAdam(self.model.parameters(), lr=lr, betas=(0.9, 0.999), clipped=False)
+        optimizer = ClippedAdam(self.model.parameters(), lr=lr, betas=(0.9, 0.999), clip_gradients=False)
 
         def step(part: slice) -> Tensor:
             energy = PreparedEnergy(self.model, self.model.prepare(update_u=True), self.rescale)

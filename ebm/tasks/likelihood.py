@@ -1,6 +1,6 @@
 """Lower and upper bounds of the log-likelihood of densities exp(−E), by annealed importance sampling.
 
-    log_z = bound_log_z(energy, (16, 1, 28, 28), num_distributions=1000, step_size=0.0065, generator=generator)
+    log_z = bound_log_z(energy, (16, 1, 28, 28), num_distributions=1000, step_size=0.0065, seed=0, device=device)
     # −E(x) − log_z.upper ≤ log p(x) ≤ −E(x) − log_z.lower, in nats
 
 Images are in a box with steep walls instead of hard ones: the density is exp(−E(x) − walls(x)).
@@ -19,7 +19,7 @@ from torch import Tensor
 from ebm.settings import AisSettings
 from ebm.support.errors import UsageError
 from ebm.support.sharing import ShareOut, compute_all, derive_seed
-from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.examined_model import ExaminedModel, count_most_images
 from ebm.tasks.trained_models import TrainedModel, find_checkpoint, load_split, note_contradictions, open_model
 from ebm.training.distributed import Workers
 from models import freeze_energy
@@ -93,7 +93,7 @@ def anneal(
 # ---------------------------------------------------------------------------------------------------------------------
 # Bounds of log Z and of the log-likelihood
 
-MOVES = ("acceptance", "reverse_acceptance")
+ACCEPTANCES = ("acceptance", "reverse_acceptance")
 
 
 class LogZBounds(NamedTuple):
@@ -103,8 +103,8 @@ class LogZBounds(NamedTuple):
     lower_error: float
     upper: float
     upper_error: float
-    acceptance: Tensor  # (num_distributions,), of the forward run
-    reverse_acceptance: Tensor  # (num_distributions,), of the reverse run, in the same order of distributions
+    acceptance: Tensor  # (num_distributions,), of the forward run's moves at alpha = 1/n, …, 1
+    reverse_acceptance: Tensor  # (num_distributions,), of the reverse run's moves at alpha = 0, …, (n − 1)/n
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values by name."""
@@ -214,7 +214,8 @@ def compute_figures(target: Target, bounds_by_class: dict[str, LogZBounds]) -> d
         bits = [8 - (p / dimensions + math.log(target.rescale)) / math.log(2) for p in per_image.values()]
         figures |= per_image | {"bits/dim ≥": bits[1], "bits/dim ≤": bits[0]}
     accepted = [
-        sum(getattr(b, name).mean().item() for b in bounds_by_class.values()) / len(bounds_by_class) for name in MOVES
+        sum(getattr(b, name).mean().item() for b in bounds_by_class.values()) / len(bounds_by_class)
+        for name in ACCEPTANCES
     ]
     figures |= dict(zip(("accepted", "back"), accepted, strict=True))
     if not all(map(math.isfinite, figures.values())):
@@ -328,7 +329,8 @@ def load_test_images(settings: AisSettings, trained: TrainedModel, device: torch
         raise UsageError("`dataset`=dsprites has pixels of two values without noise, which have no density")
     if label_size not in (0, dataset.label_size):
         raise UsageError(f"`dataset`={dataset.name} has {dataset.label_size} classes, the model takes {label_size}")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))[: settings.limit]
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))
+    order = order[: settings.limit or count_most_images(dataset.image_shape)]
     images, labels = dataset.batch(order.to(device), torch.Generator(device).manual_seed(settings.seed))
     if labels is None or not label_size:
         labels = images.new_zeros(len(images), 0)

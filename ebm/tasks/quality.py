@@ -55,7 +55,7 @@ PAPER = {
 # ---- pools of persistent chains ----
 
 
-Chain = Callable[[Tensor, Tensor], Tensor]  # images (N, C, H, W) in [0, 1], labels (N, classes) -> its end points
+PoolChain = Callable[[Tensor, Tensor], Tensor]  # images (N, C, H, W) in [0, 1], labels (N, classes) -> its end points
 
 
 class PoolDraws:
@@ -86,7 +86,7 @@ class PoolDraws:
 
 
 def run_pool(
-    chains: Sequence[Chain], draws: PoolDraws, settings: PoolSettings, progress: Progress
+    chains: Sequence[PoolChain], draws: PoolDraws, settings: PoolSettings, progress: Progress
 ) -> tuple[Tensor, Tensor]:
     """Run a pool of persistent chains for all its rounds; return its images (N, C, H, W) and labels (N, classes).
 
@@ -156,7 +156,7 @@ def draw_pool(
         generator=generator,
     )
 
-    def build_chain(energy: PreparedEnergy) -> Chain:
+    def build_chain(energy: PreparedEnergy) -> PoolChain:
         return lambda images, labels: descend(energy.under(labels), images)
 
     draws = PoolDraws(energies[0].model.config, generator)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,11 +28,9 @@ from ebm.tasks.analysis import (
     read_images,
 )
 from ebm.tasks.attacks import SHADES, Attack, restrict_to_ball, restrict_to_lower_half
-from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.examined_model import ExaminedModel, count_most_images
 from models import ModelConfig, draw_noise_images
 
-MOST = 50_000  # largest number of images in a task without `limit`
-MOST_PIXELS = 500_000_000  # largest number of their pixels, 2 GB as floats
 ROWS = 20  # rows of a picture
 LONG = 50  # rounds of a long chain, 1,000 steps by default
 SHOWN_ROUNDS = (0, 1, LONG // 10, LONG // 2, LONG)  # rounds after which figures and pictures are reported
@@ -113,7 +110,7 @@ class SandboxRun:
         """
         if self.settings.most_images:
             return self.settings.most_images
-        return min(MOST, MOST_PIXELS // math.prod(self.config.image_shape)) if usual is None else usual
+        return count_most_images(self.config.image_shape) if usual is None else usual
 
     def draw_index(self, dataset: Dataset, number: int, what: str) -> Tensor:
         """Return the indices of `number` random images; the same seed gives the same indices.

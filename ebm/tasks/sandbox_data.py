@@ -59,6 +59,7 @@ def load_outlier_set(name: str, settings: SandboxSettings, config: ModelConfig, 
             split="test",
             root=settings.datadir,
             device=device,
+            path=settings.find_path(name) if name in data.DATASETS else None,
             workers=settings.data_workers,
             download=settings.download,
         )

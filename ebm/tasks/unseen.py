@@ -133,7 +133,7 @@ def build_product(run: ConceptRun, other: str) -> ProductNetwork:
             num_filters=settings.num_filters or 64,
             label_size=CONCEPTS[concept].label_size,
             spec_norm=settings.spec_norm is not False,
-            swish_act=bool(settings.swish_act),
+            **settings.unrecorded,
         )
         known = run.concepts.get(concept)
         parts.append(known.energy.model if known else models.build_model(config, generator))
@@ -277,7 +277,7 @@ def load_or_train_product(run: ConceptRun, training: Tensor, other: str) -> Prod
     paths = [run.folder / concept / f"model_{iteration}.pt" for concept in ("pos", other)]
     is_trained = run.workers.rank == 0 and not run.settings.train and all(path.exists() for path in paths)
     if run.workers.any(is_trained):
-        print(f"trained before: {', '.join(map(str, paths))}; train=True trains anew")
+        print(f"trained before, with the settings of that time: {', '.join(map(str, paths))}; train=True trains anew")
         return ProductNetwork([checkpoint.load_energy(path, device=run.generator.device) for path in paths])
     product = build_product(run, other)
     if run.workers.rank == 0:

@@ -1,4 +1,4 @@
-"""Data parallel training: one small interface over Horovod, torch.distributed, or a single process.
+"""Workers that train or evaluate together: one small interface over Horovod, torch.distributed, or a single process.
 
     workers = distributed.join_workers()              # finds out how the run was launched
     workers.broadcast([p.data for p in model.parameters()])
@@ -292,8 +292,8 @@ class Workers:
     """The processes that train together, seen from one of them. `join_workers` returns one.
 
     rank, size: this worker's place. engine: "horovod", "torch" or "none". why: a clause with the reason for
-    the engine. device: where this worker computes. All workers must call every method but `print` and `busy`, in the
-    same order.
+    the engine. device: where this worker computes. All workers must call every method that sends something, in
+    the same order: all but `print`, `busy`, `choose_folder` and `count_share`.
     """
 
     def __init__(self, launch: Launch, engine: str, why: str, device: torch.device, timeout: float):
@@ -477,6 +477,8 @@ def share_evaluation(device: str) -> Iterator[Workers]:
     """
     workers = join_workers(device=device)
     silence = contextlib.redirect_stdout(io.StringIO()) if workers.rank > 0 else contextlib.nullcontext()
+    if workers.rank > 0:
+        os.environ["TQDM_DISABLE"] = "1"  # progress bars
     with silence, workers.busy():
         try:
             yield workers

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import to_tf_name
-from ebm.measures.features import DISTANCE, SampleMeasure
+from ebm.measures.features import DISTANCE, IMAGES_PER_SPLIT, SampleMeasure
 from ebm.settings import TrainSettings
 from ebm.support import pictures
 from ebm.support.logs import RunLog, read_series
@@ -22,7 +22,6 @@ from ebm.training.state import State, Step
 from sampling import compute_input_gradient
 
 PANELS = 20  # rows of start | sample | real
-IMAGES_PER_SPLIT = 5_000  # of the Inception score at the end
 BINS = 40  # of the histograms of energies in the log
 MAX_HISTOGRAM_ENERGY = 1e9  # the size of energies from which on no histogram is made
 
@@ -127,13 +126,13 @@ class Recorder:
         )
 
     def measure_samples(self) -> float | None:
-        """Log the figures of fresh chains; return their rank, smaller is better, or None if nothing is measured."""
+        """Log the figures of fresh chains; return the key figure, smaller is better, or None if nothing is measured."""
         if self.measure is None:
             return None
         figures = self.measure.measure(self.draw_fresh_chains().images)
         self.log.write_scalars(self.state.iteration, figures)
         self.progress.say(f"iteration {self.state.iteration}: {self.measure.describe(figures)}")
-        return self.measure.rank(figures)
+        return self.measure.get_key_figure(figures)
 
     def record_energies(self, step: Step) -> None:
         """Log histograms of the energies of data, negatives and fresh chains, and how far the fresh chains moved."""
@@ -182,7 +181,7 @@ def write_final_report(
     print(f"samples from noise, {steps}: {path}")
     if measure is not None and measure.has_inception:
         figures = measure.measure(images, splits=max(1, len(images) // IMAGES_PER_SPLIT))
-        print(f"{len(images):,} samples, {steps}, compared with 10,000 training images: {measure.describe(figures)}")
+        print(f"{len(images):,} samples, {steps}: {measure.describe(figures)} (to at most 10,000 training images)")
         about = {"iteration": state.iteration, "samples": len(images), "num_steps": sampler.num_steps}
         print(f"wrote {write_json(folder / f'quality_{state.iteration}.json', about | figures)}")
     elif measure is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
 import signal
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ class Run:
         self.measure = choose_measure(settings, dataset, workers.device) if self.is_first else None
         self.guard = DivergenceGuard() if settings.guard else None
         self.rollbacks = 0
-        self.best = float("inf")  # the smallest rank of samples, see `SampleMeasure.rank`
+        self.best: dict[str, float] = {}  # network that measures -> smallest key figure, see `SampleMeasure`
         self.failed_saves = 0
         self.signal: int | None = None  # the signal that asked the run to end
         self.recorder: Recorder | None = None  # on rank 0 only, while it trains
@@ -174,9 +175,12 @@ class Run:
 
     def measure_samples(self) -> None:
         """Log the quality of fresh samples, and save the model if it is the best so far."""
-        rank = None if self.recorder is None else self.recorder.measure_samples()
-        if rank is not None and rank < self.best:
-            self.best = rank
+        figure = None if self.recorder is None else self.recorder.measure_samples()
+        if figure is None or self.measure is None:
+            return
+        name = self.measure.extractor.name
+        if figure < self.best.get(name, math.inf):
+            self.best[name] = figure
             self.write(self.settings.folder / "model_best.pt", self.state.get_shared_state() | self.describe_progress())
 
     @contextlib.contextmanager
@@ -268,7 +272,8 @@ class Run:
             workers.print(f"note: {path} has averaged weights, which this run drops; ema_decay would keep them")
         elif is_averaged and not was_averaged:
             workers.print(f"note: {path} has no averaged weights; the average starts with its weights")
-        self.best = contents.get("best", self.best)
+        best = contents.get("best", {})
+        self.best = dict(best) if isinstance(best, dict) else {"classifier": best}  # as earlier versions saved it
         self.rollbacks = contents.get("rollbacks", 0)
         if state.acceleration.is_fp16_by_default and contents.get("precision") == "tf32":
             state.acceleration.give_up("precision", f"{path} was computed in TF32")

@@ -33,8 +33,8 @@ from models import PreparedEnergy, draw_noise_images, freeze_energy
 
 CHAINS = 250  # chains that run at once, unless the step is compiled for another number
 PART = 1_000  # images of one draw, if there are more
-MEASURED = ("cifar10", "imagenet", "imagenetfull")  # data sets whose samples the reference measures
-MOST_MEASURED = 1_000  # images that a test measures by Inception
+MEASURED_SETS = ("cifar10", "imagenet", "imagenetfull")  # data sets whose samples the reference measures
+TEST_SAMPLES = 1_000  # images that a test measures by Inception
 
 
 class FreshChains(NamedTuple):
@@ -141,18 +141,22 @@ def choose_measure(settings: TrainSettings, dataset: data.Dataset, device: torch
     """Return the measure of samples: by Inception if its weights are at hand, else by a classifier; None for none.
 
     A line says that the classifier stands in for Inception, or why nothing is measured. Raises UsageError if `quality`
-    is set and neither can be used.
+    is set and neither can be used, or if given weights cannot be.
     """
-    if settings.quality is False or (settings.quality is None and settings.dataset not in MEASURED):
+    is_asked = settings.quality or settings.inception_weights
+    if settings.quality is False or not (is_asked or settings.dataset in MEASURED_SETS):
         return None
-    if dataset.image_shape[0] == 3:
-        path = pathlib.Path(settings.inception_weights or locate_inception())
-        if settings.inception_weights or path.exists():
+    is_colour, path = dataset.image_shape[0] == 3, pathlib.Path(settings.inception_weights or locate_inception())
+    if settings.inception_weights and not is_colour:
+        raise UsageError(f"`inception_weights` is for colour images, not {dataset.name}; leave it out")
+    if is_colour:
+        try:
             return prepare_inception(dataset, path, settings.inception_sha256, settings.folder, device)
-        print(
-            f"note: the {DISTANCE} stands in for Inception score and FID, because there are no Inception weights: put"
-        )
-        print(f"{INCEPTION_URL} into {path.parent}, or set inception_weights")
+        except UsageError as error:
+            if settings.inception_weights:
+                raise
+            reason = str(error).replace("`", "") if path.exists() else f"put {INCEPTION_URL} into {path.parent}"
+        print(f"note: the {DISTANCE} stands in for Inception score and FID, which need Inception's weights: {reason}")
     try:
         return prepare_distance(dataset, choose_number(settings, has_inception=False), settings.folder)
     except UsageError as error:
@@ -170,4 +174,4 @@ def choose_number(settings: TrainSettings, has_inception: bool) -> int:
 def choose_test_number(settings: TrainSettings, measure: SampleMeasure) -> int:
     """Return how many images to measure at a test."""
     number = choose_number(settings, measure.has_inception)
-    return min(number, MOST_MEASURED) if measure.has_inception else number
+    return min(number, TEST_SAMPLES) if measure.has_inception else number

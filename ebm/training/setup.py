@@ -113,7 +113,7 @@ def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.Mod
         network, filters = SIZES[size], 192 if size == "wider_model" else 128
     else:
         network, filters = "ResNet32", 128
-    return models.ModelConfig(
+    config = models.ModelConfig(
         network,
         image_shape=dataset.image_shape,
         num_filters=settings.num_filters or filters,
@@ -125,6 +125,11 @@ def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.Mod
         swish_act=settings.swish_act,
         downsample=settings.downsample,
     )
+    if settings.model_cclass and not config.has_classes:
+        raise UsageError(
+            f"`model_cclass` infers classes, and these labels of {dataset.name} are quantities; leave it out"
+        )
+    return config
 
 
 # ---- how chains are computed ----
