@@ -125,6 +125,8 @@ def run(place, command):
     words = shlex.split(words, comments=True) + SMALL[script]
     if script == "benchmarks/recipes.py" and ("--precisions" not in command or "mnist" in command):
         words.append("--seeds=1")  # one command with several seeds is enough: each run trains a classifier
+    elif script == "benchmarks/recipes.py":
+        words.append("--precisions=float32")  # the other command has both
     if script == "ebm_combine.py":
         words += [f"--train_flags={shlex.join(TRAIN)}"]
     train_flags = [word.removeprefix("--train_flags=") for word in words if word.startswith("--train_flags=")]
