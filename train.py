@@ -49,8 +49,8 @@ def train_step(
     """Run one iteration of the paper's algorithm 1: chains, energies of data and samples, loss, update.
 
     images: (batch_size, C, H, W) in [0, rescale], labels: (batch_size, label_size) or None. start: the images
-    (N, C, H, W) that the chains start from. The chains take the labels of the batch's first N images; their end points
-    are contrasted with these images.
+    (N, C, H, W) that the chains start from. The chains take the labels of the batch's first N images, or inferred ones
+    with `model_cclass`; their end points are contrasted with these images.
     average_gradients: replaces the gradients by their mean over all workers.
     """
     # The weights are normalised once, so that the chain, the loss and the update all see the same ones.
