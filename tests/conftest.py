@@ -57,6 +57,15 @@ SHAPE = (1, 28, 28)
 CONFIG = models.ModelConfig("MnistNet", SHAPE, num_filters=4)
 
 
+# Files that take minutes; two workers start with them, so that neither waits for the other at the end.
+LONG_FILES = ("test_readme.py", "test_train.py", "test_faults.py", "test_shipped.py", "test_measure_gpu.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of long files first."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs
 
