@@ -97,6 +97,10 @@ def test_a_classifier_stands_in(tmp_path, monkeypatch, capsys):
     measure = choose_measure(settings, dataset, torch.device("cpu"))
     assert measure is not None and measure.extractor.name != features.Inception.name
     assert "the classifier Fréchet distance stands in for Inception score and FID" in capsys.readouterr().out
+    unlabelled = data.StoredImages("imagenetfull", dataset.images, None)
+    assert choose_measure(TrainSettings(dataset="imagenetfull"), unlabelled, torch.device("cpu")) is None
+    printed = capsys.readouterr().out
+    assert "samples are not measured" in printed and "stands in" not in printed
     for words in ({"quality": False}, {"dataset": "mnist"}):
         others = TrainSettings(**{"dataset": "cifar10", **words})
         assert choose_measure(others, dataset, torch.device("cpu")) is None

@@ -149,6 +149,7 @@ def choose_measure(settings: TrainSettings, dataset: data.Dataset, device: torch
     is_colour, path = dataset.image_shape[0] == 3, pathlib.Path(settings.inception_weights or locate_inception())
     if settings.inception_weights and not is_colour:
         raise UsageError(f"`inception_weights` is for colour images, not {dataset.name}; leave it out")
+    reason = ""
     if is_colour:
         try:
             return prepare_inception(dataset, path, settings.inception_sha256, settings.folder, device)
@@ -156,14 +157,16 @@ def choose_measure(settings: TrainSettings, dataset: data.Dataset, device: torch
             if settings.inception_weights:
                 raise
             reason = str(error).replace("`", "") if path.exists() else f"put {INCEPTION_URL} into {path.parent}"
-        print(f"note: the {DISTANCE} stands in for Inception score and FID, which need Inception's weights: {reason}")
     try:
-        return prepare_distance(dataset, choose_number(settings, has_inception=False), settings.folder)
+        measure = prepare_distance(dataset, choose_number(settings, has_inception=False), settings.folder)
     except UsageError as error:
         if settings.quality:
             raise UsageError(f"{error}; leave out `quality`") from None
-        print(f"note: samples are not measured: {error}")
+        print(f"note: samples are not measured: {error}; Inception needs its weights: {reason}")
         return None
+    if reason:
+        print(f"note: the {DISTANCE} stands in for Inception score and FID, which need Inception's weights: {reason}")
+    return measure
 
 
 def choose_number(settings: TrainSettings, has_inception: bool) -> int:
