@@ -52,7 +52,7 @@ LIMIT = ["--limit_size=64"]  # of the matrix products that are a machine's limit
 SMALL = {
     "train.py": [*TRAIN, "--data_workers=1"],
     "ebm_sandbox.py": ["--num_steps=1", "--limit=4", "--batch_size=4"],
-    "ebm_combine.py": ["--num_steps=1", "--limit=2", "--batch_size=2", "--break_steps=1"],
+    "ebm_combine.py": ["--num_steps=1", "--limit=2", "--batch_size=2", "--break_steps=1", "--precision=float32"],
     "imagenet_demo.py": ["--num_steps=2", "--batch_size=2"],
     "sample.py": ["--num_steps=1", "--num=2"],
     "eval_inception.py": ["--num_steps=1", "--im_number=20", "--repeat_scale=1", "--real_number=100", "--nodownload"],

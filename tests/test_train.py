@@ -237,7 +237,7 @@ def test_goes_on_from_a_published_checkpoint(tmp_path):
 
 
 def diverge(tmp_path, *flags):
-    result = train(tmp_path, "--exp=d", "--max_iter=300", "--lr=30", *flags)
+    result = train(tmp_path, "--exp=d", "--max_iter=150", "--lr=30", *flags)
     lines = [json.loads(line) for line in (tmp_path / "d" / "log.jsonl").read_text().splitlines()]
     return result, lines
 
