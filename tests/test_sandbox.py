@@ -36,7 +36,7 @@ from ebm.support.errors import UsageError
 from ebm.tasks import analysis, attacks, sandbox, sandbox_data
 from ebm.tasks.attacks import Attack, ascend_loss, draw_offset, restrict_to_ball
 from ebm.tasks.examined_model import ExaminedModel
-from ebm.tasks.trained_models import TrainedModel
+from ebm.tasks.trained_models import TrainedModel, find_subset, load_split
 
 
 def planted(energy, image_shape=(1, 4, 4), label_size=0, **settings):
@@ -697,6 +697,19 @@ def test_mistakes(name, words, outcomes):
     assert error is not None and "\n" not in error
     for word in words:
         assert word in error
+
+
+def test_subsets_of_sprites():
+    """Breaks when --d*_only has no effect beside the subset of training, or none is taken without a word elsewhere."""
+    parse = functools.partial(cli.parse, kind=SandboxSettings)
+    assert find_subset(parse(["x", "--dpos_only"]), {"dsize_only": True}) == "pos"
+    assert find_subset(parse(["x"]), {"dsize_only": True}) == "size"
+    assert find_subset(parse(["x"]), {}) is None
+    with pytest.raises(UsageError, match="`dpos_only` and `dsize_only` exclude each other"):
+        find_subset(parse(["x", "--dpos_only", "--dsize_only"]), {})
+    trained = TrainedModel(planted(None).model, pathlib.Path("model_1.pt"), {"dataset": "digits"}, ())
+    with pytest.raises(UsageError, match="`dsprites_restrict` is for `dataset`=dsprites, not digits"):
+        load_split("test", trained, parse(["x", "--dsprites_restrict"]), torch.device("cpu"))
 
 
 def test_sprite_conditions():

@@ -136,7 +136,8 @@ class ExaminedModel:
 
         results = (share_out or self.workers.share_out)(parts, compute_part)
         self.generator.set_state(noise)
-        progress.update(before + total)
+        if progress.done < before + total:  # the last part was another worker's
+            progress.update(before + total)
         return torch.cat([result.to(self.device) for result in results])
 
     def compute_in_pieces(

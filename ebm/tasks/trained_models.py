@@ -172,7 +172,8 @@ def load_split(
     path_setting = source and source.path_setting
     is_sprites, is_folder = name == "dsprites", name == "folder"
     if settings.subset and not is_sprites:
-        raise UsageError(f"`d{settings.subset}_only` is for `dataset`=dsprites, not {name}; leave it out")
+        flag_name = next(flag for flag, subset in SUBSETS.items() if subset == settings.subset)
+        raise UsageError(f"`{flag_name}` is for `dataset`=dsprites, not {name}; leave it out")
     dataset = data.load_dataset(
         name,
         split=split,

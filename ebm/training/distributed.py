@@ -483,10 +483,8 @@ def share_evaluation(device: str) -> Iterator[Workers]:
         try:
             yield workers
         except UsageError:
-            if workers.rank > 0:
-                time.sleep(
-                    2 * Watch.GRACE
-                )  # rank 0 makes the same mistake: its line is enough, its end ends this worker
+            if workers.rank > 0:  # rank 0 makes the same mistake: its line is enough, and its end ends this worker
+                time.sleep(2 * Watch.GRACE)
             raise
         workers.close()
 
