@@ -25,10 +25,12 @@ from typing import Any
 
 from ebm.settings import AisSettings
 from ebm.support import cli, pictures
+from ebm.support.files import prepare_folder
 from ebm.support.hardware import set_up_process
 from ebm.support.progress import Progress
-from ebm.support.reports import format_table, make_folder, write_json
+from ebm.support.reports import format_table, write_json
 from ebm.tasks.likelihood import GAUSSIANS, Target, bound_log_z_of_classes, build_gauss, compute_figures, load_target
+from ebm.tasks.trained_models import find_checkpoint, open_model
 from ebm.training.distributed import Workers, share_evaluation
 
 
@@ -61,9 +63,10 @@ def main(settings: AisSettings) -> None:
 def measure_likelihood(settings: AisSettings, workers: Workers) -> None:
     """Bound log Z and the likelihood of test images, each worker with its share of the chains, and write the report."""
     numbers, is_gauss = sorted(set(settings.pdist)), settings.dataset in GAUSSIANS
-    target = build_gauss(settings, workers.device) if is_gauss else load_target(settings, workers)
+    trained = None if is_gauss else open_model(find_checkpoint(settings), workers.device, settings, ema=settings.ema)
     name = str(settings.dataset if is_gauss else settings.exp)
-    folder = workers.choose_folder(make_folder(pathlib.Path(settings.logdir) / name / "ais", "logdir"))
+    folder = workers.choose_folder(prepare_folder(pathlib.Path(settings.logdir) / name / "ais", "logdir"))
+    target = build_gauss(settings, workers.device) if trained is None else load_target(settings, trained, workers)
     contents = describe_target(settings, target) | {"bounds": {}, "by class": {}}
     progress = Progress(2 * sum(numbers) * len(target.energies), what="HMC move")
     for number in numbers:

@@ -8,10 +8,8 @@ executes code. A TensorFlow checkpoint holds variables by name; the network is i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import os
 import pathlib
 import pickle
 import re
@@ -26,6 +24,7 @@ from torch import Tensor
 import models
 from ebm.readers.tensorflow import read_tf_checkpoint
 from ebm.support.errors import UsageError
+from ebm.support.files import write_file
 from utils import ClippedAdam
 
 KEEP = 30  # the newest checkpoints, which are kept
@@ -33,27 +32,8 @@ KEEP_SECONDS = 6 * 3600.0  # of older ones, the first of every such period is ke
 
 
 def save(path: pathlib.Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, flush it to the disk and rename it: `path` is never half a file.
-
-    The folder is made if it does not exist.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # so that the rename, too, survives a power cut
-        finally:
-            os.close(folder)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    """Write a checkpoint, whole or not at all, and its folder if it does not exist; see `write_file`."""
+    write_file(path, lambda file: torch.save(state, file))
 
 
 def list_iterations(folder: pathlib.Path) -> list[int]:
@@ -68,7 +48,7 @@ def prune(folder: pathlib.Path) -> None:
     The newest `KEEP` stay, and so does the first of every six hours, by the time of the file. Half-written files of
     killed processes are deleted, too.
     """
-    for path in folder.glob(".model_*.tmp"):
+    for path in folder.glob(".*.tmp"):
         path.unlink()
     numbered = sorted(
         (number, path) for path in folder.glob("model_*.pt") if (number := parse_iteration(path)) is not None

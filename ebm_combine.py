@@ -26,8 +26,9 @@ from ebm.settings import CombineSettings
 from ebm.support import cli
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
+from ebm.support.files import prepare_folder
 from ebm.support.hardware import set_up_process
-from ebm.support.reports import make_folder, write_report
+from ebm.support.reports import write_report
 from ebm.tasks import concepts, unseen
 from ebm.tasks.concept_models import (
     find_models,
@@ -91,7 +92,7 @@ def make_task_folder(settings: Settings) -> pathlib.Path:
     folder = pathlib.Path(settings.savedir) / settings.exp / settings.task
     if settings.task in ("gentest", "genbaseline"):
         folder /= f"pos_{unseen.choose_other_concept(settings)}"
-    return make_folder(folder, "savedir")
+    return prepare_folder(folder, "savedir")
 
 
 def main(settings: Settings) -> None:
@@ -109,14 +110,16 @@ def run_task(settings: Settings, workers: Workers) -> None:
     check_combination(settings)
     labels, weights = read_pairs("labels", settings.labels), read_weights(settings)
     paths = find_task_models(settings)
+    models = load_models(settings, paths, workers.device)
+    folder = make_task_folder(settings)
     run = concepts.ConceptRun(
         settings,
-        load_models(settings, paths, workers.device),
+        models,
         labels,
         weights,
         load_all_sprites(settings.dsprites_path, workers.device),
         torch.Generator(workers.device).manual_seed(settings.seed),
-        make_task_folder(settings),
+        folder,
         workers=workers,
     )
     figures = TASKS[settings.task](run)

@@ -21,8 +21,9 @@ import torch
 from ebm.settings import SandboxSettings
 from ebm.support import cli
 from ebm.support.cli import flag
+from ebm.support.files import prepare_folder
 from ebm.support.hardware import set_up_process
-from ebm.support.reports import make_folder, write_report
+from ebm.support.reports import write_report
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.sandbox import TASKS, SandboxRun
 from ebm.tasks.sandbox_data import list_outliers, load_model_split, load_outlier_set
@@ -68,7 +69,7 @@ def examine_model(settings: Settings, workers: Workers) -> None:
         load=functools.cache(lambda split: workers.take_turns(functools.partial(load, split))),
         load_mix=lambda name: workers.take_turns(functools.partial(load_mix, name)),
         mixes=list_outliers(settings),
-        folder=make_folder(pathlib.Path(settings.logdir) / settings.exp / settings.task, "logdir"),
+        folder=prepare_folder(pathlib.Path(settings.logdir) / settings.exp / settings.task, "logdir"),
         names=trained.class_names,
     )
     kind = f"conditioned on labels of width {config.label_size}" if config.label_size else "unconditional"

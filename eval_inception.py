@@ -32,8 +32,9 @@ from ebm.measures.features import (
 )
 from ebm.settings import InceptionSettings
 from ebm.support import cli, pictures
+from ebm.support.files import prepare_folder
 from ebm.support.hardware import set_up_process
-from ebm.support.reports import format_table, make_folder, write_json
+from ebm.support.reports import format_table, write_json
 from ebm.tasks.quality import (
     PAPER,
     check_pool,
@@ -103,6 +104,9 @@ class QualityReport:
     """The figures of samples, and the files that they are written to."""
 
     def __init__(self, settings: InceptionSettings, trained: TrainedModel, device: torch.device):
+        folder = pathlib.Path(settings.logdir) / settings.exp / f"eval_inception_{settings.idx}"
+        self.folder = prepare_folder(folder, "logdir")
+        self.path = self.folder / "eval_inception.json"
         cache = pathlib.Path(settings.cache or pathlib.Path(settings.logdir) / "statistics")
         reference = load_reference(settings, trained, device)
         self.settings, self.extractor = settings, load_extractor(settings, reference, cache, device)
@@ -117,9 +121,6 @@ class QualityReport:
             "Fréchet distance of real images": of_real,
             "paper": published if self.extractor.name == "inception" else {},
         }
-        folder = pathlib.Path(settings.logdir) / settings.exp / f"eval_inception_{settings.idx}"
-        self.folder = make_folder(folder, "logdir")
-        self.path = self.folder / "eval_inception.json"
 
     def add(self, paths: Sequence[pathlib.Path], images: Tensor) -> None:
         """Measure the images uint8 (N, C, H, W) of an ensemble of checkpoints; write them as a grid, and the report."""

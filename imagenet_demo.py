@@ -21,10 +21,10 @@ import checkpoint
 from ebm.settings import DemoSettings
 from ebm.support import cli, pictures
 from ebm.support.errors import UsageError
+from ebm.support.files import prepare_folder
 from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
-from ebm.support.reports import make_folder
 from ebm.support.sharing import derive_seed
 from ebm.tasks.trained_models import (
     TrainedModel,
@@ -83,7 +83,7 @@ def show_chains(settings: DemoSettings, workers: Workers) -> None:
     refuse_concept_model(trained)
     if settings.classes and not trained.model.config.label_size:
         raise UsageError(f"`classes`: {path} has no classes; leave it out")
-    folder = make_folder(pathlib.Path(settings.savedir) / settings.exp, "savedir")
+    folder = prepare_folder(pathlib.Path(settings.savedir) / settings.exp, "savedir")
 
     columns = math.ceil(math.sqrt(settings.batch_size))
     labels = choose_labels(settings, trained, columns)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ebm.settings import SampleSettings
 from ebm.support import cli, pictures
+from ebm.support.files import prepare_folder, write_file
 from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.progress import Progress
 from ebm.tasks.quality import draw_fresh_images, report_memory_shortage
@@ -58,6 +59,7 @@ def sample_images(settings: SampleSettings, workers: Workers) -> None:
     num_steps = num_steps if settings.num_steps is None else settings.num_steps
     step_lr = trained.choose_step_lr(settings.step_lr)
     steps = f"{num_steps} Langevin steps of {step_lr:g}"
+    folder = prepare_folder(pathlib.Path(settings.logdir) / settings.exp / "sample", "logdir")
     print(f"model: {path}; {settings.num} images, {steps}, seed {settings.seed}, on {device}")
 
     batches = workers.count_share(-(-settings.num // settings.batch_size))
@@ -78,15 +80,14 @@ def sample_images(settings: SampleSettings, workers: Workers) -> None:
         )
     progress.close()
     if workers.rank == 0:
-        write_images(settings, images, numbers, classes)
+        write_images(settings, images, numbers, classes, folder)
 
 
-def write_images(settings: SampleSettings, images: Tensor, numbers: Tensor, classes: int) -> None:
-    """Write images uint8 (N, C, H, W) as a grid, as an .npz file and, if asked for, as single files.
+def write_images(settings: SampleSettings, images: Tensor, numbers: Tensor, classes: int, folder: pathlib.Path) -> None:
+    """Write images uint8 (N, C, H, W) to a folder as a grid, as an .npz file and, if asked for, as single files.
 
     numbers: their classes (N,). classes: how many the model has, 0 if it is unconditional.
     """
-    folder = pathlib.Path(settings.logdir) / settings.exp / "sample"
     grid, columns = (
         images[:GRID] / 255,
         10 if classes == 10 else min(20, max(1, round(min(settings.num, GRID) ** 0.5))),
@@ -95,13 +96,12 @@ def write_images(settings: SampleSettings, images: Tensor, numbers: Tensor, clas
     print(f"wrote {pictures.save_grid(grid, folder / 'samples.png', columns=columns, scale=scale)}")
     pixels = images.permute(0, 2, 3, 1).numpy()
     arrays: dict[str, Any] = {"images": pixels} | ({"labels": numbers.numpy()} if classes else {})
-    np.savez_compressed(folder / "samples.npz", **arrays)
-    print(f"wrote {folder / 'samples.npz'}")
+    print(f"wrote {write_file(folder / 'samples.npz', lambda file: np.savez_compressed(file, **arrays))}")
     if settings.folder:
         for path in (folder / "images").glob("[0-9]*.png"):  # an earlier run may have written more
             path.unlink()
         for i, image in enumerate(pixels):
-            pictures.save_pixels(image, folder / "images" / f"{i:06}.png")
+            pictures.save_pixels(image, folder / "images" / f"{i:06}.png", sync=False)
         print(f"wrote {folder / 'images'}/")
 
 

@@ -211,6 +211,7 @@ def main(settings: TrainSettings) -> None:
         train(run)
     run.report()
     workers.close()
+    run.finish()
 
 
 if __name__ == "__main__":

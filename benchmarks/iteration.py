@@ -92,6 +92,7 @@ def measure_iteration(settings: Settings, num_steps: int, batch_size: int, what:
 
 
 def main(settings: Settings) -> None:
+    timing.prepare_output(settings)
     steps, batch_sizes = settings.steps, settings.batch_sizes
     kinds = ("chain", "iteration") + settings.kl * ("KL", "KL, kept")
     plans = [(k, batch_sizes[0], what) for k in steps for what in kinds]

@@ -38,6 +38,7 @@ class Settings(timing.BenchmarkNetwork):
 
 
 def main(settings: Settings) -> None:
+    timing.prepare_output(settings)
     set_kernel_choice(deterministic=False)
     set_tf32(False)
     on_gpu = settings.device == "cuda"

@@ -320,6 +320,7 @@ def compile_steps(settings: Settings, names: Sequence[str]) -> None:
 
 
 def main(settings: Settings) -> None:
+    timing.prepare_output(settings)
     keep_freed_memory()  # as train.py does; it helps all variants alike
     set_tf32(False)
     if settings.compile or settings.compile_only:

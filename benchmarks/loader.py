@@ -93,6 +93,7 @@ def start_torchvision_loader(settings: Settings, folder: pathlib.Path, workers: 
 
 
 def main(settings: Settings) -> None:
+    timing.prepare_output(settings)
     import_torchvision()  # so that a missing torchvision is reported before the JPEGs are made
     starts = {"this project": start_own_loader, "torchvision": start_torchvision_loader}
     rows = []

@@ -26,6 +26,7 @@ class Settings(timing.BenchmarkDevice):
 
 
 def main(settings: Settings) -> None:
+    timing.prepare_output(settings)
     machine = timing.describe_machine(settings.device)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     rows = []

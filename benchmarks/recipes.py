@@ -101,6 +101,7 @@ def print_comparison(runs: dict[str, list[pathlib.Path]]) -> None:
 
 
 def main(settings: Settings) -> None:
+    timing.prepare_output(settings)
     recipes = dict(list(RECIPES.items())[: settings.recipes])
     if settings.precisions:
         recipes = {name: f"--precision={name}" for name in settings.precisions}

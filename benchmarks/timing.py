@@ -17,6 +17,7 @@ import models
 from ebm.support import cli
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
+from ebm.support.files import prepare_file
 from ebm.support.hardware import PRECISIONS, allow_tf32, set_tf32
 from ebm.support.reports import write_json
 
@@ -63,6 +64,12 @@ class BenchmarkNetwork(BenchmarkDevice):
     network: str = flag("ResNet32", "which network", choices=tuple(NETWORKS))
     num_filters: int | None = flag(None, "its width; default that of the published commands", at_least=1)
     precision: str = flag("float32", "as in train.py", choices=tuple(PRECISIONS))
+
+
+def prepare_output(settings: BenchmarkOutput) -> None:
+    """Raise UsageError, before anything is measured, if the file `output` cannot be written."""
+    if settings.output:
+        prepare_file(pathlib.Path(settings.output), "output")
 
 
 def write_rows(settings: BenchmarkOutput, rows: Sequence[Mapping[str, Any]], **described: object) -> pathlib.Path:

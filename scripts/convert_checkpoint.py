@@ -43,10 +43,7 @@ def convert_checkpoint(
         optimizer = ClippedAdam(model.parameters())
         checkpoint.restore_tf_optimizer(optimizer, model, variables)
         state["optimizer"] = optimizer.state_dict()
-    try:
-        checkpoint.save(target, state)
-    except OSError as error:
-        raise UsageError(f"{target} cannot be written: {error.strerror}") from None
+    checkpoint.save(target, state)
 
     print(model.config)
     names = {checkpoint.to_tf_name(name): name for name in model.state_dict()}

@@ -268,7 +268,10 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "error: torch sees no GPU here; --device=cpu rehearses the steps\n")
     with tempfile.TemporaryDirectory() as work:
-        session = Session(options.output.resolve(), pathlib.Path(work), options.device, options.seconds)
+        try:
+            session = Session(options.output.resolve(), pathlib.Path(work), options.device, options.seconds)
+        except OSError as error:
+            parser.exit(2, f"error: --output={options.output} cannot be written ({error.strerror})\n")
         try:
             measure(session, options.data.resolve())
         finally:

@@ -31,11 +31,11 @@ def main() -> None:
     try:
         weights = checkpoint.load_energy(options.source, ema=options.ema).state_dict()
         state = {name: value for name, value in checkpoint.load(options.source).items() if name in KEPT}
+        state["flags"] = {name: value for name, value in state.get("flags", {}).items() if name not in PLACES}
+        state["model"] = {name: tensor.half() for name, tensor in weights.items()}
+        checkpoint.save(options.target, state)
     except UsageError as error:
         parser.exit(2, f"error: {error}\n".replace("`", ""))
-    state["flags"] = {name: value for name, value in state.get("flags", {}).items() if name not in PLACES}
-    state["model"] = {name: tensor.half() for name, tensor in weights.items()}
-    checkpoint.save(options.target, state)
     print(
         f"{options.target}: {options.target.stat().st_size / 1e3:.0f} kB of {options.source.stat().st_size / 1e3:.0f}"
     )

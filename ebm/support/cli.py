@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import os
 import re
 import shlex
@@ -32,8 +33,10 @@ from typing import Any, NamedTuple, TypeVar
 from absl import flags
 
 from ebm.support.errors import UsageError
+from ebm.support.streams import note_dropped_output, replace_standard_streams
 
 Settings = TypeVar("Settings")
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 
 
@@ -253,15 +256,22 @@ def name_flags(message: str, kind: type) -> str:
 def run(main: Callable[[Settings], None], kind: type[Settings], usage: str | None) -> None:
     """Run a script: parse its flags and call `main` with the settings.
 
-    A UsageError is printed in one line, and the exit status is then 2. usage: the script's docstring, which --help
-    prints first.
+    A UsageError or a full disk is printed in one line, and the exit status is then 2. usage: the script's docstring,
+    which --help prints first.
     """
+    files = replace_standard_streams()
     try:
         main(parse(sys.argv, kind, usage or ""))
-        sys.stdout.flush()
+        note_dropped_output(files)
     except UsageError as error:
         print(f"error: {name_flags(str(error), kind)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of the pipe has ended, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest of the output
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        place = f" for {error.filename}" if error.filename else ""
+        print(f"error: no room{place} ({error.strerror}); make room, then repeat the command", file=sys.stderr)
+        sys.exit(2)

@@ -63,7 +63,7 @@ def write_file(path: str | Path, write: Callable[[BinaryIO], object], *, sync: b
     path = Path(path)
     temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if path.exists() and not path.is_file():
             raise OSError(errno.EEXIST, "what stands there is no file")
         try:
@@ -78,6 +78,14 @@ def write_file(path: str | Path, write: Callable[[BinaryIO], object], *, sync: b
     if sync:
         sync_folder(path.parent)
     return path
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; raise OSError with a plain reason if a file is in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise OSError(errno.ENOTDIR, f"{folder} is no folder") from None
 
 
 def write_temporary(path: Path, write: Callable[[BinaryIO], object], sync: bool) -> None:
@@ -119,15 +127,59 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+class RecordFile:
+    """A file that grows by whole records: of a record that cannot be written nothing stays behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.torn_from: int | None = None  # the place of a record that was written in part and could not be removed
+
+    def append(self, record: bytes) -> None:
+        """Add a record, and the folder if it does not exist; raise WriteError if that fails.
+
+        The file is opened each time, so that a folder that was moved or mounted anew gets the next record.
+        """
+        try:
+            make_folder(self.path.parent)
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                if self.torn_from is not None:
+                    end = file.truncate(min(self.torn_from, end))
+                self.torn_from, rest = end, memoryview(record)
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(end)
+                    self.torn_from = None
+                    raise
+            self.torn_from = None
+        except OSError as error:
+            raise WriteError(self.path, error) from None
+
+
 def prepare_folder(folder: Path, setting: str) -> Path:
     """Make a folder for results, check before the work begins that files can be written in it, and return its path.
 
     Raises UsageError if not. setting: the name of the setting that chooses another place.
     """
     try:
+        make_folder(folder)
+    except OSError as error:
+        raise UsageError(f"`{setting}`: cannot make {folder} ({error.strerror}); choose another place") from None
+    try:
         write_file(folder / ".writable", lambda file: file.write(PROBE)).unlink(missing_ok=True)
-    except WriteError as error:
-        blocked = error.errno in (errno.EEXIST, errno.ENOTDIR)
-        reason = "a file stands in its place" if blocked else error.strerror
-        raise UsageError(f"`{setting}`: cannot write {folder} ({reason}); choose another place") from None
+    except OSError as error:
+        raise UsageError(f"`{setting}`: cannot write {folder} ({error.strerror}); choose another place") from None
     return folder
+
+
+def prepare_file(path: Path, setting: str) -> Path:
+    """Check before the work begins that a file of results can be written, make its folder, and return its path.
+
+    Raises UsageError if not. setting: the name of the setting that chooses another place.
+    """
+    prepare_folder(path.parent, setting)
+    if path.exists() and not path.is_file():
+        raise UsageError(f"`{setting}`: {path} is no file; choose another name")
+    return path

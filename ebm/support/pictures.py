@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ebm.support import metrics
+from ebm.support.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,11 +75,14 @@ def draw_titles(titles: list[str], shape: tuple[int, ...], step: int) -> np.ndar
     return np.repeat(np.asarray(strip)[..., None], shape[2], axis=2)
 
 
-def save_pixels(pixels: np.ndarray, path: str | Path) -> Path:
-    """Write an array uint8 (height, width, C) to an image file and return its path; .png in the name makes it a PNG."""
-    path = make_parent_folder(path)
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path)
-    return path
+def save_pixels(pixels: np.ndarray, path: str | Path, *, sync: bool = True) -> Path:
+    """Write an array uint8 (height, width, C) to an image file and return its path; .png in the name makes it a PNG.
+
+    sync: see `write_file`.
+    """
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    return write_file(path, lambda file: image.save(file, kind), sync=sync)
 
 
 def save_grid(images: Tensor, path: str | Path, *, columns: int, padding: int = 2, scale: int = 1) -> Path:
@@ -95,10 +100,9 @@ def save_gif(frames: Sequence[np.ndarray], path: str | Path, *, fps: float = 20)
 
     The format counts time in hundredths of a second. Equal consecutive frames are merged into one longer frame.
     """
-    path = make_parent_folder(path)
     first, *rest = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
-    return path
+    options: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": 1000 / fps, "loop": 0}
+    return write_file(path, lambda file: first.save(file, "GIF", **options))
 
 
 def save_film(frames: Sequence[np.ndarray], path: Path, *, fps: float = 20) -> Path | None:
@@ -114,14 +118,18 @@ def save_film(frames: Sequence[np.ndarray], path: Path, *, fps: float = 20) -> P
     kind = "gray" if channels == 1 else "rgb24"
     source = f"-f rawvideo -pix_fmt {kind} -s {width}x{height} -r {fps} -i -"
     even = "-vf pad=ceil(iw/2)*2:ceil(ih/2)*2 -pix_fmt yuv420p"  # most players need even sides and yuv420p
-    command = [program, *f"-y -loglevel error {source} {even}".split(), str(path)]
     pixels = b"".join(frame.tobytes() for frame in frames)
-    process = subprocess.run(command, input=pixels, capture_output=True, check=False)
-    if process.returncode:
-        reason = process.stderr.decode(errors="replace").strip().split("\n")[-1]
-        print(f"note: no {path.name}, ffmpeg failed ({reason})")
-        return None
-    return path
+    with tempfile.TemporaryDirectory(
+        dir=path.parent, prefix="."
+    ) as folder:  # ffmpeg cannot write an MP4 file from its beginning to its end
+        film = Path(folder) / path.name
+        command = [program, *f"-y -loglevel error {source} {even}".split(), str(film)]
+        process = subprocess.run(command, input=pixels, capture_output=True, check=False)
+        if process.returncode:
+            reason = process.stderr.decode(errors="replace").strip().split("\n")[-1]
+            print(f"note: no {path.name}, ffmpeg failed ({reason})")
+            return None
+        return write_file(path, lambda file: file.write(film.read_bytes()))
 
 
 # ---- plots, made without pyplot because it keeps global state ----
@@ -222,13 +230,4 @@ def add_legend(axis: Axes) -> None:
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a matplotlib figure to a file and return its path."""
-    path = make_parent_folder(path)
-    figure.savefig(path)
-    return path
-
-
-def make_parent_folder(path: str | Path) -> Path:
-    """Make the folder of a file and return the file's path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return write_file(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:]))

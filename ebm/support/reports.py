@@ -7,32 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ebm.support.errors import UsageError
-
-
-def make_folder(folder: Path, setting: str) -> Path:
-    """Make a folder for results and return its path.
-
-    Raises UsageError if this fails. setting: the name of the setting to change then.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"`{setting}`: cannot make {folder} ({error.strerror}); choose another place") from None
-    return folder
+from ebm.support.files import write_file
 
 
 def write_json(path: Path, contents: Mapping[str, Any]) -> Path:
-    """Write plain values to a JSON file, make its folder if needed, and return its path.
-
-    Raises UsageError if the file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror}); choose another place") from None
-    return path
+    """Write plain values to a JSON file and return its path; see `write_file`."""
+    text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+    return write_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_report(path: Path, contents: Mapping[str, Any], files: Sequence[Path]) -> None:

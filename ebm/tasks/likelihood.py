@@ -20,7 +20,7 @@ from ebm.settings import AisSettings
 from ebm.support.errors import UsageError
 from ebm.support.sharing import ShareOut, compute_all, derive_seed
 from ebm.tasks.examined_model import ExaminedModel, count_most_images
-from ebm.tasks.trained_models import TrainedModel, find_checkpoint, load_split, note_contradictions, open_model
+from ebm.tasks.trained_models import TrainedModel, load_split, note_contradictions
 from ebm.training.distributed import Workers
 from models import freeze_energy
 from sampling import Energy, draw_hmc_move, make_hmc_move
@@ -273,13 +273,12 @@ def build_gauss(settings: AisSettings, device: torch.device) -> Target:
     return Target({name: energy}, shape[1:], {name: 1.0}, None, samples, rescale, alr, about)
 
 
-def load_target(settings: AisSettings, workers: Workers) -> Target:
-    """Return the density of the model that the settings name, with the energies of test images.
+def load_target(settings: AisSettings, trained: TrainedModel, workers: Workers) -> Target:
+    """Return the density of a trained model, with the energies of test images.
 
-    Raises UsageError if the model or the data are missing, do not fit each other, or have no density.
+    Raises UsageError if the data are missing, do not fit the model, or the model has no density.
     """
     device = workers.device
-    trained = open_model(find_checkpoint(settings), device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     model, path = trained.model, trained.path
     temperature = trained.flags.get("temperature", 1.0) if settings.temperature is None else settings.temperature

@@ -17,6 +17,7 @@ from data import Dataset
 from ebm.settings import SandboxSettings
 from ebm.support import metrics, pictures
 from ebm.support.errors import UsageError
+from ebm.support.files import write_file
 from ebm.support.progress import Progress
 from ebm.tasks.analysis import (
     add_salt_and_pepper,
@@ -182,7 +183,7 @@ class SandboxRun:
     def write_array(self, name: str, values: Tensor | list[float]) -> np.ndarray:
         """Write numbers to an .npy file and return them as an array."""
         array = torch.as_tensor(values).cpu().numpy()
-        np.save(self.add_file(f"{name}.npy"), array)
+        write_file(self.add_file(f"{name}.npy"), lambda file: np.save(file, array))
         return array
 
 

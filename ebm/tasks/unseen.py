@@ -28,6 +28,7 @@ from ebm.readers import dsprites
 from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings, TrainSettings
 from ebm.support import pictures
+from ebm.support.files import write_file
 from ebm.support.hardware import LOSS_PRECISIONS, allow_tf32
 from ebm.support.progress import Progress
 from ebm.tasks.concepts import ROWS, ConceptRun, Figures, compute_share, judge_latents
@@ -499,4 +500,5 @@ def plot_curve(run: ConceptRun, fractions: Sequence[float], figures: Figures, en
         if energy:
             panels[name]["energy, 0"] = (fractions, [energy["energy, unseen"][name]] * len(fractions))
     pictures.plot_lines(panels, run.add_file("curve.png"), xlabel="share of the other combinations that is trained on")
-    np.save(run.add_file("curve.npy"), np.array([fractions, *(panels[name]["generator"][1] for name in panels)]))
+    curve = np.array([fractions, *(panels[name]["generator"][1] for name in panels)])
+    write_file(run.add_file("curve.npy"), lambda file: np.save(file, curve))

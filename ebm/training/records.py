@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -85,8 +84,8 @@ class Recorder:
     ):
         self.state, self.settings, self.sampler, self.measure = state, settings, sampler, measure
         self.folder = settings.folder
-        self.log = RunLog(self.folder, state.iteration)
         self.progress = Progress(stop, state.iteration, what="iteration")
+        self.log = RunLog(self.folder, state.iteration, self.progress.say)
 
     def record_step(self, step: Step) -> None:
         """Write the figures of an iteration to the log and the console."""
@@ -147,29 +146,19 @@ class Recorder:
         edges = np.histogram_bin_edges(np.concatenate(list(energies.values())), BINS)
         counts = {name: np.histogram(values, edges)[0].tolist() for name, values in energies.items()}
         for name, values in energies.items():
-            self.log.board.add_histogram(f"energy/{name}", values, iteration)
+            self.log.write_histogram(iteration, f"energy/{name}", values, edges)
         self.log.write_event(iteration, {"energy_histogram": {"edges": edges.tolist(), **counts}})
         self.log.write_scalars(
             iteration, {"long_chain_e": chains.energies.mean().item(), "long_chain_moved": chains.moved}
         )
 
     def close(self) -> None:
-        """Close the progress line and the log."""
+        """Close the progress line."""
         self.progress.close()
-        self.log.close()
 
 
-def write_final_report(
-    settings: TrainSettings,
-    sampler: Sampler,
-    images: Tensor,
-    measure: SampleMeasure | None,
-    class_names: tuple[str, ...],
-) -> None:
-    """Save samples and training curves, measure the samples, print all paths and figures.
-
-    images: the samples (N, C, H, W), float in [0, 1] or uint8.
-    """
+def write_samples(settings: TrainSettings, sampler: Sampler, images: Tensor, class_names: tuple[str, ...]) -> None:
+    """Save a picture of samples (N, C, H, W), float in [0, 1] or uint8, and print its path."""
     state, folder = sampler.state, settings.folder
     is_conditional = state.model.config.label_size and class_names
     columns = min(len(class_names), 20) if is_conditional else 10
@@ -177,10 +166,15 @@ def write_final_report(
     grid = images[: 10 * columns]
     grid = grid if grid.is_floating_point() else grid / 255
     pictures.save_grid(grid, path, columns=columns, scale=choose_zoom(state))
-    steps = f"{sampler.num_steps} Langevin steps"
-    print(f"samples from noise, {steps}: {path}")
+    print(f"samples from noise, {sampler.num_steps} Langevin steps: {path}")
+
+
+def report_quality(settings: TrainSettings, sampler: Sampler, images: Tensor, measure: SampleMeasure | None) -> None:
+    """Measure samples (N, C, H, W), float in [0, 1] or uint8; print the figures, and save those of Inception."""
+    state, folder = sampler.state, settings.folder
     if measure is not None and measure.has_inception:
         figures = measure.measure(images, splits=max(1, len(images) // IMAGES_PER_SPLIT))
+        steps = f"{sampler.num_steps} Langevin steps"
         print(f"{len(images):,} samples, {steps}: {measure.describe(figures)} (to at most 10,000 training images)")
         about = {"iteration": state.iteration, "samples": len(images), "num_steps": sampler.num_steps}
         print(f"wrote {write_json(folder / f'quality_{state.iteration}.json', about | figures)}")
@@ -191,11 +185,10 @@ def write_final_report(
             print(f"  before training          {distances[0]:8.2f}")
         print(f"  now                      {measure.measure(images)['feature_distance']:8.2f}")
         print(f"  two halves of real data  {measure.of_real_images:8.2f}")
-    print(f"training curves: {draw_curves(settings, measure)}")
 
 
-def draw_curves(settings: TrainSettings, measure: SampleMeasure | None) -> pathlib.Path:
-    """Plot the logged figures of a whole run; return the path of the picture."""
+def draw_curves(settings: TrainSettings, measure: SampleMeasure | None) -> None:
+    """Plot the logged figures of a whole run, and print the path of the picture."""
     folder = settings.folder
     curves = {
         "energy": {name: read_series(folder, name) for name in ("e_pos", "e_neg")},
@@ -208,4 +201,4 @@ def draw_curves(settings: TrainSettings, measure: SampleMeasure | None) -> pathl
         curves["FID"] = {"FID": read_series(folder, "fid")}
     elif measure is not None:
         curves["distance"] = {DISTANCE: read_series(folder, "feature_distance")}
-    return pictures.plot_lines(curves, folder / "curves.png", xlabel="iteration")
+    print(f"training curves: {pictures.plot_lines(curves, folder / 'curves.png', xlabel='iteration')}")

@@ -20,7 +20,7 @@ from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
 from ebm.training.distributed import GradientAverager, Workers
 from ebm.training.guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
-from ebm.training.records import Recorder, write_final_report
+from ebm.training.records import Recorder, draw_curves, report_quality, write_samples
 from ebm.training.samples import Sampler, choose_measure, choose_number
 from ebm.training.setup import compute_last_iteration
 from ebm.training.state import State, Step
@@ -42,6 +42,8 @@ class Run:
         self.rollbacks = 0
         self.best: dict[str, float] = {}  # network that measures -> smallest key figure, see `SampleMeasure`
         self.failed_saves = 0
+        self.unsaved: tuple[pathlib.Path, dict[str, Any]] | None = None  # the newest checkpoint, if its save failed
+        self.unwritten: list[str] = []  # what else could not be written
         self.signal: int | None = None  # the signal that asked the run to end
         self.recorder: Recorder | None = None  # on rank 0 only, while it trains
 
@@ -154,7 +156,7 @@ class Run:
         """Log, test and save if it is due after this iteration."""
         if self.recorder is not None:
             if self.is_due(self.settings.log_interval):
-                with self.survive_write_errors("the log"), allow_tf32(self.state.acceleration.precision):
+                with allow_tf32(self.state.acceleration.precision):
                     self.recorder.record_step(step)
             if self.is_due(self.settings.test_interval):
                 with self.survive_write_errors("pictures"):
@@ -189,7 +191,8 @@ class Run:
         try:
             yield
         except OSError as error:
-            self.say(f"could not write {what} ({error.strerror}); training goes on")
+            self.say(f"could not write {error.filename or what} ({error.strerror}); the run goes on")
+            self.unwritten.append(what)
 
     def report(self) -> None:
         """Sample from noise; write and print the final report on rank 0. Many samples are shared out to all workers."""
@@ -202,7 +205,35 @@ class Run:
                 images = self.sampler.draw_chains(number).images
         if self.is_first:
             with self.workers.busy():
-                write_final_report(self.settings, self.sampler, images, self.measure, self.dataset.class_names)
+                self.write_report(images)
+
+    def write_report(self, images: Tensor) -> None:
+        """Write and print the final report on samples (N, C, H, W); what cannot be written does not stop the rest."""
+        self.unwritten.clear()
+        with self.survive_write_errors("the picture of samples"):
+            write_samples(self.settings, self.sampler, images, self.dataset.class_names)
+        with self.survive_write_errors("the figures of samples"):
+            report_quality(self.settings, self.sampler, images, self.measure)
+        with self.survive_write_errors("the training curves"):
+            draw_curves(self.settings, self.measure)
+
+    def finish(self) -> None:
+        """Try once more to save the last state if that failed; raise UsageError if it or the report is not written."""
+        if self.unsaved is not None:
+            path, contents = self.unsaved
+            try:
+                checkpoint.save(path, contents)
+            except OSError as error:
+                raise UsageError(
+                    f"{path}: the last state could not be saved ({error.strerror}); "
+                    "make room, then `resume_iter`=latest goes on from the last checkpoint"
+                ) from None
+            print(f"saved {path}")
+        if self.unwritten:
+            raise UsageError(
+                f"the run is over, but {' and '.join(self.unwritten)} could not be written; "
+                "make room, then `train`=False with `resume_iter`=latest does it again"
+            )
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -218,7 +249,10 @@ class Run:
         folder = self.settings.folder
         path = folder / f"model_{self.state.iteration}.pt"
         with self.workers.busy():
-            if self.write(path, self.state.get_shared_state() | self.describe_progress() | {"workers": worker_states}):
+            contents = self.state.get_shared_state() | self.describe_progress() | {"workers": worker_states}
+            is_saved = self.write(path, contents)
+            self.unsaved = None if is_saved else (path, contents)
+            if is_saved:
                 self.say(f"saved {path}")
                 with self.survive_write_errors("the folder of old checkpoints"):
                     checkpoint.prune(folder)
@@ -242,7 +276,8 @@ class Run:
             checkpoint.save(path, contents)
         except OSError as error:
             self.failed_saves += 1
-            self.say(f"could not save {path} ({error.strerror}): earlier checkpoints stay, the next save retries")
+            retry = ", the next save retries" if self.state.iteration < self.stop and self.signal is None else ""
+            self.say(f"could not save {path} ({error.strerror}): earlier checkpoints stay{retry}")
             if self.failed_saves == FAILED_SAVES:
                 raise UsageError(f"{path}: {FAILED_SAVES} saves in a row failed ({error.strerror}); stopped") from None
             return False
@@ -331,8 +366,8 @@ class Run:
 
     def end_early(self) -> None:
         """Save, then end the process with the exit status that is usual for the signal."""
+        number = self.signal = self.signal or signal.SIGTERM
         self.save()
-        number = self.signal or signal.SIGTERM
         self.say(f"stopped by {signal.Signals(number).name}; go on with resume_iter=latest")
         self.workers.close()
         raise SystemExit(128 + number)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import json
 import pathlib
 import shutil
 from typing import Any
@@ -17,6 +16,8 @@ import models
 from ebm.settings import CONDITIONS, SIZES, SUBSETS, TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
+from ebm.support.files import prepare_folder
+from ebm.support.reports import write_json
 from ebm.training.acceleration import Acceleration
 from ebm.training.distributed import Workers
 from ebm.training.state import State
@@ -187,11 +188,9 @@ def open_folder(folder: pathlib.Path, is_resumed: bool) -> None:
             aside = next(p for p in (folder.with_name(f"{folder.name}.{n}") for n in range(1, 10**6)) if not p.exists())
             folder.rename(aside)
             print(f"note: {folder} held an earlier run; it is now {aside} (resume_iter=latest would have gone on)")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
     except OSError as error:
-        raise UsageError(f"`logdir`={folder.parent}: cannot write {folder} ({error.strerror})") from None
+        raise UsageError(f"`logdir`={folder.parent}: cannot rename {folder} ({error.strerror})") from None
+    prepare_folder(folder, "logdir")
 
 
 def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: data.Dataset, workers: Workers) -> State:
@@ -241,7 +240,7 @@ def write_config(settings: TrainSettings, state: State, workers: Workers) -> Non
         "parameters": parameters,
     }
     config |= {"torch": torch.__version__, "workers": workers.size, "energies": str(state.acceleration)}
-    (settings.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(settings.folder / "config.json", config)
 
 
 def announce_run(settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int) -> None:
