@@ -20,6 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import checkpoint
 from ebm.readers.tensorflow import read_tf_checkpoint
 from ebm.support.errors import UsageError
+from ebm.support.streams import note_dropped_output, replace_standard_streams
 from utils import ClippedAdam
 
 
@@ -62,9 +63,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--spec_norm_val", type=float, default=1.0, help="the --spec_norm_val of its training")
     parser.add_argument("--downsample", action="store_true", help="the network was trained with --downsample")
     parser.add_argument("--label_size", type=int, help="width of its labels, 0: unconditional; default: inferred")
-    options = parser.parse_args(arguments)
+    options, files = parser.parse_args(arguments), replace_standard_streams()
     try:
         convert_checkpoint(**vars(options))
+        note_dropped_output(files)
     except UsageError as error:
         print(f"error: {error}".replace("`", ""), file=sys.stderr)
         return 2

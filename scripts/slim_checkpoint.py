@@ -17,6 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import checkpoint
 from ebm.settings import DataFiles
 from ebm.support.errors import UsageError
+from ebm.support.streams import note_dropped_output, replace_standard_streams
 
 KEPT = ("config", "iteration", "flags", "class_names")
 PLACES = {"exp", "logdir", *(field.name for field in dataclasses.fields(DataFiles))}
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("source", type=pathlib.Path)
     parser.add_argument("target", type=pathlib.Path)
     parser.add_argument("--ema", action="store_true", help="the averaged weights of a run with --ema_decay")
-    options = parser.parse_args()
+    options, files = parser.parse_args(), replace_standard_streams()
     try:
         weights = checkpoint.load_energy(options.source, ema=options.ema).state_dict()
         state = {name: value for name, value in checkpoint.load(options.source).items() if name in KEPT}
@@ -39,6 +40,7 @@ def main() -> None:
     print(
         f"{options.target}: {options.target.stat().st_size / 1e3:.0f} kB of {options.source.stat().st_size / 1e3:.0f}"
     )
+    note_dropped_output(files)
 
 
 if __name__ == "__main__":
