@@ -93,7 +93,7 @@ def write_temporary(path: Path, write: Callable[[BinaryIO], object], sync: bool)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with WatchedFile(descriptor, "w") as raw:
         try:
-            file = io.BufferedWriter(raw, 2**20)
+            file = io.BufferedWriter(raw)
             write(file)
             file.flush()
         except Exception:
