@@ -126,7 +126,9 @@ def test_retention(tmp_path):
         path.write_bytes(b"")
         os.utime(path, (i * hour, i * hour))
     (tmp_path / "model_best.pt").write_bytes(b"")
+    for name in (".model_3900.pt.1f.tmp", ".config.json.2e.tmp"):  # pieces that a killed process left
+        (tmp_path / name).write_bytes(b"half")
     for _ in range(2):  # once more changes nothing
         checkpoint.prune(tmp_path)
         assert checkpoint.list_iterations(tmp_path) == [0, 600, *range(1000, 4000, 100)]
-    assert (tmp_path / "model_best.pt").exists()
+    assert (tmp_path / "model_best.pt").exists() and not list(tmp_path.glob(".*"))

@@ -102,6 +102,8 @@ class Run:
         """Print a line, on rank 0."""
         if self.recorder is not None:
             self.recorder.progress.say(message)
+        elif self.is_first:
+            print(message, flush=True)
 
     # ------------------------------------------------------------------------------------------ divergence
 
