@@ -48,6 +48,7 @@ if [ -z "$(wheel)" ]; then
     # The last release asks for C++14, the headers of torch for C++17. The relative search path finds libmpi in
     # whatever environment the wheel is installed into, not only in the one that built it.
     sed -i 's/CMAKE_CXX_STANDARD 14/CMAKE_CXX_STANDARD 17/' "$source"/CMakeLists.txt "$source"/horovod/torch/CMakeLists.txt
+    sed -i 's/RelWithDebInfo/Release/' "$source"/setup.py # debug information takes a third of the build
     sed -i '/^project(/a set(CMAKE_BUILD_RPATH "$ORIGIN/../../../..")' "$source"/CMakeLists.txt
 
     # CMake 4 refuses the minimum versions that Horovod's bundled libraries name unless the policy variable is set.

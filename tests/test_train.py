@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from conftest import ENVIRONMENT, GOLDEN, ROOT, SMALL_RUN, is_same_state, load_state, run_python
+from conftest import ENVIRONMENT, GOLDEN, ROOT, SMALL_RUN, is_same_state, load_state, run_commands, run_python
 from ebm.readers.tensorflow import read_tf_checkpoint
 
 
@@ -128,33 +128,38 @@ def test_a_new_run_moves_the_old_one_aside(run):
     assert "twice.1" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--dataset=imagenot"], "--dataset"),
-        (["--cond_pos"], "--cond_pos is for --dataset=dsprites"),
-        (["--dataset=dsprites", "--cond_pos", "--cond_size"], "exclude each other"),
-        (["--dataset=dsprites", "--dpos_only", "--dsize_only"], "exclude each other"),
-        (["--large_model"], "--large_model is for colour images"),
-        (["--batch_size=5000"], "batch"),
-        (["--hmc", "--nozero_kl"], "--hmc needs --zero_kl"),
-        (["--cuda_graph", "--nozero_kl"], "--cuda_graph is for Langevin steps alone"),
-        (["--cuda_graph", "--device=cpu"], "--cuda_graph needs a GPU"),
-        (["--mismatch=1", "--nocclass"], "--mismatch contrasts labels"),
-        (["--num_chains=300"], "--num_chains=300 is more than the images of a --batch_size"),
-        (["--dataset=folder"], "--data_path"),
-        (["--dataset=mnist", "--datadir=nothing", "--nodownload"], "nothing"),
-        (["--train=False"], "--resume_iter"),
-        (["--resume_iter=latest", "--exp=none"], "no experiment folder"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input(tmp_path, flags, message):
-    """Breaks when a mistake ends in a traceback, exit status 0, or a line that does not name it."""
-    result = train(tmp_path, *flags)
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert message in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+MISTAKES = {
+    "--dataset=imagenot": "--dataset",
+    "--cond_pos": "--cond_pos is for --dataset=dsprites",
+    "--dataset=dsprites --cond_pos --cond_size": "exclude each other",
+    "--dataset=dsprites --dpos_only --dsize_only": "exclude each other",
+    "--large_model": "--large_model is for colour images",
+    "--batch_size=5000": "batch",
+    "--hmc --nozero_kl": "--hmc needs --zero_kl",
+    "--cuda_graph --nozero_kl": "--cuda_graph is for Langevin steps alone",
+    "--cuda_graph --device=cpu": "--cuda_graph needs a GPU",
+    "--mismatch=1 --nocclass": "--mismatch contrasts labels",
+    "--num_chains=300": "--num_chains=300 is more than the images of a --batch_size",
+    "--dataset=folder": "--data_path",
+    "--dataset=mnist --datadir=nothing --nodownload": "nothing",
+    "--train=False": "--resume_iter",
+    "--resume_iter=latest --exp=none": "no experiment folder",
+}
+
+
+def test_bad_input(tmp_path):
+    """Breaks when a mistake is not answered by a line that names it, or leaves a file."""
+    commands = {flags: [*SMALL_RUN, f"--logdir={tmp_path}", *flags.split()] for flags in MISTAKES}
+    for flags, (_, error) in run_commands("train", commands, env=ENVIRONMENT).items():
+        assert error is not None and MISTAKES[flags] in error and "\n" not in error, (flags, error)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    """Breaks when a mistake ends in a traceback or in exit status 0."""
+    result = train(tmp_path, "--cond_pos")
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
 def test_logdir_that_cannot_be_written(tmp_path):
