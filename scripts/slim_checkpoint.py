@@ -35,7 +35,12 @@ def main() -> None:
         parser.exit(2, f"error: {error}\n".replace("`", ""))
     state["flags"] = {name: value for name, value in state.get("flags", {}).items() if name not in PLACES}
     state["model"] = {name: tensor.half() for name, tensor in weights.items()}
-    checkpoint.save(options.target, state)
+    if options.target.is_dir():
+        parser.exit(2, f"error: {options.target} is a folder; name the file to write, such as model_500.pt\n")
+    try:
+        checkpoint.save(options.target, state)
+    except OSError as error:
+        parser.exit(2, f"error: {options.target} cannot be written: {error.strerror}\n")
     print(
         f"{options.target}: {options.target.stat().st_size / 1e3:.0f} kB of {options.source.stat().st_size / 1e3:.0f}"
     )
