@@ -151,8 +151,9 @@ def read_config(state: dict[str, Any], path: pathlib.Path) -> models.ModelConfig
     """Return the ModelConfig stored in a checkpoint; raise UsageError if a value is out of range."""
     stored = state["config"]
     try:
-        config = models.ModelConfig(**{**stored, "image_shape": tuple(stored["image_shape"])})
-        fits = {name: fits_config(name, value) for name, value in dataclasses.asdict(config).items()}
+        shape = stored["image_shape"]
+        config = models.ModelConfig(**{**stored, "image_shape": tuple(shape) if isinstance(shape, list) else shape})
+        fits = {name: fits_config(name, value) for name, value in vars(config).items()}
     except (TypeError, KeyError) as error:
         reason = describe(error)
     else:
@@ -167,7 +168,8 @@ def fits_config(name: str, value: Any) -> bool:
     if name == "network":
         return isinstance(value, str) and value in models.NETWORKS
     if name == "image_shape":
-        return len(value) == 3 and all(type(side) is int and 1 <= side <= MAX_SIDE for side in value)
+        is_triple = isinstance(value, tuple) and len(value) == 3
+        return is_triple and all(type(side) is int and 1 <= side <= MAX_SIDE for side in value)
     if name == "spec_norm_val":
         return is_number(value) and value >= 0
     if name in CONFIG_RANGES:

@@ -25,8 +25,11 @@ def find_odd_entry(state: Mapping[str, Any], image_shape: tuple[int, ...]) -> st
     image_shape: (C, H, W) of the network.
     """
 
-    def is_worker(value: Any) -> bool:
-        return is_worker_state(value, image_shape)
+    def are_workers(value: Any) -> bool:
+        is_right = is_list_of(value, lambda worker: is_worker_state(worker, image_shape))
+        return is_right and len({id(worker["buffer"]["images"]) for worker in value}) == len(
+            value
+        )  # one buffer many times would be dealt out as many
 
     checks: dict[str, Callable[[Any], bool]] = {
         "iteration": is_count,
@@ -39,7 +42,7 @@ def find_odd_entry(state: Mapping[str, Any], image_shape: tuple[int, ...]) -> st
         "precision": lambda value: isinstance(value, str),
         "optimizer": is_optimizer,
         "batches": lambda value: has_counts(value, "epoch", "position") and type(value.get("seed")) is int,
-        "workers": lambda value: is_list_of(value, is_worker),
+        "workers": are_workers,
     }
     return next((name for name, is_right in checks.items() if name in state and not is_right(state[name])), None)
 
