@@ -106,9 +106,9 @@ def find(folder: pathlib.Path, resume_iter: str) -> pathlib.Path:
             raise UsageError(f"no checkpoint in {folder}; train one first, or check `exp`")
         resume_iter = str(numbers[-1])
     prefix = folder / f"model_{resume_iter}"
-    if prefix.with_name(f"{prefix.name}.pt").exists():
+    if os.path.exists(f"{prefix}.pt"):  # not Path.exists, which raises for a name that is too long
         return prefix.with_name(f"{prefix.name}.pt")
-    if prefix.with_name(f"{prefix.name}.index").exists():
+    if os.path.exists(f"{prefix}.index"):
         return prefix
     contents = f"it has {', '.join(map(str, numbers[-8:]))}" if numbers else "it has none"
     raise UsageError(f"no checkpoint model_{resume_iter} in {folder} ({contents}); choose one with `resume_iter`")
@@ -144,7 +144,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
 
 
 MAX_SIDE = 1 << 12  # of images, in pixels
-CONFIG_RANGES = {"num_filters": (1, 1 << 16), "label_size": (0, 1 << 16), "spec_iter": (1, 1_000)}
+CONFIG_RANGES = {"num_filters": (1, 1 << 16), "label_size": (0, 1 << 16), "spec_iter": (1, 1 << 16)}
 
 
 def read_config(state: dict[str, Any], path: pathlib.Path) -> models.ModelConfig:
@@ -366,6 +366,9 @@ def infer_config(variables: Variables, *, label_size: int | None = None, **unrec
     """
     if label_size is not None and label_size < 0:
         raise UsageError(f"label_size is {label_size}, must be 0 (unconditional) or more")
+    for name, value in unrecorded.items():
+        if not fits_config(name, value):
+            raise UsageError(f"{name} is {value}, which no network has")
     first = "res_optim_res_c1" if "context_0/res_optim_res_c1/cweight" in variables else "c1"
     num_filters = find_shape(variables, f"context_0/{first}/cweight", 4)[3]
     if num_filters == 0:

@@ -260,7 +260,8 @@ class Run:
         state, workers = self.state, self.workers
         if path.suffix != ".pt":
             checkpoint.resume_tf(path, state.model, state.optimizer)
-            state.iteration = int(path.name.removeprefix("model_"))
+            number = path.name.removeprefix("model_")
+            state.iteration = int(number) if number.isdecimal() else 0
             state.start_ema()
             return
         contents = checkpoint.load(path)
