@@ -435,15 +435,17 @@ def test_bombs_in_archives(tmp_path, monkeypatch):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("kind", ["twice", "overlap", "bzip2", "encrypted"])
-def test_archives_that_torch_does_not_write(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("twice", "share a name"), ("overlap", "overlap"), ("bzip2", "unusual way"), ("encrypted", "unusual way")],
+)
+def test_archives_that_torch_does_not_write(tmp_path, kind, reason):
     """Breaks if a name may mean two members, members share their bytes, or they are packed in another way."""
     path = tmp_path / "model_1.pt"
     write_checkpoint(path)
     contents = path.read_bytes()
     start = zipfile.ZipFile(path).start_dir
     directory = contents[start:]
-    names = [member.filename.encode() for member in zipfile.ZipFile(path).infolist()]
     if kind == "twice":
         directory = directory.replace(b"archive/data/1", b"archive/data/0", 1)
     elif kind == "overlap":
@@ -454,8 +456,7 @@ def test_archives_that_torch_does_not_write(tmp_path, kind):
     else:
         directory = directory[:8] + struct.pack("<H", 1) + directory[10:]
     path.write_bytes(contents[:start] + directory)
-    assert names[0] == b"archive/data.pkl"
-    with pytest.raises(UsageError, match=r"model_1\.pt"):
+    with pytest.raises(UsageError, match=rf"model_1\.pt .*{reason}"):
         checkpoint.load(path)
 
 
@@ -540,8 +541,11 @@ def test_forged_views(tmp_path, view):
         with pytest.raises(ValueError, match="larger than the file"):
             read_torch_file(tmp_path / "shared.pt")
         assert len(read_torch_file(tmp_path / "apart.pt")) == 50
+        torch.save(numbers[:1].expand(3), tmp_path / "expanded.pt")
+        with pytest.raises(ValueError, match="shows a number twice"):
+            read_torch_file(tmp_path / "expanded.pt")
         return
-    with pytest.raises(UsageError, match=r"model_1\.pt is damaged"):
+    with pytest.raises(UsageError, match=r"model_1\.pt is damaged.*(beyond its numbers|impossible shape)"):
         checkpoint.load(forged)
 
 
