@@ -11,10 +11,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-import pickle
 import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,11 @@ import torch
 from torch import Tensor
 
 import models
+from ebm.readers.bounded import describe, report_unreadable_file
+from ebm.readers.pickles import ForeignName
+from ebm.readers.state_values import find_odd_entry, is_number
 from ebm.readers.tensorflow import read_tf_checkpoint
+from ebm.readers.torch_files import read_torch_file
 from ebm.support.errors import UsageError
 from ebm.support.files import write_file
 from utils import ClippedAdam
@@ -76,14 +78,17 @@ def find(folder: pathlib.Path, resume_iter: str) -> pathlib.Path:
     if not folder.is_dir():
         raise UsageError(f"no experiment folder {folder}; check `exp` and where experiments are kept")
     numbers = list_iterations(folder)
+    named = strip_ending(pathlib.Path(resume_iter))
+    if named.parent in (pathlib.Path(), folder):  # as people write it: model_5, model_5.index, cachedir/exp/model_5.pt
+        resume_iter = named.name.removeprefix("model_")
     if resume_iter in ("latest", "-1"):
         if not numbers:
             raise UsageError(f"no checkpoint in {folder}; train one first, or check `exp`")
         resume_iter = str(numbers[-1])
     prefix = folder / f"model_{resume_iter}"
-    if prefix.with_name(f"{prefix.name}.pt").exists():
+    if os.path.exists(f"{prefix}.pt"):  # not Path.exists, which raises for a name that is too long
         return prefix.with_name(f"{prefix.name}.pt")
-    if prefix.with_name(f"{prefix.name}.index").exists():
+    if os.path.exists(f"{prefix}.index"):
         return prefix
     contents = f"it has {', '.join(map(str, numbers[-8:]))}" if numbers else "it has none"
     raise UsageError(f"no checkpoint model_{resume_iter} in {folder} ({contents}); choose one with `resume_iter`")
@@ -92,31 +97,65 @@ def find(folder: pathlib.Path, resume_iter: str) -> pathlib.Path:
 def load(path: pathlib.Path) -> dict[str, Any]:
     """Read a checkpoint of this project onto the CPU.
 
-    It checks the checksum of every member and executes no code of the file. Raises UsageError for a missing, damaged
-    or foreign file.
+    It verifies checksums, types, shapes and ranges, and executes no code of the file. Raises UsageError for a missing,
+    damaged or foreign file.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged_member = archive.testzip()
-        if damaged_member:
-            raise UsageError(f"{path} is damaged (checksum of {damaged_member}); use an earlier checkpoint")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UsageError(f"{path} holds more than tensors and plain values; not loaded, it could run code") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).split("\n")[0]
-        raise UsageError(f"{path} cannot be read as a checkpoint ({reason}); use an earlier checkpoint") from None
+        state = read_torch_file(path)
+    except ForeignName as error:
+        raise UsageError(
+            f"{path} holds more than tensors and plain values ({describe(error)}); not loaded, it could run code"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({describe(error)}); choose another checkpoint") from None
+    except Exception as error:  # a damaged file can cause any error
+        raise UsageError(
+            f"{path} is damaged, or no checkpoint ({describe(error)}); use an earlier checkpoint"
+        ) from None
     if not isinstance(state, dict) or not {"config", "model", "iteration"} <= set(state):
         raise UsageError(f"{path} is not a checkpoint of this project; convert or retrain it")
+    config = read_config(state, path)
+    odd = find_odd_entry(state, config.image_shape)
+    if not odd and config.has_classes and len(state.get("class_names", ())) not in (0, config.label_size):
+        odd = "class_names"
+    if odd:
+        raise UsageError(f"{path} holds something else than it should as its {odd}; use an earlier checkpoint")
     return state
 
 
+MAX_SIDE = 1 << 12  # of images, in pixels
+CONFIG_RANGES = {"num_filters": (1, 1 << 16), "label_size": (0, 1 << 16), "spec_iter": (1, 1 << 16)}
+
+
 def read_config(state: dict[str, Any], path: pathlib.Path) -> models.ModelConfig:
-    """Return the ModelConfig stored in a checkpoint."""
+    """Return the ModelConfig stored in a checkpoint; raise UsageError if a value is out of range."""
+    stored = state["config"]
     try:
-        return models.ModelConfig(**{**state["config"], "image_shape": tuple(state["config"]["image_shape"])})
+        shape = stored["image_shape"]
+        config = models.ModelConfig(**{**stored, "image_shape": tuple(shape) if isinstance(shape, list) else shape})
+        fits = {name: fits_config(name, value) for name, value in vars(config).items()}
     except (TypeError, KeyError) as error:
-        raise UsageError(f"{path} describes a network this version does not know ({error})") from None
+        reason = describe(error)
+    else:
+        reason = next((f"its {name} is impossible" for name, is_right in fits.items() if not is_right), "")
+    if reason:
+        raise UsageError(f"{path} describes a network this version does not know ({reason}); use an earlier checkpoint")
+    return config
+
+
+def fits_config(name: str, value: Any) -> bool:
+    """Return whether a value is of the type of this field of ModelConfig, and in range."""
+    if name == "network":
+        return isinstance(value, str) and value in models.NETWORKS
+    if name == "image_shape":
+        is_triple = isinstance(value, tuple) and len(value) == 3
+        return is_triple and all(type(side) is int and 1 <= side <= MAX_SIDE for side in value)
+    if name == "spec_norm_val":
+        return is_number(value) and value >= 0
+    if name in CONFIG_RANGES:
+        lowest, highest = CONFIG_RANGES[name]
+        return type(value) is int and lowest <= value <= highest
+    return isinstance(value, bool)
 
 
 def check_config(stored: models.ModelConfig, wanted: models.ModelConfig, path: pathlib.Path) -> None:
@@ -137,27 +176,53 @@ def load_energy(
     checkpoint does not show, such as swish_act=True, see UNRECORDED; ours holds them. Raises UsageError for a missing,
     damaged or foreign file, and for `ema` if the checkpoint has no averaged weights.
     """
-    prefix = pathlib.Path(prefix)
-    path = prefix if prefix.suffix == ".pt" else prefix.with_name(f"{prefix.name}.pt")
-    if not path.exists() and prefix.with_name(f"{prefix.name}.index").exists():
+    named = pathlib.Path(prefix)
+    prefix = strip_ending(named)
+    path, index = (prefix.with_name(prefix.name + ending) for ending in (".pt", ".index"))
+    is_named_by_tf_file = named not in (prefix, path)
+    if index.exists() and (is_named_by_tf_file or not path.exists()):
         if ema:
             raise UsageError(f"{prefix} has no averaged weights, being a TensorFlow checkpoint; leave out `ema`")
         return load_tf_energy(prefix, **unrecorded).to(device)
     state = load(path)
-    model = models.EnergyNetwork(read_config(state, path))
+    config = read_config(state, path)
     if ema and not state.get("ema"):
         raise UsageError(f"{path} has no averaged weights; leave out `ema`, or train with averaged weights")
-    load_state(model, state["ema" if ema else "model"], path)
+    weights = state["ema" if ema else "model"]
+    with report_unreadable_file(path), torch.device("meta"):
+        check_fit(models.EnergyNetwork(config), weights, path)  # before the network takes memory
+    model = models.EnergyNetwork(config)
+    load_state(model, weights, path)
     return model.eval().to(device)
 
 
-def load_state(model: models.EnergyNetwork, state: dict[str, Any], path: pathlib.Path) -> None:
-    """Load the tensors of a checkpoint into a network; raise UsageError unless every name and shape fits."""
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, AttributeError) as error:
-        lines = " ".join(line.strip() for line in str(error).split("\n")[1:3])
-        raise UsageError(f"{path} does not fit its own configuration: {lines}") from None
+def strip_ending(path: pathlib.Path) -> pathlib.Path:
+    """Return the path of a checkpoint without the ending of one of its files, such as `.pt` or `.index`."""
+    return path.with_name(re.sub(r"(?<=.)\.(pt|index|meta|data-\d+-of-\d+)$", "", path.name)) if path.name else path
+
+
+def load_state(model: models.EnergyNetwork, weights: dict[str, Tensor], path: pathlib.Path) -> None:
+    """Load the tensors of a checkpoint into a network; raise UsageError unless all fit and are finite."""
+    check_fit(model, weights, path)
+    check_finite_weights(weights, path)
+    model.load_state_dict(weights)
+
+
+def check_fit(model: models.EnergyNetwork, weights: dict[str, Tensor], path: pathlib.Path) -> None:
+    """Raise UsageError unless the tensors of a checkpoint have the names and the shapes of a network's."""
+    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in [*needed, *stored]:
+        if needed.get(name) != stored.get(name):
+            reason = f"{name[:100]} has shape {stored.get(name)} there, and the network's has {needed.get(name)}"
+            raise UsageError(f"{path} does not fit its own configuration: {reason}; use an earlier checkpoint")
+
+
+def check_finite_weights(weights: Mapping[str, Tensor], path: str | pathlib.Path) -> None:
+    """Raise UsageError if a weight is not finite: its network answers every image with nonsense."""
+    broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if broken:
+        raise UsageError(f"{path} holds weights that are not finite, in {broken}; use an earlier checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,6 +264,8 @@ def from_tf_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Tenso
 
     array: a kernel in HWIO, a matrix (in, out) or a vector. Raises UsageError if its shape does not fit.
     """
+    if array.dtype.kind != "f":
+        raise UsageError(f"{to_tf_name(name)} holds {array.dtype}, no weights")
     if array.shape != to_tf_shape(name, shape):
         raise UsageError(f"{to_tf_name(name)} has shape {array.shape}, the network's {name} has {shape}")
     if name.endswith(".weight"):
@@ -215,7 +282,9 @@ def load_tf_variables(model: models.EnergyNetwork, variables: Variables) -> list
     missing = [to_tf_name(name) for name in state if to_tf_name(name) not in variables]
     if missing:
         raise UsageError(f"the checkpoint lacks {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}")
-    model.load_state_dict({k: from_tf_array(k, variables[to_tf_name(k)], tuple(v.shape)) for k, v in state.items()})
+    weights = {k: from_tf_array(k, variables[to_tf_name(k)], tuple(v.shape)) for k, v in state.items()}
+    check_finite_weights(weights, "the checkpoint")
+    model.load_state_dict(weights)
     used = {to_tf_name(name) for name in state}
     return sorted(set(variables) - used)
 
@@ -277,6 +346,9 @@ def infer_config(variables: Variables, *, label_size: int | None = None, **unrec
     """
     if label_size is not None and label_size < 0:
         raise UsageError(f"label_size is {label_size}, must be 0 (unconditional) or more")
+    for name, value in unrecorded.items():
+        if not fits_config(name, value):
+            raise UsageError(f"{name} is {value}, which no network has")
     first = "res_optim_res_c1" if "context_0/res_optim_res_c1/cweight" in variables else "c1"
     num_filters = find_shape(variables, f"context_0/{first}/cweight", 4)[3]
     if num_filters == 0:
@@ -311,13 +383,21 @@ def load_tf_energy(
 
     prefix: the path without `.index`. For the other arguments see `infer_config`.
     """
+    prefix = strip_ending(pathlib.Path(prefix))
     variables = read_tf_checkpoint(prefix)
-    try:
+    with name_checkpoint(prefix):
         model = models.EnergyNetwork(infer_config(variables, label_size=label_size, **unrecorded))
+        load_tf_variables(model, variables)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def name_checkpoint(prefix: str | pathlib.Path) -> Iterator[None]:
+    """Put the name of a checkpoint before the message of a UsageError inside."""
+    try:
+        yield
     except UsageError as error:
         raise UsageError(f"{prefix}: {error}") from None
-    load_tf_variables(model, variables)
-    return model.eval()
 
 
 def read_adam_moments(
@@ -361,7 +441,9 @@ def resume_tf(prefix: pathlib.Path, model: models.EnergyNetwork, optimizer: Clip
     Raises UsageError, naming the differences, if the checkpoint is of another network than `model`.
     """
     variables, config = read_tf_checkpoint(prefix), model.config
-    stored = infer_config(variables, **{name: getattr(config, name) for name in UNRECORDED})
+    with name_checkpoint(prefix):
+        stored = infer_config(variables, **{name: getattr(config, name) for name in UNRECORDED})
     check_config(stored, config, prefix)
-    load_tf_variables(model, variables)
-    restore_tf_optimizer(optimizer, model, variables)
+    with name_checkpoint(prefix):
+        load_tf_variables(model, variables)
+        restore_tf_optimizer(optimizer, model, variables)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+from ebm.readers.bounded import describe, read_text
 from ebm.settings import DemoSettings
 from ebm.support import cli, pictures
 from ebm.support.errors import UsageError
@@ -46,10 +47,9 @@ def read_names(path: pathlib.Path, classes: int) -> list[str]:
     Raises UsageError if the file cannot be read or the number of its lines is not `classes`.
     """
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no text in UTF-8"
-        raise UsageError(f"`class_names`={path} cannot be read: {reason}") from None
+        names = read_text(path, 1 << 20).splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"`class_names`={path} cannot be read: {describe(error)}") from None
     if len(names) != classes:
         raise UsageError(f"`class_names`={path} has {len(names)} lines and the network {classes} classes; one per line")
     return names

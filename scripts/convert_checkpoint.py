@@ -32,6 +32,9 @@ def convert_checkpoint(
     The iteration is the number at the end of the name of `source`, or 0 without a number. For label_size and
     unrecorded see `checkpoint.infer_config`.
     """
+    if target.is_dir() or not target.name:
+        raise UsageError(f"{target} is a folder; name the file to write, such as {target / 'model_5.pt'}")
+    source = checkpoint.strip_ending(pathlib.Path(source))
     model = checkpoint.load_tf_energy(source, label_size=label_size, **unrecorded)
     variables = read_tf_checkpoint(source)
     number = re.search(r"[0-9]+$", str(source))
@@ -42,7 +45,8 @@ def convert_checkpoint(
     }
     if "beta2_power" in variables:
         optimizer = ClippedAdam(model.parameters())
-        checkpoint.restore_tf_optimizer(optimizer, model, variables)
+        with checkpoint.name_checkpoint(source):
+            checkpoint.restore_tf_optimizer(optimizer, model, variables)
         state["optimizer"] = optimizer.state_dict()
     checkpoint.save(target, state)
 
@@ -56,7 +60,7 @@ def convert_checkpoint(
 def main(arguments: Sequence[str]) -> int:
     """Convert the checkpoint that the command line names; return the exit status, 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="TF1 checkpoint: the path without .index")
+    parser.add_argument("source", help="TF1 checkpoint: the path of one of its files, or without the ending")
     parser.add_argument("target", type=pathlib.Path, help="file to write, such as model_74700.pt")
     parser.add_argument("--swish_act", action="store_true", help="the network was trained with --swish_act")
     parser.add_argument("--spec_iter", type=int, default=1, help="the --spec_iter of its training")

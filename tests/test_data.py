@@ -16,7 +16,7 @@ from PIL import Image
 
 import data
 from conftest import Bomb, draw_bytes, encode_idx, make_generator, write_mnist, write_sprites
-from ebm.readers import downloads, dsprites, image_files
+from ebm.readers import bounded, downloads, dsprites, pickles
 from ebm.support.errors import UsageError
 
 # ---- batches from bytes ----
@@ -167,7 +167,7 @@ def test_pickles_of_all_protocols(tmp_path, protocol, keys_are_bytes):
     """Breaks when plain values or arrays that Python 3 wrote are refused or changed, in any protocol."""
     written = {key.encode() if keys_are_bytes else key: value for key, value in PLAIN_VALUES.items()}
     (tmp_path / "batch").write_bytes(pickle.dumps(written, protocol))
-    read = image_files.read_pickle(tmp_path / "batch", list(PLAIN_VALUES))
+    read = pickles.read_pickle(tmp_path / "batch", list(PLAIN_VALUES))
     for found, wanted in zip(read, PLAIN_VALUES.values(), strict=True):
         assert isinstance(found, np.ndarray) == isinstance(wanted, np.ndarray)
         assert np.array_equal(found, wanted)
@@ -178,9 +178,9 @@ def test_small_pickles_fill_no_memory():
     """Breaks when a text or the bytes of an array are copied each time that a pickle of many short calls names them."""
     contents = bytes(1000)
     views = [Bomb(np._core.numeric._frombuffer, contents, np.dtype("u1"), (1000,), "C") for _ in range(2)]
-    arrays = image_files.PlainUnpickler(io.BytesIO(pickle.dumps(views, 5))).load()
+    arrays = pickles.PlainUnpickler(io.BytesIO(pickle.dumps(views, 5))).load()
     assert np.shares_memory(arrays[0].view, arrays[1].view)
-    texts = image_files.PlainUnpickler(io.BytesIO(pickle.dumps([bytes(9), bytes(bytearray(9))], 2))).load()
+    texts = pickles.PlainUnpickler(io.BytesIO(pickle.dumps([bytes(9), bytes(bytearray(9))], 2))).load()
     assert texts[0] == bytes(9) and texts[0] is texts[1]
 
 
@@ -661,5 +661,5 @@ def test_a_pickle_cannot_claim_memory(tmp_path):
     """Breaks if a few bytes can make the reader reserve gigabytes, as C's unpickler does for a huge memo index."""
     path = tmp_path / "huge"
     path.write_bytes(b"\x80\x02Nr\xff\xff\xff\x7f.")
-    with pytest.raises(UsageError, match="huge"):
-        image_files.read_pickle(path, ["data"])
+    with pytest.raises(UsageError, match="huge"), bounded.report_unreadable_file(path):
+        pickles.read_pickle(path, ["data"])

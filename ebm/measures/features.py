@@ -17,10 +17,8 @@ import io
 import json
 import math
 import pathlib
-import pickle
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +26,10 @@ from torch import Tensor
 import checkpoint
 from data import Dataset
 from ebm.measures.classifier import FeatureClassifier, train_feature_classifier
+from ebm.readers.bounded import describe, read_file
 from ebm.readers.downloads import import_torchvision
+from ebm.readers.state_values import is_mapping_to
+from ebm.readers.torch_files import read_torch_file
 from ebm.support import metrics
 from ebm.support.errors import UsageError
 from ebm.support.pixels import to_bytes
@@ -42,6 +43,7 @@ BATCH = 250  # images whose features are computed at once
 MAX_REAL_IMAGES = 100_000  # largest number of real images that a training run compares its samples with
 DISTANCE = "classifier Fréchet distance"  # computed in the features of a small classifier; the FID needs Inception
 
+MAX_INCEPTION_SIZE = 1 << 29  # bytes of a file of weights; the released one has 95 million
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILE = f"weights-inception-2015-12-05-{INCEPTION_SHA256[:8]}.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -139,19 +141,28 @@ def read_inception(path: str | pathlib.Path, sha256: str = INCEPTION_SHA256) -> 
     or holds anything but tensors.
     """
     try:
-        contents = pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"`inception_weights`={path} cannot be read ({error.strerror})") from None
+        contents = read_file(path, MAX_INCEPTION_SIZE)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"`inception_weights`={path} cannot be read ({describe(error)}); get {INCEPTION_URL}"
+        ) from None
     digest = hashlib.sha256(contents).hexdigest()
     if not digest.startswith(sha256.lower()):
         raise UsageError(
             f"`inception_weights`={path} has SHA-256 {digest[:16]}… instead of {sha256[:16]}…: "
             f"get {INCEPTION_URL}, or set `inception_sha256` to the hash of your file"
         )
-    try:
-        state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        raise UsageError(f"`inception_weights`={path} is damaged or holds more than tensors; not loaded") from None
+    file = io.BytesIO(contents)
+    try:  # torch wrote files of another format before it wrote archives
+        state = (
+            read_torch_file(file)
+            if contents.startswith(b"PK")
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
+    except Exception:  # a damaged file can cause any error
+        state = None
+    if not is_mapping_to(state, lambda tensor: isinstance(tensor, Tensor)):
+        raise UsageError(f"`inception_weights`={path} is damaged or holds more than tensors; not loaded")
     return state, digest
 
 
@@ -238,29 +249,36 @@ class RealImages:
         return {"reference": str(self), "fingerprint": compute_fingerprint(self.batches(some))}
 
 
-def load_or_compute(
-    folder: pathlib.Path, name: str, settings: Mapping[str, Any], make: Callable[[], dict]
-) -> dict[str, Any]:
-    """Return the cached result of `make()` for these settings; call it and write the cache file if there is none.
+Result = TypeVar("Result")
 
-    make: returns a dictionary of tensors and plain values. name: the beginning of the file's name. A damaged file is
-    replaced.
+
+def load_or_compute(
+    folder: pathlib.Path,
+    name: str,
+    settings: Mapping[str, Any],
+    make: Callable[[], dict],
+    build: Callable[[dict], Result],
+) -> Result:
+    """Return what `build` makes of the cached contents for these settings, or of `make()`, which are then cached.
+
+    make: returns a dictionary of tensors and plain values. build: raises an error for contents that are none of these.
+    name: the beginning of the file's name. A damaged file is replaced.
     """
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     path = folder / f"{name}_{key[:16]}.pt"
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        contents = read_torch_file(path) if path.exists() else {}
         if contents.get("settings") == settings:
-            return contents
-    except (OSError, RuntimeError, EOFError, ValueError, AttributeError, pickle.UnpicklingError):
-        print(f"note: {path} is damaged and made again")
+            return build(contents)
+    except Exception as error:  # a damaged file can cause any error
+        print(f"note: {path} is damaged and made again ({describe(error)})")
     contents = make() | {"settings": dict(settings)}
     try:
         checkpoint.save(path, contents)
         print(f"wrote {path}")
     except OSError as error:
         print(f"note: {path} cannot be written ({error.strerror}); the next run computes it again")
-    return contents
+    return build(contents)
 
 
 def load_or_train_classifier(
@@ -283,11 +301,16 @@ def load_or_train_classifier(
         shape, state = list(network.image_shape), network.state_dict()
         return {"image_shape": shape, "classes": network.classes, "accuracy": network.accuracy, "state": state}
 
-    contents = load_or_compute(cache, f"{reference.name}_classifier", reference.settings(), train)
-    with torch.random.fork_rng(devices=[]):  # the constructor draws weights from the CPU's global generator
-        classifier = FeatureClassifier(contents["image_shape"], contents["classes"])
-    classifier.load_state_dict(contents["state"])
-    classifier.accuracy = contents["accuracy"]
+    def build(contents: dict[str, Any]) -> FeatureClassifier:
+        with torch.random.fork_rng(devices=[]):  # the constructor draws weights from the CPU's global generator
+            classifier = FeatureClassifier(reference.datasets[0].image_shape, int(classes.max()) + 1)
+        if not all(tensor.isfinite().all() for tensor in contents["state"].values()):
+            raise ValueError("its weights are not finite")
+        classifier.load_state_dict(contents["state"])
+        classifier.accuracy = float(contents["accuracy"])
+        return classifier
+
+    classifier = load_or_compute(cache, f"{reference.name}_classifier", reference.settings(), train, build)
     return Classifier(classifier.eval().to(device))
 
 
@@ -312,8 +335,18 @@ def load_or_compute_statistics(extractor: Extractor, reference: RealImages, cach
         return {"mean": mean, "covariance": covariance, "features": features[order.to(features.device)]}
 
     settings = reference.settings() | {"features": extractor.name, "weights": extractor.identity}
-    contents = load_or_compute(cache, f"{reference.name}_{extractor.name}_statistics", settings, compute)
-    return Statistics(contents["mean"], contents["covariance"], contents["features"])
+    return load_or_compute(cache, f"{reference.name}_{extractor.name}_statistics", settings, compute, build_statistics)
+
+
+def build_statistics(contents: dict[str, Any]) -> Statistics:
+    """Return the statistics in a cache file; raise ValueError unless their shapes fit and they are finite."""
+    real = Statistics(contents["mean"], contents["covariance"], contents["features"])
+    width = len(real.mean)
+    if real.covariance.shape != (width, width) or real.features.shape != (len(real.features), width):
+        raise ValueError("its statistics do not fit together")
+    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in vars(real).values()):
+        raise ValueError("its statistics are not finite")
+    return real
 
 
 # ---------------------------------------------------------------------------------------------------------------------

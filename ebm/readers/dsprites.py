@@ -11,17 +11,19 @@ file holds every combination of LATENTS; y varies fastest and shape slowest.
 from __future__ import annotations
 
 import functools
+import io
 import math
 import os
-import zipfile
 from collections.abc import Callable, Mapping
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ebm.readers.arrays import read_npy, read_npy_header
+from ebm.readers.bounded import Archive, describe, open_file
 from ebm.support.errors import UsageError
 from ebm.support.progress import Progress
 
@@ -236,6 +238,8 @@ def find_nearest_of_part(images: Tensor, progress: Progress) -> tuple[Tensor, Te
 
 # ---- the published file ----
 
+MAX_LATENTS_SIZE = SIZE * (len(LATENTS) + 1) * 8 + 1_000  # bytes of the latents of all sprites, with their header
+
 
 def read_published(
     path: str | os.PathLike[str], keep: Callable[[Tensor], Tensor] | None = None
@@ -248,24 +252,40 @@ def read_published(
     if not os.path.exists(path):
         raise UsageError(f"`dsprites_path`={path}: no such file; leave the setting out to draw the sprites")
     try:
-        with np.load(path) as file, zipfile.ZipFile(path) as archive, archive.open("imgs.npy") as stream:
-            latents = torch.from_numpy(file["latents_values"][:, 1:]).float()  # the colour is always white
+        with open_file(path) as file, Archive(file) as archive:
+            latents = read_latents(archive)
             mask = torch.ones(len(latents), dtype=torch.bool) if keep is None else keep(latents)
-            return latents[mask], torch.from_numpy(read_bits(stream, mask.numpy()))
+            with archive.open("imgs.npy") as stream:
+                return latents[mask], torch.from_numpy(read_bits(stream, mask.numpy()))
     except Exception as error:  # a damaged file can cause any error
-        reason = " ".join(str(error).split())
-        raise UsageError(f"`dsprites_path`={path} is damaged, or not the dSprites file: {reason}") from error
+        raise UsageError(
+            f"`dsprites_path`={path} is damaged, or not the dSprites file: {describe(error)}; "
+            "replace it, or leave the setting out to draw the sprites"
+        ) from error
 
 
-def read_bits(stream: IO[bytes], mask: np.ndarray) -> np.ndarray:
+def read_latents(archive: Archive) -> Tensor:
+    """Read the latents (N, 5) float32 of a dSprites file; raise ValueError if they are none of LATENTS."""
+    values = read_npy(archive, "latents_values.npy", MAX_LATENTS_SIZE)  # (N, 6); the colour is always white
+    if values.ndim != 2 or values.shape[1] != len(LATENTS) + 1 or not 0 < len(values) <= SIZE:
+        raise ValueError(f"latents_values has the shape {values.shape}, not (N, {len(LATENTS) + 1})")
+    latents = torch.from_numpy(values[:, 1:].astype(np.float32))
+    for column, (name, known) in zip(latents.unbind(1), LATENTS.items(), strict=True):
+        if not ((column[:, None] - torch.tensor(known)).abs().amin(1) < 1e-4).all():
+            raise ValueError(f"a {name} in latents_values is none of the data set's")
+    return latents
+
+
+def read_bits(stream: io.BufferedIOBase, mask: np.ndarray) -> np.ndarray:
     """Read an .npy stream of images uint8 (N, 64, 64); return those in the mask (N,) as bits, uint8 (M, 512)."""
-    np.lib.format.read_magic(stream)
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    if shape != (len(mask), SIDE, SIDE) or fortran_order or dtype != np.uint8:
+    dtype, shape, order = read_npy_header(stream)
+    if shape != (len(mask), SIDE, SIDE) or order != "C" or dtype != np.uint8:
         raise ValueError(f"imgs is {dtype} {shape}, not uint8 {(len(mask), SIDE, SIDE)}")
     bits = []
     for part in np.array_split(mask, math.ceil(len(mask) / 4096)):
         images = np.frombuffer(stream.read(len(part) * SIDE * SIDE), np.uint8).reshape(len(part), SIDE * SIDE)
+        if images.max() > 1:
+            raise ValueError("imgs holds other values than 0 and 1")
         bits.append(np.packbits(images[part], axis=1))
     if stream.read(1):  # reading to the end also verifies the checksum
         raise ValueError("imgs is longer than its header says")

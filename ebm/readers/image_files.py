@@ -8,13 +8,8 @@ executes code from a file.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import gzip
-import io
 import pathlib
-import pickle
-from collections.abc import Callable, Iterator
-from typing import IO, Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,6 +17,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from ebm.readers.arrays import read_matlab
+from ebm.readers.bounded import inflate, read_file, report_unreadable_file
+from ebm.readers.pickles import read_pickle, to_texts, to_whole_numbers
 from ebm.support.errors import UsageError
 from ebm.support.progress import Progress
 
@@ -30,18 +28,6 @@ Contents = tuple[Tensor, Tensor | None, tuple[str, ...]]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # formats that Pillow may read; none starts a program
 DIGITS = tuple("0123456789")
 CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-
-
-@contextlib.contextmanager
-def report_unreadable_file(path: pathlib.Path) -> Iterator[None]:
-    """Turn any error while a file is read into a UsageError that names the file."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:  # readers of foreign bytes fail in many ways
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{path} is damaged or of another format ({reason}); replace or delete it") from error
 
 
 def read_digits(split: str) -> Contents:
@@ -109,9 +95,7 @@ def read_idx(path: pathlib.Path) -> Tensor:
     path = packed if packed.exists() and not path.exists() else path
     path.stat()  # raises FileNotFoundError
     with report_unreadable_file(path):
-        contents = path.read_bytes()
-        if path == packed:
-            contents = gzip.decompress(contents)
+        contents = inflate(read_file(path)) if path == packed else read_file(path)
         if contents[:3] != b"\0\0\x08":
             raise ValueError("no IDX file of bytes")
         axes = contents[3]
@@ -124,129 +108,36 @@ def read_idx(path: pathlib.Path) -> Tensor:
 
 def read_cifar(folder: pathlib.Path, files: list[str], meta: str, label_key: str, names_key: str) -> Contents:
     """Read the files of CIFAR-10 or CIFAR-100: pickled dictionaries with rows of 3x32x32 bytes and with classes."""
-    class_names = tuple(map(decode_text, read_pickle(folder / meta, [names_key])[0]))
+    for file in (meta, *files):
+        (folder / file).stat()  # raises FileNotFoundError
+    with report_unreadable_file(folder / meta):
+        class_names = to_texts(*read_pickle(folder / meta, [names_key]))
     images, classes = [], []
     for file in files:
-        rows, labels = read_pickle(folder / file, ["data", label_key])
         with report_unreadable_file(folder / file):
-            images.append(torch.from_numpy(rows).view(len(labels), 3, 32, 32))
-            classes.append(torch.tensor(labels, dtype=torch.int64))
-            if images[-1].dtype != torch.uint8 or not 0 <= min(labels) <= max(labels) < len(class_names):
-                raise ValueError("no bytes, or a class without a name")
+            rows, labels = read_pickle(folder / file, ["data", label_key])
+            numbers = to_whole_numbers(labels)
+            if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or not len(numbers):
+                raise ValueError("no images of bytes")
+            if not 0 <= numbers.min() <= numbers.max() < len(class_names):
+                raise ValueError("a class without a name")
+            images.append(torch.from_numpy(rows).view(len(numbers), 3, 32, 32))
+            classes.append(torch.from_numpy(numbers))
     return torch.cat(images), torch.cat(classes), class_names
-
-
-def read_pickle(path: pathlib.Path, keys: list[str]) -> list[Any]:
-    """Read the entries `keys` of a pickled dictionary of arrays and plain values, written by Python 2 or 3."""
-    path.stat()
-    with report_unreadable_file(path):
-        contents = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        by_name = {decode_text(key): value for key, value in contents.items()}
-        values = [by_name[key] for key in keys]
-        return [value.copy() if isinstance(value, PickledArray) else value for value in values]
-
-
-def decode_text(value: Any) -> Any:
-    """Return a value of a pickle as text if it is bytes, as the texts are that Python 2 wrote."""
-    return value.decode("latin1") if isinstance(value, bytes) else value
-
-
-class PlainUnpickler(
-    pickle._Unpickler
-):  # the Python version, because the C version reserves any memory a file asks for
-    """An unpickler of plain values and arrays of numbers, of any protocol.
-
-    It calls nothing that a file names, because that could execute code: the names that arrays need have substitutes
-    here, and all others are refused. No substitute copies bytes, so that a small file cannot fill the memory with them.
-    """
-
-    def __init__(self, file: IO[bytes]):
-        super().__init__(file, encoding="bytes")  # so that the arrays of Python 2 are bytes, too
-        self.encoded: dict[str, bytes] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        substitutes = {
-            "numpy.ndarray": PickledArray,
-            "numpy.dtype": PickledType,
-            "numpy.core.multiarray._reconstruct": PickledArray,
-            "numpy.core.multiarray.scalar": self.read_number,
-            "numpy.core.numeric._frombuffer": self.view_array,  # protocol 5
-            "_codecs.encode": self.encode_text,  # protocols 0 to 2
-            "__builtin__.bytes": self.encode_text,
-        }
-        full_name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # of numpy 2 and of numpy 1
-        if full_name not in substitutes:
-            raise pickle.UnpicklingError(f"{full_name} has no place in a data file")
-        return substitutes[full_name]
-
-    def encode_text(self, text: str = "", encoding: str = "latin1") -> bytes:
-        """Return the bytes for which Python 3 wrote a text in Latin-1; those of equal texts are one object."""
-        if text not in self.encoded:
-            self.encoded[text] = text.encode("latin1")
-        return self.encoded[text]
-
-    def read_number(self, kind: PickledType, contents: bytes) -> Any:
-        """Return one of numpy's numbers as a plain number."""
-        return np.frombuffer(contents, kind.name, count=1).item()
-
-    def view_array(
-        self,
-        contents: bytes | bytearray,
-        kind: PickledType,
-        shape: tuple[int, ...],
-        order: str,
-        axes: tuple[int, ...] | None = None,
-    ) -> PickledArray:
-        """Return an array over bytes; order: "C", "F" (the first axis varies fastest) or "K" (with permuted axes)."""
-        array = PickledArray()
-        array.view = np.frombuffer(contents, kind.name).reshape(shape, order="F" if order == "F" else "C")
-        array.view = array.view.transpose(axes) if axes else array.view
-        return array
-
-
-class PickledType:
-    """A substitute for numpy.dtype that keeps name and byte order; numpy's own can be set to a state that crashes."""
-
-    def __init__(self, name: str | bytes, *_: object):
-        self.name = decode_text(name)
-        if not isinstance(self.name, str):
-            raise pickle.UnpicklingError("the type of an array is not a name")
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Take the byte order from the pickled state."""
-        if decode_text(state[1]) == ">":
-            self.name = f">{self.name}"
-
-
-class PickledArray:
-    """A substitute for numpy.ndarray that accepts a shape, a number type and bytes only."""
-
-    def __init__(self, *_: object):
-        self.view = np.empty(0)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Lay the array over the bytes of its pickled state."""
-        _, shape, kind, fortran_order, contents = state
-        self.view = np.frombuffer(contents, kind.name).reshape(shape, order="F" if fortran_order else "C")
-
-    def copy(self) -> np.ndarray:
-        """Return a writable array in the byte order of this machine."""
-        return self.view.astype(self.view.dtype.newbyteorder("="), order="C")
 
 
 def read_svhn(root: pathlib.Path, split: str, workers: int) -> Contents:
     """Read a split of SVHN: a MATLAB file in which X is (32, 32, 3, N) and the digit 0 has the label 10."""
-    from scipy.io import loadmat
-
     path = root / f"{split}_32x32.mat"
     path.stat()
     with report_unreadable_file(path):
-        contents = loadmat(str(path))
-        images = torch.from_numpy(contents["X"].transpose(3, 2, 0, 1).copy())
-        classes = torch.from_numpy(contents["y"].astype(np.int64)).flatten() % 10
-        if images.shape != (len(classes), 3, 32, 32) or images.dtype != torch.uint8:
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}")
-    return images, classes, DIGITS
+        images, labels = read_matlab(path, ["X", "y"])
+        if images.shape != (32, 32, 3, labels.size) or images.dtype != np.uint8 or not labels.size:
+            raise ValueError(f"images are {images.dtype} {images.shape}, not uint8 {(32, 32, 3, labels.size)}")
+        if not np.isin(labels, range(11)).all():
+            raise ValueError("labels are not whole numbers from 0 to 10")
+        classes = torch.from_numpy(labels.astype(np.int64).flatten()) % 10
+        return torch.from_numpy(images.transpose(3, 2, 0, 1).copy()), classes, DIGITS
 
 
 # ---- folders of images ----

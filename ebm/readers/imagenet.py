@@ -9,7 +9,6 @@ Files need not be trusted: nothing in them is executed, and the checksum of ever
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import os
 import pathlib
 import re
@@ -21,6 +20,9 @@ import torch
 from torch import Tensor
 
 from ebm.readers import image_files
+from ebm.readers.arrays import read_npy
+from ebm.readers.bounded import Archive, open_file, read_file, read_json, report_unreadable_file
+from ebm.readers.pickles import read_pickle, to_whole_numbers
 from ebm.readers.streaming import Place, StreamedImages
 from ebm.readers.tensorflow import Fault, read_fields, read_nested, read_varint, verify_checksum
 from ebm.support.errors import UsageError
@@ -68,23 +70,24 @@ def find_imagenet32_file(folder: pathlib.Path, name: str) -> pathlib.Path | None
 
 def read_imagenet32_file(path: pathlib.Path) -> tuple[np.ndarray, Tensor]:
     """Read one file; return rows uint8 (n, 3·32·32) and classes int64 (n,) from 0 to 999."""
-    with image_files.report_unreadable_file(path):
+    with report_unreadable_file(path):
         if path.suffix == ".npz":
-            with np.load(path) as file:  # np.load refuses pickled objects
-                rows, labels = file["data"], file["labels"]
+            with open_file(path) as file, Archive(file) as archive:
+                rows, labels = read_npy(archive, "data.npy"), read_npy(archive, "labels.npy")
         else:
-            rows, labels = image_files.read_pickle(path, ["data", "labels"])
-        labels = np.asarray(labels)
-        if labels.ndim != 1 or labels.dtype.kind not in "iu" or not 1 <= labels.min() <= labels.max() <= CLASSES:
+            rows, labels = read_pickle(path, ["data", "labels"])
+        labels = to_whole_numbers(labels)
+        if not len(labels) or not 1 <= labels.min() <= labels.max() <= CLASSES:
             raise ValueError(f"labels are not whole numbers from 1 to {CLASSES}")
-        if rows.dtype != np.uint8 or rows.shape != (len(labels), 3 * 32 * 32):
+        if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape != (len(labels), 3 * 32 * 32):
             raise ValueError(f"data is {rows.dtype} {rows.shape}, not uint8 {(len(labels), 3 * 32 * 32)}")
-        return rows, torch.from_numpy(labels.astype(np.int64)) - 1
+        return rows, torch.from_numpy(labels) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 128x128: the places of encoded images, in TFRecord files or in files of their own
 
+MAX_INDEX_JSON = 1 << 24  # bytes; ImageNet's has 50,000
 MAX_SIZE = 1 << 26  # largest size of an encoded image in bytes; ImageNet's largest has 15 million
 
 
@@ -104,7 +107,7 @@ class Record(NamedTuple):
     def load(self) -> tuple[bytes, int]:
         if self.size > MAX_SIZE:
             raise Fault(f"has {self.size} bytes, more than the {MAX_SIZE} of the largest image")
-        with open(self.path, "rb", buffering=0) as file:
+        with open_file(self.path) as file:
             contents = os.pread(file.fileno(), self.size + 4, self.offset + 12)
         example, checksum = contents[: self.size], contents[self.size :]
         verify_checksum(example, int.from_bytes(checksum, "little"), "the record")
@@ -123,7 +126,7 @@ class File(NamedTuple):
     def load(self) -> tuple[bytes, int]:
         if os.path.getsize(self.path) > MAX_SIZE:
             raise Fault(f"has more than the {MAX_SIZE} bytes of the largest image")
-        return pathlib.Path(self.path).read_bytes(), self.label
+        return read_file(self.path), self.label
 
 
 def parse_example(message: bytes) -> tuple[bytes, int]:
@@ -194,8 +197,8 @@ def read_counts(folder: pathlib.Path, prefix: str) -> dict[str, int | None]:
     index = folder / "index.json"
     counts: dict[str, int | None]
     if index.exists():
-        with image_files.report_unreadable_file(index):
-            record_counts = json.loads(index.read_text())["record_counts"]
+        with report_unreadable_file(index):
+            record_counts = read_json(index, MAX_INDEX_JSON)["record_counts"]  # type: ignore[index]
             counts = {name: int(record_counts[name]) for name in sorted(record_counts) if re.fullmatch(pattern, name)}
         source = index
     else:
@@ -215,7 +218,7 @@ def index_records(path: str) -> np.ndarray:
     places: list[tuple[int, int]] = []
     offset = 0
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_file(path) as file:
             end = os.fstat(file.fileno()).st_size
             while offset < end:
                 header = os.pread(file.fileno(), 12, offset)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ebm.readers.bounded import open_file, read_file
 from ebm.support.errors import UsageError
 
 
@@ -187,16 +188,21 @@ def parse_entry(key: bytes, message: bytes) -> Entry:
     return Entry(name, dtype, shape, values.get(3, 0), values.get(4, 0), size, values.get(6, 0))
 
 
+def check_file(path: Path) -> None:
+    """Raise Fault if there is no regular file of this name."""
+    if not path.is_file():
+        raise Fault("is a folder, a pipe or a device instead of a file" if path.exists() else "is missing")
+
+
 def read_index(path: Path) -> tuple[list[Entry], int]:
     """Read an index file; return its entries in the order of their places, and the number of shards.
 
     Raises Fault if entries overlap, or if the file is damaged.
     """
-    if not path.is_file():
-        raise Fault("is missing")
+    check_file(path)
     if path.stat().st_size > MAX_INDEX_SIZE:
         raise Fault(f"has more than {MAX_INDEX_SIZE} bytes, too many for an index")
-    items = read_table(path.read_bytes())
+    items = read_table(read_file(path))
     key, header = next(items)  # TensorFlow's BundleHeaderProto
     if key:
         raise Fault("is damaged: it has no header")
@@ -211,10 +217,9 @@ def read_index(path: Path) -> tuple[list[Entry], int]:
 
 def read_shard(path: Path, entries: Iterable[Entry]) -> dict[str, np.ndarray]:
     """Read the tensors of a shard by name. entries: those of the shard."""
-    if not path.is_file():
-        raise Fault("is missing")
+    check_file(path)
     tensors = {}
-    with path.open("rb") as file:
+    with open_file(path) as file:
         length = path.stat().st_size
         for entry in entries:
             if entry.offset + entry.size > length:

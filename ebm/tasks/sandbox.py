@@ -212,7 +212,9 @@ def finetune_classifier(run: SandboxRun) -> Report:
             raise UsageError(f"`train`=False loads {path}, which is missing; run once with `train`")
         if "bias" in checkpoint.load(path):
             raise UsageError(f"{path} is of an earlier version, which trained a bias, too; run again with `train`")
-        run.model = dataclasses.replace(model, model=checkpoint.load_energy(path, device=model.device))
+        finetuned = checkpoint.load_energy(path, device=model.device)
+        checkpoint.check_config(finetuned.config, model.model.config, path)
+        run.model = dataclasses.replace(model, model=finetuned)
         return classify_test_images(run)
     loss = model.finetune(*run.draw_examples("train", run.choose_number()))
     contents = {"config": dataclasses.asdict(model.model.config), "model": model.model.state_dict(), "iteration": 0}

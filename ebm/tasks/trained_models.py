@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,17 @@ import torch
 import checkpoint
 import data
 import models
-from ebm.settings import SIZES, SUBSETS, CheckedNetwork, CombineNetwork, ModelChoice, TestData, UnrecordedNetwork
+from ebm.readers.state_values import is_count, is_number
+from ebm.settings import (
+    SIZES,
+    SUBSETS,
+    CheckedNetwork,
+    CombineNetwork,
+    DataFiles,
+    ModelChoice,
+    TestData,
+    UnrecordedNetwork,
+)
 from ebm.support.errors import UsageError
 
 
@@ -74,7 +85,26 @@ def open_model(path: pathlib.Path, device: torch.device, settings: UnrecordedNet
     """
     model = checkpoint.load_energy(path, ema=ema, device=device, **settings.unrecorded)
     saved = checkpoint.load(path) if path.suffix == ".pt" else {}
+    check_training_flags(saved.get("flags", {}), path)
     return TrainedModel(model, path, saved.get("flags", {}), tuple(saved.get("class_names", ())))
+
+
+def check_training_flags(flags: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Raise UsageError if a setting of training that scripts read from a checkpoint has an impossible value."""
+    fits: dict[str, Callable[[Any], bool]] = {
+        "rescale": lambda value: is_number(value) and value > 0,
+        "step_lr": lambda value: is_number(value) and value >= 0,
+        "temperature": lambda value: is_number(value) and value >= 0,
+        "num_steps": is_count,
+        "sample_steps": is_count,
+    }
+    fits |= dict.fromkeys(
+        ("dataset", *(field.name for field in dataclasses.fields(DataFiles) if field.name != "download")),
+        lambda value: isinstance(value, str),
+    )
+    for name, is_right in fits.items():
+        if flags.get(name) is not None and not is_right(flags[name]):
+            raise UsageError(f"{path} was trained with an impossible value of {name}; use an earlier checkpoint")
 
 
 def find_contradictions(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import checkpoint
 import data
 import models
 from ebm.readers import dsprites
+from ebm.readers.bounded import read_json, report_unreadable_file
 from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings, TrainSettings
 from ebm.support import pictures
@@ -279,7 +279,10 @@ def load_or_train_product(run: ConceptRun, training: Tensor, other: str) -> Prod
     is_trained = run.workers.rank == 0 and not run.settings.train and all(path.exists() for path in paths)
     if run.workers.any(is_trained):
         print(f"trained before, with the settings of that time: {', '.join(map(str, paths))}; train=True trains anew")
-        return ProductNetwork([checkpoint.load_energy(path, device=run.generator.device) for path in paths])
+        networks = [checkpoint.load_energy(path, device=run.generator.device) for path in paths]
+        for path, network, built in zip(paths, networks, build_product(run, other).networks, strict=True):
+            checkpoint.check_config(network.config, built.config, path)
+        return ProductNetwork(networks)
     product = build_product(run, other)
     if run.workers.rank == 0:
         train_product(run, product, training, other)
@@ -484,8 +487,13 @@ def read_energy_figures(run: ConceptRun) -> Figures:
     if not path.exists():
         print(f"note: the energy models are not compared, because {path} is missing; task=gentest writes it")
         return {}
-    figures = json.loads(path.read_text())["figures"]
-    return {name: row for name, row in figures.items() if name.startswith("energy, ")}
+    with report_unreadable_file(path):
+        figures: Any = read_json(path, 1 << 20)
+        rows = {name: row for name, row in figures["figures"].items() if name.startswith("energy, ")}
+        numbers = [number for row in (rows["energy, unseen"], *rows.values()) for number in row.values()]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("a figure is no number")
+    return rows
 
 
 def plot_curve(run: ConceptRun, fractions: Sequence[float], figures: Figures, energy: Figures) -> None:

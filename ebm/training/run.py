@@ -14,6 +14,7 @@ from torch import Tensor
 
 import checkpoint
 import data
+from ebm.readers.bounded import report_unreadable_file
 from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
@@ -296,13 +297,15 @@ class Run:
         state, workers = self.state, self.workers
         if path.suffix != ".pt":
             checkpoint.resume_tf(path, state.model, state.optimizer)
-            state.iteration = int(path.name.removeprefix("model_"))
+            number = path.name.removeprefix("model_")
+            state.iteration = int(number) if number.isdecimal() else 0
             state.start_ema()
             return
         contents = checkpoint.load(path)
         checkpoint.check_config(checkpoint.read_config(contents, path), state.model.config, path)
         checkpoint.load_state(state.model, contents["model"], path)
-        state.load_shared_state(contents)
+        with report_unreadable_file(path):
+            state.load_shared_state(contents)
         self.note_other_images(path, contents.get("flags", {}))
         was_averaged, is_averaged = bool(contents.get("ema")), state.ema is not None
         if was_averaged and not is_averaged:
@@ -323,7 +326,9 @@ class Run:
             )
         if len(worker_states) == workers.size:
             worker_state = worker_states[workers.rank]
-            if not state.load_worker_state(worker_state):
+            with report_unreadable_file(path):
+                has_same_generators = state.load_worker_state(worker_state)
+            if not has_same_generators:
                 workers.print(f"note: {path} was written on another kind of device: noise starts afresh")
             if self.guard is not None and "guard" in worker_state:
                 self.guard.load_state_dict(worker_state["guard"])

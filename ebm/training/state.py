@@ -90,7 +90,8 @@ class State:
         """
         self.buffer.load_state_dict(state["buffer"])
         previous = state["previous"]
-        self.previous = None if previous is None else previous.to(self.buffer.images.device)
+        is_batch = previous is not None and len(previous) == self.batches.batch_size
+        self.previous = previous.to(self.buffer.images.device) if is_batch else None  # for a batch of another size
         if state["generator"].shape != self.generator.get_state().shape:
             return False
         self.generator.set_state(state["generator"])
