@@ -25,6 +25,7 @@ from typing import Any
 
 from ebm.settings import AisSettings
 from ebm.support import cli, pictures
+from ebm.support.experiments import find_experiment
 from ebm.support.hardware import set_up_process
 from ebm.support.progress import Progress
 from ebm.support.reports import format_table, make_folder, write_json
@@ -63,7 +64,7 @@ def measure_likelihood(settings: AisSettings, workers: Workers) -> None:
     numbers, is_gauss = sorted(set(settings.pdist)), settings.dataset in GAUSSIANS
     target = build_gauss(settings, workers.device) if is_gauss else load_target(settings, workers)
     name = str(settings.dataset if is_gauss else settings.exp)
-    folder = workers.choose_folder(make_folder(pathlib.Path(settings.logdir) / name / "ais", "logdir"))
+    folder = workers.choose_folder(make_folder(find_experiment(settings.logdir, name) / "ais", "logdir"))
     contents = describe_target(settings, target) | {"bounds": {}, "by class": {}}
     progress = Progress(2 * sum(numbers) * len(target.energies), what="HMC move")
     for number in numbers:

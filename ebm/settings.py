@@ -16,6 +16,7 @@ from ebm.presets import PRESETS
 from ebm.readers import dsprites
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
+from ebm.support.experiments import find_experiment
 from ebm.support.hardware import PRECISIONS
 from ebm.training.distributed import BACKENDS
 from sampling import PROJ_NORM_TYPES
@@ -227,8 +228,8 @@ class RunSettings(DeviceChoice):
 
     @property
     def folder(self) -> pathlib.Path:
-        """The experiment's folder."""
-        return pathlib.Path(self.logdir) / self.exp
+        """The experiment's folder; raises UsageError if its name leads elsewhere."""
+        return find_experiment(self.logdir, self.exp)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import data
 import models
 from ebm.settings import SIZES, SUBSETS, CheckedNetwork, CombineNetwork, ModelChoice, TestData, UnrecordedNetwork
 from ebm.support.errors import UsageError
+from ebm.support.experiments import find_experiment
 
 
 class TrainedModel(NamedTuple):
@@ -60,7 +61,7 @@ def find_checkpoint(settings: ModelChoice) -> pathlib.Path:
 
     Raises UsageError, which lists the existing checkpoints, if there is no such checkpoint.
     """
-    folder = pathlib.Path(settings.modeldir) / settings.exp
+    folder = find_experiment(settings.modeldir, settings.exp)
     if not folder.is_dir():
         raise UsageError(f"no experiment folder {folder}; give `modeldir` and `exp` of a trained model")
     return checkpoint.find(folder, settings.resume_iter)
