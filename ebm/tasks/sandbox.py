@@ -29,6 +29,7 @@ from ebm.tasks.analysis import (
 )
 from ebm.tasks.attacks import SHADES, Attack, restrict_to_ball, restrict_to_lower_half
 from ebm.tasks.examined_model import ExaminedModel, count_most_images
+from ebm.training.ownership import own_folder
 from models import ModelConfig, draw_noise_images
 
 ROWS = 20  # rows of a picture
@@ -213,9 +214,10 @@ def finetune_classifier(run: SandboxRun) -> Report:
             raise UsageError(f"{path} is of an earlier version, which trained a bias, too; run again with `train`")
         run.model = dataclasses.replace(model, model=checkpoint.load_energy(path, device=model.device))
         return classify_test_images(run)
-    loss = model.finetune(*run.draw_examples("train", run.choose_number()))
-    contents = {"config": dataclasses.asdict(model.model.config), "model": model.model.state_dict(), "iteration": 0}
-    checkpoint.save(run.add_file(path.name), contents)
+    with own_folder(run.folder, model.workers):
+        loss = model.finetune(*run.draw_examples("train", run.choose_number()))
+        contents = {"config": dataclasses.asdict(model.model.config), "model": model.model.state_dict(), "iteration": 0}
+        checkpoint.save(run.add_file(path.name), contents)
     return Report({"mean loss of the epoch": loss, **classify_test_images(run).figures})
 
 
