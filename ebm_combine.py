@@ -26,7 +26,6 @@ from ebm.settings import CombineSettings
 from ebm.support import cli
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
-from ebm.support.experiments import find_experiment
 from ebm.support.hardware import set_up_process
 from ebm.support.reports import make_folder, write_report
 from ebm.tasks import concepts, unseen
@@ -89,7 +88,7 @@ def load_all_sprites(path: str | None, device: torch.device) -> dsprites.Sprites
 
 def make_task_folder(settings: Settings) -> pathlib.Path:
     """Make the folder for the results of the task, and return its path."""
-    folder = find_experiment(settings.savedir, settings.exp) / settings.task
+    folder = settings.results_folder / settings.task
     if settings.task in ("gentest", "genbaseline"):
         folder /= f"pos_{unseen.choose_other_concept(settings)}"
     return make_folder(folder, "savedir")

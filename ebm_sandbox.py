@@ -20,7 +20,6 @@ import torch
 from ebm.settings import SandboxSettings
 from ebm.support import cli
 from ebm.support.cli import flag
-from ebm.support.experiments import find_experiment
 from ebm.support.hardware import set_up_process
 from ebm.support.reports import make_folder, write_report
 from ebm.tasks.examined_model import ExaminedModel
@@ -68,7 +67,7 @@ def examine_model(settings: Settings, workers: Workers) -> None:
         load=functools.cache(lambda split: workers.take_turns(functools.partial(load, split))),
         load_mix=lambda name: workers.take_turns(functools.partial(load_mix, name)),
         mixes=list_outliers(settings),
-        folder=make_folder(find_experiment(settings.logdir, settings.exp) / settings.task, "logdir"),
+        folder=make_folder(settings.results_folder / settings.task, "logdir"),
         names=trained.class_names,
     )
     kind = f"conditioned on labels of width {config.label_size}" if config.label_size else "unconditional"

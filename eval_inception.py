@@ -32,7 +32,6 @@ from ebm.measures.features import (
 )
 from ebm.settings import InceptionSettings
 from ebm.support import cli, pictures
-from ebm.support.experiments import find_experiment
 from ebm.support.hardware import set_up_process
 from ebm.support.reports import format_table, make_folder, write_json
 from ebm.tasks.quality import (
@@ -83,7 +82,7 @@ def main(settings: InceptionSettings) -> None:
 def evaluate_samples(settings: InceptionSettings, workers: Workers) -> None:
     """Sample from each ensemble, each worker its share of the pools; measure and report the samples on rank 0."""
     check_pool(settings)
-    experiment = find_experiment(settings.modeldir, settings.exp)
+    experiment = settings.model_folder
     ensembles = [
         find_ensemble(experiment, iteration, settings.ensemble) for iteration in choose_iterations(settings, experiment)
     ]
@@ -118,7 +117,7 @@ class QualityReport:
             "Fréchet distance of real images": of_real,
             "paper": published if self.extractor.name == "inception" else {},
         }
-        folder = find_experiment(settings.logdir, settings.exp) / f"eval_inception_{settings.idx}"
+        folder = settings.results_folder / f"eval_inception_{settings.idx}"
         self.folder = make_folder(folder, "logdir")
         self.path = self.folder / "eval_inception.json"
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ebm.settings import SampleSettings
 from ebm.support import cli, pictures
-from ebm.support.experiments import find_experiment
 from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.progress import Progress
 from ebm.tasks.quality import draw_fresh_images, report_memory_shortage
@@ -86,7 +85,7 @@ def write_images(settings: SampleSettings, images: Tensor, numbers: Tensor, clas
 
     numbers: their classes (N,). classes: how many the model has, 0 if it is unconditional.
     """
-    folder = find_experiment(settings.logdir, settings.exp) / "sample"
+    folder = settings.results_folder / "sample"
     grid, columns = (
         images[:GRID] / 255,
         10 if classes == 10 else min(20, max(1, round(min(settings.num, GRID) ** 0.5))),

@@ -97,6 +97,16 @@ class ModelChoice(CheckpointChoice):
     modeldir: str = flag("cachedir", "folder of all experiments")
     logdir: str = flag("sandbox_cachedir", "folder for results")
 
+    @property
+    def model_folder(self) -> pathlib.Path:
+        """The experiment's folder; raises UsageError if its name leads elsewhere."""
+        return find_experiment(self.modeldir, self.exp)
+
+    @property
+    def results_folder(self) -> pathlib.Path:
+        """The folder for the results on this experiment; raises UsageError if its name leads elsewhere."""
+        return find_experiment(self.logdir, self.exp)
+
 
 @dataclasses.dataclass(frozen=True)
 class SpriteSubsets:
@@ -592,6 +602,11 @@ class CombineRun(DeviceChoice):
     )
     data_workers: int = flag(4, "sprites are in memory or drawn, no image file is decoded", inert=True)
 
+    @property
+    def results_folder(self) -> pathlib.Path:
+        """The folder for results of all tasks; raises UsageError if its name leads elsewhere."""
+        return find_experiment(self.savedir, self.exp)
+
 
 @dataclasses.dataclass(frozen=True)
 class ConceptChoice:
@@ -759,6 +774,16 @@ class DemoRun(CheckpointChoice):
 
     logdir: str = flag("cachedir", "folder of all experiments")
     savedir: str = flag("sandbox_cachedir", "folder for the pictures, which go to <savedir>/<exp>/")
+
+    @property
+    def model_folder(self) -> pathlib.Path:
+        """The experiment's folder; raises UsageError if its name leads elsewhere."""
+        return find_experiment(self.logdir, self.exp)
+
+    @property
+    def results_folder(self) -> pathlib.Path:
+        """The folder for the pictures; raises UsageError if the name of the experiment leads elsewhere."""
+        return find_experiment(self.savedir, self.exp)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ LOG_NAME = "log.jsonl"
 MAX_LINE = 1 << 20  # bytes; a longer line is no entry
 
 
-def parse_entry(line: bytes) -> dict[str, Any] | None:
+def parse_log_entry(line: bytes) -> dict[str, Any] | None:
     """Return the entry that a line of a log holds, or None if it is no object with an iteration."""
     try:
         entry = json.loads(line.decode())
@@ -39,7 +39,7 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any] | Non
     with path.open("rb") as file:
         while line := file.readline(MAX_LINE):
             is_piece = is_begun or (len(line) == MAX_LINE and not line.endswith(b"\n"))
-            yield line, None if is_piece else parse_entry(line)
+            yield line, None if is_piece else parse_log_entry(line)
             is_begun = not line.endswith(b"\n")
 
 

@@ -232,6 +232,8 @@ def train_models(settings: CombineSettings, script: pathlib.Path) -> None:
         if status in (130, 143):  # a signal, after which train.py has saved
             print("stopped; the same command resumes the training")
             sys.exit(status)
+        if status == 2:  # a mistake, of which train.py has said in one line what it is
+            sys.exit(status)
         if status:
             raise UsageError(
                 f"training of {concept} failed with status {status}; solve that, then repeat the command to resume"

@@ -15,7 +15,6 @@ import data
 import models
 from ebm.settings import SIZES, SUBSETS, CheckedNetwork, CombineNetwork, ModelChoice, TestData, UnrecordedNetwork
 from ebm.support.errors import UsageError
-from ebm.support.experiments import find_experiment
 
 
 class TrainedModel(NamedTuple):
@@ -61,10 +60,9 @@ def find_checkpoint(settings: ModelChoice) -> pathlib.Path:
 
     Raises UsageError, which lists the existing checkpoints, if there is no such checkpoint.
     """
-    folder = find_experiment(settings.modeldir, settings.exp)
-    if not folder.is_dir():
-        raise UsageError(f"no experiment folder {folder}; give `modeldir` and `exp` of a trained model")
-    return checkpoint.find(folder, settings.resume_iter)
+    if not settings.model_folder.is_dir():
+        raise UsageError(f"no experiment folder {settings.model_folder}; give `modeldir` and `exp` of a trained model")
+    return checkpoint.find(settings.model_folder, settings.resume_iter)
 
 
 def open_model(path: pathlib.Path, device: torch.device, settings: UnrecordedNetwork, *, ema: bool) -> TrainedModel:

@@ -285,7 +285,7 @@ def set_aside_branch(folder: pathlib.Path, iteration: int, *, is_resumed: bool) 
     copied = [folder / LOG_NAME] if files and is_resumed and (folder / LOG_NAME).exists() else []
     best = folder / "model_best.pt"
     if is_resumed and best.exists():
-        with contextlib.suppress(UsageError):  # a damaged file stays
+        with contextlib.suppress(UsageError, TypeError):  # a damaged file stays
             files += [best] if checkpoint.load(best)["iteration"] > iteration else []
     if not files:
         return None
