@@ -72,6 +72,8 @@ class Run:
         with self.catch_signals():
             while self.state.iteration < self.stop:
                 yield read_batch(self.state, self.settings, self.dataset)
+            if self.is_asked_to_end():  # while the last iteration was saved
+                self.end_early()
         self.close()
 
     def open(self) -> None:
@@ -98,7 +100,7 @@ class Run:
 
     def after(self, step: Step) -> None:
         """Check for divergence, log, test and save after a step; end the run if a signal asked for that."""
-        is_ending = self.workers.any(self.signal is not None)
+        is_ending = self.is_asked_to_end()
         cause = self.find_divergence(step, is_saved=is_ending or self.is_save_due or self.is_test_due)
         if cause is None:
             self.keep_records(step)
@@ -374,6 +376,10 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def is_asked_to_end(self) -> bool:
+        """Return, on all workers, whether a signal has asked one of them to end the run."""
+        return self.workers.any(self.signal is not None)
 
     def end_early(self) -> None:
         """Save, then end the process with the exit status that is usual for the signal."""
