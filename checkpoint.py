@@ -8,8 +8,10 @@ executes code. A TensorFlow checkpoint holds variables by name; the network is i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -40,7 +42,7 @@ def save(path: pathlib.Path, state: dict[str, Any]) -> None:
 
 def list_iterations(folder: pathlib.Path) -> list[int]:
     """Return the iterations of the checkpoints in a folder, of this project's and TensorFlow's, in ascending order."""
-    matches = (re.fullmatch(r"model_(\d+)\.(?:pt|index)", path.name) for path in folder.glob("model_*"))
+    matches = (re.fullmatch(r"model_(0|[1-9][0-9]*)\.(?:pt|index)", path.name) for path in folder.glob("model_*"))
     return sorted({int(match[1]) for match in matches if match})
 
 
@@ -65,7 +67,7 @@ def prune(folder: pathlib.Path) -> None:
 
 def parse_iteration(path: pathlib.Path) -> int | None:
     """Return the iteration N of a file `model_N.pt`, None for other names such as `model_best.pt`."""
-    match = re.fullmatch(r"model_(\d+)\.pt", path.name)
+    match = re.fullmatch(r"model_(0|[1-9][0-9]*)\.pt", path.name)
     return int(match[1]) if match else None
 
 

@@ -89,7 +89,7 @@ def load_all_sprites(path: str | None, device: torch.device) -> dsprites.Sprites
 
 def make_task_folder(settings: Settings) -> pathlib.Path:
     """Make the folder for the results of the task, and return its path."""
-    folder = pathlib.Path(settings.savedir) / settings.exp / settings.task
+    folder = settings.results_folder / settings.task
     if settings.task in ("gentest", "genbaseline"):
         folder /= f"pos_{unseen.choose_other_concept(settings)}"
     return prepare_folder(folder, "savedir")

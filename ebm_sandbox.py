@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 
 import torch
 
@@ -69,7 +68,7 @@ def examine_model(settings: Settings, workers: Workers) -> None:
         load=functools.cache(lambda split: workers.take_turns(functools.partial(load, split))),
         load_mix=lambda name: workers.take_turns(functools.partial(load_mix, name)),
         mixes=list_outliers(settings),
-        folder=prepare_folder(pathlib.Path(settings.logdir) / settings.exp / settings.task, "logdir"),
+        folder=prepare_folder(settings.results_folder / settings.task, "logdir"),
         names=trained.class_names,
     )
     kind = f"conditioned on labels of width {config.label_size}" if config.label_size else "unconditional"

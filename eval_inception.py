@@ -83,7 +83,7 @@ def main(settings: InceptionSettings) -> None:
 def evaluate_samples(settings: InceptionSettings, workers: Workers) -> None:
     """Sample from each ensemble, each worker its share of the pools; measure and report the samples on rank 0."""
     check_pool(settings)
-    experiment = pathlib.Path(settings.modeldir) / settings.exp
+    experiment = settings.model_folder
     ensembles = [
         find_ensemble(experiment, iteration, settings.ensemble) for iteration in choose_iterations(settings, experiment)
     ]
@@ -104,7 +104,7 @@ class QualityReport:
     """The figures of samples, and the files that they are written to."""
 
     def __init__(self, settings: InceptionSettings, trained: TrainedModel, device: torch.device):
-        folder = pathlib.Path(settings.logdir) / settings.exp / f"eval_inception_{settings.idx}"
+        folder = settings.results_folder / f"eval_inception_{settings.idx}"
         self.folder = prepare_folder(folder, "logdir")
         self.path = self.folder / "eval_inception.json"
         cache = pathlib.Path(settings.cache or pathlib.Path(settings.logdir) / "statistics")

@@ -77,13 +77,13 @@ def main(settings: DemoSettings) -> None:
 
 def show_chains(settings: DemoSettings, workers: Workers) -> None:
     """Run the chains, each worker its share of the images, and write them as a GIF, a picture and a film."""
-    path = checkpoint.find(pathlib.Path(settings.logdir) / settings.exp, settings.resume_iter)
+    path = checkpoint.find(settings.model_folder, settings.resume_iter)
     trained = open_model(path, workers.device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     refuse_concept_model(trained)
     if settings.classes and not trained.model.config.label_size:
         raise UsageError(f"`classes`: {path} has no classes; leave it out")
-    folder = prepare_folder(pathlib.Path(settings.savedir) / settings.exp, "savedir")
+    folder = prepare_folder(settings.results_folder, "savedir")
 
     columns = math.ceil(math.sqrt(settings.batch_size))
     labels = choose_labels(settings, trained, columns)

@@ -59,7 +59,7 @@ def sample_images(settings: SampleSettings, workers: Workers) -> None:
     num_steps = num_steps if settings.num_steps is None else settings.num_steps
     step_lr = trained.choose_step_lr(settings.step_lr)
     steps = f"{num_steps} Langevin steps of {step_lr:g}"
-    folder = prepare_folder(pathlib.Path(settings.logdir) / settings.exp / "sample", "logdir")
+    folder = prepare_folder(settings.results_folder / "sample", "logdir")
     print(f"model: {path}; {settings.num} images, {steps}, seed {settings.seed}, on {device}")
 
     batches = workers.count_share(-(-settings.num // settings.batch_size))

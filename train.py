@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import checkpoint
 import models
 from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.hardware import LOSS_PRECISIONS, allow_tf32, set_kernel_choice, set_up_process
 from ebm.training import distributed, setup
 from ebm.training.chains import infer_labels, run_chains
+from ebm.training.distributed import Workers
+from ebm.training.ownership import FolderOwner, own_folder
 from ebm.training.run import Run
 from ebm.training.state import State, Step
 from models import PreparedEnergy
@@ -195,23 +196,30 @@ def main(settings: TrainSettings) -> None:
     setup.check_device(settings, workers)
     if workers.device.type == "cuda":
         set_kernel_choice(deterministic=settings.deterministic)
+    with own_folder(settings.folder, workers, setup.choose_folder_check(settings)) as owner:
+        run = open_run(settings, workers, owner)
+        if settings.train:
+            train(run)
+        run.report()
+        workers.close()
+        run.finish()
+
+
+def open_run(settings: TrainSettings, workers: Workers, owner: FolderOwner) -> Run:
+    """Return a run that is about to begin or to go on; until all checks have passed, the folder stays as it is."""
+    path, contents = setup.open_checkpoint(settings, workers)
     dataset = setup.open_dataset(settings, workers)
     state = setup.build_state(settings, setup.choose_network(settings, dataset), dataset, workers)
-    is_resumed = settings.resume_iter != "-1"
-    resume_path = checkpoint.find(settings.folder, settings.resume_iter) if is_resumed else None
-    if workers.rank == 0:
-        setup.open_folder(settings.folder, is_resumed)
-    run = Run(settings, state, dataset, workers)
-    if resume_path is not None:
-        run.resume(resume_path)
+    run = Run(settings, state, dataset, workers, owner)
+    if path is not None:
+        run.resume(path, contents)
+    else:
+        owner.start_afresh()
+    run.prepare_measure()
     if workers.rank == 0:
         setup.write_config(settings, state, workers)
         setup.announce_run(settings, state, dataset, workers, run.stop)
-    if settings.train:
-        train(run)
-    run.report()
-    workers.close()
-    run.finish()
+    return run
 
 
 if __name__ == "__main__":

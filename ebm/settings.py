@@ -16,6 +16,7 @@ from ebm.presets import PRESETS
 from ebm.readers import dsprites
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
+from ebm.support.experiments import find_experiment
 from ebm.support.hardware import PRECISIONS
 from ebm.training.distributed import BACKENDS
 from sampling import PROJ_NORM_TYPES
@@ -95,6 +96,16 @@ class ModelChoice(CheckpointChoice):
 
     modeldir: str = flag("cachedir", "folder of all experiments")
     logdir: str = flag("sandbox_cachedir", "folder for results")
+
+    @property
+    def model_folder(self) -> pathlib.Path:
+        """The experiment's folder; raises UsageError if its name leads elsewhere."""
+        return find_experiment(self.modeldir, self.exp)
+
+    @property
+    def results_folder(self) -> pathlib.Path:
+        """The folder for the results on this experiment; raises UsageError if its name leads elsewhere."""
+        return find_experiment(self.logdir, self.exp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,8 +238,8 @@ class RunSettings(DeviceChoice):
 
     @property
     def folder(self) -> pathlib.Path:
-        """The experiment's folder."""
-        return pathlib.Path(self.logdir) / self.exp
+        """The experiment's folder; raises UsageError if its name leads elsewhere."""
+        return find_experiment(self.logdir, self.exp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -591,6 +602,11 @@ class CombineRun(DeviceChoice):
     )
     data_workers: int = flag(4, "sprites are in memory or drawn, no image file is decoded", inert=True)
 
+    @property
+    def results_folder(self) -> pathlib.Path:
+        """The folder for results of all tasks; raises UsageError if its name leads elsewhere."""
+        return find_experiment(self.savedir, self.exp)
+
 
 @dataclasses.dataclass(frozen=True)
 class ConceptChoice:
@@ -758,6 +774,16 @@ class DemoRun(CheckpointChoice):
 
     logdir: str = flag("cachedir", "folder of all experiments")
     savedir: str = flag("sandbox_cachedir", "folder for the pictures, which go to <savedir>/<exp>/")
+
+    @property
+    def model_folder(self) -> pathlib.Path:
+        """The experiment's folder; raises UsageError if its name leads elsewhere."""
+        return find_experiment(self.logdir, self.exp)
+
+    @property
+    def results_folder(self) -> pathlib.Path:
+        """The folder for the pictures; raises UsageError if the name of the experiment leads elsewhere."""
+        return find_experiment(self.savedir, self.exp)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,9 +94,10 @@ def test_a_classifier_stands_in(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     dataset = data.StoredImages("cifar10", *draw_sides(60, (3, 8, 8)), ("left", "right"))
     settings = TrainSettings(dataset="cifar10", logdir=str(tmp_path), num_samples=4)
-    measure = choose_measure(settings, dataset, torch.device("cpu"))
-    assert measure is not None and measure.extractor.name != features.Inception.name
+    make = choose_measure(settings, dataset, torch.device("cpu"))
     assert "the classifier Fréchet distance stands in for Inception score and FID" in capsys.readouterr().out
+    assert not list(settings.folder.parent.iterdir())
+    assert make is not None and make().extractor.name != features.Inception.name
     unlabelled = data.StoredImages("imagenetfull", dataset.images, None)
     assert choose_measure(TrainSettings(dataset="imagenetfull"), unlabelled, torch.device("cpu")) is None
     printed = capsys.readouterr().out

@@ -29,8 +29,6 @@ class FeatureClassifier(nn.Module):
         super().__init__()
         channels, height, width = image_shape
         side = min(height, width)
-        if side < 8:
-            raise UsageError(f"the feature classifier takes images of at least 8x8 pixels; these are {height}x{width}")
         self.image_shape = tuple(image_shape)
         self.classes = classes
         self.accuracy = float("nan")
@@ -51,6 +49,15 @@ class FeatureClassifier(nn.Module):
         return self.output(self.embed(images))
 
 
+def check_examples(image_shape: Sequence[int], labels: Tensor) -> None:
+    """Raise UsageError if the classifier cannot be trained on images (C, H, W) with these labels (N,)."""
+    _, height, width = image_shape
+    if min(height, width) < 8:
+        raise UsageError(f"the feature classifier takes images of at least 8x8 pixels; these are {height}x{width}")
+    if labels.unique().numel() < 2:
+        raise UsageError("the feature classifier needs a data set with labels of at least two classes")
+
+
 def train_feature_classifier(
     images: Tensor, labels: Tensor, *, seed: int = 0, device: torch.device | str = "cpu"
 ) -> FeatureClassifier:
@@ -62,8 +69,7 @@ def train_feature_classifier(
     classifier on the same machine with the same number of threads. The global random state does not change. Raises
     UsageError if there are fewer than two classes.
     """
-    if labels.unique().numel() < 2:
-        raise UsageError("the feature classifier needs a data set with labels of at least two classes")
+    check_examples(images.shape[1:], labels)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):  # a layer draws its first weights from the CPU's global generator
         torch.default_generator.manual_seed(seed)

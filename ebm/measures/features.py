@@ -25,7 +25,7 @@ from torch import Tensor
 
 import checkpoint
 from data import Dataset
-from ebm.measures.classifier import FeatureClassifier, train_feature_classifier
+from ebm.measures.classifier import FeatureClassifier, check_examples, train_feature_classifier
 from ebm.readers.bounded import describe, read_file
 from ebm.readers.downloads import import_torchvision
 from ebm.readers.state_values import is_mapping_to
@@ -281,6 +281,17 @@ def load_or_compute(
     return build(contents)
 
 
+def require_classes(reference: RealImages) -> Tensor:
+    """Return the class of each image of a reference set (N,); raise UsageError if no classifier can learn them."""
+    classes = reference.classes()
+    if classes is None:
+        raise UsageError(
+            f"{reference.name} has no classes in memory, and the classifier that compares samples is trained on classes"
+        )
+    check_examples(reference.datasets[0].image_shape, classes)
+    return classes
+
+
 def load_or_train_classifier(
     reference: RealImages, cache: pathlib.Path, device: torch.device | str = "cpu"
 ) -> Classifier:
@@ -288,11 +299,7 @@ def load_or_train_classifier(
 
     Raises UsageError if the images have no classes.
     """
-    classes = reference.classes()
-    if classes is None:
-        raise UsageError(
-            f"{reference.name} has no classes in memory, and the classifier that compares samples is trained on classes"
-        )
+    classes = require_classes(reference)
 
     def train() -> dict[str, Any]:
         print(f"training a small classifier on {reference}", flush=True)
@@ -449,14 +456,11 @@ def measure_distance(features: Tensor, real: Statistics) -> float:
     )
 
 
-def prepare_inception(
-    dataset: Dataset, path: str | pathlib.Path, sha256: str, cache: pathlib.Path, device: torch.device | str
-) -> SampleMeasure:
+def prepare_inception(dataset: Dataset, inception: Inception, cache: pathlib.Path) -> SampleMeasure:
     """Return the measure by Inception, whose FID compares samples with at most 10,000 images of the data.
 
-    path, sha256: those of the weights, see `read_inception`. cache: the folder of statistics of real images.
+    cache: the folder of statistics of real images.
     """
-    inception = Inception(*read_inception(path, sha256), device=device)
     reference = RealImages.choose(dataset.name, "train", [dataset], MAX_COMPARED)
     return SampleMeasure(inception, load_or_compute_statistics(inception, reference, cache))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -9,49 +10,104 @@ import pathlib
 import secrets
 import socket
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from ebm.support.files import RecordFile, write_file
 
+LOG_NAME = "log.jsonl"
+MAX_LINE = 1 << 20  # bytes; a longer line is no entry
+
+
+def parse_log_entry(line: bytes) -> dict[str, Any] | None:
+    """Return the entry that a line of a log holds, or None if it is no object with an iteration."""
+    try:
+        entry = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    iteration: Any = entry.get("iteration") if isinstance(entry, dict) else None
+    is_number = isinstance(iteration, int) and not isinstance(iteration, bool)
+    return entry if is_number and 0 <= iteration < 1 << 53 else None
+
+
+def read_lines(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield the lines of a log with their entries, None for what is none: half a line, or something else than a log's.
+
+    A very long line comes in pieces.
+    """
+    if not path.is_file():
+        return
+    is_begun = False  # whether this line began in an earlier piece
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE):
+            is_piece = is_begun or (len(line) == MAX_LINE and not line.endswith(b"\n"))
+            yield line, None if is_piece else parse_log_entry(line)
+            is_begun = not line.endswith(b"\n")
+
 
 def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the entries of a run's log.jsonl, up to the first incomplete line, which a killed process leaves."""
-    lines: list[dict[str, Any]] = []
-    path = folder / "log.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """Return the entries of a run's log; what else its log.jsonl holds is left out."""
+    return [entry for _, entry in read_lines(folder / LOG_NAME) if entry is not None]
 
 
 def read_series(folder: pathlib.Path, name: str) -> tuple[list[int], list[float]]:
     """Return the iterations and values at which a run logged the number of this name."""
-    lines = [line for line in read_log(folder) if name in line]
-    return [line["iteration"] for line in lines], [line[name] for line in lines]
+    series: list[tuple[int, float]] = []
+    for entry in read_log(folder):
+        value = entry.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):  # an integer that is no float
+                series.append((entry["iteration"], float(value)))
+    return [iteration for iteration, _ in series], [value for _, value in series]
+
+
+def copy_log(source: pathlib.Path, file: BinaryIO, iteration: int) -> None:
+    """Copy a log to an open file, without what a run wrote after its last entry of this iteration or an earlier one.
+
+    Whole lines that are no entries are kept, wherever they are; half a line at the end, which a killed process leaves,
+    is not.
+    """
+    last = last_whole = -1
+    for number, (line, entry) in enumerate(read_lines(source)):
+        if entry is not None and entry["iteration"] <= iteration:
+            last = number
+        if entry is not None or line.endswith(b"\n"):
+            last_whole = number
+    for number, (line, entry) in enumerate(read_lines(source)):
+        if number <= last_whole and (number <= last or entry is None):
+            file.write(line if entry is None else line.rstrip(b"\n") + b"\n")
 
 
 class RunLog:
     """The log of a run in one folder: TensorBoard files, and log.jsonl with one JSON object per line.
 
     An entry that cannot be written, for example because the disk is full, is left out, which is said once. resume:
-    entries after this iteration are deleted, so that a resumed run's log reads as if it had never stopped. say: prints
-    a line. Raises WriteError if the log cannot be begun.
+    entries after this iteration are left out, so that a resumed run's log reads as if it had never stopped. is_branch:
+    the run leaves a later history, whose log stays in its place until `publish`. say: prints a line. Raises WriteError
+    if the log cannot be begun.
     """
 
-    def __init__(self, folder: pathlib.Path, resume: int = 0, say: Callable[[str], None] = print):
-        entries = [line for line in read_log(folder) if line["iteration"] <= resume]
-        text = "".join(json.dumps(line) + "\n" for line in entries)
-        self.lines = RecordFile(write_file(folder / "log.jsonl", lambda file: file.write(text.encode())))
+    def __init__(
+        self, folder: pathlib.Path, resume: int = 0, *, is_branch: bool = False, say: Callable[[str], None] = print
+    ):
+        self.path = folder / LOG_NAME
+        branch_path = folder / f".branch_{LOG_NAME}"
+        branch_path.unlink(missing_ok=True)  # of a run that was killed before it published its log
+        begun_path = branch_path if is_branch else self.path
+        self.lines = RecordFile(write_file(begun_path, lambda file: copy_log(self.path, file, resume)))
         self.board = RecordFile(folder / "tensorboard" / name_event_file())
         self.board.append(encode_start(resume + 1))
         self.say = say
         self.failing: set[pathlib.Path] = set()
+
+    def publish(self) -> None:
+        """Put the log of a branch in the place of the log of the history that it leaves; do nothing for another log."""
+        if self.lines.path != self.path:
+            os.replace(self.lines.path, self.path)
+            self.lines.path = self.path
 
     def append(self, file: RecordFile, record: bytes) -> None:
         """Add a record to a file of the log, or say that this is impossible."""

@@ -20,6 +20,7 @@ import checkpoint
 from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings
 from ebm.support.errors import UsageError
+from ebm.support.experiments import find_experiment
 from ebm.tasks.expressions import parse_expression
 from ebm.tasks.trained_models import TrainedModel, check_network, find_contradictions, open_model
 from ebm.training.distributed import remove_launch
@@ -39,9 +40,9 @@ class ConceptModel(NamedTuple):
 
 
 class ModelSource(NamedTuple):
-    """The experiment and iteration of a model's checkpoint, and the command that trains the model."""
+    """The experiment's folder and the iteration of a model's checkpoint, and the command that trains the model."""
 
-    exp: str
+    folder: pathlib.Path
     iteration: str
     command: str
 
@@ -113,16 +114,23 @@ def get_training_flags(settings: CombineSettings, concept: str) -> str:
     return f"--preset=dsprites_{concept} --exp={exp}"
 
 
+def find_folder(settings: CombineSettings, concept: str) -> pathlib.Path:
+    """Return the folder of the experiment whose model is conditioned on a concept."""
+    name = f"exp_{concept}"
+    return find_experiment(settings.logdir, getattr(settings, name), name)
+
+
 def find_source(settings: CombineSettings, name: str) -> ModelSource:
     """Return the source of the model with this name in an expression; raise UsageError for an unknown name."""
     further, concept = read_pairs("models", settings.models), split_name(name)[0]
     if name in further:
         exp, _, iteration = further[name].partition(":")
-        return ModelSource(exp, iteration or "latest", f"python train.py --logdir={settings.logdir} --exp={exp} …")
+        folder = find_experiment(settings.logdir, exp, "models")
+        return ModelSource(folder, iteration or "latest", f"python train.py --logdir={settings.logdir} --exp={exp} …")
     if concept in CONCEPTS:
         place = f" --logdir={settings.logdir}" if settings.logdir != CombineSettings.logdir else ""
         command = f"python train.py {get_training_flags(settings, concept)}{place}"
-        return ModelSource(getattr(settings, f"exp_{concept}"), getattr(settings, f"resume_{concept}"), command)
+        return ModelSource(find_folder(settings, concept), getattr(settings, f"resume_{concept}"), command)
     raise UsageError(
         f"`combine`={settings.combine}: there is no model {name}; "
         f"the names are {', '.join([*CONCEPTS, *further])}; add a model with `models`={name}=<exp>"
@@ -133,8 +141,7 @@ def find_models(settings: CombineSettings, names: Sequence[str]) -> dict[str, pa
     """Return the paths of the models' checkpoints by name; raise UsageError with a line for each missing one."""
     paths, missing = {}, []
     for name in names:
-        exp, iteration, command = find_source(settings, name)
-        folder = pathlib.Path(settings.logdir) / exp
+        folder, iteration, command = find_source(settings, name)
         try:
             paths[name] = checkpoint.find(folder, iteration)
         except UsageError:
@@ -152,8 +159,7 @@ def find_starts(settings: CombineSettings, names: Sequence[str]) -> dict[str, pa
     """
     paths = {}
     for name in names:
-        exp, iteration, _ = find_source(settings, name)
-        folder = pathlib.Path(settings.logdir) / exp
+        folder, iteration, _ = find_source(settings, name)
         if not getattr(settings, f"cond_{name}"):
             print(f"model {name}: starts from new weights, as cond_{name}=False says")
             continue
@@ -218,13 +224,15 @@ def train_models(settings: CombineSettings, script: pathlib.Path) -> None:
         words = shlex.split(get_training_flags(settings, concept))
         words += [f"--logdir={settings.logdir}", f"--device={settings.device}"]
         words += [f"--dsprites_path={settings.dsprites_path}"] if settings.dsprites_path else []
-        if can_resume(pathlib.Path(settings.logdir) / getattr(settings, f"exp_{concept}")):
+        if can_resume(find_folder(settings, concept)):
             words.append("--resume_iter=latest")
         words += shlex.split(settings.train_flags)
         print(f"model {number} of {len(names)}: python train.py {shlex.join(words)}", flush=True)
         status = run_command([sys.executable, str(script), *words])
         if status in (130, 143):  # a signal, after which train.py has saved
             print("stopped; the same command resumes the training")
+            sys.exit(status)
+        if status == 2:  # a mistake, of which train.py has said in one line what it is
             sys.exit(status)
         if status:
             raise UsageError(

@@ -30,6 +30,7 @@ from ebm.tasks.analysis import (
 )
 from ebm.tasks.attacks import SHADES, Attack, restrict_to_ball, restrict_to_lower_half
 from ebm.tasks.examined_model import ExaminedModel, count_most_images
+from ebm.training.ownership import own_folder
 from models import ModelConfig, draw_noise_images
 
 ROWS = 20  # rows of a picture
@@ -216,9 +217,10 @@ def finetune_classifier(run: SandboxRun) -> Report:
         checkpoint.check_config(finetuned.config, model.model.config, path)
         run.model = dataclasses.replace(model, model=finetuned)
         return classify_test_images(run)
-    loss = model.finetune(*run.draw_examples("train", run.choose_number()))
-    contents = {"config": dataclasses.asdict(model.model.config), "model": model.model.state_dict(), "iteration": 0}
-    checkpoint.save(run.add_file(path.name), contents)
+    with own_folder(run.folder, model.workers):
+        loss = model.finetune(*run.draw_examples("train", run.choose_number()))
+        contents = {"config": dataclasses.asdict(model.model.config), "model": model.model.state_dict(), "iteration": 0}
+        checkpoint.save(run.add_file(path.name), contents)
     return Report({"mean loss of the epoch": loss, **classify_test_images(run).figures})
 
 

@@ -71,10 +71,9 @@ def find_checkpoint(settings: ModelChoice) -> pathlib.Path:
 
     Raises UsageError, which lists the existing checkpoints, if there is no such checkpoint.
     """
-    folder = pathlib.Path(settings.modeldir) / settings.exp
-    if not folder.is_dir():
-        raise UsageError(f"no experiment folder {folder}; give `modeldir` and `exp` of a trained model")
-    return checkpoint.find(folder, settings.resume_iter)
+    if not settings.model_folder.is_dir():
+        raise UsageError(f"no experiment folder {settings.model_folder}; give `modeldir` and `exp` of a trained model")
+    return checkpoint.find(settings.model_folder, settings.resume_iter)
 
 
 def open_model(path: pathlib.Path, device: torch.device, settings: UnrecordedNetwork, *, ema: bool) -> TrainedModel:

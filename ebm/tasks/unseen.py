@@ -32,6 +32,7 @@ from ebm.support.files import write_file
 from ebm.support.hardware import LOSS_PRECISIONS, allow_tf32
 from ebm.support.progress import Progress
 from ebm.tasks.concepts import ROWS, ConceptRun, Figures, compute_share, judge_latents
+from ebm.training.ownership import own_folder
 from models import PreparedEnergy, draw_noise_images, freeze_energy
 from sampling import Energy, check_finite, compute_input_gradient, draw_noise, langevin
 from train import contrastive_loss, kl_loss
@@ -273,6 +274,7 @@ def load_or_train_product(run: ConceptRun, training: Tensor, other: str) -> Prod
     """Return the trained networks: load those of an earlier run, or train them now and save them as checkpoints.
 
     Rank 0 trains while the other workers wait for its weights. training: indices of sprites. other: the other concept.
+    Raises UsageError if another process is training them in this folder.
     """
     iteration = count_iterations(run.settings, len(training), GENTEST_PASSES, GENTEST_STEPS)
     paths = [run.folder / concept / f"model_{iteration}.pt" for concept in ("pos", other)]
@@ -284,16 +286,17 @@ def load_or_train_product(run: ConceptRun, training: Tensor, other: str) -> Prod
             checkpoint.check_config(network.config, built.config, path)
         return ProductNetwork(networks)
     product = build_product(run, other)
-    if run.workers.rank == 0:
-        train_product(run, product, training, other)
-    run.workers.broadcast(product.state_dict().values())
-    if run.workers.rank > 0:
-        return product
-    for concept, path, network in zip(("pos", other), paths, product.networks, strict=True):
-        contents = {"config": dataclasses.asdict(network.config), "model": network.state_dict()}
-        flags = {"dataset": "dsprites", f"cond_{concept}": True, "step_lr": run.settings.step_lr}
-        checkpoint.save(path, contents | {"iteration": iteration, "flags": flags})
-        run.files.append(path)
+    with own_folder(run.folder, run.workers, setting="savedir"):
+        if run.workers.rank == 0:
+            train_product(run, product, training, other)
+        run.workers.broadcast(product.state_dict().values())
+        if run.workers.rank > 0:
+            return product
+        for concept, path, network in zip(("pos", other), paths, product.networks, strict=True):
+            contents = {"config": dataclasses.asdict(network.config), "model": network.state_dict()}
+            flags = {"dataset": "dsprites", f"cond_{concept}": True, "step_lr": run.settings.step_lr}
+            checkpoint.save(path, contents | {"iteration": iteration, "flags": flags})
+            run.files.append(path)
     return product
 
 

@@ -374,6 +374,18 @@ class Workers:
             self.barrier()
         return result
 
+    def call_first(self, act: Callable[[], object]) -> None:
+        """Call a function on rank 0 only; a UsageError that it raises is raised on all workers."""
+        problem = ""
+        if self.rank == 0:
+            try:
+                act()
+            except UsageError as error:
+                problem = str(error)
+        problem = self.share(problem)[0]
+        if problem:
+            raise UsageError(problem)
+
     def choose_folder(self, folder: pathlib.Path) -> pathlib.Path:
         """Return the folder for a worker's files: this one on rank 0, elsewhere one that is deleted at the end."""
         if self.rank == 0:

@@ -76,16 +76,23 @@ def choose_zoom(state: State) -> int:
 class Recorder:
     """The writer of a run's log and pictures, on its first worker.
 
-    measure: the measure of samples, or None. stop: the last iteration.
+    measure: the measure of samples, or None. stop: the last iteration. is_branch: see `RunLog`.
     """
 
     def __init__(
-        self, state: State, settings: TrainSettings, sampler: Sampler, measure: SampleMeasure | None, stop: int
+        self,
+        state: State,
+        settings: TrainSettings,
+        sampler: Sampler,
+        measure: SampleMeasure | None,
+        stop: int,
+        *,
+        is_branch: bool = False,
     ):
         self.state, self.settings, self.sampler, self.measure = state, settings, sampler, measure
         self.folder = settings.folder
         self.progress = Progress(stop, state.iteration, what="iteration")
-        self.log = RunLog(self.folder, state.iteration, self.progress.say)
+        self.log = RunLog(self.folder, state.iteration, is_branch=is_branch, say=self.progress.say)
 
     def record_step(self, step: Step) -> None:
         """Write the figures of an iteration to the log and the console."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 import signal
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import checkpoint
 import data
+from ebm.measures.features import SampleMeasure
 from ebm.readers.bounded import report_unreadable_file
 from ebm.settings import TrainSettings
 from ebm.support import cli
@@ -21,9 +23,10 @@ from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
 from ebm.training.distributed import GradientAverager, Workers
 from ebm.training.guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
+from ebm.training.ownership import FolderOwner, list_branch_files, set_aside_branch
 from ebm.training.records import Recorder, draw_curves, report_quality, write_samples
 from ebm.training.samples import Sampler, choose_measure, choose_number
-from ebm.training.setup import compute_last_iteration
+from ebm.training.setup import check_classes, compute_last_iteration
 from ebm.training.state import State, Step
 
 FAILED_SAVES = 3  # saves in a row that may fail before a run stops
@@ -32,13 +35,21 @@ FAILED_SAVES = 3  # saves in a row that may fail before a run stops
 class Run:
     """A training run with its folder. Every worker has one; only rank 0 prints and writes."""
 
-    def __init__(self, settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers):
-        self.settings, self.state, self.dataset, self.workers = settings, state, dataset, workers
+    def __init__(
+        self,
+        settings: TrainSettings,
+        state: State,
+        dataset: data.Dataset,
+        workers: Workers,
+        owner: FolderOwner | None = None,
+    ):
+        self.settings, self.state, self.dataset, self.workers, self.owner = settings, state, dataset, workers, owner
         self.is_first = workers.rank == 0
         self.stop = compute_last_iteration(settings, len(dataset), workers.size)
         self.average_gradients = GradientAverager(workers, state.model.parameters()).finish
         self.sampler = Sampler(state, settings, dataset)
-        self.measure = choose_measure(settings, dataset, workers.device) if self.is_first else None
+        self.make_measure = choose_measure(settings, dataset, workers.device) if self.is_first else None
+        self.measure: SampleMeasure | None = None  # on rank 0 only, after `prepare_measure`
         self.guard = DivergenceGuard() if settings.guard else None
         self.rollbacks = 0
         self.best: dict[str, float] = {}  # network that measures -> smallest key figure, see `SampleMeasure`
@@ -47,6 +58,13 @@ class Run:
         self.unwritten: list[str] = []  # what else could not be written
         self.signal: int | None = None  # the signal that asked the run to end
         self.recorder: Recorder | None = None  # on rank 0 only, while it trains
+        # The iteration that the run has returned to, until it saves: what the folder has of later ones is then moved.
+        self.branch_point: int | None = None
+        self.is_resumed = False
+
+    def prepare_measure(self) -> None:
+        """Make the measure of samples; this may train a classifier and write it to the folder."""
+        self.measure = None if self.make_measure is None else self.make_measure()
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield images (batch_size, C, H, W) in [0, rescale] and labels (batch_size, label_size) or None.
@@ -57,13 +75,16 @@ class Run:
         with self.catch_signals():
             while self.state.iteration < self.stop:
                 yield read_batch(self.state, self.settings, self.dataset)
+            if self.is_asked_to_end():  # while the last iteration was saved
+                self.end_early()
         self.close()
 
     def open(self) -> None:
         """Open the log, give all workers the same weights and optimizer state, and measure untrained samples."""
         state = self.state
         if self.is_first:
-            self.recorder = Recorder(state, self.settings, self.sampler, self.measure, self.stop)
+            is_branch = self.is_resumed and bool(list_branch_files(self.settings.folder, state.iteration))
+            self.recorder = Recorder(state, self.settings, self.sampler, self.measure, self.stop, is_branch=is_branch)
         state.acceleration.say = bind_notes(self.recorder, self.workers.rank)
         moments = [moment for pair in state.optimizer.state.values() for moment in pair.values()]
         averages = [] if state.ema is None else state.ema.state_dict().values()
@@ -82,12 +103,13 @@ class Run:
 
     def after(self, step: Step) -> None:
         """Check for divergence, log, test and save after a step; end the run if a signal asked for that."""
-        cause = self.find_divergence(step)
+        is_ending = self.is_asked_to_end()
+        cause = self.find_divergence(step, is_saved=is_ending or self.is_save_due or self.is_test_due)
         if cause is None:
             self.keep_records(step)
         else:
             self.roll_back(cause)
-        if self.workers.any(self.signal is not None):
+        if is_ending:
             self.end_early()
 
     def is_due(self, interval: int) -> bool:
@@ -99,6 +121,11 @@ class Run:
         """Whether a checkpoint is due after this iteration."""
         return self.is_due(self.settings.save_interval) or self.state.iteration == self.stop
 
+    @property
+    def is_test_due(self) -> bool:
+        """Whether a test, which may save the best model, is due after this iteration."""
+        return self.is_due(self.settings.test_interval)
+
     def say(self, message: str) -> None:
         """Print a line, on rank 0."""
         if self.recorder is not None:
@@ -108,15 +135,18 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ divergence
 
-    def find_divergence(self, step: Step) -> str | None:
+    def find_divergence(self, step: Step, *, is_saved: bool) -> str | None:
         """Return a phrase, on all workers, that says how the run has diverged, or None.
 
-        It checks every CHECK_INTERVAL iterations and before every checkpoint, and keeps healthy states for a rollback.
+        It checks every CHECK_INTERVAL iterations, and keeps healthy states for a rollback. is_saved: the state after
+        this iteration is saved if it is healthy. It is then checked at any iteration, but the guard remembers only its
+        own checks, so that a signal does not change what it finds later.
         """
         if self.guard is None:
             return None
-        if self.is_due(CHECK_INTERVAL) or self.is_save_due:
-            cause = self.guard.find_cause(self.state, step, self.settings.bounds)
+        if self.is_due(CHECK_INTERVAL) or is_saved:
+            guard = self.guard if self.is_due(CHECK_INTERVAL) else dataclasses.replace(self.guard)
+            cause = guard.find_cause(self.state, step, self.settings.bounds)
             if self.workers.any(cause is not None):
                 return cause or "another worker diverged"
         if self.is_due(SNAPSHOT_INTERVAL):
@@ -142,6 +172,7 @@ class Run:
                 "lower `lr` or `step_lr`, or raise `num_steps`, then `resume_iter`=latest"
             )
         self.guard.roll_back(state)
+        self.branch_point = state.iteration
         self.sampler.latest = None
         self.lower_learning_rate()
         state.generator.manual_seed(settings.seed * 1_000 + self.workers.rank + 1_000_000 * max(self.rollbacks, 1))
@@ -161,10 +192,10 @@ class Run:
             if self.is_due(self.settings.log_interval):
                 with allow_tf32(self.state.acceleration.precision):
                     self.recorder.record_step(step)
-            if self.is_due(self.settings.test_interval):
+            if self.is_test_due:
                 with self.survive_write_errors("pictures"):
                     self.test(self.recorder, step)
-        if self.is_due(self.settings.test_interval):
+        if self.is_test_due:
             self.workers.barrier()
         if self.is_save_due:
             self.save()
@@ -225,7 +256,7 @@ class Run:
         if self.unsaved is not None:
             path, contents = self.unsaved
             try:
-                checkpoint.save(path, contents)
+                self.put_checkpoint(path, contents)
             except OSError as error:
                 raise UsageError(
                     f"{path}: the last state could not be saved ({error.strerror}); "
@@ -273,10 +304,11 @@ class Run:
     def write(self, path: pathlib.Path, contents: dict[str, Any]) -> bool:
         """Write a checkpoint; return whether it worked.
 
-        A failure prints a message; FAILED_SAVES failures in a row raise UsageError.
+        A failure prints a message; FAILED_SAVES failures in a row raise UsageError, and so does a folder that another
+        run has taken.
         """
         try:
-            checkpoint.save(path, contents)
+            self.put_checkpoint(path, contents)
         except OSError as error:
             self.failed_saves += 1
             retry = ", the next save retries" if self.state.iteration < self.stop and self.signal is None else ""
@@ -287,26 +319,52 @@ class Run:
         self.failed_saves = 0
         return True
 
-    def resume(self, path: pathlib.Path) -> None:
+    def put_checkpoint(self, path: pathlib.Path, contents: dict[str, Any]) -> None:
+        """Write a checkpoint, if the folder is still this run's, beside those of its own history alone."""
+        if self.owner is not None:
+            self.owner.confirm()
+        self.leave_branch()
+        checkpoint.save(path, contents)
+
+    def leave_branch(self) -> None:
+        """Set aside, before the first save after a return to an earlier iteration, what the run has of later ones."""
+        if self.branch_point is None:
+            return
+        folder = self.settings.folder
+        aside = set_aside_branch(folder, self.branch_point, is_resumed=self.is_resumed)
+        if aside is not None:
+            self.say(
+                f"note: the run went on from iteration {self.branch_point}; what it had of later ones is in {aside}"
+            )
+        if self.recorder is not None:
+            self.recorder.log.publish()
+        self.branch_point, self.is_resumed = None, False
+
+    def resume(self, path: pathlib.Path, contents: dict[str, Any] | None = None) -> None:
         """Load a checkpoint, so that the run continues from it.
+
+        contents: those of the checkpoint, if they have been read already.
 
         With the same number of workers the run continues exactly; with another number the replay buffers are dealt out
         anew and the noise starts afresh. A published TF1 checkpoint has weights, optimizer and iteration only. Raises
         UsageError if the checkpoint is damaged or of another network.
         """
         state, workers = self.state, self.workers
+        self.is_resumed = True
         if path.suffix != ".pt":
             checkpoint.resume_tf(path, state.model, state.optimizer)
             number = path.name.removeprefix("model_")
-            state.iteration = int(number) if number.isdecimal() else 0
+            state.iteration = self.branch_point = int(number) if number.isdecimal() else 0
             state.start_ema()
             return
-        contents = checkpoint.load(path)
+        contents = checkpoint.load(path) if contents is None else contents
         checkpoint.check_config(checkpoint.read_config(contents, path), state.model.config, path)
         checkpoint.load_state(state.model, contents["model"], path)
+        if state.model.config.has_classes:
+            check_classes(contents.get("class_names", ()), self.dataset.class_names, path)
         with report_unreadable_file(path):
             state.load_shared_state(contents)
-        self.note_other_images(path, contents.get("flags", {}))
+        self.branch_point = state.iteration
         was_averaged, is_averaged = bool(contents.get("ema")), state.ema is not None
         if was_averaged and not is_averaged:
             workers.print(f"note: {path} has averaged weights, which this run drops; ema_decay would keep them")
@@ -324,6 +382,11 @@ class Run:
             workers.print(
                 f"note: {path} has a replay buffer of {kept:,} images, which this run drops for want of replay_batch"
             )
+        self.resume_worker(path, worker_states)
+
+    def resume_worker(self, path: pathlib.Path, worker_states: list[dict[str, Any]]) -> None:
+        """Load this worker's own state; if there is none, or there are those of another number of workers, say so."""
+        state, workers = self.state, self.workers
         if len(worker_states) == workers.size:
             worker_state = worker_states[workers.rank]
             with report_unreadable_file(path):
@@ -343,17 +406,6 @@ class Run:
             buffers = torch.cat([worker_state["buffer"]["images"] for worker_state in worker_states])
             state.buffer.load_state_dict({"images": buffers[workers.rank :: workers.size], "position": 0})
 
-    def note_other_images(self, path: pathlib.Path, flags: dict[str, Any]) -> None:
-        """Print a note if images are not resized as in the run with these flags, which wrote the checkpoint.
-
-        Earlier versions of this project had no such flag: they always resized with antialiasing.
-        """
-        before, now = flags.get("antialias", True), self.settings.antialias
-        if self.settings.dataset == flags.get("dataset") == "imagenetfull" and before != now:
-            self.workers.print(
-                f"note: {path} was trained with antialias={before}; this run goes on with antialias={now}"
-            )
-
     # ------------------------------------------------------------------------------------------ stopping
 
     @contextlib.contextmanager
@@ -370,6 +422,10 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def is_asked_to_end(self) -> bool:
+        """Return, on all workers, whether a signal has asked one of them to end the run."""
+        return self.workers.any(self.signal is not None)
 
     def end_early(self) -> None:
         """Save, then end the process with the exit status that is usual for the signal."""

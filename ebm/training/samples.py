@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,15 @@ import data
 from ebm.measures.features import (
     DISTANCE,
     INCEPTION_URL,
+    MAX_REAL_IMAGES,
+    Inception,
+    RealImages,
     SampleMeasure,
     locate_inception,
     prepare_distance,
     prepare_inception,
+    read_inception,
+    require_classes,
 )
 from ebm.settings import TrainSettings
 from ebm.support.errors import UsageError
@@ -137,11 +143,14 @@ class Sampler:
 # ---- how samples are measured, and how many ----
 
 
-def choose_measure(settings: TrainSettings, dataset: data.Dataset, device: torch.device) -> SampleMeasure | None:
-    """Return the measure of samples: by Inception if its weights are at hand, else by a classifier; None for none.
+def choose_measure(
+    settings: TrainSettings, dataset: data.Dataset, device: torch.device
+) -> Callable[[], SampleMeasure] | None:
+    """Return what makes the measure of samples: by Inception if its weights are at hand, else by a classifier.
 
-    A line says that the classifier stands in for Inception, or why nothing is measured. Raises UsageError if `quality`
-    is set and neither can be used, or if given weights cannot be.
+    It is None for no measure. A line says that the classifier stands in for Inception, or why nothing is measured.
+    Raises UsageError if `quality` is set and neither can be used, or if given weights cannot be. Nothing is written
+    before the measure is made.
     """
     is_asked = settings.quality or settings.inception_weights
     if settings.quality is False or not (is_asked or settings.dataset in MEASURED_SETS):
@@ -152,13 +161,14 @@ def choose_measure(settings: TrainSettings, dataset: data.Dataset, device: torch
     reason = ""
     if is_colour:
         try:
-            return prepare_inception(dataset, path, settings.inception_sha256, settings.folder, device)
+            inception = Inception(*read_inception(path, settings.inception_sha256), device=device)
+            return functools.partial(prepare_inception, dataset, inception, settings.folder)
         except UsageError as error:
             if settings.inception_weights:
                 raise
             reason = str(error).replace("`", "") if path.exists() else f"put {INCEPTION_URL} into {path.parent}"
     try:
-        measure = prepare_distance(dataset, choose_number(settings, has_inception=False), settings.folder)
+        require_classes(RealImages.choose(dataset.name, "train", [dataset], MAX_REAL_IMAGES))
     except UsageError as error:
         if settings.quality:
             raise UsageError(f"{error}; leave out `quality`") from None
@@ -166,7 +176,8 @@ def choose_measure(settings: TrainSettings, dataset: data.Dataset, device: torch
         return None
     if reason:
         print(f"note: the {DISTANCE} stands in for Inception score and FID, which need Inception's weights: {reason}")
-    return measure
+    number = choose_number(settings, has_inception=False)
+    return functools.partial(prepare_distance, dataset, number, settings.folder)
 
 
 def choose_number(settings: TrainSettings, has_inception: bool) -> int:

@@ -5,21 +5,35 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
+import os
 import pathlib
 import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 
+import checkpoint
 import data
 import models
-from ebm.settings import CONDITIONS, SIZES, SUBSETS, TrainSettings
+from ebm.settings import (
+    CONDITIONS,
+    SIZES,
+    SUBSETS,
+    DataFiles,
+    NetworkSettings,
+    OutputSettings,
+    RunSettings,
+    TrainSettings,
+)
 from ebm.support import cli
 from ebm.support.errors import UsageError
-from ebm.support.files import prepare_folder
 from ebm.support.reports import write_json
 from ebm.training.acceleration import Acceleration
 from ebm.training.distributed import Workers
+from ebm.training.ownership import check_new_folder
 from ebm.training.state import State
 from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
 
@@ -68,6 +82,92 @@ def check_settings(settings: TrainSettings) -> None:
         print("note: replay_rate has no effect: without replay_batch there is no buffer")
     if settings.compile is not None and not settings.has_plain_chains:
         print("note: compile has no effect: only Langevin steps with zero_kl are compiled")
+
+
+# ---- what a resumed run was started with ----
+
+# Settings that may change from one part of a run to the next: places, ends, speed, output. Those of the network, but
+# for its labels, are compared with the network itself.
+UNCOMPARED = {
+    field.name for group in (RunSettings, DataFiles, OutputSettings, NetworkSettings) for field in fields(group)
+}
+UNCOMPARED |= {"data_workers", "precision", "compile", "cuda_graph", "max_rollbacks"}
+UNCOMPARED -= {"seed", "cclass", "model_cclass"}
+
+
+def list_differences(settings: TrainSettings, before: Mapping[str, Any]) -> list[str]:
+    """Return, as "name: before -> now", each setting that changes what a run learns and was another one before.
+
+    before: the settings of the run that wrote a checkpoint, by name. One that did not exist then had its default, but
+    for antialiasing, which was always on.
+    """
+    now = cli.to_dict(settings)
+    before = {
+        name: before.get(name, name == "antialias" or default) for name, default in cli.to_dict(TrainSettings()).items()
+    }
+    names = [name for name in now if name not in UNCOMPARED]
+    if before["dataset"] == settings.dataset:
+        names += filter(None, [data.DATASETS[settings.dataset].path_setting])
+    if settings.dataset != "imagenetfull":
+        names.remove("antialias")
+    changed = [name for name in names if not is_same_setting(before[name], now[name], is_path=name in UNCOMPARED)]
+    return [f"{name}: {str(before[name])[:100]} -> {now[name]}" for name in changed]
+
+
+def is_same_setting(before: object, now: object, *, is_path: bool) -> bool:
+    """Return whether two values of a setting mean the same."""
+    if is_path and isinstance(before, str) and isinstance(now, str):
+        return os.path.realpath(before) == os.path.realpath(now)
+    return before == now
+
+
+def note_differences(
+    settings: TrainSettings, path: pathlib.Path, contents: Mapping[str, Any], workers: Workers
+) -> None:
+    """Print a note that lists the settings that are not those of the run that wrote a checkpoint."""
+    before = contents.get("flags")
+    if isinstance(before, Mapping) and (differences := list_differences(settings, before)):
+        workers.print(
+            f"note: {path} was trained with other settings, and this run goes on with the new ones: "
+            + "; ".join(differences)
+        )
+
+
+def choose_folder_check(settings: TrainSettings) -> Callable[[], object]:
+    """Return what raises UsageError if the folder does not fit: a resumed run's checkpoint must be there, and a new run
+    sets nothing aside but runs.
+    """
+    if settings.resume_iter == "-1":
+        return functools.partial(check_new_folder, settings.folder)
+    return functools.partial(checkpoint.find, settings.folder, settings.resume_iter)
+
+
+def open_checkpoint(settings: TrainSettings, workers: Workers) -> tuple[pathlib.Path | None, dict[str, Any]]:
+    """Return the path of the checkpoint to resume from, and what it holds; None and nothing for a new run.
+
+    A note says which settings differ from those of the run that wrote it. A TensorFlow checkpoint is read later.
+    """
+    if settings.resume_iter == "-1":
+        return None, {}
+    path = checkpoint.find(settings.folder, settings.resume_iter)
+    contents = checkpoint.load(path) if path.suffix == ".pt" else {}
+    note_differences(settings, path, contents, workers)
+    return path, contents
+
+
+def check_classes(before: Sequence[str], now: Sequence[str], path: pathlib.Path) -> None:
+    """Raise UsageError if the classes of the data are not those that a checkpoint's network was trained on, in order.
+
+    before, now: their names; without names there is nothing to compare.
+    """
+    if not before or not now or list(before) == list(now):
+        return
+    number = next(n for n, (old, new) in enumerate(itertools.zip_longest(before, now)) if old != new)
+    old, new = (repr(names[number]) if number < len(names) else "none" for names in (before, now))
+    raise UsageError(
+        f"{path} was trained on other classes: class {number} is {old} there and {new} in this data; "
+        "resume with the data set that it was trained on, or use another `exp`"
+    )
 
 
 # ---- data and network ----
@@ -175,22 +275,7 @@ def choose_precision(settings: TrainSettings, device: str, network: str) -> str:
     return "bf16" if was_compared and torch.cpu._is_amx_tile_supported() else "float32"
 
 
-# ---- the run's folder, its state ----
-
-
-def open_folder(folder: pathlib.Path, is_resumed: bool) -> None:
-    """Make the experiment's folder; a new run renames the folder of an earlier one, so that nothing is lost.
-
-    Raises UsageError if the folder cannot be written.
-    """
-    try:
-        if folder.exists() and not is_resumed and any(folder.iterdir()):
-            aside = next(p for p in (folder.with_name(f"{folder.name}.{n}") for n in range(1, 10**6)) if not p.exists())
-            folder.rename(aside)
-            print(f"note: {folder} held an earlier run; it is now {aside} (resume_iter=latest would have gone on)")
-    except OSError as error:
-        raise UsageError(f"`logdir`={folder.parent}: cannot rename {folder} ({error.strerror})") from None
-    prepare_folder(folder, "logdir")
+# ---- the run's state ----
 
 
 def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: data.Dataset, workers: Workers) -> State:
