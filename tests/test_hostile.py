@@ -15,6 +15,7 @@ import struct
 import time
 import tracemalloc
 import zipfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -589,7 +590,7 @@ def test_a_network_is_measured_before_it_is_built(tmp_path, monkeypatch):
         checkpoint.load_energy(tmp_path / "model_1.pt")
 
 
-GOOD_WORKER = {
+GOOD_WORKER: dict[str, Any] = {
     "buffer": {"images": torch.zeros(3, 1, 28, 28, dtype=torch.uint8), "position": 0},
     "generator": torch.get_rng_state(),
     "torch_generator": torch.get_rng_state(),
@@ -597,12 +598,12 @@ GOOD_WORKER = {
     "previous": None,
     "guard": {"usual": [(1.0, 2.0)], "suspicious": 0},
 }
-BUFFERS = [None, {}, {"images": torch.zeros(3, 1, 1, 1, dtype=torch.uint8), "position": 0}]
+BUFFERS: list[Any] = [None, {}, {"images": torch.zeros(3, 1, 1, 1, dtype=torch.uint8), "position": 0}]
 BUFFERS += [
     {"images": torch.zeros(3, 1, 28, 28), "position": 0},
     {"images": GOOD_WORKER["buffer"]["images"], "position": -1},
 ]
-ENTRIES = {
+ENTRIES: dict[str, list[Any]] = {
     "model": [None, [], {"x": 1}, {1: torch.zeros(1)}],
     "ema": [5, [], {"x": "y"}],
     "iteration": [-1, 1.5, "7", None, True, 1 << 60],

@@ -9,6 +9,7 @@ import resource
 import stat
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from ebm.support.files import RecordFile, WriteError, prepare_file, prepare_fold
 from ebm.support.logs import RunLog, read_log
 from ebm.support.reports import write_json
 from ebm.training.distributed import work_alone
-from ebm.training.setup import open_folder
+from ebm.training.ownership import own_folder
 from train import train
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -184,7 +185,8 @@ def test_folders_that_cannot_be_written(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "file"]
 
 
-NOWHERE, SHIPPED = "/proc/nowhere", {"modeldir": str(ROOT / "cachedir"), "exp": "digits_cond"}
+NOWHERE = "/proc/nowhere"
+SHIPPED: dict[str, Any] = {"modeldir": str(ROOT / "cachedir"), "exp": "digits_cond"}
 # Each script: what evaluates, its settings, and the module's function that begins the slow work.
 EVALUATIONS = {
     "sample": (sample.sample_images, SampleSettings(logdir=NOWHERE, **SHIPPED), "draw_fresh_images"),
@@ -388,7 +390,7 @@ def test_a_folder_that_vanished(tmp_path):
 def test_full_at_the_start(tmp_path):
     """Breaks when a run finds out at its first save, or in a traceback, that there is no room."""
     with limit_file_size(100), pytest.raises(UsageError, match=r"`logdir`: cannot write .*new \(File too large"):
-        open_folder(tmp_path / "new", is_resumed=False)
+        own_folder(tmp_path / "new", work_alone()).__enter__()
     with limit_file_size(0), pytest.raises(UsageError, match=r"tensorboard.* cannot be written"):
         RunLog(tmp_path)
 
