@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from conftest import ROOT, WORKERS, skip_without_horovod
 from ebm.support.errors import UsageError
+from ebm.support.launch import Launch
 from ebm.training import distributed
-from ebm.training.watch import Launch
 
 TIMEOUT = 3.0  # seconds until the watch ends a job here
 DEADLINE = 100.0  # seconds after which a test gives up on a job
@@ -80,7 +80,7 @@ def must_not_ask() -> str:
 )
 def test_launch_is_read_from_the_environment(environment: dict[str, str], launch: Launch) -> None:
     """Breaks when a launcher's variables are misread, or when half of them pass for a launch."""
-    assert distributed.find_launch(environment) == launch
+    assert launch.find_launch(environment) == launch
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ import checkpoint
 from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings
 from ebm.support.errors import UsageError
+from ebm.support.launch import remove_launch
 from ebm.tasks.expressions import parse_expression
 from ebm.tasks.trained_models import TrainedModel, check_network, find_contradictions, open_model
-from ebm.training.distributed import remove_launch
 from models import ModelConfig, PreparedEnergy, freeze_energy
 
 

@@ -15,20 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-
-class Launch(NamedTuple):
-    """The launcher that started a process, and its place among the workers."""
-
-    launcher: str = ""
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+from ebm.support.launch import Launch
 
 
 def find_host(launch: Launch) -> str:

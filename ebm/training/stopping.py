@@ -1,0 +1,90 @@
+"""How signals ask a training run to end, and how it gets the time to save."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from ebm.support.launch import Launch
+from ebm.training import hold
+
+# What schedulers and people send: SIGUSR1 and SIGUSR2 announce the end of a job, SIGXCPU the end of its CPU time.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+ECHO = 2.0  # seconds in which a signal may arrive again, because a launcher passes on what its workers got, too
+
+
+class StopSignals:
+    """The handling of signals while a run trains: the first one asks it to end, by a call of `ask(number)`.
+
+    The same signal again ends the process at once. An ignored SIGHUP stays ignored, as nohup wants it. The launcher is
+    held until `restore` or `release_launcher`, see `hold`.
+    """
+
+    def __init__(self, launch: Launch, ask: Callable[[int], None]):
+        self._ask = ask
+        self._times: dict[int, float] = {}  # number -> when the signal came first
+        self._hold = start_hold(launch)
+        if self._hold is not None and self._hold.stdin is not None:
+            os.set_blocking(self._hold.stdin.fileno(), False)
+            signal.set_wakeup_fd(self._hold.stdin.fileno(), warn_on_full_buffer=False)
+            # Horovod takes leave of the launcher when Python ends, which must find it running.
+            atexit.register(self.release_launcher)
+        numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._earlier = {number: signal.signal(number, self._handle) for number in numbers}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._times.setdefault(number, now) > ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if number == signal.SIGHUP:
+            discard_lost_output()
+        self._ask(number)
+
+    def release_launcher(self) -> None:
+        """Let the launcher go on, which may kill this process at once: what is to be saved has been saved."""
+        if self._hold is not None and self._hold.stdin is not None:
+            signal.set_wakeup_fd(-1)
+            self._hold.stdin.close()
+            self._hold.wait()
+            self._hold = None
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them before."""
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+        self.release_launcher()
+        atexit.unregister(self.release_launcher)
+
+
+def start_hold(launch: Launch) -> subprocess.Popen[bytes] | None:
+    """Start the program that can halt the launcher, once on each machine; return None if the launcher is patient."""
+    if launch.local_rank > 0:
+        return None
+    if launch.launcher == "mpiexec" and "OMPI_COMM_WORLD_RANK" in os.environ:  # others pass on signals and wait
+        pid = os.getppid()
+    elif launch.launcher == "horovodrun":
+        pid = os.getsid(
+            0
+        )  # between horovodrun and the worker are a process that kills, which leads the session, and sh
+    else:
+        return None
+    command = [sys.executable, "-I", "-S", str(pathlib.Path(hold.__file__)), str(pid), launch.launcher]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
+
+
+def discard_lost_output() -> None:
+    """Send output to nowhere that goes to a terminal which is closed, so that printing does not fail before saving."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
