@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, TypeVar
 from absl import flags
 
 from ebm.support.errors import UsageError
+from ebm.support.launch import let_rank_0_speak
 
 Settings = TypeVar("Settings")
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
@@ -260,6 +261,7 @@ def run(main: Callable[[Settings], None], kind: type[Settings], usage: str | Non
         main(parse(sys.argv, kind, usage or ""))
         sys.stdout.flush()
     except UsageError as error:
+        let_rank_0_speak()
         print(f"error: {name_flags(str(error), kind)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of the pipe has ended, as in `| head`

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import time
 import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -68,8 +70,9 @@ def read_partial_launch(launcher: str, names: list[str], given: Mapping[str, str
     Kubernetes starts one such worker per machine, and sets the address of the first. Raises UsageError elsewhere.
     """
     if launcher == "torchrun" and "MASTER_ADDR" in given:
-        defaults = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(int(given.get("LOCAL_RANK", "0")) + 1)}
-        return read_launch(launcher, names, defaults | dict(given))
+        given = {"LOCAL_RANK": "0"} | dict(given)
+        local_size = read_number("LOCAL_RANK", given) + 1
+        return read_launch(launcher, names, {"LOCAL_WORLD_SIZE": str(local_size)} | given)
     missing = "MASTER_ADDR" if launcher == "torchrun" else next(name for name in names if name not in given)
     raise UsageError(
         f"{names[1]}={given[names[1]]} says that this is one of several workers, but {missing} is not set; "
@@ -88,7 +91,19 @@ def read_number(name: str, given: Mapping[str, str]) -> int:
 def describe_remedy(launcher: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return a clause that says how to start workers with this launcher, and how to work without it."""
     ranks = [variables.split()[0] for name, variables in (*LAUNCHERS, ("srun", SLURM)) if name == launcher]
-    return f"start the workers with {launcher}, or unset {' '.join(name for name in ranks if name in environment)}"
+    unset = " ".join(name for name in ranks if name in environment)
+    return f"start all workers with {launcher}, or unset {unset} to work alone"
+
+
+def let_rank_0_speak() -> None:
+    """Wait a few seconds on all ranks but 0, which makes the same mistake: its end then ends this worker in silence."""
+    try:
+        is_first = find_launch().rank == 0
+    except UsageError:
+        is_first = True
+    if not is_first:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(6.0)
 
 
 def remove_launch(environment: Mapping[str, str]) -> dict[str, str]:
@@ -114,18 +129,20 @@ def is_slurm_step(given: Mapping[str, str]) -> bool:
 
 def find_slurm_launch(given: Mapping[str, str]) -> Launch:
     """Return the place of this task among those of its step of srun."""
+    given = {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1"} | dict(given)
     size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in given else "SLURM_NTASKS"
     if size not in given or read_number(size, given) == 1:
         return Launch()
     counts = expand_counts(given.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    node = given.get("SLURM_NODEID", "0")
-    if node.isdigit() and int(node) < len(counts):
-        local_size = counts[int(node)]
+    node = read_number("SLURM_NODEID", given)
+    if node < len(counts):
+        local_size = counts[node]
+    elif given.get("SLURM_STEP_NUM_NODES", given["SLURM_NNODES"]) == "1":
+        local_size = read_number(size, given)
     else:
-        nodes = given.get("SLURM_STEP_NUM_NODES") or given.get("SLURM_NNODES", "1")
-        local_size = read_number(size, given) if nodes == "1" else int(given.get("SLURM_LOCALID", "0")) + 1
-    values = {"SLURM_LOCALID": "0"} | dict(given) | {"the tasks of this node": str(local_size)}
-    return read_launch("srun", ["SLURM_PROCID", size, "SLURM_LOCALID", "the tasks of this node"], values)
+        local_size = read_number("SLURM_LOCALID", given) + 1
+    values = dict(given) | {"LOCAL": str(local_size)}
+    return read_launch("srun", ["SLURM_PROCID", size, "SLURM_LOCALID", "LOCAL"], values)
 
 
 def expand_counts(text: str) -> list[int]:
@@ -158,9 +175,8 @@ def find_address(launch: Launch, environment: Mapping[str, str] = os.environ) ->
         port = port or str(LOWEST_PORT + zlib.crc32(step.encode()) % PORTS)
     for name, value in (("MASTER_ADDR", host), ("MASTER_PORT", port)):
         if not value:
-            raise UsageError(
-                f"this is one of {launch.size} workers, but {name} is not set; {describe_remedy(launch.launcher)}"
-            )
+            remedy = describe_remedy(launch.launcher, given)
+            raise UsageError(f"this is one of {launch.size} workers, but {name} is not set; {remedy}")
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
         raise UsageError(f"the environment variable MASTER_PORT={port} is no port; unset it, or give 1024 to 65535")
     return host, int(port)

@@ -23,7 +23,7 @@ import pathlib
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -183,6 +183,8 @@ class HorovodEngine:
         os.environ.setdefault("HOROVOD_STALL_CHECK_DISABLE", "1")
         import horovod.torch as hvd
 
+        if launch.launcher == "horovodrun":
+            check_rendezvous(os.environ)
         hvd.init()
         if hvd.size() != launch.size:
             raise UsageError(
@@ -213,6 +215,18 @@ class HorovodEngine:
 
     def close(self) -> None:
         self._hvd.shutdown()
+
+
+def check_rendezvous(environment: Mapping[str, str]) -> None:
+    """Raise UsageError if horovodrun, where its workers find each other, is gone; Horovod would abort the process."""
+    host, port = (environment.get(f"HOROVOD_GLOO_RENDEZVOUS_{name}", "") for name in ("ADDR", "PORT"))
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10.0).close()
+        except OSError as error:
+            raise UsageError(
+                f"no horovodrun answers at {host}:{port} ({error}); {describe_remedy('horovodrun', environment)}"
+            ) from None
 
 
 class TorchEngine:
@@ -286,23 +300,49 @@ def open_store(launch: Launch, timeout: float) -> dist.Store:
     is_server = launch.rank == 0 and not has_agent
     patience = datetime.timedelta(seconds=timeout)
     try:
+        if not is_server:
+            wait_for_server(host, port, timeout)  # PyTorch would print pages
         store = dist.TCPStore(host, port, launch.size, is_server, patience, wait_for_workers=False)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         obstacle = "cannot listen" if is_server else "cannot reach rank 0"
         raise UsageError(
             f"rank {launch.rank} {obstacle} at {host}:{port} ({str(error).splitlines()[0]}); set MASTER_ADDR and "
             f"MASTER_PORT to rank 0's machine and a free port, or {describe_remedy(launch.launcher)}"
         ) from None
     arrivals = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    arrivals.set(f"rank {launch.rank}", "")
-    for rank in range(launch.size):
-        try:
-            arrivals.wait([f"rank {rank}"], patience)
-        except RuntimeError:
-            raise UsageError(
-                f"rank {rank} of {launch.size} has not arrived within {timeout:g} s; {describe_remedy(launch.launcher)}"
-            ) from None
+    try:
+        wait_for_arrivals(arrivals, launch, timeout)
+    except RuntimeError:
+        raise UsageError("rank 0 has ended before all workers had arrived; its message says why") from None
     return arrivals
+
+
+def wait_for_arrivals(arrivals: dist.Store, launch: Launch, timeout: float) -> None:
+    """Announce this worker and wait for the others.
+
+    Raises UsageError that names a rank which is missing after `timeout` seconds.
+    """
+    arrivals.set(f"rank {launch.rank}", "")
+    end = time.monotonic() + timeout
+    for rank in range(launch.size):
+        while not arrivals.check([f"rank {rank}"]):
+            if time.monotonic() > end:
+                remedy = describe_remedy(launch.launcher)
+                raise UsageError(f"rank {rank} of {launch.size} has not arrived within {timeout:g} s; {remedy}")
+            time.sleep(0.1)
+
+
+def wait_for_server(host: str, port: int, timeout: float) -> None:
+    """Wait until a server listens there, whose name may become known later; raise OSError after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5.0).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.5)
 
 
 class Workers:
@@ -491,12 +531,7 @@ def share_evaluation(device: str) -> Iterator[Workers]:
     if workers.rank > 0:
         os.environ["TQDM_DISABLE"] = "1"  # progress bars
     with silence, workers.busy():
-        try:
-            yield workers
-        except UsageError:
-            if workers.rank > 0:  # rank 0 makes the same mistake: its line is enough, and its end ends this worker
-                time.sleep(2 * Watch.GRACE)
-            raise
+        yield workers
         workers.close()
 
 

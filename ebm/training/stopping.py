@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from ebm.support.launch import Launch
 from ebm.training import hold
@@ -20,11 +21,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, si
 ECHO = 2.0  # seconds in which a signal may arrive again, because a launcher passes on what its workers got, too
 
 
+def set_stop_handlers(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Set the handler of all signals that ask a run to end; return those before. An ignored SIGHUP stays ignored."""
+    numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
 class StopSignals:
     """The handling of signals while a run trains: the first one asks it to end, by a call of `ask(number)`.
 
-    The same signal again ends the process at once. An ignored SIGHUP stays ignored, as nohup wants it. The launcher is
-    held until `restore` or `release_launcher`, see `hold`.
+    The same signal again ends the process at once. The launcher may be held until `release_launcher`, see `hold`.
     """
 
     def __init__(self, launch: Launch, ask: Callable[[int], None]):
@@ -36,8 +42,7 @@ class StopSignals:
             signal.set_wakeup_fd(self._hold.stdin.fileno(), warn_on_full_buffer=False)
             # Horovod takes leave of the launcher when Python ends, which must find it running.
             atexit.register(self.release_launcher)
-        numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-        self._earlier = {number: signal.signal(number, self._handle) for number in numbers}
+        self._earlier = set_stop_handlers(self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
