@@ -290,7 +290,9 @@ def test_launcher_is_held_while_a_run_saves(monkeypatch: pytest.MonkeyPatch, lau
     assert asked == [signal.SIGUSR1] and not is_stopped(launcher.pid)
     signal.raise_signal(signal.SIGTERM)
     wait_until(lambda: is_stopped(launcher.pid))
-    launcher.send_signal(signal.SIGCONT)  # a scheduler that wakes the whole job up
+    assert signals._hold is not None
+    signals._hold.terminate()  # a scheduler that signals all processes of a job, and wakes them up
+    launcher.send_signal(signal.SIGCONT)
     wait_until(lambda: not is_stopped(launcher.pid))
     wait_until(lambda: is_stopped(launcher.pid))
     signals.release_launcher()

@@ -19,6 +19,8 @@ INTERVAL = 0.05  # seconds after which the launcher is stopped again if a schedu
 
 def hold_launcher(pid: int, name: str) -> None:
     """Stop the process of the launcher from the first SIGTERM that is read from stdin until stdin is closed."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_IGN)  # schedulers signal every process of a job
     is_held = False
     while True:
         ready, _, _ = select.select([0], [], [], INTERVAL if is_held else None)

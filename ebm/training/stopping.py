@@ -70,16 +70,15 @@ class StopSignals:
 
 
 def start_hold(launch: Launch) -> subprocess.Popen[bytes] | None:
-    """Start the program that can halt the launcher, once on each machine; return None if the launcher is patient."""
-    if launch.local_rank > 0:
-        return None
-    if launch.launcher == "mpiexec" and "OMPI_COMM_WORLD_RANK" in os.environ:  # others pass on signals and wait
+    """Start the program that can halt the process which would kill this worker; return None if there is none.
+
+    mpiexec has one such process on each machine, the parent of the workers; horovodrun has one for each worker.
+    """
+    if launch.launcher == "mpiexec" and launch.local_rank == 0 and "OMPI_COMM_WORLD_RANK" in os.environ:
         pid = os.getppid()
     elif launch.launcher == "horovodrun":
-        pid = os.getsid(
-            0
-        )  # between horovodrun and the worker are a process that kills, which leads the session, and sh
-    else:
+        pid = os.getsid(0)  # the parent is a shell, whose parent leads the session
+    else:  # other launchers wait, MPICH's mpiexec, too
         return None
     command = [sys.executable, "-I", "-S", str(pathlib.Path(hold.__file__)), str(pid), launch.launcher]
     quiet = subprocess.DEVNULL

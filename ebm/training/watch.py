@@ -191,7 +191,7 @@ class Watch(threading.Thread):
         self._tell()
         self._told.set()
         if not self._leaving.wait(self.GRACE):
-            end_process(self._farewell() if 0 in (rank, self._launch.rank) else "")
+            end_process(self._farewell() if self._launch.rank == 0 else "")  # an end of rank 0 has a line of its own
 
     def _farewell(self) -> str:
         fate = "failed, see above" if self._culprit == self._launch.rank else "ended before the others"
