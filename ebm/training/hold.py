@@ -37,9 +37,10 @@ def hold_launcher(pid: int, name: str) -> None:
 
 
 def tell_user(pid: int, message: str) -> None:
-    """Print a line where the launcher, which passes on no more output now, prints its own."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/fd/2", "a", encoding="utf-8") as file:
-        print(message, file=file)
+    """Print a line where the launcher prints its own, which passes on no output while it is stopped."""
+    with contextlib.suppress(OSError):  # a socket, or a pipe that nobody empties
+        descriptor = os.open(f"/proc/{pid}/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)
+        os.write(descriptor, f"{message}\n".encode())
 
 
 if __name__ == "__main__":
