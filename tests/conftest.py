@@ -30,6 +30,7 @@ from ebm.readers import dsprites
 from ebm.readers.downloads import import_torchvision
 from ebm.readers.streaming import SIDE
 from ebm.settings import SandboxSettings, TrainSettings
+from ebm.support.launch import Launch
 from ebm.support.progress import Progress
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.sandbox import SandboxRun
@@ -37,7 +38,6 @@ from ebm.training import distributed
 from ebm.training.acceleration import Acceleration
 from ebm.training.run import Run
 from ebm.training.state import State, Step
-from ebm.training.watch import Launch
 from train import start_chains, train_step
 from utils import ClippedAdam, ReplayBuffer
 

@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 
 from conftest import ROOT, WORKERS, skip_without_horovod
 from ebm.support.errors import UsageError
-from ebm.training import distributed
-from ebm.training.watch import Launch
+from ebm.support.launch import Launch, find_address, find_launch, remove_launch
+from ebm.training import distributed, stopping
+from ebm.training.stopping import STOP_SIGNALS, StopSignals
 
 TIMEOUT = 3.0  # seconds until the watch ends a job here
 DEADLINE = 100.0  # seconds after which a test gives up on a job
@@ -31,7 +33,13 @@ DEADLINE = 100.0  # seconds after which a test gives up on a job
 MPI = Launch("mpiexec", 1, 2, 1, 2)
 HOROVODRUN = Launch("horovodrun", 1, 2, 1, 2)
 TORCHRUN = Launch("torchrun", 1, 2, 1, 2)
+SRUN = Launch("srun", 1, 2, 1, 2)
 ALONE = Launch()
+
+STEP = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+STEP |= {"SLURM_STEP_TASKS_PER_NODE": "1,3", "SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0"}
+STEP |= {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "gpu[08-09,12]-ib,cpu1"}
+TORCHRUN_INSIDE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 
 
 def horovod_works() -> str:
@@ -75,12 +83,76 @@ def must_not_ask() -> str:
             {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "1"},
             Launch("horovodrun", 1, 2, 0, 1),
         ),
-        ({"RANK": "5", "WORLD_SIZE": "8"}, ALONE),
+        ({"RANK": "5", "WORLD_SIZE": ""}, ALONE),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ALONE),
+        ({"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "pod-0"}, Launch("torchrun", 5, 8, 0, 1)),  # Kubernetes
+        (STEP, Launch("srun", 2, 4, 1, 3)),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": ""}, Launch("srun", 2, 4, 1, 2)),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "", "SLURM_NNODES": "1"}, Launch("srun", 2, 4, 1, 4)),
+        (STEP | {"SLURM_STEP_NUM_TASKS": ""}, Launch("srun", 2, 4, 1, 3)),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, ALONE),  # a shell by srun --pty
+        (STEP | {"SLURM_STEP_ID": ""}, ALONE),  # the script of sbatch
+        (STEP | {"SLURM_STEP_ID": str(0xFFFFFFFA)}, ALONE),  # the shell of salloc
+        (STEP | {"PMI_RANK": "2", "PMI_SIZE": "4"}, Launch("srun", 2, 4, 1, 3)),  # srun --mpi=pmi2
+        (STEP | TORCHRUN_INSIDE, Launch("torchrun", 1, 2, 1, 2)),
     ],
 )
 def test_launch_is_read_from_the_environment(environment: dict[str, str], launch: Launch) -> None:
     """Breaks when a launcher's variables are misread, or when half of them pass for a launch."""
-    assert distributed.find_launch(environment) == launch
+    assert find_launch(environment) == launch
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many is no number; unset it"),
+        ({"RANK": "-1"}, "RANK=-1 is no number"),
+        ({"RANK": "2"}, "RANK=2 does not go with WORLD_SIZE=2.* unset RANK"),
+        ({"LOCAL_RANK": "3"}, "LOCAL_RANK=3 does not go with LOCAL_WORLD_SIZE=2"),
+        ({"LOCAL_RANK": ""}, "WORLD_SIZE=2 .* MASTER_ADDR is not set; start all workers with torchrun, or unset RANK"),
+        ({"LOCAL_RANK": "x", "LOCAL_WORLD_SIZE": "", "MASTER_ADDR": "pod-0"}, "LOCAL_RANK=x is no number"),
+        ({"WORLD_SIZE": "", "PMI_RANK": "0", "PMI_SIZE": "2"}, "MPI_LOCALRANKID is not set; .* unset PMI_RANK"),
+        ({"WORLD_SIZE": "", **STEP, "SLURM_PROCID": "4"}, "SLURM_PROCID=4 .* unset SLURM_PROCID"),
+    ],
+)
+def test_contradictory_launch_is_refused(changes: dict[str, str], words: str) -> None:
+    """Breaks when variables left over from elsewhere end in a traceback, or let a copy train alone."""
+    with pytest.raises(UsageError, match=words):
+        find_launch(TORCHRUN_INSIDE | changes)
+
+
+def test_workers_of_srun_have_an_address() -> None:
+    """Breaks when tasks of one step look for each other at different places, or those of two jobs at one port."""
+    srun = find_launch(STEP)
+    host, port = find_address(srun, STEP)
+    assert host == "gpu08-ib" and 1024 < port < 32768
+    assert find_address(srun, STEP | {"SLURM_PROCID": "3"}) == (host, port)
+    assert find_address(srun, STEP | {"SLURM_JOB_ID": "78"})[1] != port
+    assert find_address(srun, STEP | {"MASTER_ADDR": "a", "MASTER_PORT": "29500"}) == ("a", 29500)
+    assert find_address(srun._replace(local_size=4), STEP)[0] == "127.0.0.1"
+    with pytest.raises(UsageError, match="MASTER_PORT=x is no port"):
+        find_address(TORCHRUN, {"MASTER_ADDR": "a", "MASTER_PORT": "x"})
+    with pytest.raises(UsageError, match="MASTER_ADDR is not set; start all workers with torchrun, or unset RANK"):
+        find_address(TORCHRUN, TORCHRUN_INSIDE)
+
+
+def test_command_inside_a_job_is_alone() -> None:
+    """Breaks when a training that a worker starts takes the worker's place among the others for its own."""
+    assert find_launch(remove_launch(STEP | TORCHRUN_INSIDE)) == ALONE
+
+
+def test_missing_worker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a worker waits for ever for others that never come, or does not say for which."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UsageError, match=f"rank 0 cannot listen at 127.0.0.1:{port} .* set MASTER_ADDR"):
+            distributed.open_store(TORCHRUN._replace(rank=0), 0.2)
+    with pytest.raises(UsageError, match=f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}"):
+        distributed.open_store(TORCHRUN, 0.2)
+    with pytest.raises(UsageError, match=r"rank 1 of 2 has not arrived within 0\.2 s"):
+        distributed.open_store(TORCHRUN._replace(rank=0), 0.2)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +168,7 @@ def test_launch_is_read_from_the_environment(environment: dict[str, str], launch
         ("horovod", ALONE, horovod_works, "horovod", "backend=horovod"),
         ("torch", MPI, must_not_ask, "torch", "backend=torch"),
         ("torch", TORCHRUN, must_not_ask, "torch", "backend=torch"),
+        ("auto", SRUN, must_not_ask, "torch", "started by srun"),
         ("torch", ALONE, must_not_ask, "torch", "backend=torch"),
         ("none", ALONE, must_not_ask, "none", "backend=none"),
     ],
@@ -111,6 +184,7 @@ def test_engine_choice(backend: str, launch: Launch, problem: Callable[[], str],
         ("none", MPI, "overwrite the files of the others"),
         ("horovod", MPI, "Horovod is not installed; run scripts/install_horovod.sh"),
         ("horovod", TORCHRUN, "start the workers with mpiexec"),
+        ("horovod", SRUN, "start the workers with mpiexec"),
         ("torch", HOROVODRUN, "start the workers with mpiexec"),
         ("auto", HOROVODRUN, "Horovod is not installed"),
         ("nccl", MPI, "use one of auto, horovod, torch, none"),
@@ -182,6 +256,80 @@ def test_foreign_objects_are_not_unpickled() -> None:
         distributed.unpack(distributed.pack(pathlib.Path("x")))
 
 
+# ------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def launcher() -> Iterator[subprocess.Popen[bytes]]:
+    """A process in the place of a launcher."""
+    with subprocess.Popen(["sleep", "100"]) as process:
+        yield process
+        process.kill()
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped by a signal."""
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = DEADLINE) -> None:
+    """Wait until the condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_launcher_is_held_while_a_run_saves(monkeypatch: pytest.MonkeyPatch, launcher: subprocess.Popen[bytes]) -> None:
+    """Breaks when mpiexec can kill its workers before they have saved, stays stopped, or is stopped for nothing."""
+    monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    asked: list[int] = []
+    signals = StopSignals(MPI._replace(local_rank=0), asked.append)
+    signal.raise_signal(signal.SIGUSR1)
+    assert asked == [signal.SIGUSR1] and not is_stopped(launcher.pid)
+    signal.raise_signal(signal.SIGTERM)
+    wait_until(lambda: is_stopped(launcher.pid))
+    assert signals._hold is not None
+    signals._hold.terminate()  # a scheduler that signals all processes of a job, and wakes them up
+    launcher.send_signal(signal.SIGCONT)
+    wait_until(lambda: not is_stopped(launcher.pid))
+    wait_until(lambda: is_stopped(launcher.pid))
+    signals.release_launcher()
+    wait_until(lambda: not is_stopped(launcher.pid))
+    signals.restore()
+    assert asked == [signal.SIGUSR1, signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_first_signal_asks_and_second_ends(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    """Breaks when a signal ends a run without a save, when its echo from the launcher does, or when nothing ends it."""
+    asked: list[int] = []
+    ended: list[int] = []
+    before = signal.getsignal(number)
+    signals = StopSignals(ALONE, asked.append)
+    try:
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert asked == [number, number]
+        monkeypatch.setattr(stopping, "ECHO", 0.0)
+        monkeypatch.setattr(signal, "raise_signal", ended.append)
+        os.kill(os.getpid(), number)
+        assert ended == [number] and signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signals.restore()
+    assert signal.getsignal(number) == before
+
+
+def test_nohup_is_obeyed() -> None:
+    """Breaks when a run under nohup ends with its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = StopSignals(ALONE, lambda number: pytest.fail("SIGHUP has ended the run"))
+    signal.raise_signal(signal.SIGHUP)
+    signals.restore()
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
 # ------------------------------------------------------------------------------------------------- jobs of two workers
 
 
@@ -239,9 +387,7 @@ LAUNCHERS = {
 def start_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartJob]:
     """Start `start_job("mpiexec torch", "agree")`: a launcher, an engine and a scenario; kill what is left."""
     jobs = []
-    names = {name for _, variables in distributed.LAUNCHERS for name in variables.split()}
-    environment = {name: value for name, value in WORKERS.items() if name not in names}
-    environment |= {"PYTHONPATH": str(ROOT)}
+    environment = remove_launch(WORKERS) | {"PYTHONPATH": str(ROOT)}
 
     def start(way: str, scenario: str) -> Job:
         launcher, engine = way.split()

@@ -226,16 +226,28 @@ def test_all_workers_hold_the_same_weights(tmp_path, engine):
 
 
 def test_workers_resume(tmp_path):
-    """Breaks when a worker's own state is lost, or another number of workers is refused or not told."""
+    """Breaks when SIGTERM to mpiexec loses a worker's state, or another number of workers is refused or not told."""
+    few = ["--num_steps=40", "--max_iter=12"]  # an iteration is still running when mpiexec would kill its workers
 
     def job(*more):
-        flags = [*SMALL_RUN, f"--logdir={tmp_path}", "--backend=torch", "--save_interval=6", *more]
-        result = two_workers(ROOT / "train.py", *flags)
+        flags = [*SMALL_RUN, f"--logdir={tmp_path}", "--backend=torch", "--save_interval=20", "--log_interval=1", *more]
+        return [BINARIES / "mpiexec", "-n", "2", "--oversubscribe", sys.executable, ROOT / "train.py", *flags]
+
+    def finish(*more):
+        result = subprocess.run(job(*more), env=WORKERS, capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == 0, result.stderr
 
-    job("--exp=whole", "--max_iter=12")
-    job("--exp=halves", "--max_iter=6")
-    job("--exp=halves", "--max_iter=12", "--resume_iter=latest")
+    finish("--exp=whole", *few)
+    with subprocess.Popen(job("--exp=halves", *few), env=WORKERS) as process:
+        log = tmp_path / "halves" / "log.jsonl"
+        while not (log.exists() and log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) != 0
+    (saved,) = (tmp_path / "halves").glob("model_*.pt")
+    assert int(saved.stem[6:]) == log.read_text().count("\n") < 12
+    finish("--exp=halves", *few, "--resume_iter=latest")
     assert is_same_state(
         load_state(tmp_path / "whole" / "model_12.pt"), load_state(tmp_path / "halves" / "model_12.pt")
     )

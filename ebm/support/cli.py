@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, TypeVar
 from absl import flags
 
 from ebm.support.errors import UsageError
+from ebm.support.launch import let_rank_0_speak
 from ebm.support.streams import note_dropped_output, replace_standard_streams
 
 Settings = TypeVar("Settings")
@@ -264,6 +265,7 @@ def run(main: Callable[[Settings], None], kind: type[Settings], usage: str | Non
         main(parse(sys.argv, kind, usage or ""))
         note_dropped_output(files)
     except UsageError as error:
+        let_rank_0_speak()
         print(f"error: {name_flags(str(error), kind)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of the pipe has ended, as in `| head`

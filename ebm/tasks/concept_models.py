@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -21,9 +22,10 @@ from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings
 from ebm.support.errors import UsageError
 from ebm.support.experiments import find_experiment
+from ebm.support.launch import remove_launch
 from ebm.tasks.expressions import parse_expression
 from ebm.tasks.trained_models import TrainedModel, check_network, find_contradictions, open_model
-from ebm.training.distributed import remove_launch
+from ebm.training.stopping import set_stop_handlers
 from models import ModelConfig, PreparedEnergy, freeze_energy
 
 
@@ -254,11 +256,12 @@ def run_command(command: list[str]) -> int:
     The command is a job of its own, even if this process is one of several workers.
     """
     process = subprocess.Popen(command, env=remove_launch(os.environ))
-    handlers = {
-        signal.SIGINT: lambda number, frame: None,  # a terminal sends Ctrl-C to both processes
-        signal.SIGTERM: lambda number, frame: process.send_signal(number),
-    }
-    earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGINT:  # a terminal sends Ctrl-C to both processes
+            process.send_signal(number)
+
+    earlier = set_stop_handlers(pass_on)
     try:
         return process.wait()
     finally:

@@ -36,34 +36,17 @@ import torch.distributed.nn.functional
 from torch import Tensor
 
 from ebm.support.errors import UsageError
+from ebm.support.launch import Launch, describe_remedy, find_address, find_launch
 from ebm.support.sharing import compute_all
-from ebm.training.watch import Launch, Watch, find_host
+from ebm.training.watch import Watch, find_host
 
 Result = TypeVar("Result")
 
 BACKENDS = ("auto", "horovod", "torch", "none")
+ARRIVALS = 3.0  # times the timeout in which all workers have to arrive: some load PyTorch from a cold disk
 BUCKET_BYTES = 8 << 20  # few messages, yet enough of them to overlap with the backward pass of a 20 MB network
 ALONE = Launch()  # one process, started by nobody
 INSTALL = "pip install -r requirements.txt"
-
-
-# The environment variables in which launchers pass rank, size, local rank and local size. The first complete row is
-# used.
-LAUNCHERS = (
-    ("horovodrun", "HOROVOD_RANK HOROVOD_SIZE HOROVOD_LOCAL_RANK HOROVOD_LOCAL_SIZE"),
-    ("mpiexec", "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("mpiexec", "PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS"),  # MPICH, Intel MPI
-    ("torchrun", "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE"),
-)
-
-
-def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Return how this process was started, from the variables that launchers set; without them, as the only worker."""
-    for launcher, variables in LAUNCHERS:
-        values = [environment.get(name) for name in variables.split()]
-        if None not in values:
-            return Launch(launcher, *(int(value) for value in values if value is not None))
-    return Launch()
 
 
 def choose_engine(backend: str, launch: Launch, horovod_problem: Callable[[], str]) -> tuple[str, str]:
@@ -87,12 +70,12 @@ def choose_engine(backend: str, launch: Launch, horovod_problem: Callable[[], st
         return "none", "one worker"
     if backend == "torch" and launcher == "horovodrun":
         raise UsageError("`backend`=torch under horovodrun: start the workers with mpiexec or torchrun")
-    if backend == "horovod" and launcher == "torchrun":
-        raise UsageError("`backend`=horovod under torchrun: start the workers with mpiexec or horovodrun")
+    if backend == "horovod" and launcher in ("torchrun", "srun"):
+        raise UsageError(f"`backend`=horovod under {launcher}: start the workers with mpiexec or horovodrun")
     if backend == "torch":
         return "torch", setting
-    if launcher == "torchrun":
-        return "torch", "started by torchrun"
+    if launcher in ("torchrun", "srun"):
+        return "torch", f"started by {launcher}"
     problem = horovod_problem()
     if not problem:
         return "horovod", setting if backend == "horovod" else f"started by {launcher}"
@@ -193,14 +176,21 @@ class SingleEngine:
 class HorovodEngine:
     """The engine that sends tensors by Horovod."""
 
-    def __init__(self) -> None:
+    def __init__(self, launch: Launch) -> None:
         # This module fills buckets itself, in an order that never changes, so that the sums do not depend on timing.
         # The watch knows better than Horovod's own check whether a worker is stuck or rank 0 is saving.
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         os.environ.setdefault("HOROVOD_STALL_CHECK_DISABLE", "1")
         import horovod.torch as hvd
 
+        if launch.launcher == "horovodrun":
+            check_rendezvous(os.environ)
         hvd.init()
+        if hvd.size() != launch.size:
+            raise UsageError(
+                f"{launch.launcher} started {launch.size} workers but Horovod sees {hvd.size()}: the variables are of "
+                f"another job, or Horovod was built for another MPI; {describe_remedy(launch.launcher)}"
+            )
         self._hvd = hvd
         self._in_flight = 0
 
@@ -227,26 +217,36 @@ class HorovodEngine:
         self._hvd.shutdown()
 
 
+def check_rendezvous(environment: Mapping[str, str]) -> None:
+    """Raise UsageError if horovodrun, where its workers find each other, is gone; Horovod would abort the process."""
+    host, port = (environment.get(f"HOROVOD_GLOO_RENDEZVOUS_{name}", "") for name in ("ADDR", "PORT"))
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10.0).close()
+        except OSError as error:
+            raise UsageError(
+                f"no horovodrun answers at {host}:{port} ({error}); {describe_remedy('horovodrun', environment)}"
+            ) from None
+
+
 class TorchEngine:
     """The engine that sends tensors by torch.distributed: NCCL for those on GPUs, Gloo for those on CPUs."""
 
     # The watch decides how long a worker may wait for another; rank 0 may test for hours while others wait.
     PATIENCE = datetime.timedelta(days=365)
 
-    def __init__(self, launch: Launch, device: torch.device) -> None:
+    def __init__(self, launch: Launch, device: torch.device, timeout: float) -> None:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if launch.launcher == "torchrun":
-            dist.init_process_group(backend, timeout=self.PATIENCE)
-        else:
-            store = self._store(launch)
-            dist.init_process_group(
-                backend, store=store, rank=launch.rank, world_size=launch.size, timeout=self.PATIENCE
-            )
-
-    def _store(self, launch: Launch) -> dist.Store:
-        """Return the store by which workers of `mpiexec` find each other: rank 0 opens it, MPI sends its address."""
         if launch.size == 1:
-            return dist.HashStore()
+            store: dist.Store = dist.HashStore()
+        elif launch.launcher == "mpiexec":
+            store = self._open_store_by_mpi(launch)
+        else:
+            store = open_store(launch, ARRIVALS * timeout)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=self.PATIENCE)
+
+    def _open_store_by_mpi(self, launch: Launch) -> dist.Store:
+        """Return the store by which workers of `mpiexec` find each other: rank 0 opens it, MPI sends its address."""
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
@@ -254,8 +254,9 @@ class TorchEngine:
         world = MPI.COMM_WORLD
         if world.size != launch.size:
             raise UsageError(
-                f"mpiexec started {launch.size} workers but mpi4py sees {world.size}: they belong to different MPI "
-                f"installations; run {INSTALL} and use the mpiexec it brings"
+                f"mpiexec started {launch.size} workers but mpi4py sees {world.size}: mpi4py belongs to another MPI "
+                f"installation, or the variables to another job; run {INSTALL} and use the mpiexec it brings, or "
+                f"{describe_remedy(launch.launcher)}"
             )
         host = find_host(launch)
         if launch.rank == 0:
@@ -288,21 +289,77 @@ class TorchEngine:
         dist.destroy_process_group()
 
 
+def open_store(launch: Launch, timeout: float) -> dist.Store:
+    """Return the store by which the workers of torchrun and srun find each other, when all of them have arrived.
+
+    Raises UsageError if one of them has not arrived within `timeout` seconds.
+    """
+    host, port = find_address(launch)
+    # torchrun's own store serves the workers of every attempt to run them.
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_server = launch.rank == 0 and not has_agent
+    patience = datetime.timedelta(seconds=timeout)
+    try:
+        if not is_server:
+            wait_for_server(host, port, timeout)  # PyTorch would print pages
+        store = dist.TCPStore(host, port, launch.size, is_server, patience, wait_for_workers=False)
+    except (RuntimeError, ValueError, OSError) as error:
+        obstacle = "cannot listen" if is_server else "cannot reach rank 0"
+        raise UsageError(
+            f"rank {launch.rank} {obstacle} at {host}:{port} ({str(error).splitlines()[0]}); set MASTER_ADDR and "
+            f"MASTER_PORT to rank 0's machine and a free port, or {describe_remedy(launch.launcher)}"
+        ) from None
+    arrivals = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    try:
+        wait_for_arrivals(arrivals, launch, timeout)
+    except RuntimeError:
+        raise UsageError("rank 0 has ended before all workers had arrived; its message says why") from None
+    return arrivals
+
+
+def wait_for_arrivals(arrivals: dist.Store, launch: Launch, timeout: float) -> None:
+    """Announce this worker and wait for the others.
+
+    Raises UsageError that names a rank which is missing after `timeout` seconds.
+    """
+    arrivals.set(f"rank {launch.rank}", "")
+    end = time.monotonic() + timeout
+    for rank in range(launch.size):
+        while not arrivals.check([f"rank {rank}"]):
+            if time.monotonic() > end:
+                remedy = describe_remedy(launch.launcher)
+                raise UsageError(f"rank {rank} of {launch.size} has not arrived within {timeout:g} s; {remedy}")
+            time.sleep(0.1)
+
+
+def wait_for_server(host: str, port: int, timeout: float) -> None:
+    """Wait until a server listens there, whose name may become known later; raise OSError after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5.0).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.5)
+
+
 class Workers:
     """The processes that train together, seen from one of them. `join_workers` returns one.
 
-    rank, size: this worker's place. engine: "horovod", "torch" or "none". why: a clause with the reason for
-    the engine. device: where this worker computes. All workers must call every method that sends something, in
-    the same order: all but `print`, `busy`, `choose_folder` and `count_share`.
+    launch: how this worker was started. rank, size: its place. engine: "horovod", "torch" or "none". why: a clause with
+    the reason for the engine. device: where this worker computes. All workers must call every method that sends
+    something, in the same order: all but `print`, `busy`, `choose_folder` and `count_share`.
     """
 
     def __init__(self, launch: Launch, engine: str, why: str, device: torch.device, timeout: float):
-        self.rank, self.size = launch.rank, launch.size
+        self.launch, self.rank, self.size = launch, launch.rank, launch.size
         self.engine, self.why, self.device = engine, why, device
         self._engine: Engine = (
-            HorovodEngine()
+            HorovodEngine(launch)
             if engine == "horovod"
-            else TorchEngine(launch, device)
+            else TorchEngine(launch, device, timeout)
             if engine == "torch"
             else SingleEngine()
         )
@@ -475,12 +532,6 @@ def work_alone(device: torch.device | str = "cpu") -> Workers:
     return Workers(ALONE, "none", "one worker", torch.device(device), timeout=0.0)
 
 
-def remove_launch(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return environment variables without those of launchers, for a process that is a job of its own."""
-    of_launchers = {name for _, variables in LAUNCHERS for name in variables.split()}
-    return {name: value for name, value in environment.items() if name not in of_launchers}
-
-
 @contextlib.contextmanager
 def share_evaluation(device: str) -> Iterator[Workers]:
     """Join the workers that evaluate a model together; inside the block all but rank 0 print nothing.
@@ -492,12 +543,7 @@ def share_evaluation(device: str) -> Iterator[Workers]:
     if workers.rank > 0:
         os.environ["TQDM_DISABLE"] = "1"  # progress bars
     with silence, workers.busy():
-        try:
-            yield workers
-        except UsageError:
-            if workers.rank > 0:  # rank 0 makes the same mistake: its line is enough, and its end ends this worker
-                time.sleep(2 * Watch.GRACE)
-            raise
+        yield workers
         workers.close()
 
 

@@ -28,6 +28,7 @@ from ebm.training.records import Recorder, draw_curves, report_quality, write_sa
 from ebm.training.samples import Sampler, choose_measure, choose_number
 from ebm.training.setup import check_classes, compute_last_iteration
 from ebm.training.state import State, Step
+from ebm.training.stopping import StopSignals
 
 FAILED_SAVES = 3  # saves in a row that may fail before a run stops
 
@@ -57,6 +58,7 @@ class Run:
         self.unsaved: tuple[pathlib.Path, dict[str, Any]] | None = None  # the newest checkpoint, if its save failed
         self.unwritten: list[str] = []  # what else could not be written
         self.signal: int | None = None  # the signal that asked the run to end
+        self.stop_signals: StopSignals | None = None  # while it trains
         self.recorder: Recorder | None = None  # on rank 0 only, while it trains
         # The iteration that the run has returned to, until it saves: what the folder has of later ones is then moved.
         self.branch_point: int | None = None
@@ -410,18 +412,16 @@ class Run:
 
     @contextlib.contextmanager
     def catch_signals(self) -> Iterator[None]:
-        """Inside the block, let a first SIGTERM or SIGINT end the run after its iteration, and a second one at once."""
-
-        def ask_to_end(number: int, frame: object) -> None:
-            self.signal = number
-            signal.signal(number, signal.SIG_DFL)
-
-        before = {number: signal.signal(number, ask_to_end) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Inside the block, let a signal end the run after its iteration, and the same signal again at once."""
+        self.stop_signals = StopSignals(self.workers.launch, self.ask_to_end)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self.stop_signals.restore()
+
+    def ask_to_end(self, number: int) -> None:
+        """End the run after its iteration because a signal asks for that."""
+        self.signal = self.signal or number
 
     def is_asked_to_end(self) -> bool:
         """Return, on all workers, whether a signal has asked one of them to end the run."""
@@ -432,6 +432,9 @@ class Run:
         number = self.signal = self.signal or signal.SIGTERM
         self.save()
         self.say(f"stopped by {signal.Signals(number).name}; go on with resume_iter=latest")
+        self.workers.barrier()
+        if self.stop_signals is not None:
+            self.stop_signals.release_launcher()
         self.workers.close()
         raise SystemExit(128 + number)
 

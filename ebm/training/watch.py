@@ -15,20 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-
-class Launch(NamedTuple):
-    """The launcher that started a process, and its place among the workers."""
-
-    launcher: str = ""
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+from ebm.support.launch import Launch
 
 
 def find_host(launch: Launch) -> str:
@@ -199,7 +191,7 @@ class Watch(threading.Thread):
         self._tell()
         self._told.set()
         if not self._leaving.wait(self.GRACE):
-            end_process(self._farewell() if 0 in (rank, self._launch.rank) else "")
+            end_process(self._farewell() if self._launch.rank == 0 else "")  # an end of rank 0 has a line of its own
 
     def _farewell(self) -> str:
         fate = "failed, see above" if self._culprit == self._launch.rank else "ended before the others"
