@@ -99,7 +99,7 @@ def test_what_is_missing_is_said(tmp_path, capsys) -> None:
         ({"labels": [1.5, 2.0, 3.0]}, "whole numbers"),
         ({"labels": [1, 2]}, r"data is uint8 \(3, 3072\), not uint8 \(2, 3072\)"),
         ({"data": np.zeros((3, 3072))}, "data is float64"),
-        ({"data": np.zeros((3, 12288), np.uint8)}, r"data is uint8 \(3, 12288\)"),
+        ({"data": np.zeros((3, 12287), np.uint8)}, r"data is uint8 \(3, 12287\)"),
     ],
 )
 @pytest.mark.parametrize("write", [write_pickle, write_npz])
@@ -179,7 +179,7 @@ def test_example_written_by_protobuf() -> None:
         b"n01440764\n\x19\n\rimage/encoded\x12\x08\n\x06\n\x04JPEG\n\x16\n\x0cimage/height\x12\x06\x1a\x04\n\x02\xf7\x02"
         b"\n&\n\x16image/object/bbox/xmin\x12\x0c\x12\n\n\x08\x00\x00\x80>\x00\x00\x00?"
     )
-    assert imagenet.parse_example(serialised) == (b"JPEG", 299)
+    assert imagenet.parse_example(serialised) == (b"JPEG", 300)
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -297,11 +297,11 @@ def test_a_damaged_record_is_named_and_replaced(records, capsys) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (encode_example(encode_noise(0), 0), "class label 0, not one from 1 to 1000"),
         (encode_example(encode_noise(0), 1001), "class label 1001"),
         (encode_example(b"\xff\xd8\xff\xe0 no JPEG", 1), "is no image"),
         (encode_example(encode_noise(0, "JPEG")[:-2000], 1), "truncated"),
         (encode_field(1, b""), "holds no image/encoded"),
+        (encode_example(encode_noise(0), None), "holds no image/class/label"),
         (b"\x0a\xff", "is damaged"),
         (b"", "holds no image/encoded"),
     ],

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from ebm.readers.image_files import FORMATS
+from ebm.readers.decoding import convert_image, find_turn, open_image
 
 
 class Neighbours(NamedTuple):
@@ -32,12 +32,15 @@ class Neighbours(NamedTuple):
         return np.concatenate([self.lower, self.upper])
 
 
-def read_tf_pixels(encoded: bytes, side: int) -> np.ndarray:
+def read_tf_pixels(encoded: bytes, side: int, remarks: set[str] | None = None) -> np.ndarray:
     """Decode an image to colour, resize its shorter side to `side` and cut out the middle: float32 (3, side, side).
 
-    Values are from 0 to 255. Raises what Pillow raises for damaged images.
+    Values are from 0 to 255. TensorFlow's decoder is followed for JPEGs that are stored upright; other images are
+    decoded as everywhere else, see `convert_image`, also for the remarks and errors.
     """
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+    with open_image(io.BytesIO(encoded)) as opened:
+        is_plain = isinstance(opened, JpegImageFile) and find_turn(opened) is None
+        image = opened if is_plain else convert_image(opened, "RGB", remarks)
         height, width = compute_tf_size(image.height, image.width, side)
         rows = find_middle_neighbours(image.height, height, side)
         columns = find_middle_neighbours(image.width, width, side)
@@ -77,7 +80,8 @@ def look_up_pixels(image: Image.Image, rows: np.ndarray, columns: np.ndarray) ->
         if shrinking:
             image.draft("YCbCr", None)
         image.decoderconfig = (1, 1)  # full size; the fast cosine transform, and colours not smoothed
-    stored = np.moveaxis(np.asarray(image if shrinking else image.convert("RGB")), 2, 0)
+    keeps_mode = shrinking or image.mode == "RGB"
+    stored = np.moveaxis(np.asarray(image if keeps_mode else image.convert("RGB")), 2, 0)
     if not shrinking:
         return stored[:, rows[:, None], columns]
     luminance, *colours = map(np.ascontiguousarray, stored)
