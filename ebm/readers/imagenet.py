@@ -272,46 +272,52 @@ def find_record_files(folder: pathlib.Path, split: str) -> dict[str, int | None]
     there are no such files. Raises UsageError if there are, but none of this split.
     """
     index = folder / "index.json"
-    names: dict[str, int | None]
     if index.exists():
         names, source = read_record_counts(index), index
     else:
-        names = {
-            entry.name: None for entry in scan_folder(folder) if RECORD_FILE.search(entry.name) and entry.is_file()
-        }
-        source = folder
-    if not names and source == folder:
-        place = find_split(folder, split, VALIDATION_NAMES, quiet=True)
-        return find_record_files(place, "any") if place not in (None, folder) else None
-    words = {name: set(re.split("[^a-z]+", pathlib.PurePath(name).name.lower())) for name in names}
-    known = {*TRAIN_NAMES, *VALIDATION_NAMES}
-    if split == "any" or (split == "train" and not any(known & each for each in words.values())):
-        chosen = list(names)
-    else:
-        wanted = TRAIN_NAMES if split == "train" else VALIDATION_NAMES
-        of_word = [[name for name in names if word in words[name]] for word in wanted]
-        chosen = next(filter(None, of_word), [])
-    if not chosen:
-        prefix = "train" if split == "train" else "validation"
-        raise UsageError(f"{source} knows no files {prefix}-NNNNN-of-NNNNN; set `imagenet_datadir` to where they are")
-    return {str(folder / name): names[name] for name in chosen}
+        names, source = dict.fromkeys(list_record_files(folder)), folder
+        if not names:
+            place = find_split(folder, split, VALIDATION_NAMES, quiet=True)
+            if place is None or place == folder:
+                return None
+            return {os.path.join(place, name): None for name in list_record_files(place)} or None
+    for word in TRAIN_NAMES if split == "train" else VALIDATION_NAMES:
+        if chosen := {locate_record_file(folder, name): names[name] for name in names if word in split_name(name)}:
+            return chosen
+    if names and split == "train" and not any(split_name(name) & {*TRAIN_NAMES, *VALIDATION_NAMES} for name in names):
+        return {locate_record_file(folder, name): names[name] for name in names}
+    prefix = "train" if split == "train" else "validation"
+    raise UsageError(f"{source} knows no files {prefix}-NNNNN-of-NNNNN; set `imagenet_datadir` to where they are")
+
+
+def list_record_files(folder: pathlib.Path) -> list[str]:
+    """Return the names of the TFRecord files in a folder, in order."""
+    return [entry.name for entry in scan_folder(folder) if RECORD_FILE.search(entry.name) and entry.is_file()]
+
+
+def split_name(path: str) -> set[str]:
+    """Return the words of a file's name, which may tell its split."""
+    return set(re.findall("[a-z]+", path.rpartition("/")[2].lower()))
+
+
+def locate_record_file(folder: pathlib.Path, name: str) -> str:
+    """Return the path of a file of a folder; a path from elsewhere counts as the file of this name in the folder.
+
+    Raises UsageError if there is no such file.
+    """
+    paths = [os.path.join(folder, place) for place in (name, os.path.basename(name)) if not os.path.isabs(place)]
+    if found := next(filter(os.path.exists, paths), None):
+        return found
+    raise UsageError(f"{paths[-1]} at byte 0 cannot be read (No such file), and index.json names it; replace the file")
 
 
 def read_record_counts(index: pathlib.Path) -> dict[str, int | None]:
-    """Return the files that an index.json names, relative to its folder, with their numbers of records.
-
-    A path from elsewhere counts as the file of this name in the folder.
-    """
+    """Return the TFRecord files that an index.json names, in order, with their numbers of records."""
     with report_unreadable_file(index):
         if index.stat().st_size > MAX_SIZE:
             raise ValueError(f"more than {MAX_SIZE} bytes")
-        counts = {}
-        for name, count in sorted(json.loads(index.read_bytes())["record_counts"].items()):
-            path = pathlib.PurePosixPath(name)
-            if RECORD_FILE.search(path.name) and ".." not in path.parts:
-                is_here = not path.is_absolute() and (len(path.parts) == 1 or (index.parent / path).exists())
-                counts[name if is_here else path.name] = int(count)
-        return dict(counts)
+        counts = json.loads(index.read_bytes())["record_counts"]
+        return {name: int(counts[name]) for name in sorted(counts) if RECORD_FILE.search(name) and ".." not in name}
 
 
 def index_records(path: str) -> np.ndarray:

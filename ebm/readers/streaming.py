@@ -159,7 +159,7 @@ class DecodeWorker:
             other_end.close()
             self.connection.recv()
         except (EOFError, OSError) as error:
-            reason = f"{error or 'it ended at once'}, temporary files in {os.environ.get('TMPDIR', '/tmp')}"
+            reason = f"{str(error) or 'it ended at once'}, temporary files in {os.environ.get('TMPDIR', '/tmp')}"
             raise UsageError(
                 f"a process that decodes images cannot be started ({reason}); `data_workers`=0 does without"
             ) from None
@@ -174,7 +174,9 @@ class DecodeWorker:
                 self.connection.send((place, antialias))
                 return self.connection.recv()
             except (EOFError, OSError) as error:
-                print(f"note: a decode worker was killed ({error or 'out of memory?'}); a new one starts", flush=True)
+                print(
+                    f"note: a decode worker was killed ({str(error) or 'out of memory?'}); a new one starts", flush=True
+                )
                 self.process = None
         return "kills the process that decodes it"
 
