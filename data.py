@@ -14,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
@@ -377,6 +379,50 @@ DATASETS = {
         folders.read_textures, lambda sets, root, _: sets.DTD(root, download=True), "centred"
     ),
 }
+
+
+# ---- classes by name ----
+
+
+def match_classes(dataset: Dataset, known: tuple[str, ...]) -> Dataset:
+    """Return a data set with the class numbers of a model, or of another data set, found by the names of the classes.
+
+    known: the names of all classes, in the order of their numbers. The data set may lack classes. A note lists the
+    names that are written otherwise. Raises UsageError if the data set has a class that is not known.
+    """
+    names = dataset.class_names
+    if names == known:
+        return dataset
+    if len(names) == len(known) and is_wordnet_order(names, known):
+        print(f"note: the classes of {dataset.name} are matched by their order, that of ImageNet's labels")
+        return dataset.with_classes(known, torch.arange(len(known)))
+    by_spelling = {unify_spelling(name): name for name in known if name not in names}
+    matches = {name: name if name in known else by_spelling.get(unify_spelling(name)) for name in names}
+    unknown = next((name for name, match in matches.items() if match is None), None)
+    if unknown is not None:
+        some = ", ".join(known[:5]) + ", …" * (len(known) > 5)
+        raise UsageError(
+            f"`dataset`={dataset.name} has the class {unknown!r}, which is none of {some}; choose "
+            "images of these classes, or rename the class"
+        )
+    numbers = [known.index(match) for match in matches.values() if match is not None]
+    if twice := next((known[number] for number in numbers if numbers.count(number) > 1), None):
+        raise UsageError(f"`dataset`={dataset.name} has several classes that could be {twice!r}; rename them")
+    if respelt := [f"{name} is {match}" for name, match in matches.items() if name != match]:
+        print(f"note: classes of {dataset.name} are taken for others: {', '.join(respelt)}")
+    return dataset.with_classes(known, torch.tensor(numbers))
+
+
+def unify_spelling(name: str) -> str:
+    """Return a name without the difference of capitals, and of the forms in which systems store accents."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def is_wordnet_order(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether one of two lists of classes are WordNet's numbers (n01440764), and the other 0, 1, 2 …"""
+    numbers = tuple(map(str, range(len(names))))
+    pairs = (names, others), (others, names)
+    return any(tuple(one) == numbers and all(re.fullmatch(r"n\d{8}", name) for name in other) for one, other in pairs)
 
 
 # ---- batches, and their augmentation on the device ----

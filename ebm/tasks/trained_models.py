@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import pathlib
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -220,52 +218,9 @@ def load_labelled_split(
             "conditioned on labels; put the images into class folders"
         )
     if trained.class_names and dataset.class_names:
-        return match_classes(dataset, trained)
+        return data.match_classes(dataset, trained.class_names)
     if dataset.label_size != label_size:
         raise UsageError(
             f"`dataset`={dataset.name} has labels of width {dataset.label_size}, the model takes {label_size}"
         )
     return dataset
-
-
-def match_classes(dataset: data.Dataset, trained: TrainedModel) -> data.Dataset:
-    """Return a data set with the class numbers of a model, found by the names of the classes.
-
-    A note lists the names that are written otherwise. The data set may lack classes. Raises UsageError if it has a
-    class that the model does not know.
-    """
-    names, known = dataset.class_names, trained.class_names
-    if names == known:
-        return dataset
-    if len(names) == len(known) and is_wordnet_order(names, known):
-        print(f"note: the classes of {dataset.name} are matched by their order, that of ImageNet's labels")
-        return dataset.with_classes(known, torch.arange(len(known)))
-    by_spelling = {unify_spelling(name): name for name in known if name not in names}
-    matches = {name: name if name in known else by_spelling.get(unify_spelling(name)) for name in names}
-    unknown = next((name for name, match in matches.items() if match is None), None)
-    if unknown is not None:
-        some = ", ".join(known[:5]) + ", …" * (len(known) > 5)
-        raise UsageError(
-            f"`dataset`={dataset.name} has the class {unknown!r}, and the model knows {some}; choose images of "
-            "the model's own classes, or rename them"
-        )
-    numbers = [known.index(match) for match in matches.values() if match is not None]
-    if twice := next((known[number] for number in numbers if numbers.count(number) > 1), None):
-        raise UsageError(
-            f"`dataset`={dataset.name} has several classes that could be the model's {twice!r}; rename them"
-        )
-    if respelt := [f"{name} is {match}" for name, match in matches.items() if name != match]:
-        print(f"note: classes of {dataset.name} are taken for those of the model: {', '.join(respelt)}")
-    return dataset.with_classes(known, torch.tensor(numbers))
-
-
-def unify_spelling(name: str) -> str:
-    """Return a name without the difference of capitals, and of the forms in which systems store accents."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def is_wordnet_order(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Return whether one of two lists of classes are WordNet's numbers (n01440764), and the other 0, 1, 2 …"""
-    numbers = tuple(map(str, range(len(names))))
-    pairs = (names, others), (others, names)
-    return any(tuple(one) == numbers and all(re.fullmatch(r"n\d{8}", name) for name in other) for one, other in pairs)
