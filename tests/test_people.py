@@ -108,9 +108,9 @@ def encode_deep_colour(grey: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + encode_chunk(b"IDAT", zlib.compress(lines)) + encode_chunk(b"IEND", b"")
 
 
-def encode_flood(side: int) -> bytes:
-    """Return a PNG that claims so many pixels a side; a real one of one shade has a few kB."""
-    header = encode_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+def encode_flood(side: int, bits: int = 1, colour: int = 0) -> bytes:
+    """Return a PNG that claims so many pixels a side; a real one of one shade has a few kB. colour: 2 for RGB."""
+    header = encode_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + encode_chunk(b"IDAT", zlib.compress(b""))
 
 
@@ -212,6 +212,7 @@ def test_the_rest_of_what_people_have(tmp_path, capsys):
 # ---- floods of pixels ----
 
 
+@pytest.mark.filterwarnings("ignore:Image size")  # pytest overrides the filter of the reader
 def test_floods_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     """Breaks when an image of a few kB takes gigabytes: in one line, without decoding, whatever `image_size` is."""
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
@@ -227,10 +228,26 @@ def test_floods_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
         load_folder(tmp_path / "one", image_size=32)
     with pytest.raises(UsageError, match="is too large"):
         imagenet.open_imagenet(tmp_path / "one", "train", workers=0).raw(torch.tensor([0]))
+    (tmp_path / "one/0.png").write_bytes(encode_flood(13_000, 8, 2))
+    with pytest.raises(UsageError, match=r"0.png is too large: 13000x13000 pixels take more than 268,435,456 bytes"):
+        load_folder(tmp_path / "one", image_size=32)
     (tmp_path / "one/0.png").write_bytes(encode_flood(13_000))
     monkeypatch.setattr(decoding, "find_free_memory", lambda: 10**9)
     with pytest.raises(UsageError, match=r"0.png is too large: 13000x13000 pixels take 2.0 GB to decode, and 1.0 are"):
         load_folder(tmp_path / "one", image_size=32)
+
+
+def test_a_large_photo_is_decoded_at_half_its_size(tmp_path, monkeypatch):
+    """Breaks when a camera's photo beyond the limit is refused, or is turned into another picture by one reader."""
+    monkeypatch.setattr(decoding, "MOST_BYTES", 4 * 300 * 200 - 1)
+    photo = np.zeros((200, 300, 3), np.uint8)
+    photo[:, 150:] = 250
+    save(tmp_path / "0.jpg", photo)
+    encoded = (tmp_path / "0.jpg").read_bytes()
+    small = load_folder(tmp_path, image_size=100).raw(torch.tensor([0]))[0].numpy()
+    for pixels in (small, streaming.read_antialiased_pixels(encoded), tf_images.read_tf_pixels(encoded, 128)):
+        half = pixels.shape[2] // 2
+        assert pixels[:, :, : half - 4].max() < 10 and pixels[:, :, half + 4 :].min() > 240
 
 
 def test_images_that_memory_cannot_hold_are_refused(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from ebm.readers.tensorflow import Fault
 from ebm.support.hardware import find_free_memory
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # formats that Pillow may read; none starts a program
+MOST_BYTES = 1 << 28  # of a decoded image: 268 million grey pixels, or 67 million in colour
 LARGE = 1 << 24  # pixels of an image from which on a process decodes only one at a time
 COPIES = 3  # of an image, at 4 bytes per pixel, that decoding and converting it takes at most
 TURNS = {
@@ -45,8 +46,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
     """Yield an image that is not decoded yet. source: its path, or an open file.
 
-    Raises Fault if the source is no regular file or the image is too large to be decoded, and what Pillow raises for
-    damaged images. Inside the block of a large image no other thread decodes a large one.
+    A JPEG that takes more than MOST_BYTES is decoded at half its size. Raises Fault if the source is no regular file or
+    another image takes more, and what Pillow raises for damaged images. Inside the block of a large image no other
+    thread decodes a large one.
     """
     if isinstance(source, str | os.PathLike) and not stat.S_ISREG(os.stat(source).st_mode):
         raise Fault("is no regular file")  # to open a pipe would wait for ever
@@ -55,16 +57,26 @@ def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Ima
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise Fault(f"is too large: more than {most:,} pixels; scale it down or remove it") from None
-    pixels = image.width * image.height
-    with image, large_image_lock if pixels > LARGE else contextlib.nullcontext():
-        need = 4 * COPIES * pixels
-        if pixels > LARGE and need > (free := find_free_memory()):
-            size = f"{image.width}x{image.height}"
+    size = f"{image.width}x{image.height}"
+    if count_decoded_bytes(image) > MOST_BYTES:
+        image.draft(None, (image.width // 2, image.height // 2))  # of a JPEG every second pixel is decoded
+    if count_decoded_bytes(image) > MOST_BYTES:
+        raise Fault(f"is too large: {size} pixels take more than {MOST_BYTES:,} bytes; scale it down or remove it")
+    is_large = image.width * image.height > LARGE
+    with image, large_image_lock if is_large else contextlib.nullcontext():
+        need = 4 * COPIES * image.width * image.height
+        if is_large and need > (free := find_free_memory()):
             raise Fault(
                 f"is too large: {size} pixels take {need / 1e9:.1f} GB to decode, and {free / 1e9:.1f} are free; "
                 "scale it down or remove it"
             )
         yield image
+
+
+def count_decoded_bytes(image: Image.Image) -> int:
+    """Return how many bytes the pixels of an image take in memory."""
+    each = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;") else 4
+    return each * image.width * image.height
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -119,7 +131,7 @@ def reduce_depth(image: Image.Image, remarks: set[str]) -> Image.Image:
 
 def put_on_white(image: Image.Image, remarks: set[str]) -> Image.Image:
     """Return an image on a white background, without the colours that lie hidden under its transparent pixels."""
-    clear = image.convert("RGBA")
+    clear = image if image.mode == "RGBA" else image.convert("RGBA")
     if clear.getchannel("A").getextrema()[0] == 255:
         return clear
     remarks.add("has transparent pixels, under which it is put on white")

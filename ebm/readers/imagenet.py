@@ -100,7 +100,7 @@ def read_imagenet32_file(path: pathlib.Path) -> tuple[np.ndarray, Tensor]:
 # 128x128: the places of encoded images, in TFRecord files or in files of their own
 
 MAX_SIZE = 1 << 26  # largest size of an encoded image in bytes; ImageNet's largest has 15 million
-MOST_EXAMINED = 10_000  # records that are read to learn from which number labels count
+MOST_EXAMINED = 5_000  # records that are read to learn from which number labels count
 VALIDATION_NAMES = ("val", "validation", "valid", "dev", "eval", "test", "testing")  # ImageNet's test has no labels
 RECORD_FILE = re.compile(r"-\d+-of-\d+|\.tfrecords?\b")
 
@@ -282,9 +282,9 @@ def find_record_files(folder: pathlib.Path, split: str) -> dict[str, int | None]
                 return None
             return {os.path.join(place, name): None for name in list_record_files(place)} or None
     for word in TRAIN_NAMES if split == "train" else VALIDATION_NAMES:
-        if chosen := {locate_record_file(folder, name): names[name] for name in names if word in split_name(name)}:
+        if chosen := {locate_record_file(folder, name): names[name] for name in names if word in read_words(name)}:
             return chosen
-    if names and split == "train" and not any(split_name(name) & {*TRAIN_NAMES, *VALIDATION_NAMES} for name in names):
+    if names and split == "train" and not any(read_words(name) & {*TRAIN_NAMES, *VALIDATION_NAMES} for name in names):
         return {locate_record_file(folder, name): names[name] for name in names}
     prefix = "train" if split == "train" else "validation"
     raise UsageError(f"{source} knows no files {prefix}-NNNNN-of-NNNNN; set `imagenet_datadir` to where they are")
@@ -295,7 +295,7 @@ def list_record_files(folder: pathlib.Path) -> list[str]:
     return [entry.name for entry in scan_folder(folder) if RECORD_FILE.search(entry.name) and entry.is_file()]
 
 
-def split_name(path: str) -> set[str]:
+def read_words(path: str) -> set[str]:
     """Return the words of a file's name, which may tell its split."""
     return set(re.findall("[a-z]+", path.rpartition("/")[2].lower()))
 
