@@ -14,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ebm.readers import dsprites, image_files, imagenet
+from ebm.readers import dsprites, folders, image_files, imagenet
 from ebm.readers.downloads import import_torchvision
 from ebm.support.errors import UsageError
 from ebm.support.pixels import dequantise
@@ -75,6 +77,12 @@ class Dataset(Protocol):
     def prefetch(self, index: Tensor) -> None:
         """Begin to read the images of an index that a later `batch` will ask for, if they are on the disk."""
 
+    def with_classes(self, class_names: tuple[str, ...], numbers: Tensor) -> Dataset:
+        """Return the same images with labels of other classes.
+
+        numbers: int64, the number that each class of this data set has in `class_names`.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredImages:
@@ -115,6 +123,11 @@ class StoredImages:
     def raw(self, index: Tensor) -> Tensor:
         return self.images[index.to(self.index_device)]
 
+    def with_classes(self, class_names: tuple[str, ...], numbers: Tensor) -> StoredImages:
+        assert self.labels is not None, "only classes can be renamed"
+        labels = numbers.to(self.labels.device)[self.labels]
+        return dataclasses.replace(self, labels=labels, class_names=class_names)
+
     def batch(
         self, index: Tensor, generator: torch.Generator | None, rescale: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
@@ -143,7 +156,7 @@ class Request(NamedTuple):
     root: pathlib.Path
     device: torch.device
     path: pathlib.Path | None
-    image_size: int | None
+    image_size: tuple[int, int] | None
     channels: int | None
     condition: str | None
     subset: str | None
@@ -178,7 +191,7 @@ def load_dataset(
     root: str | pathlib.Path = "data",
     device: torch.device | str = "cpu",
     path: str | pathlib.Path | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     condition: str | None = None,
     subset: str | None = None,
@@ -190,13 +203,13 @@ def load_dataset(
 
     digits: scikit-learn's 1,797 digits, of which a tenth of each class is the test split. mnist, fashion_mnist,
     cifar10, cifar100, svhn, textures: torchvision's files below `root`, downloaded if they are missing. celeba: the
-    aligned faces below `root`, squeezed to 32x32 pixels. folder: the images below `path`, see
-    `image_files.read_folder`. dsprites: drawn, or read from the published file `path`; `condition` (shape, size, pos,
-    rot) chooses the labels, `subset` (shape, pos, size, rot, restrict) keeps a part of the sprites. imagenet: 32x32
-    pixels, from the authors' files below `path`. imagenetfull: 128x128 pixels, read batch by batch from TFRecords or
-    class folders below `path`; resized as in the reference, or better with `antialias`. celeba, dsprites and textures
-    have no splits. Raises UsageError for an unknown name, for missing or damaged files and for arguments that exclude
-    each other.
+    aligned faces below `root`, squeezed to 32x32 pixels. folder: the images below `path`, see `folders.read_folder`;
+    `image_size` is their side or (height, width). dsprites: drawn, or read from the published file `path`; `condition`
+    (shape, size, pos, rot) chooses the labels, `subset` (shape, pos, size, rot, restrict) keeps a part of the sprites.
+    imagenet: 32x32 pixels, or another size, from the authors' files below `path`. imagenetfull: 128x128 pixels, read
+    batch by batch from TFRecords or class folders below `path`; resized as in the reference, or better with
+    `antialias`. celeba, dsprites and textures have no splits. Raises UsageError for an unknown name, for missing or
+    damaged files and for arguments that exclude each other.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, must be 'train' or 'test'")
@@ -209,7 +222,8 @@ def load_dataset(
     if name != "imagenetfull" and antialias:
         raise UsageError(f"`antialias` is for `dataset`=imagenetfull; the images of {name} are not resized by it")
     root_and_device = pathlib.Path(root), torch.device(device)
-    files, size = None if path is None else pathlib.Path(path), (image_size, channels)
+    height_and_width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    files, size = None if path is None else pathlib.Path(path), (height_and_width, channels)
     return DATASETS[name].load(
         Request(name, split, *root_and_device, files, *size, condition, subset, antialias, workers, download)
     )
@@ -230,7 +244,7 @@ def load_digits(request: Request) -> Dataset:
 def load_folder(request: Request) -> Dataset:
     """Load a folder of images."""
     folder = request.require_path()
-    contents = image_files.read_folder(
+    contents = folders.read_folder(
         folder,
         split=request.split,
         image_size=request.image_size,
@@ -242,7 +256,7 @@ def load_folder(request: Request) -> Dataset:
 
 def load_celeba(request: Request) -> Dataset:
     """Load the faces of CelebA at 32x32 pixels."""
-    contents = image_files.read_celeba(request.root, request.split, request.workers)
+    contents = folders.read_celeba(request.root, request.split, request.workers)
     return make_dataset(request, contents, "none")  # as the reference
 
 
@@ -362,9 +376,53 @@ DATASETS = {
         image_files.read_cifar100, lambda sets, root, _: sets.CIFAR100(root, download=True), "centred"
     ),
     "textures": make_torchvision_source(
-        image_files.read_textures, lambda sets, root, _: sets.DTD(root, download=True), "centred"
+        folders.read_textures, lambda sets, root, _: sets.DTD(root, download=True), "centred"
     ),
 }
+
+
+# ---- classes by name ----
+
+
+def match_classes(dataset: Dataset, known: tuple[str, ...]) -> Dataset:
+    """Return a data set with the class numbers of a model, or of another data set, found by the names of the classes.
+
+    known: the names of all classes, in the order of their numbers. The data set may lack classes. A note lists the
+    names that are written otherwise. Raises UsageError if the data set has a class that is not known.
+    """
+    names = dataset.class_names
+    if names == known:
+        return dataset
+    if len(names) == len(known) and is_wordnet_order(names, known):
+        print(f"note: the classes of {dataset.name} are matched by their order, that of ImageNet's labels")
+        return dataset.with_classes(known, torch.arange(len(known)))
+    by_spelling = {unify_spelling(name): name for name in known if name not in names}
+    matches = {name: name if name in known else by_spelling.get(unify_spelling(name)) for name in names}
+    unknown = next((name for name, match in matches.items() if match is None), None)
+    if unknown is not None:
+        some = ", ".join(known[:5]) + ", …" * (len(known) > 5)
+        raise UsageError(
+            f"`dataset`={dataset.name} has the class {unknown!r}, which is none of {some}; choose "
+            "images of these classes, or rename the class"
+        )
+    numbers = [known.index(match) for match in matches.values() if match is not None]
+    if twice := next((known[number] for number in numbers if numbers.count(number) > 1), None):
+        raise UsageError(f"`dataset`={dataset.name} has several classes that could be {twice!r}; rename them")
+    if respelt := [f"{name} is {match}" for name, match in matches.items() if name != match]:
+        print(f"note: classes of {dataset.name} are taken for others: {', '.join(respelt)}")
+    return dataset.with_classes(known, torch.tensor(numbers))
+
+
+def unify_spelling(name: str) -> str:
+    """Return a name without the difference of capitals, and of the forms in which systems store accents."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def is_wordnet_order(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether one of two lists of classes are WordNet's numbers (n01440764), and the other 0, 1, 2 …"""
+    numbers = tuple(map(str, range(len(names))))
+    pairs = (names, others), (others, names)
+    return any(tuple(one) == numbers and all(re.fullmatch(r"n\d{8}", name) for name in other) for one, other in pairs)
 
 
 # ---- batches, and their augmentation on the device ----

@@ -442,6 +442,9 @@ NETWORKS: dict[str, Callable[[ModelConfig], dict[str, nn.Module]]] = {
     ).stages,
 }
 
+# A residual network halves images so often that nothing is left of smaller ones; the others round their sides up.
+SMALLEST_SIDES = {"ResNet128": 32} | dict.fromkeys(("ResNet32", "ResNet32Large", "ResNet32Larger", "ResNet32Wider"), 8)
+
 
 class EnergyNetwork(nn.Module):
     """A network that maps images to energies: a sequence of stages, evaluated with prepared weights."""

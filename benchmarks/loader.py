@@ -101,7 +101,7 @@ def main(settings: Settings) -> None:
         folder = pathlib.Path(name)
         kilobytes = make_jpegs(settings, folder)
         print(f"{settings.files} JPEGs of {settings.width}x{settings.height} pixels, {kilobytes:.0f} kB on average")
-        places = imagenet.ClassFolders(folder)
+        places = imagenet.find_images(folder, "train")
         start_time = time.process_time()
         for place in places:
             streaming.decode_image(place, settings.antialias)

@@ -44,10 +44,14 @@ class DataFiles:
     datadir: str = flag("data", "folder of the data sets that torchvision can download, such as mnist, cifar10 or svhn")
     download: bool = flag(True, "download files that are missing, such as data sets")
     data_path: str | None = flag(
-        None, "folder of images for --dataset=folder; if it has subfolders, each of them is a class"
+        None,
+        "folder of images for --dataset=folder; if it has subfolders, each of them is a class, but train beside val "
+        "or test are splits",
     )
     imagenet_path: str | None = flag(
-        None, "folder of the downsampled 32x32 ImageNet files, pickles or .npz, for --dataset=imagenet"
+        None,
+        "folder of the downsampled 32x32 ImageNet files (or 8x8, 16x16, 64x64), pickles or .npz, for "
+        "--dataset=imagenet",
     )
     imagenet_datadir: str | None = flag(
         None, "folder of ImageNet TFRecords, or of image files in class folders, for --dataset=imagenetfull"

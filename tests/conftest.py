@@ -395,15 +395,16 @@ def encode_field(number: int, value: bytes) -> bytes:
     return encode_varint(number << 3 | 2) + encode_varint(len(value)) + value
 
 
-def encode_example(encoded: bytes, label: int) -> bytes:
-    """Return a tf.train.Example as ImageNet's TFRecords hold them."""
-    features = {
-        b"image/height": encode_field(3, encode_field(1, encode_varint(375))),
-        b"image/class/label": encode_field(3, encode_field(1, encode_varint(label))),
-        b"image/encoded": encode_field(1, encode_field(1, encoded)),
-    }
-    pairs = [encode_field(1, key) + encode_field(2, value) for key, value in features.items()]
-    return encode_field(1, b"".join(encode_field(1, pair) for pair in pairs))
+def encode_feature(key: bytes, kind: int, value: bytes | int) -> bytes:
+    """Return an entry of the features of a tf.train.Example; kind: 1 for bytes, 3 for whole numbers."""
+    encoded = encode_varint(value) if isinstance(value, int) else value
+    return encode_field(1, encode_field(1, key) + encode_field(2, encode_field(kind, encode_field(1, encoded))))
+
+
+def encode_example(encoded: bytes, label: int | None) -> bytes:
+    """Return a tf.train.Example as ImageNet's TFRecords hold them; label: None for one without."""
+    features = encode_feature(b"image/height", 3, 375) + encode_feature(b"image/encoded", 1, encoded)
+    return encode_field(1, features + (b"" if label is None else encode_feature(b"image/class/label", 3, label)))
 
 
 def write_records(path: pathlib.Path, records: list[bytes]) -> list[int]:

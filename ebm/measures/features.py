@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from data import Dataset
+from data import Dataset, match_classes
 from ebm.measures.classifier import FeatureClassifier, check_examples, train_feature_classifier
 from ebm.readers.bounded import describe, read_file
 from ebm.readers.downloads import import_torchvision
@@ -237,8 +237,13 @@ class RealImages:
                     yield dataset.raw(index)
 
     def classes(self) -> Tensor | None:
-        """Return the class of each image (N,); None if there are no classes, or if images are read from the disk."""
-        labels = [dataset.labels for dataset in self.datasets]
+        """Return the class of each image (N,); None if there are no classes, or if images are read from the disk.
+
+        Classes of the second split are found by their names, because it may lack some. Raises UsageError if it has
+        others.
+        """
+        names = self.datasets[0].class_names
+        labels = [match_classes(d, names).labels if d.class_names and names else d.labels for d in self.datasets]
         if any(part is None or part.ndim > 1 for part in labels):
             return None
         return torch.cat(labels)[self.numbers.to(labels[0].device)]  # type: ignore[arg-type, union-attr]

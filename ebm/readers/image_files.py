@@ -7,25 +7,20 @@ executes code from a file.
 
 from __future__ import annotations
 
-import concurrent.futures
 import pathlib
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from ebm.readers.arrays import read_matlab
 from ebm.readers.bounded import inflate, read_file, report_unreadable_file
 from ebm.readers.pickles import read_pickle, to_texts, to_whole_numbers
-from ebm.support.errors import UsageError
-from ebm.support.progress import Progress
 
 Contents = tuple[Tensor, Tensor | None, tuple[str, ...]]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # formats that Pillow may read; none starts a program
 DIGITS = tuple("0123456789")
 CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
@@ -51,12 +46,13 @@ def read_digits(split: str) -> Contents:
 
 def read_mnist(root: pathlib.Path, split: str, workers: int) -> Contents:
     """Read a split of MNIST."""
-    return *read_idx_pair(root / "MNIST/raw", split), DIGITS
+    return *read_idx_pair(find_idx_folder(root, ("MNIST", "mnist"), split), split), DIGITS
 
 
 def read_fashion_mnist(root: pathlib.Path, split: str, workers: int) -> Contents:
     """Read a split of Fashion-MNIST."""
-    return *read_idx_pair(root / "FashionMNIST/raw", split), CLOTHES
+    folders = ("FashionMNIST", "fashion_mnist", "fashion-mnist", "fashionmnist", "Fashion-MNIST")
+    return *read_idx_pair(find_idx_folder(root, folders, split), split), CLOTHES
 
 
 def read_cifar10(root: pathlib.Path, split: str, workers: int) -> Contents:
@@ -73,12 +69,37 @@ def read_cifar100(root: pathlib.Path, split: str, workers: int) -> Contents:
 # ---- MNIST and Fashion-MNIST: IDX files ----
 
 
+def find_idx_folder(root: pathlib.Path, names: Sequence[str], split: str) -> pathlib.Path:
+    """Return the folder of the IDX files of a split: <name>/raw, <name>, or `root` itself, with a note.
+
+    If none holds them, it is that of the first name, where torchvision puts them.
+    """
+    folders = [root / name / inner for name in names for inner in ("raw", ".")]
+    if found := next((folder for folder in folders if find_idx(folder, split, "images").exists()), None):
+        return found
+    if not find_idx(root, split, "images").exists():
+        return folders[0]
+    print(f"note: the files in {root} itself are taken for {names[0]}, as there is no {folders[0]}")
+    return root
+
+
+def find_idx(folder: pathlib.Path, split: str, content: str) -> pathlib.Path:
+    """Return the path of an IDX file, packed or not, under one of the names that it goes by; else under the first.
+
+    content: "images" or "labels".
+    """
+    prefix, axes = "train" if split == "train" else "t10k", 3 if content == "images" else 1
+    names = [f"{prefix}-{content}{mark}idx{axes}-ubyte" for mark in "-."]
+    inner = [f"{name}/{name}" for name in names]  # as Kaggle packs them
+    paths = [folder / f"{name}{end}" for name in (*names, *inner) for end in ("", ".gz")]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
 def read_idx_pair(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor]:
     """Read the images and classes of MNIST or Fashion-MNIST from a folder of IDX files."""
-    prefix = "train" if split == "train" else "t10k"
-    images = read_idx(folder / f"{prefix}-images-idx3-ubyte")
-    classes = read_idx(folder / f"{prefix}-labels-idx1-ubyte")
-    with report_unreadable_file(folder / f"{prefix}-labels-idx1-ubyte"):
+    path = find_idx(folder, split, "labels")
+    images, classes = read_idx(find_idx(folder, split, "images")), read_idx(path)
+    with report_unreadable_file(path):
         if images.shape != (len(classes), 28, 28):
             raise ValueError(f"labels {tuple(classes.shape)} do not fit images {tuple(images.shape)}")
         if classes.max() > 9:
@@ -87,15 +108,13 @@ def read_idx_pair(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def read_idx(path: pathlib.Path) -> Tensor:
-    """Read an IDX file of bytes, or its .gz file.
+    """Read an IDX file of bytes, packed if its name ends in .gz.
 
     The format is: two zeros, the type 8, the number of axes, their lengths, the bytes.
     """
-    packed = path.with_name(path.name + ".gz")
-    path = packed if packed.exists() and not path.exists() else path
     path.stat()  # raises FileNotFoundError
     with report_unreadable_file(path):
-        contents = inflate(read_file(path)) if path == packed else read_file(path)
+        contents = inflate(read_file(path)) if path.suffix == ".gz" else read_file(path)
         if contents[:3] != b"\0\0\x08":
             raise ValueError("no IDX file of bytes")
         axes = contents[3]
@@ -138,120 +157,3 @@ def read_svhn(root: pathlib.Path, split: str, workers: int) -> Contents:
             raise ValueError("labels are not whole numbers from 0 to 10")
         classes = torch.from_numpy(labels.astype(np.int64).flatten()) % 10
         return torch.from_numpy(images.transpose(3, 2, 0, 1).copy()), classes, DIGITS
-
-
-# ---- folders of images ----
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-
-
-def read_folder(
-    folder: pathlib.Path, *, split: str, image_size: int | None, channels: int | None, workers: int
-) -> Contents:
-    """Read a folder of images; if the images are in subfolders, each subfolder is a class.
-
-    Subfolders `train` and `test`, if both exist, are the splits; else all images are in both splits. image_size: resize
-    the shorter side to this number of pixels and cut out the middle; None: all images must have one size. channels: 1
-    (grey) or 3 (colour); None: those of the first image. workers: number of threads. Raises UsageError if the folder or
-    an image does not fit this.
-    """
-    if channels not in (None, 1, 3):
-        raise UsageError(f"`channels`={channels} must be 1 (grey) or 3 (colour)")
-    if not folder.is_dir():
-        raise UsageError(f"`data_path`={folder}: no such folder")
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        folder = folder / split
-    paths, classes, class_names = list_folder(folder)
-    with report_unreadable_file(paths[0]), Image.open(paths[0], formats=FORMATS) as first:
-        size, grey = first.size, first.mode in ("1", "L", "LA") if channels is None else channels == 1
-
-    def fit(image: Image.Image) -> Image.Image:
-        if image_size:
-            return ImageOps.fit(image, (image_size, image_size))
-        if image.size != size:
-            raise UsageError(f"{folder} holds images of {size} and of {image.size} pixels; choose one `image_size`")
-        return image
-
-    return decode_files(paths, "L" if grey else "RGB", fit, workers), classes, class_names
-
-
-def list_folder(folder: pathlib.Path) -> tuple[list[pathlib.Path], Tensor | None, tuple[str, ...]]:
-    """Return the sorted paths of the images in a folder, their classes (N,) and the names of the classes.
-
-    The classes are None if the images are not in subfolders.
-    """
-
-    def list_paths(place: pathlib.Path, pattern: str) -> list[pathlib.Path]:
-        paths = (path for path in place.glob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES)
-        return sorted(path for path in paths if not path.name.startswith("."))
-
-    direct_paths = list_paths(folder, "*")
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    by_class = {path.name: list_paths(path, "**/*") for path in subfolders}
-    empty = [name for name, paths in by_class.items() if not paths]
-    if not direct_paths and len(empty) == len(by_class):
-        raise UsageError(f"{folder} holds no images ({' '.join(IMAGE_SUFFIXES)})")
-    if direct_paths and len(empty) < len(by_class):
-        raise UsageError(
-            f"{folder} holds images beside subfolders of images; put all images into class folders, or none"
-        )
-    if direct_paths:
-        return direct_paths, None, ()
-    if empty:
-        raise UsageError(f"{folder / empty[0]} holds no images; every subfolder is a class, so fill or remove it")
-    counts = torch.tensor([len(paths) for paths in by_class.values()])
-    classes = torch.arange(len(by_class)).repeat_interleave(counts)
-    return [path for paths in by_class.values() for path in paths], classes, tuple(by_class)
-
-
-def decode_files(
-    paths: list[pathlib.Path], mode: str, change: Callable[[Image.Image], Image.Image], workers: int
-) -> Tensor:
-    """Decode image files in `workers` threads; return images uint8 (N, C, H, W).
-
-    mode: "L" (grey) or "RGB". change: converts a decoded image to the common size.
-    """
-
-    def pixels(path: pathlib.Path) -> np.ndarray:
-        with report_unreadable_file(path), Image.open(path, formats=FORMATS) as image:
-            return np.asarray(change(image.convert(mode)))
-
-    def read(part: list[pathlib.Path]) -> Tensor:
-        images = torch.from_numpy(np.stack([pixels(path) for path in part]))
-        return images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)  # (n, C, H, W)
-
-    parts = [paths[i : i + 100] for i in range(0, len(paths), 100)]
-    progress = Progress(len(paths), what="reading image", quiet=len(paths) < 10_000)
-    images = []
-    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
-        for part in pool.map(read, parts):
-            images.append(part)
-            progress.update(progress.done + len(part))
-    progress.close()
-    return torch.cat(images).contiguous()
-
-
-def read_celeba(root: pathlib.Path, split: str, workers: int) -> Contents:
-    """Read all aligned faces of CelebA, squeezed to 32x32 pixels as the reference does; both splits are the same.
-
-    Raises UsageError if there is no folder of them.
-    """
-    folders = root / "celeba/img_align_celeba", root / "img_align_celeba"
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    if folder is None:
-        raise UsageError(
-            f"`dataset`=celeba: {folders[0]} is missing; unpack CelebA's img_align_celeba.zip there, or set `datadir` "
-            "to where it is"
-        )
-    paths, _, _ = list_folder(folder)
-    images = decode_files(paths, "RGB", lambda image: image.resize((32, 32), Image.Resampling.BILINEAR), workers)
-    return images, None, ()
-
-
-def read_textures(root: pathlib.Path, split: str, workers: int) -> Contents:
-    """Read the upper left 32x32 pixels of all Describable Textures, as the reference does; both splits are the same."""
-    folder = root / "dtd/dtd/images"
-    if not folder.is_dir():
-        raise FileNotFoundError(2, "no such folder", str(folder))
-    paths, classes, class_names = list_folder(folder)
-    return decode_files(paths, "RGB", lambda image: image.crop((0, 0, 32, 32)), workers), classes, class_names

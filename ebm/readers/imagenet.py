@@ -1,4 +1,4 @@
-"""ImageNet at 32x32 pixels from the files of Chrabaszcz et al. (2017), or at 128x128, decoded while training.
+"""ImageNet at 8x8 to 64x64 pixels from the files of Chrabaszcz et al. (2017), or at 128x128, decoded while training.
 
     images, classes, names = imagenet.read_imagenet32(path, "train")          # uint8 (N, 3, 32, 32), in memory
     dataset = imagenet.open_imagenet(path, "train", device="cuda", workers=4)  # 1.3 million JPEGs stay on the disk
@@ -9,19 +9,21 @@ Files need not be trusted: nothing in them is executed, and the checksum of ever
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ebm.readers import image_files
 from ebm.readers.arrays import read_npy
 from ebm.readers.bounded import Archive, open_file, read_file, read_json, report_unreadable_file
+from ebm.readers.folders import TRAIN_NAMES, find_split, list_folder, scan_folder
 from ebm.readers.pickles import read_pickle, to_whole_numbers
 from ebm.readers.streaming import Place, StreamedImages
 from ebm.readers.tensorflow import Fault, read_fields, read_nested, read_varint, verify_checksum
@@ -32,11 +34,15 @@ CLASSES = 1000
 NUMBERS = tuple(map(str, range(CLASSES)))  # names of the classes if the files only number them
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 32x32: ten files of the training set and one of the validation set
+# 32x32 or another size: ten files of the training set and one of the validation set
+
+SIDES = (8, 16, 32, 64)  # of the images that the authors published, in pixels
 
 
 def read_imagenet32(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Read a split of 32x32 ImageNet; return images uint8 (N, 3, 32, 32), classes int64 (N,) and the classes' names.
+    """Read a split of small ImageNet; return images uint8 (N, 3, 32, 32), classes int64 (N,) and the classes' names.
+
+    The files hold images of one size, one of SIDES.
 
     split: "train", or "test" for the validation images. The files are the authors' pickles or .npz files, in the folder
     or in a subfolder, as the archives unpack. A class is the label in the file minus 1, in the authors' order of the
@@ -52,12 +58,17 @@ def read_imagenet32(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor, t
         missing = ", ".join(name for name, path in files.items() if path is None)
         print(f"note: imagenet_path={folder} lacks {missing}; the data set consists of the other files")
     parts = [read_imagenet32_file(path) for path in paths]
+    widths = {rows.shape[1]: path for path, (rows, _) in zip(paths, parts, strict=True)}
+    if len(widths) > 1:
+        one, other, *_ = widths.values()
+        raise UsageError(f"{one} and {other} hold images of different sizes; keep one size below `imagenet_path`")
+    side = math.isqrt(max(widths) // 3)
     classes = torch.cat([part_classes for _, part_classes in parts])
-    images = torch.empty(len(classes), 3, 32, 32, dtype=torch.uint8)  # 4 GB; each part is freed after it is copied
+    images = torch.empty(len(classes), 3, side, side, dtype=torch.uint8)  # 4 GB; each part is freed after it is copied
     start = 0
     while parts:
         rows, _ = parts.pop(0)
-        images[start : start + len(rows)] = torch.from_numpy(rows).view(-1, 3, 32, 32)
+        images[start : start + len(rows)] = torch.from_numpy(rows).view(-1, 3, side, side)
         start += len(rows)
     return images, classes, NUMBERS
 
@@ -69,7 +80,7 @@ def find_imagenet32_file(folder: pathlib.Path, name: str) -> pathlib.Path | None
 
 
 def read_imagenet32_file(path: pathlib.Path) -> tuple[np.ndarray, Tensor]:
-    """Read one file; return rows uint8 (n, 3·32·32) and classes int64 (n,) from 0 to 999."""
+    """Read one file; return rows uint8 (n, 3·side·side) and classes int64 (n,) from 0 to 999."""
     with report_unreadable_file(path):
         if path.suffix == ".npz":
             with open_file(path) as file, Archive(file) as archive:
@@ -79,32 +90,51 @@ def read_imagenet32_file(path: pathlib.Path) -> tuple[np.ndarray, Tensor]:
         labels = to_whole_numbers(labels)
         if not len(labels) or not 1 <= labels.min() <= labels.max() <= CLASSES:
             raise ValueError(f"labels are not whole numbers from 1 to {CLASSES}")
-        if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape != (len(labels), 3 * 32 * 32):
-            raise ValueError(f"data is {rows.dtype} {rows.shape}, not uint8 {(len(labels), 3 * 32 * 32)}")
+        if not isinstance(rows, np.ndarray):
+            raise ValueError("data is no array")
+        if rows.dtype != np.uint8 or rows.shape not in [(len(labels), 3 * side * side) for side in SIDES]:
+            expected = f"uint8 {(len(labels), 3 * 32 * 32)}, or so for another side of {SIDES}"
+            raise ValueError(f"data is {rows.dtype} {rows.shape}, not {expected}")
         return rows, torch.from_numpy(labels) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 128x128: the places of encoded images, in TFRecord files or in files of their own
 
-MAX_INDEX_JSON = 1 << 24  # bytes; ImageNet's has 50,000
 MAX_SIZE = 1 << 26  # largest size of an encoded image in bytes; ImageNet's largest has 15 million
+MOST_EXAMINED = 5_000  # records that are read to learn from which number labels count
+VALIDATION_NAMES = ("val", "validation", "valid", "dev", "eval", "test", "testing")  # ImageNet's test has no labels
+RECORD_FILE = re.compile(r"-\d+-of-\d+|\.tfrecords?\b")
 
 
 class Record(NamedTuple):
     """The place of a TFRecord in a file.
 
-    At `offset` are 12 bytes, its length with a checksum, then `size` bytes of contents and their checksum.
+    At `offset` are 12 bytes, its length with a checksum, then `size` bytes of contents and their checksum. first_label:
+    the label of the first class; None if the records of this file have no labels.
     """
 
     path: str
     offset: int
     size: int
+    first_label: int | None = 1
 
     def __str__(self) -> str:
         return f"{self.path} at byte {self.offset}"
 
-    def load(self) -> tuple[bytes, int]:
+    def load(self) -> tuple[bytes, int | None]:
+        encoded, label = self.load_example()
+        if self.first_label is None:
+            return encoded, None
+        if label is None:
+            raise Fault("holds no image/class/label")
+        last = self.first_label + CLASSES - 1
+        if not self.first_label <= label <= last:
+            raise Fault(f"has the class label {label}, not one from {self.first_label} to {last}")
+        return encoded, label - self.first_label
+
+    def load_example(self) -> tuple[bytes, int | None]:
+        """Return the encoded image and its label as it is stored; raise Fault or OSError."""
         if self.size > MAX_SIZE:
             raise Fault(f"has {self.size} bytes, more than the {MAX_SIZE} of the largest image")
         with open_file(self.path) as file:
@@ -118,33 +148,34 @@ class File(NamedTuple):
     """The place of an image that is a file of its own. label: its class."""
 
     path: str
-    label: int
+    label: int | None
 
     def __str__(self) -> str:
         return self.path
 
-    def load(self) -> tuple[bytes, int]:
+    def load(self) -> tuple[bytes, int | None]:
         if os.path.getsize(self.path) > MAX_SIZE:
             raise Fault(f"has more than the {MAX_SIZE} bytes of the largest image")
         return read_file(self.path), self.label
 
 
-def parse_example(message: bytes) -> tuple[bytes, int]:
-    """Return the encoded image and its class, from 0 to 999, in a serialised tf.train.Example."""
+def parse_example(message: bytes) -> tuple[bytes, int | None]:
+    """Return the encoded image and its label, None without one, in a serialised tf.train.Example.
+
+    The features have the names of the usual conversion scripts, or of tensorflow_datasets.
+    """
     features = {}
     for collection in read_nested(message, 1):
         for entry in read_nested(collection, 1):  # an entry of a map: its key is field 1, its value field 2
             pair = dict(read_fields(entry))
             features[pair.get(1)] = pair.get(2)
-    encoded = get_only_value(features.get(b"image/encoded"), kind=1)
-    label = get_only_value(features.get(b"image/class/label"), kind=3)
+    encoded = get_only_value(features.get(b"image/encoded", features.get(b"image")), kind=1)
+    label = get_only_value(features.get(b"image/class/label", features.get(b"label")), kind=3)
     if isinstance(label, bytes):  # packed
         label = read_varint(label, 0)[0]
-    if not isinstance(encoded, bytes) or label is None:
-        raise Fault("holds no image/encoded and image/class/label")
-    if not 1 <= label <= CLASSES:
-        raise Fault(f"has the class label {label}, not one from 1 to {CLASSES}")
-    return encoded, label - 1
+    if not isinstance(encoded, bytes):
+        raise Fault("holds no image/encoded")
+    return encoded, label
 
 
 def get_only_value(feature: int | bytes | None, kind: int) -> int | bytes | None:
@@ -157,56 +188,133 @@ def get_only_value(feature: int | bytes | None, kind: int) -> int | bytes | None
 class TFRecords(Sequence[Place]):
     """The records of all TFRecord files of a split, indexed once by their length fields, 24 bytes of memory each.
 
-    prefix: the beginning of the file names, "train" or "validation". An optional index.json lists the files and their
-    numbers of records. Raises UsageError if a file is missing, or if a length is damaged: the records after it could
-    not be found.
+    counts: the paths of the files, with their numbers of records if these are known. Raises UsageError if a file is
+    missing, or if a length is damaged: the records after it could not be found.
     """
 
-    class_names = NUMBERS
-
-    def __init__(self, folder: pathlib.Path, prefix: str):
-        counts = read_counts(folder, prefix)
-        self.paths = [str(folder / name) for name in counts]
+    def __init__(self, counts: Mapping[str, int | None]):
+        self.paths = list(counts)
+        self.first_label: int | None = 1
         progress = Progress(len(self.paths), what="index of file", quiet=len(self.paths) < 100)
-        parts = []
+        parts: list[np.ndarray] = []
         with concurrent.futures.ThreadPoolExecutor(16) as pool:  # the threads wait for the disk
-            for number, (name, records) in enumerate(zip(counts, pool.map(index_records, self.paths), strict=True)):
-                if counts[name] not in (None, len(records)):
-                    raise UsageError(
-                        f"{folder / name} holds {len(records)} records and index.json says {counts[name]}; "
-                        "replace the file or correct index.json"
-                    )
-                parts.append(np.insert(records, 0, number, axis=1))
-                progress.update(number + 1)
+            # In parts, so that of a million files that are missing only the first is looked for.
+            for start in range(0, len(self.paths), 64):
+                for path, records in zip(
+                    part := self.paths[start : start + 64], pool.map(index_records, part), strict=True
+                ):
+                    if counts[path] not in (None, len(records)):
+                        raise UsageError(
+                            f"{path} holds {len(records)} records and index.json says {counts[path]}; "
+                            "replace the file or correct index.json"
+                        )
+                    parts.append(np.insert(records, 0, len(parts), axis=1))
+                    progress.update(len(parts))
         progress.close()
         self.places = np.concatenate(parts)  # (N, 3): file, offset, size
         if not len(self.places):
-            raise UsageError(f"`imagenet_datadir`={folder}: its {prefix} files hold no records; replace them")
+            raise UsageError(f"{self.paths[0]} and the other files of its split hold no records; replace them")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, their numbers; none without labels."""
+        return () if self.first_label is None else NUMBERS
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, i):
         file, offset, size = self.places[i].tolist()
-        return Record(self.paths[file], offset, size)
+        return Record(self.paths[file], offset, size, self.first_label)
 
 
-def read_counts(folder: pathlib.Path, prefix: str) -> dict[str, int | None]:
-    """Return the file names of a split, with their numbers of records from index.json, or None without that file."""
-    pattern = rf"{prefix}-\d+-of-\d+"
+def find_extreme_label(records: TFRecords) -> int | None:
+    """Return 0 or 1000, whichever label comes first in a random order of records; 1 if neither does.
+
+    Labels count from 0 or from 1, and only these two tell. Returns None if no record has a label. Of a million shuffled
+    records a few hundred are read.
+    """
+    found = None
+    for i in np.random.default_rng(0).permutation(len(records))[:MOST_EXAMINED]:
+        with contextlib.suppress(Fault, OSError):  # damaged records are noted when they are used
+            _, label = records[i].load_example()
+            if label in (0, CLASSES):
+                return label
+            found = found if label is None else 1
+    return found
+
+
+def open_records(folder: pathlib.Path, split: str) -> TFRecords | None:
+    """Return the records of a split with the label of their first class; None if the folder holds no TFRecords."""
+    counts = find_record_files(folder, split)
+    if counts is None:
+        return None
+    records = TFRecords(counts)
+    extreme = find_extreme_label(records)
+    if extreme == 1:  # as far as this split tells: a small one may lack the first and the last class
+        with contextlib.suppress(UsageError):
+            other = find_record_files(folder, "test" if split == "train" else "train")
+            extreme = find_extreme_label(TFRecords(other)) if other else None
+        extreme = 1 if extreme is None else extreme
+    records.first_label = None if extreme is None else int(extreme > 0)
+    if extreme is None:
+        print(f"note: the TFRecords in {folder} hold no labels")
+    elif extreme == 0:
+        print(f"note: labels of the TFRecords in {folder} count from 0; the class of an image is its label")
+    return records
+
+
+def find_record_files(folder: pathlib.Path, split: str) -> dict[str, int | None] | None:
+    """Return the paths of the TFRecord files of a split, with their numbers of records if index.json tells them.
+
+    The files are in the folder, where their names tell the split, or in its subfolder for the split. Returns None if
+    there are no such files. Raises UsageError if there are, but none of this split.
+    """
     index = folder / "index.json"
-    counts: dict[str, int | None]
     if index.exists():
-        with report_unreadable_file(index):
-            record_counts = read_json(index, MAX_INDEX_JSON)["record_counts"]  # type: ignore[index]
-            counts = {name: int(record_counts[name]) for name in sorted(record_counts) if re.fullmatch(pattern, name)}
-        source = index
+        names, source = read_record_counts(index), index
     else:
-        counts = {path.name: None for path in sorted(folder.iterdir()) if re.fullmatch(pattern, path.name)}
-        source = folder
-    if not counts:
-        raise UsageError(f"{source} knows no files {prefix}-NNNNN-of-NNNNN; set `imagenet_datadir` to where they are")
-    return counts
+        names, source = dict.fromkeys(list_record_files(folder)), folder
+        if not names:
+            place = find_split(folder, split, VALIDATION_NAMES, quiet=True)
+            if place is None or place == folder:
+                return None
+            return {os.path.join(place, name): None for name in list_record_files(place)} or None
+    for word in TRAIN_NAMES if split == "train" else VALIDATION_NAMES:
+        if chosen := {locate_record_file(folder, name): names[name] for name in names if word in read_words(name)}:
+            return chosen
+    if names and split == "train" and not any(read_words(name) & {*TRAIN_NAMES, *VALIDATION_NAMES} for name in names):
+        return {locate_record_file(folder, name): names[name] for name in names}
+    prefix = "train" if split == "train" else "validation"
+    raise UsageError(f"{source} knows no files {prefix}-NNNNN-of-NNNNN; set `imagenet_datadir` to where they are")
+
+
+def list_record_files(folder: pathlib.Path) -> list[str]:
+    """Return the names of the TFRecord files in a folder, in order."""
+    return [entry.name for entry in scan_folder(folder) if RECORD_FILE.search(entry.name) and entry.is_file()]
+
+
+def read_words(path: str) -> set[str]:
+    """Return the words of a file's name, which may tell its split."""
+    return set(re.findall("[a-z]+", path.rpartition("/")[2].lower()))
+
+
+def locate_record_file(folder: pathlib.Path, name: str) -> str:
+    """Return the path of a file of a folder; a path from elsewhere counts as the file of this name in the folder.
+
+    Raises UsageError if there is no such file.
+    """
+    paths = [os.path.join(folder, place) for place in (name, os.path.basename(name)) if not os.path.isabs(place)]
+    if found := next(filter(os.path.exists, paths), None):
+        return found
+    raise UsageError(f"{paths[-1]} at byte 0 cannot be read (No such file), and index.json names it; replace the file")
+
+
+def read_record_counts(index: pathlib.Path) -> dict[str, int | None]:
+    """Return the TFRecord files that an index.json names, in order, with their numbers of records."""
+    with report_unreadable_file(index):
+        counts = read_json(index, MAX_SIZE)["record_counts"]  # type: ignore[index]
+        return {name: int(counts[name]) for name in sorted(counts) if RECORD_FILE.search(name) and ".." not in name}
 
 
 def index_records(path: str) -> np.ndarray:
@@ -234,45 +342,19 @@ def index_records(path: str) -> np.ndarray:
     return np.array(places, np.int64).reshape(-1, 2)
 
 
-class ClassFolders(Sequence[Place]):
-    """The sorted image files in class folders; the classes are the folders in the order of their names.
-
-    Only the names of the files are kept, as bytes, because a list of a million paths would take hundreds of megabytes.
-    Raises UsageError if a class folder holds no images, or if there are no class folders.
-    """
+class ImageFiles(Sequence[Place]):
+    """The image files below a folder, by classes if they are in class folders."""
 
     def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        self.class_names = tuple(
-            sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-        )
-        parts = [list_images(folder / name) for name in self.class_names]
-        empty = [name for name, part in zip(self.class_names, parts, strict=True) if not part]
-        if not parts or empty:
-            place = folder / empty[0] if empty else folder
-            raise UsageError(f"`imagenet_datadir`: {place} holds no images; every folder in {folder} is a class")
-        self.classes = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        self.names = np.array([name for part in parts for name in part])
+        self.found = list_folder(folder)
+        self.class_names = self.found.class_names
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.found.paths)
 
     def __getitem__(self, i):
-        label = int(self.classes[i])
-        path = os.path.join(self.folder, self.class_names[label], os.fsdecode(self.names[i]))
-        return File(os.path.normpath(path), label)
-
-
-def list_images(folder: pathlib.Path) -> list[bytes]:
-    """Return the sorted paths of the image files in a folder and its subfolders, relative to the folder."""
-    paths: list[bytes] = []
-    for parent, _, files in os.walk(folder):
-        images = (
-            name for name in files if name.lower().endswith(image_files.IMAGE_SUFFIXES) and not name.startswith(".")
-        )
-        inner = os.path.relpath(parent, folder)
-        paths += (os.fsencode(os.path.join(inner, name)) for name in images)
-    return sorted(paths)
+        label = None if self.found.classes is None else int(self.found.classes[i])
+        return File(self.found.get_path(i), label)
 
 
 def open_imagenet(
@@ -292,22 +374,23 @@ def open_imagenet(
     return StreamedImages(images, images.class_names, device=device, workers=workers, antialias=antialias)
 
 
-def find_images(folder: pathlib.Path, split: str) -> TFRecords | ClassFolders:
+def find_images(folder: pathlib.Path, split: str) -> TFRecords | ImageFiles:
     """Return the places of the images of a split.
 
-    folder: holds TFRecords (train-NNNNN-of-NNNNN, validation-NNNNN-of-NNNNN, index.json), or class folders of image
-    files, either in the subfolders `train` and `val` or, for the training split alone, directly. split: "train", or
-    "test" for the validation images. Raises UsageError if the folder holds none of these.
+    folder: holds TFRecords, see `find_record_files`, or image files, in class folders or, without labels, not: either
+    in subfolders for the splits (train, val) or, for the training split alone, directly. split: "train", or "test" for
+    the validation images. Raises UsageError if the folder holds none of these.
     """
     if not folder.is_dir():
         raise UsageError(f"`imagenet_datadir`={folder}: no such folder")
-    if (folder / "index.json").exists() or next(folder.glob("*-of-*"), None):
-        return TFRecords(folder, "train" if split == "train" else "validation")
-    if (folder / "train").is_dir():
-        names = ("train",) if split == "train" else ("val", "validation", "test")
-        parent = next((folder / name for name in names if (folder / name).is_dir()), None)
-    else:
-        parent = folder if split == "train" else None
-    if parent is None:
-        raise UsageError(f"`imagenet_datadir`={folder} has no validation images; put class folders below {folder}/val")
-    return ClassFolders(parent)
+    if records := open_records(folder, split):
+        return records
+    place = find_split(folder, split, VALIDATION_NAMES)
+    if place is None or (split == "test" and place == folder):
+        missing = (
+            "training images; put them below" if split == "train" else "validation images; put class folders below"
+        )
+        raise UsageError(
+            f"`imagenet_datadir`={folder} has no {missing} {folder / ('train' if split == 'train' else 'val')}"
+        )
+    return ImageFiles(place)

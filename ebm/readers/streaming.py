@@ -15,14 +15,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import copy
 import io
 import multiprocessing
+import os
 import queue
 import signal
-from collections.abc import Sequence
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +34,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from ebm.readers import image_files
+from ebm.readers.decoding import convert_image, open_image
+from ebm.readers.folders import make_printable, note_remarks
 from ebm.readers.tensorflow import Fault
 from ebm.readers.tf_images import read_tf_pixels
 from ebm.support.errors import UsageError
@@ -39,17 +44,27 @@ from ebm.support.pixels import dequantise
 SIDE = 128  # height and width of an image, in pixels
 MAX_BAD = 100  # largest number of damaged images in a run
 MAX_PENDING = 8  # largest number of batches that are decoded ahead
+LONGEST_FOLDER = 70  # bytes of a folder's path that leave room for the names of multiprocessing's sockets
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 class Place(Protocol):
     """The place of an encoded image; str() of it names the image in messages."""
 
-    def load(self) -> tuple[bytes, int]:
-        """Return the encoded image and its class, or raise Fault or OSError."""
+    def load(self) -> tuple[bytes, int | None]:
+        """Return the encoded image and its class, None without labels, or raise Fault or OSError."""
         ...
 
 
-Decoded = tuple[np.ndarray, int] | str  # pixels (3, SIDE, SIDE) and class, or an error message
+class DecodedImage(NamedTuple):
+    """The pixels (3, SIDE, SIDE) of an image, its class, and what a user should know about its pixels."""
+
+    pixels: np.ndarray
+    label: int | None
+    remarks: set[str]
+
+
+Decoded = DecodedImage | str  # or an error message
 
 
 def decode_image(place: Place, antialias: bool) -> Decoded:
@@ -63,33 +78,62 @@ def decode_image(place: Place, antialias: bool) -> Decoded:
         return str(fault)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+    remarks: set[str] = set()
     try:
-        return read_antialiased_pixels(encoded) if antialias else read_tf_pixels(encoded, SIDE), label
+        if antialias:
+            return DecodedImage(read_antialiased_pixels(encoded, remarks), label, remarks)
+        return DecodedImage(read_tf_pixels(encoded, SIDE, remarks), label, remarks)
+    except Fault as fault:
+        return str(fault)
     except Exception as error:  # Pillow raises many types for damaged files
         return f"is no image that can be decoded ({' '.join(str(error).split()) or type(error).__name__})"
 
 
-def read_antialiased_pixels(encoded: bytes) -> np.ndarray:
+def read_antialiased_pixels(encoded: bytes, remarks: set[str] | None = None) -> np.ndarray:
     """Decode an image to colour, resize its shorter side to SIDE and cut out the middle: uint8 (3, SIDE, SIDE).
 
     The interpolation is bilinear with antialiasing. A JPEG at least twice too large is decoded at a half, quarter or
-    eighth of its size, which saves most of the work.
+    eighth of its size, which saves most of the work. remarks: see `convert_image`.
     """
-    with Image.open(io.BytesIO(encoded), formats=image_files.FORMATS) as image:
+    with open_image(io.BytesIO(encoded)) as image:
         image.draft("RGB", (SIDE, SIDE))
-        fitted = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BILINEAR)
+        colour = convert_image(image, "RGB", remarks)
+        fitted = ImageOps.fit(colour, (SIDE, SIDE), Image.Resampling.BILINEAR)
     return np.asarray(fitted).transpose(2, 0, 1)
 
 
 def serve_images(connection: Connection) -> None:
-    """Decode the images that a connection asks for until it closes; ignore Ctrl-C, which the run itself handles."""
+    """Decode the images that a connection asks for until it closes; ignore Ctrl-C, which the run itself handles.
+
+    The first message says that the process has started.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Freeing 16 MB once makes glibc keep what is freed later. Else the system clears the same 4 MB anew for each image,
     # which takes longer than decoding it.
     np.empty(1 << 24, np.uint8)
     with contextlib.suppress(EOFError, OSError):
+        connection.send("started")
         while True:
             connection.send(decode_image(*connection.recv()))
+
+
+start_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def set_short_temporary_folder() -> Iterator[None]:
+    """Inside the block, let temporary files of the whole process lie where paths are short enough for sockets.
+
+    The path of a socket has at most 107 bytes, and batch systems set folders (TMPDIR) that are longer than that.
+    """
+    with start_lock:
+        before = tempfile.gettempdir()
+        if len(os.fsencode(before)) > LONGEST_FOLDER:
+            tempfile.tempdir = next((folder for folder in SHORT_FOLDERS if os.access(folder, os.W_OK)), before)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 class DecodeWorker:
@@ -103,25 +147,36 @@ class DecodeWorker:
         self.process: BaseProcess | None = None
 
     def start(self) -> None:
-        """Start the process."""
+        """Start the process; raise UsageError if the machine does not let it live, whatever the images are."""
         context = multiprocessing.get_context("forkserver")
         # This module is not preloaded: the server would look for it in the working directory and could find another.
         context.set_forkserver_preload(["torch", "PIL.Image"])
-        self.connection, other_end = context.Pipe()
-        self.process = context.Process(target=serve_images, args=(other_end,), daemon=True)
-        self.process.start()
-        other_end.close()
+        try:
+            self.connection, other_end = context.Pipe()
+            process = context.Process(target=serve_images, args=(other_end,), daemon=True)
+            with set_short_temporary_folder():
+                process.start()
+            other_end.close()
+            self.connection.recv()
+        except (EOFError, OSError) as error:
+            reason = f"{str(error) or 'it ended at once'}, temporary files in {os.environ.get('TMPDIR', '/tmp')}"
+            raise UsageError(
+                f"a process that decodes images cannot be started ({reason}); `data_workers`=0 does without"
+            ) from None
+        self.process = process
 
     def decode(self, place: Place, antialias: bool) -> Decoded:
         """Return the result of `decode_image`; give up an image that kills the process twice."""
         for _ in range(2):
+            if self.process is None:
+                self.start()
             try:
-                if self.process is None:
-                    self.start()
                 self.connection.send((place, antialias))
                 return self.connection.recv()
             except (EOFError, OSError) as error:
-                print(f"note: a decode worker was killed ({error or 'out of memory?'}); a new one starts", flush=True)
+                print(
+                    f"note: a decode worker was killed ({str(error) or 'out of memory?'}); a new one starts", flush=True
+                )
                 self.process = None
         return "kills the process that decodes it"
 
@@ -135,10 +190,10 @@ class DecodeWorker:
 class StreamedImages:
     """A `data.Dataset` whose images are read and decoded batch by batch by worker processes.
 
-    places: of the images. device: where batches are put. workers: number of processes; 0 decodes in a thread of this
-    process. antialias: whether images are resized with antialiasing, or as in the reference. A damaged image is
-    replaced by the next one, and a note names it. UsageError is raised if more than MAX_BAD images, or all of them, are
-    damaged.
+    places: of the images. class_names: empty if the images have no labels. device: where batches are put. workers:
+    number of processes; 0 decodes in a thread of this process. antialias: whether images are resized with antialiasing,
+    or as in the reference. A damaged image is replaced by the next one, and a note names it. UsageError is raised if
+    more than MAX_BAD images, or all of them, are damaged.
     """
 
     name = "imagenetfull"
@@ -164,6 +219,8 @@ class StreamedImages:
         self.threads = concurrent.futures.ThreadPoolExecutor(max(1, workers))  # each waits for a worker
         self.pending: dict[tuple[int, ...], list[concurrent.futures.Future[Decoded]]] = {}
         self.bad: set[int] = set()
+        self.remarks: set[str] = set()  # on the pixels of images, each printed once
+        self.class_numbers: Tensor | None = None  # number that each class of the files has in `class_names`
 
     def __len__(self) -> int:
         return len(self.places)
@@ -186,18 +243,30 @@ class StreamedImages:
             for future in self.pending.pop(next(iter(self.pending))):
                 future.cancel()
 
-    def batch(self, index: Tensor, generator: torch.Generator | None, rescale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the images (n, 3, 128, 128) in [0, rescale] and one-hot labels (n, label_size) of an index (n,)."""
+    def with_classes(self, class_names: tuple[str, ...], numbers: Tensor) -> StreamedImages:
+        """Return the same images with other class names; numbers: the new number of each old class."""
+        dataset = copy.copy(self)
+        dataset.class_names, dataset.class_numbers = class_names, numbers
+        return dataset
+
+    def batch(
+        self, index: Tensor, generator: torch.Generator | None, rescale: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the images (n, 3, 128, 128) in [0, rescale] and one-hot labels (n, label_size) of an index (n,).
+
+        The labels are None if the images have none.
+        """
         stored, labels = self.decode_batch(index)
-        return dequantise(stored, generator, rescale), F.one_hot(labels, self.label_size).float()
+        images = dequantise(stored, generator, rescale)
+        return images, None if labels is None else F.one_hot(labels, self.label_size).float()
 
     def raw(self, index: Tensor) -> Tensor:
         """Return the images uint8 (n, 3, 128, 128) of an index (n,), fractions rounded to the nearest byte."""
         stored, _ = self.decode_batch(index)
         return stored.round().to(torch.uint8) if stored.is_floating_point() else stored
 
-    def decode_batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images (n, 3, 128, 128) and classes (n,) of an index (n,), on the device.
+    def decode_batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the images (n, 3, 128, 128) and classes (n,), or None, of an index (n,), on the device.
 
         The images are uint8 with antialiasing, and float32 in [0, 255] without.
         """
@@ -205,10 +274,11 @@ class StreamedImages:
         numbers = tuple(index.tolist())
         futures = zip(numbers, self.pending.pop(numbers), strict=True)
         images = [self.get_undamaged(number, future.result()) for number, future in futures]
-        return (
-            self.to_device(torch.from_numpy(np.stack([pixels for pixels, _ in images]))),
-            self.to_device(torch.tensor([label for _, label in images])),
-        )
+        pixels = self.to_device(torch.from_numpy(np.stack([image.pixels for image in images])))
+        if not self.class_names:
+            return pixels, None
+        labels = torch.tensor([image.label for image in images])
+        return pixels, self.to_device(labels if self.class_numbers is None else self.class_numbers[labels])
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the device of batches; a GPU copies it from pinned memory while the CPU continues."""
@@ -232,20 +302,22 @@ class StreamedImages:
         finally:
             self.idle.put(worker)
 
-    def get_undamaged(self, number: int, result: Decoded) -> tuple[np.ndarray, int]:
-        """Return the pixels and class of an image; if it is damaged, print a note and return the next undamaged one.
+    def get_undamaged(self, number: int, result: Decoded) -> DecodedImage:
+        """Return a decoded image; if it is damaged, print a note and return the next undamaged one.
 
         result: of decoding the image `number`.
         """
         while isinstance(result, str):
             if number not in self.bad:
                 self.bad.add(number)
+                name = make_printable(str(self.places[number]))
                 if len(self.bad) > min(MAX_BAD, len(self) - 1):
                     raise UsageError(
-                        f"{self.places[number]} {result}; it is damaged image number {len(self.bad)} of "
+                        f"{name} {result}; it is damaged image number {len(self.bad)} of "
                         f"{len(self):,}, too many to continue: replace the files that the notes name"
                     )
-                print(f"note: {self.places[number]} {result}; the next image takes its place", flush=True)
+                print(f"note: {name} {result}; the next image takes its place", flush=True)
             number = (number + 1) % len(self)
             result = self.decode(number)
+        note_remarks(self.places[number], result.remarks, self.remarks)
         return result

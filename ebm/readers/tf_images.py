@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from ebm.readers.image_files import FORMATS
+from ebm.readers.decoding import convert_image, find_turn, open_image
 
 
 class Neighbours(NamedTuple):
@@ -32,12 +32,16 @@ class Neighbours(NamedTuple):
         return np.concatenate([self.lower, self.upper])
 
 
-def read_tf_pixels(encoded: bytes, side: int) -> np.ndarray:
+def read_tf_pixels(encoded: bytes, side: int, remarks: set[str] | None = None) -> np.ndarray:
     """Decode an image to colour, resize its shorter side to `side` and cut out the middle: float32 (3, side, side).
 
-    Values are from 0 to 255. Raises what Pillow raises for damaged images.
+    Values are from 0 to 255. TensorFlow's decoder is followed for JPEGs that are stored upright; other images are
+    decoded as everywhere else, see `convert_image`, also for the remarks and errors.
     """
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+    with open_image(io.BytesIO(encoded)) as opened:
+        # A decoder that is set already belongs to a JPEG too large for memory, of which it decodes every second pixel.
+        is_plain = isinstance(opened, JpegImageFile) and not opened.decoderconfig and find_turn(opened) is None
+        image = opened if is_plain else convert_image(opened, "RGB", remarks)
         height, width = compute_tf_size(image.height, image.width, side)
         rows = find_middle_neighbours(image.height, height, side)
         columns = find_middle_neighbours(image.width, width, side)
@@ -69,17 +73,19 @@ def find_middle_neighbours(old: int, new: int, side: int) -> Neighbours:
 
 
 def look_up_pixels(image: Image.Image, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return the pixels (3, R, C) from 0 to 255 at rows (R,) and columns (C,) of an image that is not decoded yet."""
+    """Return the pixels (3, R, C) from 0 to 255 at rows (R,) and columns (C,) of an image, decoded or not yet."""
     shrinking = None  # the factors by which the height and the width of stored colours are smaller
-    if isinstance(image, JpegImageFile):
+    if isinstance(image, JpegImageFile) and image.tile:  # parts that are not decoded yet
         samples = [layer[1:3] for layer in image.layer]  # horizontal and vertical, of each channel
         shrinking = {(2, 2): (2, 2), (2, 1): (1, 2)}.get(samples[0]) if samples[1:] == [(1, 1), (1, 1)] else None
         if shrinking:
             image.draft("YCbCr", None)
         image.decoderconfig = (1, 1)  # full size; the fast cosine transform, and colours not smoothed
-    stored = np.moveaxis(np.asarray(image if shrinking else image.convert("RGB")), 2, 0)
     if not shrinking:
-        return stored[:, rows[:, None], columns]
+        colour = image if image.mode == "RGB" else image.convert("RGB")
+        lines = [np.asarray(colour.crop((0, row, colour.width, row + 1)))[0] for row in rows.tolist()]
+        return np.moveaxis(np.stack([line[columns] for line in lines]), 2, 0)
+    stored = np.moveaxis(np.asarray(image), 2, 0)
     luminance, *colours = map(np.ascontiguousarray, stored)
     small = [colour[:: shrinking[0], :: shrinking[1]] for colour in colours]
     blue, red = (smooth_colour(colour.astype(np.int16), rows, columns, shrinking[0]) for colour in small)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import pathlib
+import resource
 from collections.abc import Iterator
 
 import torch
@@ -60,6 +62,28 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: serve up to a gigabyte from the heap
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and do not give its top back
+
+
+def find_free_memory() -> int:
+    """Return how many bytes of memory this process can still take, by the least of the limits that Linux tells."""
+    kilobytes = read_system_figures("/proc/self/status") | read_system_figures("/proc/meminfo")
+    limits = [1024 * kilobytes["MemAvailable"]] if "MemAvailable" in kilobytes else []
+    for kind, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            limits.append(limit - 1024 * kilobytes.get(used, 0))
+    with contextlib.suppress(OSError, ValueError):  # the group of this process, as a container shows it
+        most = int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text())
+        limits.append(most - read_system_figures("/sys/fs/cgroup/memory.stat").get("anon", 0))
+    return max(0, min(limits, default=2**63 - 1))
+
+
+def read_system_figures(path: str) -> dict[str, int]:
+    """Return the numbers of a file of Linux whose lines begin with a name and a number; none on other systems."""
+    with contextlib.suppress(OSError):
+        rows = (line.replace(":", " ").split() for line in pathlib.Path(path).read_text().splitlines())
+        return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
+    return {}
 
 
 def set_up_process() -> None:

@@ -20,7 +20,7 @@ from ebm.settings import AisSettings
 from ebm.support.errors import UsageError
 from ebm.support.sharing import ShareOut, compute_all, derive_seed
 from ebm.tasks.examined_model import ExaminedModel, count_most_images
-from ebm.tasks.trained_models import TrainedModel, load_split, note_contradictions
+from ebm.tasks.trained_models import TrainedModel, load_labelled_split, note_contradictions
 from ebm.training.distributed import Workers
 from models import freeze_energy
 from sampling import Energy, draw_hmc_move, make_hmc_move
@@ -323,11 +323,9 @@ def load_test_images(settings: AisSettings, trained: TrainedModel, device: torch
     The labels of an unconditional model have width 0. Raises UsageError if the images do not fit the model or are not
     dequantised.
     """
-    dataset, label_size = load_split("test", trained, settings, device), trained.model.config.label_size
+    dataset, label_size = load_labelled_split("test", trained, settings, device), trained.model.config.label_size
     if dataset.name == "dsprites":
         raise UsageError("`dataset`=dsprites has pixels of two values without noise, which have no density")
-    if label_size not in (0, dataset.label_size):
-        raise UsageError(f"`dataset`={dataset.name} has {dataset.label_size} classes, the model takes {label_size}")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))
     order = order[: settings.limit or count_most_images(dataset.image_shape)]
     images, labels = dataset.batch(order.to(device), torch.Generator(device).manual_seed(settings.seed))

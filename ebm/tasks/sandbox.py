@@ -177,8 +177,8 @@ class SandboxRun:
 
     def write_panel(self, name: str, columns: Mapping[str, Tensor]) -> None:
         """Write a picture with a titled column per batch of images and a row per image; small images are enlarged."""
-        width = self.config.image_shape[2]
-        scale = max(1, min(96, 1800 // len(columns)) // width)
+        side = max(self.config.image_shape[1:])
+        scale = max(1, min(96, 1800 // len(columns)) // side)
         pictures.save_panel(columns, self.add_file(f"{name}.png"), scale=scale)
 
     def write_array(self, name: str, values: Tensor | list[float]) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 import data
 from ebm.settings import CONDITIONS, SandboxSettings
 from ebm.support.errors import UsageError
-from ebm.tasks.trained_models import TrainedModel, find_subset, load_split
+from ebm.tasks.trained_models import TrainedModel, find_subset, load_labelled_split
 from models import ModelConfig
 
 
@@ -40,15 +40,9 @@ def load_model_split(
     split: str, settings: SandboxSettings, trained: TrainedModel, device: torch.device
 ) -> data.Dataset:
     """Return a split of the data set to examine the model on; raise UsageError if it does not fit the model."""
-    label_size = trained.model.config.label_size
-    condition = find_condition(settings, label_size, trained.flags)
+    condition = find_condition(settings, trained.model.config.label_size, trained.flags)
     name = "svhn" if settings.svhn else None
-    dataset = load_split(split, trained, settings, device, name=name, condition=condition)
-    if label_size and dataset.label_size != label_size:
-        raise UsageError(
-            f"`dataset`={dataset.name} has labels of width {dataset.label_size}, the model takes {label_size}"
-        )
-    return remove_step_noise(dataset)
+    return remove_step_noise(load_labelled_split(split, trained, settings, device, name=name, condition=condition))
 
 
 def load_outlier_set(name: str, settings: SandboxSettings, config: ModelConfig, device: torch.device) -> data.Dataset:
@@ -64,13 +58,13 @@ def load_outlier_set(name: str, settings: SandboxSettings, config: ModelConfig, 
             download=settings.download,
         )
         return remove_step_noise(dataset)
-    channels, size, _ = config.image_shape
+    channels, height, width = config.image_shape
     dataset = data.load_dataset(
         "folder",
         split="test",
         device=device,
         path=name,
-        image_size=size,
+        image_size=(height, width),
         channels=channels,
         workers=settings.data_workers,
     )

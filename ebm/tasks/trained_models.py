@@ -209,7 +209,7 @@ def load_split(
         root=settings.datadir,
         device=device,
         path=settings.find_path(name) or trained.flags.get(path_setting) if path_setting else None,
-        image_size=config.image_shape[1] if is_folder else None,
+        image_size=config.image_shape[1:] if is_folder else None,
         channels=config.image_shape[0] if is_folder else None,
         condition=condition if is_sprites else None,
         subset=find_subset(settings, trained.flags) if is_sprites else None,
@@ -220,5 +220,36 @@ def load_split(
     if dataset.image_shape != config.image_shape:
         raise UsageError(
             f"`dataset`={name} has images of shape {dataset.image_shape}, the model takes {config.image_shape}"
+        )
+    return dataset
+
+
+def load_labelled_split(
+    split: str,
+    trained: TrainedModel,
+    settings: TestData,
+    device: torch.device,
+    *,
+    name: str | None = None,
+    condition: str | None = None,
+) -> data.Dataset:
+    """Return a split as `load_split` does, whose labels are those of the model if it is conditioned on labels.
+
+    Raises UsageError if they are not, or if images of a class that the model does not know are among them.
+    """
+    dataset = load_split(split, trained, settings, device, name=name, condition=condition)
+    label_size = trained.model.config.label_size
+    if not label_size:
+        return dataset
+    if not dataset.label_size:
+        raise UsageError(
+            f"`dataset`={dataset.name} has no labels (its {split} images are in no class folders), and the model is "
+            "conditioned on labels; put the images into class folders"
+        )
+    if trained.class_names and dataset.class_names:
+        return data.match_classes(dataset, trained.class_names)
+    if dataset.label_size != label_size:
+        raise UsageError(
+            f"`dataset`={dataset.name} has labels of width {dataset.label_size}, the model takes {label_size}"
         )
     return dataset

@@ -70,7 +70,7 @@ def compute_statistics(state: State, settings: TrainSettings, step: Step) -> dic
 
 def choose_zoom(state: State) -> int:
     """Return the factor by which images are enlarged in pictures; it is more than 1 for small images."""
-    return max(1, 64 // state.model.config.image_shape[1])
+    return max(1, 64 // max(state.model.config.image_shape[1:]))
 
 
 class Recorder:

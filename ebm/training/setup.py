@@ -193,27 +193,12 @@ def open_dataset(settings: TrainSettings, workers: Workers) -> data.Dataset:
 
 
 def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.ModelConfig:
-    """Return the network for a data set: MnistNet for grey images, DspritesNet for sprites, a ResNet for colour."""
-    channels, height, _ = dataset.image_shape
+    """Return the network for a data set, with its width and labels; raise UsageError if it does not take the images."""
     is_conditional = settings.cclass or settings.model_cclass
     if is_conditional and not dataset.label_size:
-        remedy = "use class subfolders" if settings.dataset == "folder" else "leave it out"
+        remedy = "use class subfolders" if settings.dataset in ("folder", "imagenetfull") else "leave it out"
         raise UsageError(f"`cclass` needs labels, and {dataset.name} has none; {remedy}")
-    size = next(iter(list_enabled(settings, SIZES)), None)
-    if size and (channels == 1 or height > 64):
-        raise UsageError(f"`{size}` is for colour images of up to 64x64 pixels, not {dataset.name}")
-    if settings.dataset == "dsprites":
-        network, filters = "DspritesNet", 64
-    elif settings.dataset == "imagenet":
-        network, filters = "ResNet32Wider", 256
-    elif channels == 1:
-        network, filters = "MnistNet", 64
-    elif height > 64:
-        network, filters = "ResNet128", 64
-    elif size:
-        network, filters = SIZES[size], 192 if size == "wider_model" else 128
-    else:
-        network, filters = "ResNet32", 128
+    network, filters = find_network(settings, dataset)
     config = models.ModelConfig(
         network,
         image_shape=dataset.image_shape,
@@ -231,6 +216,37 @@ def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.Mod
             f"`model_cclass` infers classes, and these labels of {dataset.name} are quantities; leave it out"
         )
     return config
+
+
+def find_network(settings: TrainSettings, dataset: data.Dataset) -> tuple[str, int]:
+    """Return the name and the usual width of the network for a data set.
+
+    It is MnistNet for grey images, DspritesNet for sprites, and a ResNet for colour. Raises UsageError if the images
+    are too small, or too large for a chosen size of network.
+    """
+    channels, height, width = dataset.image_shape
+    size = next(iter(list_enabled(settings, SIZES)), None)
+    if size and (channels == 1 or height > 64):
+        raise UsageError(f"`{size}` is for colour images of up to 64x64 pixels, not {dataset.name}")
+    if settings.dataset == "dsprites":
+        network, filters = "DspritesNet", 64
+    elif settings.dataset == "imagenet":
+        network, filters = "ResNet32Wider", 256
+    elif channels == 1:
+        network, filters = "MnistNet", 64
+    elif height > 64 and width >= models.SMALLEST_SIDES["ResNet128"]:
+        network, filters = "ResNet128", 64
+    elif size:
+        network, filters = SIZES[size], 192 if size == "wider_model" else 128
+    else:
+        network, filters = "ResNet32", 128
+    smallest = models.SMALLEST_SIDES.get(network, 1)
+    if min(height, width) < smallest:
+        raise UsageError(
+            f"images of {width}x{height} pixels are too small for {network}, which takes {smallest}x{smallest} and "
+            "larger ones; choose a larger `image_size`"
+        )
+    return network, filters
 
 
 # ---- how chains are computed ----
