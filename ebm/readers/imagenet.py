@@ -195,7 +195,7 @@ def read_counts(folder: pathlib.Path, prefix: str) -> dict[str, int | None]:
     counts: dict[str, int | None]
     if index.exists():
         with image_files.report_unreadable_file(index):
-            record_counts = json.loads(index.read_text())["record_counts"]
+            record_counts = json.loads(index.read_text(encoding="utf-8"))["record_counts"]
             counts = {name: int(record_counts[name]) for name in sorted(record_counts) if re.fullmatch(pattern, name)}
         source = index
     else:

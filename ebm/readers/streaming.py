@@ -109,7 +109,12 @@ class DecodeWorker:
         context.set_forkserver_preload(["torch", "PIL.Image"])
         self.connection, other_end = context.Pipe()
         self.process = context.Process(target=serve_images, args=(other_end,), daemon=True)
-        self.process.start()
+        # Ctrl-C also goes to the server process, which inherits this; it would end with a traceback while it starts.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         other_end.close()
 
     def decode(self, place: Place, antialias: bool) -> Decoded:

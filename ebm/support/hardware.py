@@ -62,6 +62,12 @@ def keep_freed_memory() -> None:
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and do not give its top back
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the memory of a GPU or of the CPU is exhausted."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def set_up_process() -> None:
     """Set for the whole process that memory is kept and that GPUs do not round to TF32 by themselves."""
     keep_freed_memory()

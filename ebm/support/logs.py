@@ -15,7 +15,7 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
     """Return the entries of a run's log.jsonl, up to the first incomplete line, which a killed process leaves."""
     lines: list[dict[str, Any]] = []
     path = folder / "log.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
@@ -41,9 +41,9 @@ class RunLog:
         path = folder / "log.jsonl"
         entries = [line for line in read_log(folder) if line["iteration"] <= resume]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in entries))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in entries), encoding="utf-8")
         os.replace(temporary, path)
-        self.file = path.open("a", buffering=1)
+        self.file = path.open("a", buffering=1, encoding="utf-8")
         self.board: SummaryWriter = SummaryWriter(str(folder / "tensorboard"), purge_step=resume + 1)
 
     def write_event(self, iteration: int, values: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # which JSON reads back, as in \\udcff
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error.strerror}); choose another place") from None
     return path

@@ -27,6 +27,7 @@ from ebm.support import pictures
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
 from ebm.support.progress import Progress
+from ebm.support.sharing import fold_seed
 from ebm.tasks.concept_models import ConceptModel, split_name
 from ebm.tasks.expressions import Expression, Joined, Name, Weighted, parse_expression
 from ebm.training.distributed import Workers, work_alone
@@ -134,7 +135,9 @@ class ConceptRun:
         """
 
         def compute_part(number: int) -> Tensor:
-            self.generator.manual_seed(self.settings.seed + 1_000_003 * number)  # part 0 draws as a single part would
+            self.generator.manual_seed(
+                fold_seed(self.settings.seed + 1_000_003 * number)
+            )  # part 0 draws as a single part would
             return compute(parts[number])
 
         results = self.workers.share_out(range(len(parts)), compute_part)

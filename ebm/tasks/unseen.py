@@ -483,7 +483,7 @@ def read_energy_figures(run: ConceptRun) -> Figures:
     if not path.exists():
         print(f"note: the energy models are not compared, because {path} is missing; task=gentest writes it")
         return {}
-    figures = json.loads(path.read_text())["figures"]
+    figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
     return {name: row for name, row in figures.items() if name.startswith("energy, ")}
 
 

@@ -17,6 +17,7 @@ import models
 from ebm.settings import CONDITIONS, SIZES, SUBSETS, TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
+from ebm.support.sharing import fold_seed
 from ebm.training.acceleration import Acceleration
 from ebm.training.distributed import Workers
 from ebm.training.state import State
@@ -31,7 +32,7 @@ def list_enabled(settings: Any, names: dict[str, str]) -> list[str]:
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """Raise UsageError if settings contradict each other; print a note for settings without effect."""
+    """Raise UsageError if settings contradict each other."""
     conditions, subsets = list_enabled(settings, CONDITIONS), list_enabled(settings, SUBSETS)
     for names in (conditions, subsets, list_enabled(settings, SIZES)):
         if len(names) > 1:
@@ -63,10 +64,6 @@ def check_settings(settings: TrainSettings) -> None:
         raise UsageError("`dataset`=folder needs `data_path`, the folder of images")
     if not settings.train and settings.resume_iter == "-1":
         raise UsageError("`train`=False samples from a checkpoint; choose one with `resume_iter`")
-    if settings.replay_rate != TrainSettings.replay_rate and not settings.replay_batch:
-        print("note: replay_rate has no effect: without replay_batch there is no buffer")
-    if settings.compile is not None and not settings.has_plain_chains:
-        print("note: compile has no effect: only Langevin steps with zero_kl are compiled")
 
 
 # ---- data and network ----
@@ -196,7 +193,7 @@ def open_folder(folder: pathlib.Path, is_resumed: bool) -> None:
 
 def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: data.Dataset, workers: Workers) -> State:
     """Return the state of a new run: the same weights on every worker, but its own noise and replay buffer."""
-    torch.manual_seed(settings.seed + workers.rank)
+    torch.manual_seed(fold_seed(settings.seed + workers.rank))
     model = models.build_model(config, torch.Generator().manual_seed(settings.seed)).to(workers.device)
     return State(
         model=model,
@@ -205,7 +202,7 @@ def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: da
         batches=data.Batches(
             len(dataset), settings.batch_size, settings.seed, workers.rank, workers.size, dataset.index_device
         ),
-        generator=torch.Generator(workers.device).manual_seed(settings.seed * 1_000 + workers.rank),
+        generator=torch.Generator(workers.device).manual_seed(fold_seed(settings.seed * 1_000 + workers.rank)),
         ema=copy.deepcopy(model).eval() if settings.ema_decay else None,
         acceleration=choose_acceleration(settings, workers.device.type, config.network),
     )
@@ -241,7 +238,7 @@ def write_config(settings: TrainSettings, state: State, workers: Workers) -> Non
         "parameters": parameters,
     }
     config |= {"torch": torch.__version__, "workers": workers.size, "energies": str(state.acceleration)}
-    (settings.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (settings.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def announce_run(settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int) -> None:
