@@ -17,7 +17,7 @@ from __future__ import annotations
 from ebm.support import interruption
 
 if __name__ == "__main__":
-    interruption.end_on_signals()  # first of all, because importing PyTorch takes seconds
+    interruption.guard_start()  # first of all, because importing PyTorch takes seconds
 
 import dataclasses
 import pathlib

@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import io
 import multiprocessing
+import multiprocessing.resource_tracker
 import queue
 import signal
 from collections.abc import Sequence
@@ -110,6 +111,7 @@ class DecodeWorker:
         self.connection, other_end = context.Pipe()
         self.process = context.Process(target=serve_images, args=(other_end,), daemon=True)
         # Ctrl-C also goes to the server process, which inherits this; it would end with a traceback while it starts.
+        multiprocessing.resource_tracker.ensure_running()  # whose start ends such a block
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()

@@ -36,7 +36,7 @@ from ebm.support import interruption
 from ebm.support.arguments import read_words
 from ebm.support.errors import UsageError
 from ebm.support.hardware import is_out_of_memory
-from ebm.support.streams import discard_output, prepare_streams
+from ebm.support.streams import discard_output, note_dropped_output, replace_standard_streams
 
 Settings = TypeVar("Settings")
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
@@ -252,7 +252,8 @@ def find_obstacle(settings: Any, fields: Mapping[str, Flag], name: str) -> str:
         return f": {about.words}"
     rivals = [each for each in about.not_with if is_met(settings, each, if_unset=False)]
     if rivals:
-        return f" with --{rivals[0]}"
+        rival, equals, _ = rivals[0].partition("=")
+        return f" with --{rival}" + (f"={getattr(settings, rival)}" if equals else "")
     if not about.only_with:
         return ""
     met = [each for each in about.only_with if is_met(settings, each, if_unset=True)]
@@ -351,11 +352,11 @@ def run(main: Callable[[Settings], None], kind: type[Settings], usage: str | Non
     is then 2. A signal ends the script as `interruption` describes. usage: the script's docstring, which --help prints
     first.
     """
-    prepare_streams()
+    files = replace_standard_streams()
     interruption.raise_on_signals()
     try:
         main(parse(sys.argv, kind, usage or ""))
-        sys.stdout.flush()
+        note_dropped_output(files)
     except BrokenPipeError:  # the reader of the pipe has ended, as in `| head`
         discard_output()
         sys.exit(128 + signal.SIGPIPE)

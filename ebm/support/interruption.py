@@ -1,7 +1,7 @@
 """What Ctrl-C, SIGTERM and SIGHUP do outside training: the program ends with one line and the usual exit status.
 
     if __name__ == "__main__":
-        interruption.end_on_signals()  # first of all, because importing PyTorch takes seconds
+        interruption.guard_start()  # first of all, because importing PyTorch takes seconds
     ...
     interruption.raise_on_signals()  # when the work begins: it raises Interruption, so that files are closed on the way
 
@@ -27,6 +27,19 @@ class Interruption(KeyboardInterrupt):
     def __init__(self, number: int):
         super().__init__(number)
         self.number = number
+
+
+def guard_start() -> None:
+    """Let signals end the process at once while it starts; end it now if its working directory has been deleted.
+
+    There PyTorch cannot be imported, and would not say why.
+    """
+    end_on_signals()
+    try:
+        os.getcwd()
+    except OSError as error:
+        print(f"error: the working directory is gone ({error.strerror}); change to another one", file=sys.stderr)
+        sys.exit(2)
 
 
 def end_on_signals() -> None:

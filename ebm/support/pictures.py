@@ -234,8 +234,11 @@ def make_figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
 
 
 def escape_text(text: str) -> str:
-    """Return text that matplotlib draws as it is: without formulas, and with escapes for what is no Unicode text."""
-    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    """Return text that matplotlib draws as it is: without formulas, and with escapes for what is no Unicode text.
+
+    A label that begins with an underscore would be left out of the legend.
+    """
+    return " " * text.startswith("_") + text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def add_legend(axis: Axes) -> None:

@@ -1,4 +1,4 @@
-"""The standard streams of a program: closed ones, other encodings, readers that have left."""
+"""Standard output and error of a script, which take any text and do not end the work if it cannot be written."""
 
 from __future__ import annotations
 
@@ -6,24 +6,66 @@ import contextlib
 import io
 import os
 import sys
+from typing import Any
 
 
-def prepare_streams() -> None:
-    """Make the standard streams of this process take any text, also if they are closed or not in UTF-8.
+class DroppingFile(io.FileIO):
+    """A file that drops what it cannot write, and remembers why; the end of a pipe's reader stays an error."""
 
-    Characters that an encoding lacks, and file names that are no UTF-8, are written as escapes such as \\u2264.
-    """
-    for descriptor in range(3):  # a free descriptor would go to the next file, which would then receive the output
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write or drop some bytes; return how many."""
         try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self.failure = error
+            return len(data)
+
+
+def replace_standard_streams() -> list[DroppingFile]:
+    """Make prints to stdout and stderr succeed whatever becomes of the files behind them; return these files.
+
+    It holds for the whole process. Characters that the encoding of a stream lacks, and names of files that are no
+    UTF-8, are written as escapes such as \\u2264. What goes to a closed stream is lost. Streams that a test put there
+    stay as they are.
+    """
+    open_closed_descriptors()
+    files = []
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__"):
+            continue
+        stream.flush()
+        file = DroppingFile(stream.fileno(), "w", closefd=False)
+        is_buffered = isinstance(stream.buffer, io.BufferedWriter)  # it is not after `python -u`
+        options: dict[str, Any] = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+        layer: Any = io.BufferedWriter(file) if is_buffered else file
+        setattr(sys, name, io.TextIOWrapper(layer, stream.encoding, "backslashreplace", **options))
+        files.append(file)
+    return files
+
+
+def open_closed_descriptors() -> None:
+    """Open the standard streams that are closed, to nowhere: else the next file to be opened received the output."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
+
+
+def note_dropped_output(files: list[DroppingFile]) -> None:
+    """Print to stderr why lines of the output are missing, if some are."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    failures = [file.failure.strerror for file in files if file.failure is not None]
+    if failures:
+        print(f"note: lines of the output are missing ({failures[0]})", file=sys.stderr)
 
 
 def discard_output() -> None:

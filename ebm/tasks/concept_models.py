@@ -223,7 +223,7 @@ def train_models(settings: CombineSettings, script: pathlib.Path) -> None:
         words += shlex.split(settings.train_flags)
         print(f"model {number} of {len(names)}: python train.py {shlex.join(words)}", flush=True)
         status = run_command([sys.executable, str(script), *words])
-        if status in (130, 143):  # a signal, after which train.py has saved
+        if status in (129, 130, 143):  # a signal, after which train.py has saved
             print("stopped; the same command resumes the training")
             sys.exit(status)
         if status:
@@ -247,7 +247,8 @@ def run_command(command: list[str]) -> int:
     """
     process = subprocess.Popen(command, env=remove_launch(os.environ))
     handlers = {
-        signal.SIGINT: lambda number, frame: None,  # a terminal sends Ctrl-C to both processes
+        signal.SIGINT: lambda number, frame: None,  # a terminal sends Ctrl-C to both processes,
+        signal.SIGHUP: lambda number, frame: None,  # and SIGHUP when it closes
         signal.SIGTERM: lambda number, frame: process.send_signal(number),
     }
     earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
