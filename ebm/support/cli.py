@@ -18,6 +18,7 @@ error messages name a setting in backquotes, such as `rounds`, and this module t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -125,6 +126,8 @@ def describe_tasks(usage: str | None, tasks: Mapping[str, Callable]) -> str:
 
 # ---- from settings to flags ----
 
+list_types = functools.cache(typing.get_type_hints)  # name of a setting -> its type; making it takes a while
+
 
 def split_type(hint: Any) -> tuple[type, bool]:
     """Return the plain type in a type hint, and whether the hint is a tuple: `int | None` gives (int, False)."""
@@ -136,7 +139,7 @@ def split_type(hint: Any) -> tuple[type, bool]:
 
 def define_flags(kind: type) -> flags.FlagValues:
     """Return absl flags for all fields of a settings class."""
-    values, hints = flags.FlagValues(), typing.get_type_hints(kind)
+    values, hints = flags.FlagValues(), list_types(kind)
     for fields in list_groups(kind).values():
         for field in fields:
             define_flag(values, field, hints[field.name])
@@ -165,7 +168,7 @@ def define_flag(values: flags.FlagValues, field: dataclasses.Field, hint: Any) -
 
 def read_settings(kind: type[Settings], values: flags.FlagValues) -> Settings:
     """Return the settings with the values of the parsed flags."""
-    hints = typing.get_type_hints(kind)
+    hints = list_types(kind)  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for fields in list_groups(kind).values():
         for field in fields:
@@ -267,7 +270,9 @@ def find_obstacle(settings: Any, fields: Mapping[str, Flag], name: str) -> str:
 def is_met(settings: Any, condition: str, *, if_unset: bool) -> bool:
     """Return whether settings meet a condition, see `flag`. if_unset: the answer if the setting is None."""
     name, _, words = condition.partition("=")
-    value = getattr(settings, name, False)  # other scripts may lack it
+    if not hasattr(settings, name):  # scripts share groups of settings, and this one lacks the setting
+        return False
+    value = getattr(settings, name)
     if value is None:
         return if_unset
     values = value if isinstance(value, tuple) else (value,)
@@ -276,7 +281,7 @@ def is_met(settings: Any, condition: str, *, if_unset: bool) -> bool:
 
 def describe_flags(kind: type, usage: str) -> str:
     """Return the text of --help: the script's usage, then its flags in a paragraph per group."""
-    lines, hints = [name_flags(usage.strip(), kind)], typing.get_type_hints(kind)
+    lines, hints = [name_flags(usage.strip(), kind)], list_types(kind)
     for title, fields in list_groups(kind).items():
         lines += ["", f"{title}:"]
         for field in fields:
@@ -320,7 +325,7 @@ def parse(argv: Sequence[str], kind: type[Settings], usage: str = "") -> Setting
 
 def split_words(words: Sequence[str], kind: type) -> list[tuple[str, str]]:
     """Return the names and values of the flags that words set, see `read_words`."""
-    hints = typing.get_type_hints(kind)
+    hints = list_types(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     aliases = {about.alias: name for name, field in fields.items() if (about := field.metadata["flag"]).alias}
     names = {name: name for name in fields} | aliases

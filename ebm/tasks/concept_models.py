@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import pathlib
 import re
@@ -20,7 +19,7 @@ import checkpoint
 from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings
 from ebm.support.errors import UsageError
-from ebm.tasks.expressions import parse_expression
+from ebm.tasks.expressions import LARGEST_WEIGHT, parse_expression
 from ebm.tasks.trained_models import TrainedModel, check_network, find_contradictions, open_model
 from ebm.training.distributed import remove_launch
 from models import ModelConfig, PreparedEnergy, freeze_energy
@@ -84,8 +83,8 @@ def read_weights(settings: CombineSettings) -> dict[str, float]:
             raise UsageError(f"`weights`={name}={text}: {name} is not combined here, only {', '.join(enabled)}")
         with contextlib.suppress(ValueError):
             weights[name] = float(text)
-        if not 0 < weights.get(name, 0) < math.inf:
-            raise UsageError(f"`weights`={name}={text}: expected a number above 0")
+        if not 0 < weights.get(name, 0) <= LARGEST_WEIGHT:
+            raise UsageError(f"`weights`={name}={text}: expected a number above 0, at most {LARGEST_WEIGHT:g}")
     return weights
 
 
