@@ -7,10 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 import typing
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import GOLDEN, ROOT, run_python
 from data import DATASETS
@@ -18,7 +20,8 @@ from ebm.presets import PRESETS
 from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
-from ebm.training.setup import check_settings, choose_acceleration, choose_precision
+from ebm.training.setup import UNUSED, check_settings, choose_acceleration, choose_network, choose_precision
+from models import build_model
 
 
 def parse(*words):
@@ -186,6 +189,18 @@ def test_effects_that_depend_on_others(monkeypatch, capsys):
     assert notes("--task=mixenergy --svhnmix") == ""
     assert notes("--task=mixenergy --num_steps=3") == "note: --num_steps has no effect with --task=mixenergy"
     assert notes("--imagenet_path=x --dataset=svhn --mixset=imagenet --task=mixenergy") == ""
+
+
+@pytest.mark.parametrize("name", UNUSED)
+@pytest.mark.parametrize(("shape", "words"), [((1, 28, 28), []), ((3, 32, 32), []), ((3, 32, 32), ["--wider_model"])])
+def test_switches_that_a_network_lacks(capsys, name, shape, words):
+    """Breaks when a switch of the network that changes nothing is taken without a word, or blamed where it does."""
+    dataset = types.SimpleNamespace(name="images", image_shape=shape, label_size=0)
+    config = choose_network(parse(f"--{name}", "--num_filters=4", *words), dataset)
+    plain = dataclasses.replace(config, **{name: False})
+    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    energies = [build_model(each, torch.Generator().manual_seed(0)).eval()(x, None) for each in (config, plain)]
+    assert (f"{name} has no effect" in capsys.readouterr().out) == torch.equal(*energies)
 
 
 TRUE_LABELS = {

@@ -23,6 +23,13 @@ from ebm.training.distributed import Workers
 from ebm.training.state import State
 from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
 
+# Setting of the network -> the networks without what it switches on.
+UNUSED = {
+    "swish_act": ("ResNet32", "ResNet32Large", "ResNet32Larger"),
+    "downsample": tuple(name for name in models.NETWORKS if name.startswith("ResNet")),
+    "use_attention": ("MnistNet", "DspritesNet"),
+}
+
 # ---- settings ----
 
 
@@ -126,6 +133,9 @@ def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.Mod
         raise UsageError(
             f"`model_cclass` infers classes, and these labels of {dataset.name} are quantities; leave it out"
         )
+    for name, networks in UNUSED.items():
+        if getattr(settings, name) and network in networks:
+            print(f"note: {name} has no effect: {network} does not have it")
     return config
 
 
