@@ -18,6 +18,11 @@ plot go to <logdir>/<exp>/ais/.
 
 from __future__ import annotations
 
+from ebm.support import interruption
+
+if __name__ == "__main__":
+    interruption.guard_start()  # first of all, because importing PyTorch takes seconds
+
 import math
 import pathlib
 from collections.abc import Mapping, Sequence

@@ -14,6 +14,11 @@ are read from the checkpoints. Pictures, plots and <task>.json go to <savedir>/<
 
 from __future__ import annotations
 
+from ebm.support import interruption
+
+if __name__ == "__main__":
+    interruption.guard_start()  # first of all, because importing PyTorch takes seconds
+
 import dataclasses
 import pathlib
 from collections.abc import Callable

@@ -12,6 +12,11 @@ without noise, and those of SVHN, CIFAR-100, ImageNet and the textures have thei
 
 from __future__ import annotations
 
+from ebm.support import interruption
+
+if __name__ == "__main__":
+    interruption.guard_start()  # first of all, because importing PyTorch takes seconds
+
 import dataclasses
 import functools
 

@@ -14,6 +14,11 @@ other names, because they cannot be compared with any FID. eval_inception.json, 
 
 from __future__ import annotations
 
+from ebm.support import interruption
+
+if __name__ == "__main__":
+    interruption.guard_start()  # first of all, because importing PyTorch takes seconds
+
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -22,14 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebm.measures.features import (
-    Classifier,
-    Inception,
-    RealImages,
-    load_or_compute_statistics,
-    measure_quality,
-    measure_real,
-)
+from ebm.measures import features
 from ebm.settings import InceptionSettings
 from ebm.support import cli, pictures
 from ebm.support.files import prepare_folder
@@ -51,14 +49,17 @@ COMPARED = "of at most 10,000 images"
 
 
 def describe_settings(
-    settings: InceptionSettings, trained: TrainedModel, reference: RealImages, extractor: Inception | Classifier
+    settings: InceptionSettings,
+    trained: TrainedModel,
+    reference: features.RealImages,
+    extractor: features.Inception | features.Classifier,
 ) -> dict[str, Any]:
     """Return the settings, by name, that determine the figures besides the checkpoints."""
     chain_names = ("im_number", "num_steps", "proj_norm", "noise_scale", "batch_size", "repeat_scale", "nomix")
     described = {name: getattr(settings, name) for name in (*chain_names, "seed", "ema", "precision")}
     described |= {"step_lr": trained.choose_step_lr(settings.step_lr)}
     described |= {"reference": str(reference), "features": extractor.name, "weights": extractor.identity}
-    if isinstance(extractor, Classifier):
+    if isinstance(extractor, features.Classifier):
         return described | {"accuracy": extractor.network.accuracy, "precision and recall": COMPARED}
     return described | {"splits": settings.splits, "KID, precision and recall": COMPARED}
 
@@ -110,8 +111,8 @@ class QualityReport:
         cache = pathlib.Path(settings.cache or pathlib.Path(settings.logdir) / "statistics")
         reference = load_reference(settings, trained, device)
         self.settings, self.extractor = settings, load_extractor(settings, reference, cache, device)
-        self.real = load_or_compute_statistics(self.extractor, reference, cache)
-        of_real = dict(zip(("images", "distance"), measure_real(self.real, settings.im_number), strict=True))
+        self.real = features.load_or_compute_statistics(self.extractor, reference, cache)
+        of_real = dict(zip(("images", "distance"), features.measure_real(self.real, settings.im_number), strict=True))
         published = PAPER.get((reference.datasets[0].name, trained.model.config.label_size > 0), {})
         self.contents: dict[str, Any] = {
             "settings": describe_settings(settings, trained, reference, self.extractor),
@@ -127,7 +128,7 @@ class QualityReport:
         iteration = paths[0].stem.removeprefix("model_")
         grid, scale = images[:100] / 255, max(1, 64 // images.shape[3])
         print(f"wrote {pictures.save_grid(grid, self.folder / f'samples_{iteration}.png', columns=10, scale=scale)}")
-        figures = measure_quality(self.extractor, images, self.real, splits=self.settings.splits)
+        figures = features.measure_quality(self.extractor, images, self.real, splits=self.settings.splits)
         result = {"iteration": iteration, "ensemble": list(map(str, paths)), "figures": figures}
         self.contents["results"].append(result)
         write_json(self.path, self.contents)

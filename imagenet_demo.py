@@ -10,6 +10,11 @@ is installed, sample.mp4 go to <savedir>/<exp>/.
 
 from __future__ import annotations
 
+from ebm.support import interruption
+
+if __name__ == "__main__":
+    interruption.guard_start()  # first of all, because importing PyTorch takes seconds
+
 import math
 import pathlib
 from collections.abc import Sequence
@@ -27,13 +32,7 @@ from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
 from ebm.support.sharing import derive_seed
-from ebm.tasks.trained_models import (
-    TrainedModel,
-    find_class,
-    note_contradictions,
-    open_model,
-    refuse_concept_model,
-)
+from ebm.tasks.trained_models import TrainedModel, find_class, note_contradictions, open_model, refuse_concept_model
 from ebm.training.distributed import Workers, share_evaluation
 from models import draw_noise_images, freeze_energy
 from sampling import check_finite, langevin

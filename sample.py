@@ -12,6 +12,11 @@ images for any --batch_size and --num, up to rounding in the network.
 
 from __future__ import annotations
 
+from ebm.support import interruption
+
+if __name__ == "__main__":
+    interruption.guard_start()  # first of all, because importing PyTorch takes seconds
+
 import pathlib
 from typing import Any
 

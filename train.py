@@ -11,6 +11,11 @@ Checkpoints, logs and pictures go to --logdir/<exp>/.
 
 from __future__ import annotations
 
+from ebm.support import interruption
+
+if __name__ == "__main__":
+    interruption.guard_start()  # first of all, because importing PyTorch takes seconds
+
 from collections.abc import Callable
 
 import torch

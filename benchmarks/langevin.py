@@ -67,7 +67,7 @@ class Settings(timing.BenchmarkDevice):
     limit_size: int | None = flag(
         None, "rows and columns of the product; default 2048 on a CPU, 8192 on a GPU", at_least=1
     )
-    output: str = flag("", "also write the figures to this JSON file, and a plot beside it")
+    output: str = flag("", "also write the figures to this JSON file, and a plot beside it", is_path=True)
 
 
 class Variant(NamedTuple):

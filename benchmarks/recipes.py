@@ -55,8 +55,8 @@ class Settings(timing.BenchmarkOutput):
     seeds: int = flag(1, "runs per recipe, from different seeds", at_least=1)
     max_iter: int = flag(400, "iterations of a run", at_least=1)
     test_interval: int = flag(50, "iterations between measurements", at_least=1)
-    logdir: str = flag("cachedir/recipes", "folder of the runs")
-    output: str = flag("", "also write the figures to this JSON file, and a plot beside it")
+    logdir: str = flag("cachedir/recipes", "folder of the runs", is_path=True)
+    output: str = flag("", "also write the figures to this JSON file, and a plot beside it", is_path=True)
 
 
 def train_recipe(settings: Settings, exp: str, recipe: str, seed: int) -> pathlib.Path:

@@ -47,7 +47,7 @@ Key = TypeVar("Key")
 class BenchmarkOutput:
     """Benchmark"""
 
-    output: str = flag("", "also write the figures to this JSON file")
+    output: str = flag("", "also write the figures to this JSON file", is_path=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,19 @@ UNCHANGED = "images are examined as they are, without augmentation"
 POOL = 1_000  # chains that eval_inception.py runs in one pool, as many as the images that it takes from there
 NOISE_UNIT = 0.005  # standard deviation of a Langevin step's noise at noise_scale 1, for images in [0, 1]
 
+LARGEST_SEED = 2**64 - 1  # as for PyTorch
+MOST_AT_ONCE, MOST_IMAGES, MOST_FILTERS, MOST_WORKERS = 10**6, 10**7, 4096, 1024  # more would only fail later
+
+# Conditions under which flags have an effect, see `flag`.
+USES_DATADIR = (
+    "dataset=" + "|".join(name for name, source in DATASETS.items() if not source.path_setting and name != "digits"),
+    *("svhn", "svhnmix", "cifar100mix", "texturemix", "mixset"),
+)
+USES_WORKERS = ("dataset=celeba|folder|imagenetfull|textures", "texturemix", "mixfolder", "mixset")
+IS_GAUSS = "dataset=gauss|2d"  # ais.py checks itself on a density that is no trained model
+SAMPLES_ONLY = "train=False"
+CLASSIFIES = "task=label|labelfinetune"
+
 # A setting that chooses a larger network for colour images -> the name of this network.
 SIZES = {"large_model": "ResNet32Large", "larger_model": "ResNet32Larger", "wider_model": "ResNet32Wider"}
 # Settings of dSprites -> the concept that the model is conditioned on, or the subset of sprites that it is trained on.
@@ -41,23 +54,38 @@ SUBSETS = {"dsprites_restrict" if name == "restrict" else f"d{name}_only": name 
 class DataFiles:
     """Data files"""
 
-    datadir: str = flag("data", "folder of the data sets that torchvision can download, such as mnist, cifar10 or svhn")
+    datadir: str = flag(
+        "data",
+        "folder of the data sets that torchvision can download, such as mnist, cifar10 or svhn",
+        only_with=USES_DATADIR,
+        is_path=True,
+    )
     download: bool = flag(True, "download files that are missing, such as data sets")
     data_path: str | None = flag(
         None,
         "folder of images for --dataset=folder; if it has subfolders, each of them is a class, but train beside val "
         "or test are splits",
+        only_with="dataset=folder",
+        is_path=True,
     )
     imagenet_path: str | None = flag(
         None,
         "folder of the downsampled 32x32 ImageNet files (or 8x8, 16x16, 64x64), pickles or .npz, for "
         "--dataset=imagenet",
+        only_with=("dataset=imagenet", "mixset=imagenet"),
+        is_path=True,
     )
     imagenet_datadir: str | None = flag(
-        None, "folder of ImageNet TFRecords, or of image files in class folders, for --dataset=imagenetfull"
+        None,
+        "folder of ImageNet TFRecords, or of image files in class folders, for --dataset=imagenetfull",
+        only_with=("dataset=imagenetfull", "mixset=imagenetfull"),
+        is_path=True,
     )
     dsprites_path: str | None = flag(
-        None, "the published dSprites file, an .npz; default: the program draws the sprites itself"
+        None,
+        "the published dSprites file, an .npz; default: the program draws the sprites itself",
+        only_with=("dataset=dsprites", "mixset=dsprites"),
+        is_path=True,
     )
 
     def find_path(self, dataset: str) -> str | None:
@@ -88,18 +116,22 @@ class DeviceChoice:
 class CheckpointChoice(DeviceChoice):
     """Model"""
 
-    exp: str = flag("default", "name of the experiment, whose folder holds the model")
-    resume_iter: str = flag("latest", "iteration of the checkpoint to load, 'best' or 'latest' (-1 also means latest)")
-    ema: bool = flag(False, "load the averaged weights, which a training run with --ema_decay saves")
-    seed: int = flag(0, "seed of all random numbers", at_least=0)
+    exp: str = flag("default", "name of the experiment, whose folder holds the model", not_with=IS_GAUSS)
+    resume_iter: str = flag(
+        "latest",
+        "iteration of the checkpoint to load, 'best' or 'latest' (-1 also means latest)",
+        not_with=("iterations", IS_GAUSS),
+    )
+    ema: bool = flag(False, "load the averaged weights, which a training run with --ema_decay saves", not_with=IS_GAUSS)
+    seed: int = flag(0, "seed of all random numbers", at_least=0, at_most=LARGEST_SEED)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelChoice(CheckpointChoice):
     """Folders"""
 
-    modeldir: str = flag("cachedir", "folder of all experiments")
-    logdir: str = flag("sandbox_cachedir", "folder for results")
+    modeldir: str = flag("cachedir", "folder of all experiments", not_with=IS_GAUSS, is_path=True)
+    logdir: str = flag("sandbox_cachedir", "folder for results", is_path=True)
 
     @property
     def model_folder(self) -> pathlib.Path:
@@ -142,11 +174,20 @@ class TestData(DataFiles, SpriteSubsets):
         None,
         "name of the data set, one of those in train.py --help; default: the one that the model was trained on, "
         "else cifar10",
+        not_with="svhn",
     )
     antialias: bool | None = flag(
-        None, "for --dataset=imagenetfull: resize images with antialiasing; default: as in training, else False"
+        None,
+        "for --dataset=imagenetfull: resize images with antialiasing; default: as in training, else False",
+        only_with="dataset=imagenetfull",
     )
-    data_workers: int = flag(5, "number of parallel workers that decode image files; 0: no extra processes", at_least=0)
+    data_workers: int = flag(
+        5,
+        "number of parallel workers that decode image files; 0: no extra processes",
+        at_least=0,
+        only_with=USES_WORKERS,
+        at_most=MOST_WORKERS,
+    )
     cutout: bool = flag(False, UNCHANGED, inert=True)
     cutout_inside: bool = flag(False, UNCHANGED, inert=True)
     cutout_prob: float = flag(1.0, UNCHANGED, inert=True)
@@ -158,10 +199,15 @@ class InceptionWeights:
     """Inception"""
 
     inception_weights: str | None = flag(
-        None, "file of the Inception weights as published by torch-fidelity; default: in torch's cache folder"
+        None,
+        "file of the Inception weights as published by torch-fidelity; default: in torch's cache folder",
+        not_with=("quality=False", "features=classifier"),
+        is_path=True,
     )
     inception_sha256: str = flag(
-        "6726825d", "first digits of the SHA-256 of the Inception weights; default: those of the published file"
+        "6726825d",
+        "first digits of the SHA-256 of the Inception weights; default: those of the published file",
+        not_with=("quality=False", "features=classifier"),
     )
 
 
@@ -218,14 +264,21 @@ class RunSettings(DeviceChoice):
         presets=PRESETS,
     )
     exp: str = flag("default", "name of the experiment; its files go to <logdir>/<exp>/")
-    logdir: str = flag("cachedir", "folder of all experiments")
+    logdir: str = flag("cachedir", "folder of all experiments", is_path=True)
     train: bool = flag(True, "train the model; --train=False only samples from a checkpoint and writes the report")
     resume_iter: str = flag("-1", "iteration of the checkpoint to resume from, or 'latest'; -1 starts a new run")
-    max_iter: int | None = flag(None, "number of the last iteration; default: set by --epoch_num", at_least=0)
-    epoch_num: int = flag(
-        10000, "without --max_iter: number of passes over the data (for mnist at most 60,000 iterations)", at_least=1
+    max_iter: int | None = flag(
+        None, "number of the last iteration; default: set by --epoch_num", at_least=0, not_with=SAMPLES_ONLY
     )
-    seed: int = flag(0, "seed of all random numbers; each worker derives its own seed from it", at_least=0)
+    epoch_num: int = flag(
+        10000,
+        "without --max_iter: number of passes over the data (for mnist at most 60,000 iterations)",
+        at_least=1,
+        not_with=("max_iter", SAMPLES_ONLY),
+    )
+    seed: int = flag(
+        0, "seed of all random numbers; each worker derives its own seed from it", at_least=0, at_most=LARGEST_SEED
+    )
     deterministic: bool = flag(
         False,
         "on a GPU: use only kernels that give the same bits in every run; slower, and turns off --compile unless "
@@ -256,17 +309,30 @@ class TrainingData(DataFiles):
         "for --dataset=folder: resize images to this height and width in pixels; default: no resizing, all images "
         "must have one size",
         at_least=8,
+        only_with="dataset=folder",
+        at_most=4096,
     )
     channels: int | None = flag(
-        None, "for --dataset=folder: 1 (grey) or 3 (colour); default: as in the first image", at_least=1, at_most=3
+        None,
+        "for --dataset=folder: 1 (grey) or 3 (colour); default: as in the first image",
+        at_least=1,
+        at_most=3,
+        only_with="dataset=folder",
     )
     antialias: bool = flag(
         False,
         "for --dataset=imagenetfull: resize images with antialiasing, a better picture; else by TensorFlow's old "
         "bilinear rule, as the published models were trained",
+        only_with="dataset=imagenetfull",
     )
-    data_workers: int = flag(4, "number of parallel workers that decode image files; 0: no extra processes", at_least=0)
-    batch_size: int = flag(256, "images per iteration on each worker", at_least=1)
+    data_workers: int = flag(
+        4,
+        "number of parallel workers that decode image files; 0: no extra processes",
+        at_least=0,
+        only_with=USES_WORKERS,
+        at_most=MOST_WORKERS,
+    )
+    batch_size: int = flag(256, "images per iteration on each worker", at_least=1, at_most=MOST_AT_ONCE)
     single: bool = flag(False, "train on a single image, to check that the model can overfit it")
     augment: bool = flag(
         False,
@@ -279,10 +345,12 @@ class TrainingData(DataFiles):
         "set a random square of each image to black; with --cclass not for images on a black background, whose labels "
         "would become false",
     )
-    cutout_inside: bool = flag(False, "keep the cutout square completely inside the image")
-    cutout_prob: float = flag(1.0, "share of the images that get a cutout square, 0 to 1", at_least=0, at_most=1)
-    cutout_mask_size: int = flag(16, "side of the cutout square, in pixels", at_least=1)
-    rescale: float = flag(1.0, "largest pixel value: images are scaled to [0, rescale]", at_least=1e-6)
+    cutout_inside: bool = flag(False, "keep the cutout square completely inside the image", only_with="cutout")
+    cutout_prob: float = flag(
+        1.0, "share of the images that get a cutout square, 0 to 1", at_least=0, at_most=1, only_with="cutout"
+    )
+    cutout_mask_size: int = flag(16, "side of the cutout square, in pixels", at_least=1, only_with="cutout")
+    rescale: float = flag(1.0, "largest pixel value: images are scaled to [0, rescale]", at_least=1e-6, at_most=1e6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,26 +382,35 @@ class NegativeSettings:
         None, "chains per iteration on each worker, at most --batch_size; default: --batch_size", at_least=1
     )
     num_steps: int = flag(20, "Langevin steps per training iteration", at_least=0)
-    step_lr: float = flag(1.0, "step size of a Langevin step: the factor of the energy gradient", at_least=0)
+    step_lr: float = flag(
+        1.0, "step size of a Langevin step: the factor of the energy gradient", at_least=0, not_with="hmc"
+    )
     noise_scale: float = flag(
         1.0, "standard deviation of a Langevin step's noise, in units of 0.005 for images in [0, 1]", at_least=0
     )
     proj_norm: float = flag(
-        0.0, "clip the gradient of a Langevin step to this size, see --proj_norm_type; 0: no clipping", at_least=0
+        0.0,
+        "clip the gradient of a Langevin step to this size, see --proj_norm_type; 0: no clipping",
+        at_least=0,
+        not_with="hmc",
     )
     proj_norm_type: str = flag(
         "li",
         "li clips each element of the gradient; l2 clips the L2 norm of the gradient of the whole batch",
         choices=PROJ_NORM_TYPES,
+        only_with="proj_norm",
     )
     replay_batch: bool = flag(
-        False, "start a share of the chains, --replay_rate, from a replay buffer of 10,000 earlier samples"
+        False,
+        "start a share of the chains, --replay_rate, from a replay buffer of 10,000 earlier samples",
+        not_with=("pcd", SAMPLES_ONLY),
     )
     replay_rate: float = flag(
         0.95,
         "share of the chains that start from the replay buffer, 0 to 1; needs --replay_batch",
         at_least=0,
         at_most=1,
+        only_with="replay_batch",
     )
     pcd: bool = flag(
         False, "persistent contrastive divergence: start the chains where those of the previous iteration ended"
@@ -350,6 +427,8 @@ class NegativeSettings:
         None,
         "compile the Langevin step, which takes up to a minute once; default: on for GPUs without --deterministic, "
         "else off. Has no effect with the KL term or --hmc",
+        only_with="zero_kl",
+        not_with="hmc",
     )
     cuda_graph: bool | None = flag(
         None, "launch each chain as one CUDA graph; default: on for GPUs. Needs --zero_kl and excludes --hmc"
@@ -365,27 +444,37 @@ class LossSettings:
         "loss: cd (contrastive divergence), logsumexp (samples weighted by softmax(-E)) or softplus (of the "
         "difference of energies)",
         choices=("cd", "logsumexp", "softplus"),
+        not_with=SAMPLES_ONLY,
     )
     zero_kl: bool = flag(False, "leave out the KL term, whose gradient flows through the whole chain")
-    ml_coeff: float = flag(1.0, "weight of the likelihood term of the loss")
-    l2_coeff: float = flag(1.0, "weight of the mean squared energies, the regulariser of the loss", at_least=0)
+    ml_coeff: float = flag(1.0, "weight of the likelihood term of the loss", not_with=SAMPLES_ONLY)
+    l2_coeff: float = flag(
+        1.0, "weight of the mean squared energies, the regulariser of the loss", at_least=0, not_with=SAMPLES_ONLY
+    )
     mismatch: float = flag(
         0.0,
         "weight of a second contrastive loss over the whole batch: images with their own labels against images "
         "with the labels of other images; 0: none",
         at_least=0,
+        not_with=SAMPLES_ONLY,
     )
     temperature: float = flag(1.0, "factor of the energy in chains and loss", at_least=0)
-    lr: float = flag(3e-4, "learning rate of Adam", at_least=0)
+    lr: float = flag(3e-4, "learning rate of Adam", at_least=0, not_with=SAMPLES_ONLY)
     ema_decay: float = flag(
         0.0,
         "decay of a moving average of the weights, with which the run then samples, 0 to 1; 0: no average",
         at_least=0,
         at_most=1,
     )
-    guard: bool = flag(True, "if the run diverges, return to its last good state and halve the learning rate")
+    guard: bool = flag(
+        True, "if the run diverges, return to its last good state and halve the learning rate", not_with=SAMPLES_ONLY
+    )
     max_rollbacks: int = flag(
-        10, "number of returns to a good state after which a further divergence stops the run", at_least=0
+        10,
+        "number of returns to a good state after which a further divergence stops the run",
+        at_least=0,
+        only_with="guard",
+        not_with=SAMPLES_ONLY,
     )
 
 
@@ -404,6 +493,7 @@ class NetworkSettings:
         "number of filters, the width of the network; default: 64 (grey images, sprites, 128x128), 128 (colour "
         "32x32), 192 (--wider_model), 256 (imagenet)",
         at_least=1,
+        at_most=MOST_FILTERS,
     )
     large_model: bool = flag(False, "use the network ResNet32Large, which has dropout")
     larger_model: bool = flag(False, "use the network ResNet32Larger")
@@ -414,25 +504,37 @@ class NetworkSettings:
     )
     downsample: bool = flag(False, "in networks for grey images: use average pooling instead of stride 2")
     spec_norm: bool = flag(True, "use spectral normalisation of the weights")
-    spec_iter: int = flag(1, "power iterations per training iteration that estimate the spectral norm", at_least=1)
-    spec_norm_val: float = flag(1.0, "spectral norm of the weights after normalisation", at_least=0)
-    spec_eval: bool = flag(False, "keep the vector of the power iteration fixed while training")
+    spec_iter: int = flag(
+        1,
+        "power iterations per training iteration that estimate the spectral norm",
+        at_least=1,
+        only_with="spec_norm",
+        at_most=1000,
+    )
+    spec_norm_val: float = flag(
+        1.0, "spectral norm of the weights after normalisation", at_least=0, only_with="spec_norm"
+    )
+    spec_eval: bool = flag(False, "keep the vector of the power iteration fixed while training", only_with="spec_norm")
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputSettings(InceptionWeights):
     """Output"""
 
-    log_interval: int = flag(10, "iterations between two lines of the log", at_least=1)
-    save_interval: int = flag(1000, "iterations between two checkpoints", at_least=1)
+    log_interval: int = flag(10, "iterations between two lines of the log", at_least=1, not_with=SAMPLES_ONLY)
+    save_interval: int = flag(1000, "iterations between two checkpoints", at_least=1, not_with=SAMPLES_ONLY)
     test_interval: int = flag(
-        1000, "iterations between two tests, which draw pictures and measure sample quality", at_least=1
+        1000,
+        "iterations between two tests, which draw pictures and measure sample quality",
+        at_least=1,
+        not_with=SAMPLES_ONLY,
     )
     num_samples: int | None = flag(
         None,
         "number of images to sample at the end of a run and with --train=False; default: 50,000 if Inception measures "
         "them, else 100. Tests measure as many, with Inception at most 1,000",
         at_least=1,
+        at_most=MOST_IMAGES,
     )
     quality: bool | None = flag(
         None,
@@ -481,21 +583,37 @@ class SandboxChains(ChainPrecision):
     """Sampling"""
 
     num_steps: int = flag(
-        20, "Langevin steps per round of a chain, and per refinement before classification; 0: none", at_least=0
+        20,
+        "Langevin steps per round of a chain, and per refinement before classification; 0: none",
+        at_least=0,
+        not_with="task=energyeval|mixenergy",
     )
     step_lr: float | None = flag(
         None,
         "step size of a Langevin step: the factor of the energy gradient; default: as in training, else 10",
         at_least=0,
+        not_with="task=energyeval|mixenergy",
     )
-    proj_norm: float = flag(0.0, "clip each element of the gradient to ± this value; 0: no clipping", at_least=0)
+    proj_norm: float = flag(
+        0.0,
+        "clip each element of the gradient to ± this value; 0: no clipping",
+        at_least=0,
+        not_with="task=energyeval|mixenergy",
+    )
     batch_size: int = flag(
-        32, "images that the network processes at once; lowered automatically if memory is short", at_least=1
+        32,
+        "images that the network processes at once; lowered automatically if memory is short",
+        at_least=1,
+        at_most=MOST_AT_ONCE,
     )
     limit: int | None = flag(
-        None, "number of images to examine; default: all, or as many as a picture shows", at_least=1
+        None,
+        "number of images to examine; default: all, or as many as a picture shows",
+        at_least=1,
+        not_with=("single", "task=democlass"),
+        at_most=MOST_IMAGES,
     )
-    single: bool = flag(False, "the same as --limit=1")
+    single: bool = flag(False, "the same as --limit=1", not_with="task=democlass")
     datasource: str = flag("random", "the task determines where chains start", inert=True)
 
 
@@ -518,45 +636,71 @@ class SandboxData(TestData):
 class ClassificationSettings:
     """Classification (tasks label and labelfinetune)"""
 
-    pgd: int = flag(0, "steps of the PGD attack on test images; 0: no attack", at_least=0)
+    pgd: int = flag(0, "steps of the PGD attack on test images; 0: no attack", at_least=0, only_with=CLASSIFIES)
     lnorm: str = flag(
-        "-1", "norm of the ball within which the attack moves an image: -1 is L∞, 2 is L2", choices=("-1", "2")
+        "-1",
+        "norm of the ball within which the attack moves an image: -1 is L∞, 2 is L2",
+        choices=("-1", "2"),
+        only_with="pgd",
     )
-    lival: float = flag(8.0, "radius of the attack's L∞ ball, in units of 1/255", at_least=0)
-    l2val: float = flag(40.0, "radius of the attack's L2 ball, in units of 1/255", at_least=0)
+    lival: float = flag(
+        8.0, "radius of the attack's L∞ ball, in units of 1/255", at_least=0, only_with="lnorm=-1", not_with="labelgrid"
+    )
+    l2val: float = flag(
+        40.0, "radius of the attack's L2 ball, in units of 1/255", at_least=0, only_with="lnorm=2", not_with="labelgrid"
+    )
     l2_per_step: bool = flag(
-        False, "with --lnorm=2: limit each step of the attack by --l2val, but not their sum, as in the reference"
+        False,
+        "with --lnorm=2: limit each step of the attack by --l2val, but not their sum, as in the reference",
+        only_with="pgd",
     )
     adaptive: int = flag(
         0,
         "attack through the refinement, and average the gradient over this many draws of its noise; 0: the attack "
         "ignores the refinement",
         at_least=0,
+        only_with="pgd",
     )
     refine: float = flag(
         8.0,
         "radius of the L∞ ball within which Langevin steps refine an image before it is classified, in units of 1/255",
         at_least=0,
+        only_with=CLASSIFIES,
+        not_with="num_steps=0",
     )
     labelgrid: bool = flag(
-        False, "task label: repeat the attack with L∞ balls of 0 to 30/255, or L2 balls of 0 to 95/255"
+        False,
+        "task label: repeat the attack with L∞ balls of 0 to 30/255, or L2 balls of 0 to 95/255",
+        only_with="task=label",
     )
-    train: bool = flag(True, "task labelfinetune: train the classifier; --notrain loads the one of an earlier run")
+    train: bool = flag(
+        True,
+        "task labelfinetune: train the classifier; --notrain loads the one of an earlier run",
+        only_with="task=labelfinetune",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class OutlierSettings:
     """Out-of-distribution sets of task mixenergy (several are possible; default: --interpolationmix)"""
 
-    svhnmix: bool = flag(False, "compare with SVHN")
-    cifar100mix: bool = flag(False, "compare with CIFAR-100")
-    texturemix: bool = flag(False, "compare with the Describable Textures")
-    randommix: bool = flag(False, "compare with Gaussian noise, 0.5 + 0.5·N(0, 1)")
-    interpolationmix: bool = flag(False, "compare with averages of two test images")
+    svhnmix: bool = flag(False, "compare with SVHN", only_with="task=mixenergy")
+    cifar100mix: bool = flag(False, "compare with CIFAR-100", only_with="task=mixenergy")
+    texturemix: bool = flag(False, "compare with the Describable Textures", only_with="task=mixenergy")
+    randommix: bool = flag(False, "compare with Gaussian noise, 0.5 + 0.5·N(0, 1)", only_with="task=mixenergy")
+    interpolationmix: bool = flag(False, "compare with averages of two test images", only_with="task=mixenergy")
     mixset: tuple[str, ...] = flag(
-        (), "compare with further data sets, names separated by commas, such as mnist,digits"
+        (),
+        "compare with further data sets, names separated by commas, such as mnist,digits",
+        only_with="task=mixenergy",
     )
-    mixfolder: tuple[str, ...] = flag((), "compare with the images of this folder; may be repeated", repeated=True)
+    mixfolder: tuple[str, ...] = flag(
+        (),
+        "compare with the images of this folder; may be repeated",
+        repeated=True,
+        only_with="task=mixenergy",
+        is_path=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -567,6 +711,7 @@ class LatentSettings:
         True,
         "move images along the eigenvectors of the smallest eigenvalues of the energy's Hessian; --nohessian: along "
         "the directions in which the features of the last layer change most",
+        only_with="task=latent",
     )
 
 
@@ -590,19 +735,25 @@ class SandboxSettings(
 class CombineRun(DeviceChoice):
     """Run"""
 
-    logdir: str = flag("cachedir", "folder of all experiments, among them those of the models")
-    savedir: str = flag("cachedir", "folder for results, which go to <savedir>/<exp>/<task>/")
-    exp: str = flag("combine", "name of the folder for results, see --savedir")
-    batch_size: int = flag(256, "images that the models process at once", at_least=1)
+    logdir: str = flag("cachedir", "folder of all experiments, among them those of the models", is_path=True)
+    savedir: str = flag(
+        "cachedir", "folder for results, which go to <savedir>/<exp>/<task>/", not_with="task=train", is_path=True
+    )
+    exp: str = flag("combine", "name of the folder for results, see --savedir", not_with="task=train")
+    batch_size: int = flag(
+        256, "images that the models process at once", at_least=1, not_with="task=train", at_most=MOST_AT_ONCE
+    )
     limit: int | None = flag(
         None,
         "number of images to sample or examine; default: --batch_size, in labeldiscover 30 times as many, in gentest "
         "and genbaseline all unseen combinations",
         at_least=1,
+        not_with="task=train",
+        at_most=MOST_IMAGES,
     )
-    seed: int = flag(0, "seed of all random numbers", at_least=0)
+    seed: int = flag(0, "seed of all random numbers", at_least=0, not_with="task=train", at_most=LARGEST_SEED)
     dsprites_path: str | None = flag(
-        None, "the published dSprites file, an .npz; default: the program draws the sprites itself"
+        None, "the published dSprites file, an .npz; default: the program draws the sprites itself", is_path=True
     )
     data_workers: int = flag(4, "sprites are in memory or drawn, no image file is decoded", inert=True)
 
@@ -619,40 +770,71 @@ class ConceptChoice:
     cond_size: bool = flag(
         True, "combine the model of the sprite's size with the others (also called --cond_scale)", alias="cond_scale"
     )
-    exp_size: str = flag("dsprites_cond_size", "experiment of the model that is conditioned on the size")
+    exp_size: str = flag(
+        "dsprites_cond_size", "experiment of the model that is conditioned on the size", only_with="cond_size"
+    )
     resume_size: str = flag(
-        "latest", "iteration of the size model's checkpoint, 'best' or 'latest' (-1 also means latest)"
+        "latest",
+        "iteration of the size model's checkpoint, 'best' or 'latest' (-1 also means latest)",
+        only_with="cond_size",
+        not_with="task=train",
     )
     cond_shape: bool = flag(True, "combine the model of the sprite's shape with the others")
-    exp_shape: str = flag("dsprites_cond_shape", "experiment of the model that is conditioned on the shape")
+    exp_shape: str = flag(
+        "dsprites_cond_shape", "experiment of the model that is conditioned on the shape", only_with="cond_shape"
+    )
     resume_shape: str = flag(
-        "latest", "iteration of the shape model's checkpoint, 'best' or 'latest' (-1 also means latest)"
+        "latest",
+        "iteration of the shape model's checkpoint, 'best' or 'latest' (-1 also means latest)",
+        only_with="cond_shape",
+        not_with="task=train",
     )
     cond_pos: bool = flag(True, "combine the model of the sprite's position with the others")
-    exp_pos: str = flag("dsprites_cond_pos", "experiment of the model that is conditioned on the position")
+    exp_pos: str = flag(
+        "dsprites_cond_pos", "experiment of the model that is conditioned on the position", only_with="cond_pos"
+    )
     resume_pos: str = flag(
-        "latest", "iteration of the position model's checkpoint, 'best' or 'latest' (-1 also means latest)"
+        "latest",
+        "iteration of the position model's checkpoint, 'best' or 'latest' (-1 also means latest)",
+        only_with="cond_pos",
+        not_with="task=train",
     )
     cond_rot: bool = flag(True, "combine the model of the sprite's rotation with the others")
-    exp_rot: str = flag("dsprites_cond_rot", "experiment of the model that is conditioned on the rotation")
-    resume_rot: str = flag(
-        "latest", "iteration of the rotation model's checkpoint, 'best' or 'latest' (-1 also means latest)"
+    exp_rot: str = flag(
+        "dsprites_cond_rot", "experiment of the model that is conditioned on the rotation", only_with="cond_rot"
     )
-    ema: bool = flag(False, "load the averaged weights, which training runs with --ema_decay save")
-    combine: str = flag("alternate", "how energies are combined: alternate, sum, or an expression as described above")
+    resume_rot: str = flag(
+        "latest",
+        "iteration of the rotation model's checkpoint, 'best' or 'latest' (-1 also means latest)",
+        only_with="cond_rot",
+        not_with="task=train",
+    )
+    ema: bool = flag(
+        False, "load the averaged weights, which training runs with --ema_decay save", not_with="task=train|genbaseline"
+    )
+    combine: str = flag(
+        "alternate",
+        "how energies are combined: alternate, sum, or an expression as described above",
+        only_with="task=conceptcombine",
+    )
     weights: tuple[str, ...] = flag(
         (),
         "task conceptcombine with alternate or sum: factor of one concept's energy, such as pos=2; may be repeated",
         repeated=True,
+        only_with="task=conceptcombine",
     )
     models: tuple[str, ...] = flag(
-        (), "a further model for expressions, as name=exp or name=exp:iteration; may be repeated", repeated=True
+        (),
+        "a further model for expressions, as name=exp or name=exp:iteration; may be repeated",
+        repeated=True,
+        only_with="task=conceptcombine",
     )
     labels: tuple[str, ...] = flag(
         (),
         "label of one model, such as shape=heart, size=0.7, pos=0.2,0.8 or rot=90 (degrees); default: the label of "
         "a random sprite; may be repeated",
         repeated=True,
+        only_with="task=conceptcombine",
     )
 
 
@@ -661,25 +843,42 @@ class CombineChains(ChainPrecision):
     """Sampling"""
 
     num_steps: int = flag(
-        20, "Langevin steps on each energy; in task labeldiscover: Langevin steps on the label", at_least=0
+        20,
+        "Langevin steps on each energy; in task labeldiscover: Langevin steps on the label",
+        at_least=0,
+        not_with="task=train|genbaseline",
     )
-    step_lr: float = flag(500.0, "step size of a Langevin step: the factor of the energy gradient", at_least=0)
+    step_lr: float = flag(
+        500.0,
+        "step size of a Langevin step: the factor of the energy gradient",
+        at_least=0,
+        only_with="task=conceptcombine|gentest",
+    )
     label_lr: float = flag(
-        1.0, "labeldiscover: step size of a step on the label: the factor of the energy gradient", at_least=0
+        1.0,
+        "labeldiscover: step size of a step on the label: the factor of the energy gradient",
+        at_least=0,
+        only_with="task=labeldiscover",
     )
     first_noise: float = flag(
         0.0,
         "conceptcombine: standard deviation of the noise at the first step, from which it falls to 0.005; 0: "
         "always 0.005",
         at_least=0,
+        only_with="task=conceptcombine",
     )
     first_step_lr: float = flag(
         0.0,
         "conceptcombine: step size of the first step, from which it falls to --step_lr; 0: always --step_lr",
         at_least=0,
+        only_with="task=conceptcombine",
     )
     restarts: int = flag(
-        1, "conceptcombine: number of chains per image, of which the one with the lowest energy is used", at_least=1
+        1,
+        "conceptcombine: number of chains per image, of which the one with the lowest energy is used",
+        at_least=1,
+        only_with="task=conceptcombine",
+        at_most=10_000,
     )
 
 
@@ -688,25 +887,49 @@ class CombineTraining:
     """Training (tasks train, gentest and genbaseline)"""
 
     train_flags: str = flag(
-        "--max_iter=10000", "train: flags for train.py, which follow the published flags and override them"
+        "--max_iter=10000",
+        "train: flags for train.py, which follow the published flags and override them",
+        only_with="task=train",
+        can_be_empty=True,
     )
-    train: bool = flag(False, "gentest: train the models again even if an earlier run has trained them")
-    joint_shape: bool = flag(False, "gentest, genbaseline: combine position with shape instead of size")
-    joint_rot: bool = flag(False, "gentest, genbaseline: combine position with rotation instead of size")
+    train: bool = flag(
+        False, "gentest: train the models again even if an earlier run has trained them", only_with="task=gentest"
+    )
+    joint_shape: bool = flag(
+        False, "gentest, genbaseline: combine position with shape instead of size", only_with="task=gentest|genbaseline"
+    )
+    joint_rot: bool = flag(
+        False,
+        "gentest, genbaseline: combine position with rotation instead of size",
+        only_with="task=gentest|genbaseline",
+    )
     balance: bool = flag(
         True,
         "gentest, genbaseline: train on as many images in which the other concept varies as of those in which the "
         "position does; --nobalance: on each of the former once, as the release",
+        only_with="task=gentest|genbaseline",
     )
     break_steps: int | None = flag(
         None,
         "gentest, genbaseline: largest number of training iterations; default: 300 in gentest, which makes one pass "
         "over its images, and in genbaseline five passes",
         at_least=1,
+        only_with="task=gentest|genbaseline",
     )
-    lr: float = flag(1e-3, "gentest: learning rate of the energy models", at_least=0)
-    frac: float = flag(0.0, "genbaseline: share of the other combinations to train on, 0 to 1", at_least=0, at_most=1)
-    plot_curve: bool = flag(False, "genbaseline: repeat for --frac from 0 to 1 in steps of 0.1, and plot the curve")
+    lr: float = flag(1e-3, "gentest: learning rate of the energy models", at_least=0, only_with="task=gentest")
+    frac: float = flag(
+        0.0,
+        "genbaseline: share of the other combinations to train on, 0 to 1",
+        at_least=0,
+        at_most=1,
+        only_with="task=genbaseline",
+        not_with="plot_curve",
+    )
+    plot_curve: bool = flag(
+        False,
+        "genbaseline: repeat for --frac from 0 to 1 in steps of 0.1, and plot the curve",
+        only_with="task=genbaseline",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -717,6 +940,7 @@ class CombineNetwork(UnrecordedNetwork):
         None,
         "number of filters, the width of the network; default for new networks in gentest and genbaseline: 64",
         at_least=1,
+        at_most=MOST_FILTERS,
     )
     cclass: bool | None = flag(None, "the networks are conditioned on a concept")
     spec_norm: bool | None = flag(None, "spectral normalisation of the weights; default for new networks: True")
@@ -739,7 +963,7 @@ class CombineSettings(CombineRun, ConceptChoice, CombineChains, CombineTraining,
 class SampleChoice:
     """Samples"""
 
-    num: int = flag(100, "number of images to sample", at_least=1)
+    num: int = flag(100, "number of images to sample", at_least=1, at_most=MOST_IMAGES)
     label: str | None = flag(
         None, "class of all images, by its number or name; default: the classes one after the other"
     )
@@ -764,7 +988,7 @@ class SampleChains(ChainPrecision):
     noise_scale: float = flag(
         NOISE_UNIT, "standard deviation of a Langevin step's noise, for images in [0, 1]", at_least=0
     )
-    batch_size: int = flag(100, "images that are sampled at once", at_least=1)
+    batch_size: int = flag(100, "images that are sampled at once", at_least=1, at_most=MOST_AT_ONCE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -776,8 +1000,8 @@ class SampleSettings(ModelChoice, SampleChoice, SampleChains, CheckedNetwork):
 class DemoRun(CheckpointChoice):
     """Folders"""
 
-    logdir: str = flag("cachedir", "folder of all experiments")
-    savedir: str = flag("sandbox_cachedir", "folder for the pictures, which go to <savedir>/<exp>/")
+    logdir: str = flag("cachedir", "folder of all experiments", is_path=True)
+    savedir: str = flag("sandbox_cachedir", "folder for the pictures, which go to <savedir>/<exp>/", is_path=True)
 
     @property
     def model_folder(self) -> pathlib.Path:
@@ -796,14 +1020,16 @@ class DemoChains(ChainPrecision):
 
     num_steps: int = flag(200, "Langevin steps of the chains", at_least=1)
     step_lr: float = flag(180.0, "step size of a Langevin step: the factor of the energy gradient", at_least=0)
-    batch_size: int = flag(16, "number of images, shown in a grid that is as square as possible", at_least=1)
+    batch_size: int = flag(
+        16, "number of images, shown in a grid that is as square as possible", at_least=1, at_most=MOST_AT_ONCE
+    )
     classes: str | None = flag(
         None,
         "classes of the images, numbers from 0 or names, separated by commas and repeated to fill the grid; "
         "default: random classes",
     )
     class_names: str | None = flag(
-        None, "text file with the names of the classes, one per line in the order of their numbers"
+        None, "text file with the names of the classes, one per line in the order of their numbers", is_path=True
     )
     every: int = flag(1, "Langevin steps per frame of the GIF", at_least=1)
 
@@ -833,7 +1059,7 @@ class EnsembleChoice:
 class PoolSettings(ChainPrecision):
     """Sampling from pools of persistent chains"""
 
-    im_number: int = flag(50_000, "number of images to sample", at_least=4)
+    im_number: int = flag(50_000, "number of images to sample", at_least=4, at_most=MOST_IMAGES)
     num_steps: int = flag(20, "Langevin steps per round", at_least=1)
     step_lr: float | None = flag(
         None,
@@ -849,6 +1075,7 @@ class PoolSettings(ChainPrecision):
         "chains that run in one round: new ones until a pool has 1,000, or --im_number if that is less; then chains "
         "of the pool, drawn at random with repetition",
         at_least=1,
+        at_most=MOST_AT_ONCE,
     )
     repeat_scale: int = flag(
         100, "half the number of rounds per 1,000 images, those in which the pool is filled included", at_least=1
@@ -881,7 +1108,7 @@ class MeasureSettings(InceptionWeights):
         "available, else a classifier",
         choices=("auto", "inception", "classifier"),
     )
-    splits: int = flag(5_000, "images per split of the Inception score", at_least=1)
+    splits: int = flag(5_000, "images per split of the Inception score", at_least=1, not_with="features=classifier")
     reference: str | None = flag(
         None,
         "split of the data set to compare with; default: both for cifar10, test (the validation set) for imagenet "
@@ -891,7 +1118,9 @@ class MeasureSettings(InceptionWeights):
     real_number: int = flag(
         100_000, "largest number of real images to compare with, drawn at random from a larger data set", at_least=100
     )
-    cache: str | None = flag(None, "folder where statistics of real images are kept; default: <logdir>/statistics")
+    cache: str | None = flag(
+        None, "folder where statistics of real images are kept; default: <logdir>/statistics", is_path=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -907,11 +1136,18 @@ class InceptionSettings(ModelChoice, EnsembleChoice, PoolSettings, MeasureSettin
 class AnnealingSettings:
     """Annealed importance sampling"""
 
-    limit: int | None = flag(None, "number of test images to measure, drawn at random; default: all", at_least=1)
+    limit: int | None = flag(
+        None,
+        "number of test images to measure, drawn at random; default: all",
+        at_least=1,
+        not_with=IS_GAUSS,
+        at_most=MOST_IMAGES,
+    )
     pdist: tuple[int, ...] = flag(
         (10,),
         "number of distributions from the box to the model; several numbers, such as 10,100,1000, are compared",
         at_least=1,
+        at_most=10**8,
     )
     alr: float | None = flag(
         None,
@@ -919,16 +1155,23 @@ class AnnealingSettings:
         "0.0045 for colour (0.0085 with --rescale=8), 0.0085 for gauss, 0.0045 for 2d",
         at_least=0,
     )
-    batch_size: int = flag(16, "number of chains, for each class if the model is conditioned on classes", at_least=2)
+    batch_size: int = flag(
+        16, "number of chains, for each class if the model is conditioned on classes", at_least=2, at_most=MOST_AT_ONCE
+    )
     temperature: float | None = flag(None, "factor of the energy; default: as in training", at_least=0)
     rescale: float | None = flag(
-        None, "largest pixel value: images are scaled to [0, rescale]; default: as in training", at_least=1e-6
+        None,
+        "largest pixel value: images are scaled to [0, rescale]; default: as in training",
+        at_least=1e-6,
+        at_most=1e6,
     )
     gauss_dim: int = flag(
         500,
         "for --dataset=gauss: number of dimensions, 2 for --dataset=2d; the precision (inverse variance) of both is "
         "--temperature",
         at_least=1,
+        only_with="dataset=gauss",
+        at_most=10**6,
     )
 
 
@@ -936,7 +1179,9 @@ class AnnealingSettings:
 class AisSettings(ModelChoice, AnnealingSettings, TestData, CheckedNetwork):
     """All settings of ais.py."""
 
-    num_filters: int | None = flag(None, "number of filters, the width of the network", at_least=1)
+    num_filters: int | None = flag(
+        None, "number of filters, the width of the network", at_least=1, at_most=MOST_FILTERS
+    )
     max_pool: bool = flag(False, "no network of this project has max pooling", inert=True)
     single: bool = flag(False, "--limit chooses how many test images are measured", inert=True)
     datasource: str = flag("random", "chains start from noise in the box", inert=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import re
 import sys
@@ -17,6 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from ebm.support import interruption
+
+if __name__ == "__main__":
+    interruption.guard_start()
+
 import checkpoint
 from ebm.readers.tensorflow import read_tf_checkpoint
 from ebm.support.errors import UsageError
@@ -60,8 +66,12 @@ def convert_checkpoint(
 def main(arguments: Sequence[str]) -> int:
     """Convert the checkpoint that the command line names; return the exit status, 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="TF1 checkpoint: the path of one of its files, or without the ending")
-    parser.add_argument("target", type=pathlib.Path, help="file to write, such as model_74700.pt")
+    parser.add_argument(
+        "source", type=os.path.expanduser, help="TF1 checkpoint: the path of one of its files, or without the ending"
+    )
+    parser.add_argument(
+        "target", type=lambda text: pathlib.Path(os.path.expanduser(text)), help="file to write, such as model_74700.pt"
+    )
     parser.add_argument("--swish_act", action="store_true", help="the network was trained with --swish_act")
     parser.add_argument("--spec_iter", type=int, default=1, help="the --spec_iter of its training")
     parser.add_argument("--spec_norm_val", type=float, default=1.0, help="the --spec_norm_val of its training")

@@ -128,8 +128,8 @@ class Session:
     def log(self, name: str, status: int | str) -> None:
         """Append the end of a program's output to the log."""
         path = self.work / f"{name}.txt"
-        text = path.read_text(errors="replace")[-KEPT:] if path.exists() else ""
-        with (self.output / "log.txt").open("a") as log:
+        text = path.read_text(encoding="utf-8", errors="replace")[-KEPT:] if path.exists() else ""
+        with (self.output / "log.txt").open("a", encoding="utf-8") as log:
             log.write(self.without_places(f"==== {name}: {status}\n{text}\n"))
 
     def step(self, name: str, seconds: float, *words: str) -> bool:
@@ -153,8 +153,10 @@ class Session:
         self.report["steps"][name] = {"command": ["python", *words], "status": status, "seconds": round(took, 1)}
         figures = self.work / f"{name}.json"
         with contextlib.suppress(OSError, ValueError):  # the file may be missing or cut short
-            self.report[name] = json.loads(figures.read_text())
-        (self.output / "report.json").write_text(self.without_places(json.dumps(self.report, indent=1)) + "\n")
+            self.report[name] = json.loads(figures.read_text(encoding="utf-8"))
+        (self.output / "report.json").write_text(
+            self.without_places(json.dumps(self.report, indent=1)) + "\n", encoding="utf-8"
+        )
         self.log(name, status)
         return status == 0
 

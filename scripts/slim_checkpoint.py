@@ -10,10 +10,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from ebm.support import interruption
+
+if __name__ == "__main__":
+    interruption.guard_start()
+
 import checkpoint
 from ebm.settings import DataFiles
 from ebm.support.errors import UsageError
@@ -25,8 +31,8 @@ PLACES = {"exp", "logdir", *(field.name for field in dataclasses.fields(DataFile
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=pathlib.Path)
-    parser.add_argument("target", type=pathlib.Path)
+    parser.add_argument("source", type=lambda text: pathlib.Path(os.path.expanduser(text)))
+    parser.add_argument("target", type=lambda text: pathlib.Path(os.path.expanduser(text)))
     parser.add_argument("--ema", action="store_true", help="the averaged weights of a run with --ema_decay")
     options, files = parser.parse_args(), replace_standard_streams()
     try:

@@ -1,15 +1,18 @@
 """The command line: the published spellings take effect, mistakes are answered in one line."""
 
+import dataclasses
 import importlib
 import json
 import re
 import shlex
 import subprocess
 import sys
+import types
 import typing
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import GOLDEN, ROOT, run_python
 from data import DATASETS
@@ -17,7 +20,8 @@ from ebm.presets import PRESETS
 from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
-from ebm.training.setup import check_settings, choose_acceleration, choose_precision
+from ebm.training.setup import UNUSED, check_settings, choose_acceleration, choose_network, choose_precision
+from models import build_model
 
 
 def parse(*words):
@@ -31,6 +35,59 @@ def test_published_spellings(capsys):
     assert settings.step_lr == 10.0 and settings.cclass and not settings.spec_norm
     assert settings.zero_kl and settings.cond_size and not settings.use_attention
     assert "step_lr=10.0 has no dashes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("--exp b --lr 0.5 --num_steps 3", {"exp": "b", "lr": 0.5, "num_steps": 3}),
+        ("--ml_coeff -1", {"ml_coeff": -1}),
+        ("--ml_coeff -.5e1", {"ml_coeff": -5}),
+        ("--cclass True --exp=b", {"cclass": True, "exp": "b"}),
+        (
+            "--cclass=yes --zero_kl on --train no --guard=0",
+            {"cclass": True, "zero_kl": True, "train": False, "guard": 0},
+        ),
+        ("-cclass --notrain -exp b", {"cclass": True, "train": False, "exp": "b"}),
+        ("--compile False", {"compile": False}),
+        ("--cond_scale --", {"cond_size": True}),
+        ("--seed=3 -- --exp=b", {"seed": 3, "exp": "b"}),
+        ("lr=2 --exp b", {"lr": 2, "exp": "b"}),
+    ],
+)
+def test_forms_of_flags(words, values):
+    """Breaks when a form in which people write flags is refused, read as another value or dropped without a word."""
+    settings = cli.to_dict(parse(*words.split()))
+    expected = cli.to_dict(TrainSettings()) | values
+    assert settings == expected
+
+
+def test_flag_files(tmp_path):
+    """Breaks when a --flagfile, which every program with absl takes, is ignored or ends in a traceback."""
+    path = tmp_path / "flags"
+    path.write_text("--exp=b\n# a comment\n--lr=2\n", encoding="utf-8")
+    settings = parse(f"--flagfile={path}", "--seed=3")
+    assert (settings.exp, settings.lr, settings.seed) == ("b", 2, 3)
+    path.write_bytes(b"--exp=\xff\n")
+    for bad in (path, tmp_path, tmp_path / "none"):
+        with pytest.raises(UsageError, match="--flagfile"):
+            parse(f"--flagfile={bad}")
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        ("--lr=1 --lr=2", "note: --lr=1 has no effect: --lr=2 comes after it"),
+        ("--cclass --exp=a --nocclass", "note: --cclass=true has no effect: --cclass=false comes after it"),
+        ("--cond_scale --cond_size=no", "note: --cond_size=true has no effect: --cond_size=false comes after it"),
+        ("--lr=1 --lr=1", ""),
+    ],
+)
+def test_flags_given_twice(capsys, words, note):
+    """Breaks when the first of two values of a flag is dropped without a word, or the second one."""
+    settings = parse(*words.split())
+    assert capsys.readouterr().out.strip() == note
+    assert settings.lr in (2, 1 if "--lr=1 --lr=1" in words else 2, TrainSettings.lr) and not settings.cond_size
 
 
 @pytest.mark.parametrize(
@@ -95,13 +152,55 @@ def test_without_a_compiler(monkeypatch, capsys):
         ("--compile", ["--zero_kl"], 0),
         ("--compile", [], 1),
         ("--compile", ["--zero_kl", "--hmc"], 1),
+        ("--cutout_prob=0.5", ["--cutout"], 0),
+        ("--cutout_prob=0.5", [], 1),
+        ("--image_size=32", ["--dataset=folder", "--data_path=x"], 0),
+        ("--image_size=32", ["--dataset=cifar10"], 1),
+        ("--imagenet_path=x", ["--dataset=cifar10"], 1),
+        ("--datadir=x", ["--dataset=svhn"], 0),
+        ("--datadir=x", ["--dataset=digits"], 1),
+        ("--epoch_num=3", [], 0),
+        ("--epoch_num=3", ["--preset=digits_cpu"], 1),
+        ("--step_lr=3", ["--hmc", "--zero_kl"], 1),
+        ("--lr=3", ["--train=False", "--resume_iter=1"], 1),
+        ("--max_rollbacks=3", ["--noguard"], 1),
+        ("--spec_iter=3", ["--nospec_norm"], 1),
     ],
 )
 def test_a_flag_without_effect_says_so(capsys, flag, words, told):
     """Breaks when a flag that has no effect beside others is taken without a word, or complained about where it has."""
-    check_settings(parse(flag, *words))
+    parse(flag, *words)
     name = flag.split("=")[0].removeprefix("--")
     assert capsys.readouterr().out.count(f"{name} has no effect") == told
+
+
+def test_effects_that_depend_on_others(monkeypatch, capsys):
+    """Breaks when a flag's need of a flag that has no effect itself, a task's flag or an unknown value is misjudged."""
+    sandbox = settings_of(monkeypatch, "ebm_sandbox.py")
+
+    def notes(words):
+        cli.parse(["ebm_sandbox.py", *words.split()], sandbox)
+        return capsys.readouterr().out.strip()
+
+    assert notes("--pgd=3 --lnorm=2 --l2val=3 --refine=3 --antialias") == ""  # the model's data set is not known yet
+    assert notes("--lival=3 --lnorm=2 --pgd=3") == "note: --lival has no effect without --lnorm=-1"
+    needs = "has no effect without --task=label|labelfinetune"
+    assert notes("--task=latent --pgd=3 --lnorm=2").splitlines() == [f"note: --pgd {needs}", f"note: --lnorm {needs}"]
+    assert notes("--task=mixenergy --svhnmix") == ""
+    assert notes("--task=mixenergy --num_steps=3") == "note: --num_steps has no effect with --task=mixenergy"
+    assert notes("--imagenet_path=x --dataset=svhn --mixset=imagenet --task=mixenergy") == ""
+
+
+@pytest.mark.parametrize("name", UNUSED)
+@pytest.mark.parametrize(("shape", "words"), [((1, 28, 28), []), ((3, 32, 32), []), ((3, 32, 32), ["--wider_model"])])
+def test_switches_that_a_network_lacks(capsys, name, shape, words):
+    """Breaks when a switch of the network that changes nothing is taken without a word, or blamed where it does."""
+    dataset = types.SimpleNamespace(name="images", image_shape=shape, label_size=0)
+    config = choose_network(parse(f"--{name}", "--num_filters=4", *words), dataset)
+    plain = dataclasses.replace(config, **{name: False})
+    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    energies = [build_model(each, torch.Generator().manual_seed(0)).eval()(x, None) for each in (config, plain)]
+    assert (f"{name} has no effect" in capsys.readouterr().out) == torch.equal(*energies)
 
 
 TRUE_LABELS = {
@@ -134,6 +233,22 @@ def test_labels_stay_true(name, dataset):
         ("--step_lr=fast", "--step_lr"),
         ("--proj_norm_type=l3", "--proj_norm_type"),
         ("--dataset=cifer10", "--dataset"),
+        ("--exp", "--exp has no value"),
+        ("--cclass=maybe", "--cclass=maybe: give True or False"),
+        ("--nocclass=1", "write --cclass=False"),
+        ("--undefok=x", "unknown flag --undefok"),
+        ("–lr=3", "did you mean --lr?"),  # with the dash of a text processor
+        ("---lr=3", "did you mean --lr?"),
+        ("--exp=a\r", "carriage return"),
+        ("-", "unexpected word '-'"),
+        ("--exp=", "--exp is empty"),
+        ("--logdir= ", "--logdir is empty"),
+        ("--data_path=", "--data_path is empty"),
+        ("--seed=", "--seed"),
+        (f"--seed={2**64}", "--seed"),
+        ("--save_interval=0", "--save_interval"),
+        ("--logdir=~nobody9/x", "no home folder is known for ~nobody9"),
+        ("--logdir=$HOME/x", "quotes kept the shell"),
     ],
 )
 def test_mistakes(word, message):
@@ -141,6 +256,13 @@ def test_mistakes(word, message):
     with pytest.raises(UsageError) as error:
         parse(word)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_values_that_are_missing():
+    """Breaks when a flag is taken for the value of the flag before it."""
+    for words in (["--exp", "--cclass"], ["--exp", "-cclass"], ["--exp", "--"]):
+        with pytest.raises(UsageError, match="--exp has no value"):
+            parse(*words)
 
 
 def test_help():
@@ -225,6 +347,40 @@ def test_flags_of_the_release(monkeypatch, script):
                 )
             else:
                 assert found == (value if "=" in word else not word.startswith("--no")), word
+
+
+@pytest.mark.parametrize("script", RELEASED)
+def test_numbers_that_are_none(monkeypatch, script):
+    """Breaks when a flag takes nan, which passes every comparison, infinity, or an integer that no machine can hold."""
+    kind = settings_of(monkeypatch, script)
+    hints = typing.get_type_hints(kind)
+    numbers = [name for name in cli.to_dict(kind()) if cli.split_type(hints[name])[0] in (int, float)]
+    assert numbers
+    for name in numbers:
+        for value in ("nan", "inf", "-inf", str(10**30)):
+            with pytest.raises(UsageError, match=f"--{name}="):
+                cli.parse([script, f"--{name}={value}"], kind)
+
+
+@pytest.mark.parametrize("script", RELEASED)
+def test_paths_and_conditions(monkeypatch, script):
+    """Breaks when `~` becomes a folder's name, or a condition names a flag or value that does not exist."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    kind, everything = settings_of(monkeypatch, script), {}
+    for other in RELEASED:
+        for field in dataclasses.fields(settings_of(monkeypatch, other)):
+            everything.setdefault(field.name, set()).update(field.metadata["flag"].choices)
+    for field in dataclasses.fields(kind):
+        about = field.metadata["flag"]
+        is_path = re.search("dir$|path$|folder$|_weights$|^cache$|^class_names$|^output$", field.name)
+        assert about.is_path == (bool(is_path) and field.name != "folder"), field.name
+        if about.is_path:
+            value = getattr(cli.parse([script, f"--{field.name}=~/x"], kind), field.name)
+            assert value in ("/home/someone/x", ("/home/someone/x",))
+        for condition in (*about.only_with, *about.not_with):
+            name, _, words = condition.partition("=")
+            choices = everything[name] | {"True", "False", "gauss", "2d"}
+            assert not everything[name] or set(words.split("|")) - {""} <= choices, condition
 
 
 # ---- what flags meant before settings were dataclasses ----

@@ -765,7 +765,7 @@ def test_mistakes_on_the_command_line(commands):
         "both": "exclude each other",
         "not a pair": "--models=pos: expected name=value",
         "weight of nothing": "--weights=rot=2: rot is not combined here",
-        "weight of 0": "--weights=size=0: expected a number above 0",
+        "weight of 0": "--weights=size=0: expected a number above 0, at most 1e+18",
         "weights twice": "--weights is for --combine=alternate and sum",
         "steps that rise": "--first_step_lr=50 cannot fall to --step_lr=400",
         "unwritable": "--savedir: cannot make /dev/null/combine/genbaseline",

@@ -18,6 +18,7 @@ import contextlib
 import copy
 import io
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import queue
 import signal
@@ -136,6 +137,17 @@ def set_short_temporary_folder() -> Iterator[None]:
             tempfile.tempdir = before
 
 
+@contextlib.contextmanager
+def block_interrupts() -> Iterator[None]:
+    """Inside the block, let a new process be deaf to Ctrl-C, which would end it with a traceback while it starts."""
+    multiprocessing.resource_tracker.ensure_running()  # whose start ends such a block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class DecodeWorker:
     """A process that decodes images; it starts when first needed, and again if it was killed.
 
@@ -154,7 +166,7 @@ class DecodeWorker:
         try:
             self.connection, other_end = context.Pipe()
             process = context.Process(target=serve_images, args=(other_end,), daemon=True)
-            with set_short_temporary_folder():
+            with set_short_temporary_folder(), block_interrupts():
                 process.start()
             other_end.close()
             self.connection.recv()

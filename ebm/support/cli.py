@@ -10,15 +10,17 @@
 
     cli.run(main, Settings, __doc__)
 
-Groups of settings that several scripts share are base classes. Code that receives settings knows nothing of flags: its
+A flag on the command line that has no effect there gets a note. Groups of settings that several scripts share are base
+classes. Code that receives settings knows nothing of flags: its
 error messages name a setting in backquotes, such as `rounds`, and this module turns the name into --rounds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import errno
+import functools
+import math
 import os
 import re
 import shlex
@@ -27,18 +29,25 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from absl import flags
 
+from ebm.support import interruption
+from ebm.support.arguments import read_words
 from ebm.support.errors import UsageError
+from ebm.support.hardware import is_out_of_memory
 from ebm.support.launch import let_rank_0_speak
-from ebm.support.streams import note_dropped_output, replace_standard_streams
+from ebm.support.streams import discard_output, note_dropped_output, replace_standard_streams
 
 Settings = TypeVar("Settings")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
+# What flags without other limits take. Products of two such numbers fit into float32, and 64 bits hold the integers.
+LARGEST_FLOAT = 1e18
+LARGEST_INT = 2**63 - 1
+SIZES_IN_MEMORY = ("batch_size", "num_filters", "num", "num_samples", "im_number", "limit")
 
 
 class Flag(NamedTuple):
@@ -52,6 +61,10 @@ class Flag(NamedTuple):
     repeated: bool  # the flag of a list is repeated for each item, instead of given once with commas
     presets: Mapping[str, str]  # value -> the flags that it stands for; flags on the command line override them
     inert: bool  # the flag has no effect, and a note says so if it is given
+    only_with: tuple[str, ...]  # conditions on other settings: the flag has no effect if none of them is met
+    not_with: tuple[str, ...]  # conditions on other settings: the flag has no effect if one of them is met
+    is_path: bool  # the text is the path of a file or folder
+    can_be_empty: bool  # an empty text means something
 
 
 def flag(
@@ -65,14 +78,22 @@ def flag(
     repeated: bool = False,
     presets: Mapping[str, str] = types.MappingProxyType({}),
     inert: bool = False,
+    only_with: str | Sequence[str] = (),
+    not_with: str | Sequence[str] = (),
+    is_path: bool = False,
+    can_be_empty: bool = False,
 ) -> Any:
     """Return a dataclass field that defines a flag, with its default, help text, and range or choices.
 
-    The type of the field is bool, int, float or str, `| None` of one of these, or a tuple of one of these.
+    The type of the field is bool, int, float or str, `| None` of one of these, or a tuple of one of these. A condition
+    is the name of a setting, "cutout", or one with the values that it may have, "dataset=folder|digits".
     For the other arguments see `Flag`.
     """
     choices = tuple(choices) or tuple(presets)
-    about = Flag(words, at_least, at_most, choices, alias, repeated, presets, inert)
+    only_with, not_with = ((each,) if isinstance(each, str) else tuple(each) for each in (only_with, not_with))
+    about = Flag(
+        words, at_least, at_most, choices, alias, repeated, presets, inert, only_with, not_with, is_path, can_be_empty
+    )
     return dataclasses.field(default=default, metadata={"flag": about})
 
 
@@ -101,12 +122,14 @@ def describe_tasks(usage: str | None, tasks: Mapping[str, Callable]) -> str:
     width = max(map(len, tasks)) + 2
     lines = [(usage or "").strip(), "", "Tasks:"]
     for name, task in tasks.items():
-        words = (task.__doc__ or "").splitlines()[0]
+        words = (task.__doc__ or "").partition("\n")[0]  # python -OO removes docstrings
         lines += textwrap.wrap(words, 118, initial_indent=f"  {name:<{width}}", subsequent_indent=" " * (2 + width))
     return "\n".join(lines)
 
 
 # ---- from settings to flags ----
+
+list_types = functools.cache(typing.get_type_hints)  # name of a setting -> its type; making it takes a while
 
 
 def split_type(hint: Any) -> tuple[type, bool]:
@@ -119,7 +142,7 @@ def split_type(hint: Any) -> tuple[type, bool]:
 
 def define_flags(kind: type) -> flags.FlagValues:
     """Return absl flags for all fields of a settings class."""
-    values, hints = flags.FlagValues(), typing.get_type_hints(kind)
+    values, hints = flags.FlagValues(), list_types(kind)
     for fields in list_groups(kind).values():
         for field in fields:
             define_flag(values, field, hints[field.name])
@@ -140,47 +163,128 @@ def define_flag(values: flags.FlagValues, field: dataclasses.Field, hint: Any) -
         define = flags.DEFINE_bool
     elif plain in (int, float):
         define = flags.DEFINE_integer if plain is int else flags.DEFINE_float
-        options |= {"lower_bound": about.at_least, "upper_bound": about.at_most}
+        largest = LARGEST_INT if plain is int else LARGEST_FLOAT
+        options["lower_bound"] = -largest if about.at_least is None else about.at_least
+        options["upper_bound"] = largest if about.at_most is None else about.at_most
     define(field.name, default, help=about.words, **options)
-    if about.alias:
-        flags.DEFINE_alias(about.alias, field.name, flag_values=values)
 
 
 def read_settings(kind: type[Settings], values: flags.FlagValues) -> Settings:
-    """Return the settings with the values of the parsed flags; print a note for each flag without effect."""
-    hints = typing.get_type_hints(kind)
+    """Return the settings with the values of the parsed flags."""
+    hints = list_types(kind)  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for fields in list_groups(kind).values():
         for field in fields:
-            plain, is_list = split_type(hints[field.name])
-            about, value = field.metadata["flag"], values[field.name].value
-            arguments[field.name] = read_list(field.name, value or (), plain, about) if is_list else value
-            if about.inert and values[field.name].present:
-                print(f"note: --{field.name} has no effect: {about.words}")
+            (plain, is_list), value = split_type(hints[field.name]), values[field.name].value
+            about = field.metadata["flag"]
+            if is_list:
+                value = read_list(field.name, value or (), plain, about)
+                check_text(field.name, ",".join(map(str, value)), about, can_be_empty=not field.default)
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{field.name}={value}: give a finite number")
+            elif isinstance(value, str) and value != field.default:
+                check_text(field.name, value, about, can_be_empty=about.can_be_empty)
+                value = expand_path(f"--{field.name}", value) if about.is_path else value
+            arguments[field.name] = value
     return kind(**arguments)
 
 
-def read_list(name: str, words: Sequence[str], plain: type, about: Flag) -> tuple[Any, ...]:
-    """Return the items of a list setting, converted to the type `plain`.
+def check_text(name: str, text: str, about: Flag, *, can_be_empty: bool) -> None:
+    """Raise UsageError if the value of a flag is empty although that means nothing."""
+    if not text.strip() and not can_be_empty:
+        raise UsageError(f"--{name} is empty; give it a value or leave it out")
 
-    Raises UsageError if an item has another type, is out of range or is not among the choices.
+
+def expand_path(name: str, text: str) -> str:
+    """Return a path with the home folder of `~` or `~user` written out.
+
+    Raises UsageError if there is no such user, or if the text has a variable that the shell would have replaced but for
+    quotes. name: of the flag or argument.
+    """
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise UsageError(f"{name}={text}: no home folder is known for {text.split('/')[0]}; write the path in full")
+    if os.path.expandvars(text) != text:
+        raise UsageError(f"{name}={text}: quotes kept the shell from replacing the variable; write the path in full")
+    return path
+
+
+def read_list(name: str, words: Sequence[str], plain: type, about: Flag) -> tuple[Any, ...]:
+    """Return the items of a list setting, converted to the type `plain`, paths with the home folder written out.
+
+    Raises UsageError if an item has another type, is empty, out of range or not among the choices.
     """
     wanted = f"any of {', '.join(about.choices)}" if about.choices else "whole numbers" if plain is int else "values"
-    if about.at_least is not None:
-        wanted += f", at least {about.at_least:g}"
+    least, most = about.at_least, about.at_most
+    if least is not None:
+        wanted += f", at least {least:g}" + (f", at most {most:g}" if most is not None else "")
     try:
         items = tuple(plain(word.strip()) for word in words)
     except ValueError:
         items = ()
-    fits = len(items) == len(words) and not (about.choices and set(items) - set(about.choices))
-    if not fits or any(about.at_least is not None and item < about.at_least for item in items):
+    fits = len(items) == len(words) and not (about.choices and set(items) - set(about.choices)) and "" not in items
+    if not fits or any(least is not None and not least <= item <= (most or LARGEST_INT) for item in items):
         raise UsageError(f"--{name}={','.join(words)}: give {wanted}, commas between")
-    return items
+    return tuple(expand_path(f"--{name}", item) for item in items) if about.is_path else items
+
+
+# ---- flags without effect ----
+
+
+def note_repetitions(pairs: Sequence[tuple[str, str]], kind: type) -> None:
+    """Print a note for each flag that is given again with another value, of which the last one counts."""
+    repeated = {field.name for field in dataclasses.fields(kind) if field.metadata["flag"].repeated}
+    last = dict(pairs)
+    for name, value in dict.fromkeys(pairs):
+        if value != last[name] and name not in repeated:
+            print(f"note: --{name}={value} has no effect: --{name}={last[name]} comes after it")
+
+
+def note_flags_without_effect(settings: Any, given: Collection[str]) -> None:
+    """Print a note for each flag of the command line that has no effect beside the other settings."""
+    fields = {field.name: field.metadata["flag"] for field in dataclasses.fields(settings)}
+    for name in fields:
+        if name in given and (obstacle := find_obstacle(settings, fields, name)):
+            print(f"note: --{name} has no effect{obstacle}")
+
+
+def find_obstacle(settings: Any, fields: Mapping[str, Flag], name: str) -> str:
+    """Return a phrase that says why a flag has no effect beside the other settings; empty if it has one.
+
+    fields: the properties of all flags. A flag that needs another one has no effect where the other one has none.
+    """
+    about = fields[name]
+    if about.inert:
+        return f": {about.words}"
+    rivals = [each for each in about.not_with if is_met(settings, each, if_unset=False)]
+    if rivals:
+        rival, equals, _ = rivals[0].partition("=")
+        return f" with --{rival}" + (f"={getattr(settings, rival)}" if equals else "")
+    if not about.only_with:
+        return ""
+    met = [each for each in about.only_with if is_met(settings, each, if_unset=True)]
+    if not met:
+        known = [each for each in about.only_with if each.partition("=")[0] in fields]
+        return f" without --{' or --'.join(known)}"
+    obstacles = [find_obstacle(settings, fields, each.partition("=")[0]) for each in met]
+    return "" if "" in obstacles else obstacles[0]
+
+
+def is_met(settings: Any, condition: str, *, if_unset: bool) -> bool:
+    """Return whether settings meet a condition, see `flag`. if_unset: the answer if the setting is None."""
+    name, _, words = condition.partition("=")
+    if not hasattr(settings, name):  # scripts share groups of settings, and this one lacks the setting
+        return False
+    value = getattr(settings, name)
+    if value is None:
+        return if_unset
+    values = value if isinstance(value, tuple) else (value,)
+    return bool(set(map(str, values)) & set(words.split("|"))) if words else bool(value)
 
 
 def describe_flags(kind: type, usage: str) -> str:
     """Return the text of --help: the script's usage, then its flags in a paragraph per group."""
-    lines, hints = [name_flags(usage.strip(), kind)], typing.get_type_hints(kind)
+    lines, hints = [name_flags(usage.strip(), kind)], list_types(kind)
     for title, fields in list_groups(kind).items():
         lines += ["", f"{title}:"]
         for field in fields:
@@ -202,47 +306,42 @@ def describe_flags(kind: type, usage: str) -> str:
 # ---- parsing ----
 
 
-def add_dashes(words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the command line with the missing dashes added: `step_lr=10.0` becomes `--step_lr=10.0`.
-
-    Some published commands lack the dashes. Raises UsageError for a word that is no flag.
-    """
-    result = []
-    for word in words:
-        name = word.split("=")[0]
-        if word.startswith("-"):
-            result.append(word)
-        elif "=" in word and name in names:
-            print(f"note: {word} has no dashes; it is read as --{word}")
-            result.append(f"--{word}")
-        else:
-            similar = difflib.get_close_matches(name, names, 1)
-            remedy = f", did you mean --{similar[0]}?" if similar else "; see --help"
-            raise UsageError(f"unexpected word {word!r}{remedy}")
-    return result
-
-
 def parse(argv: Sequence[str], kind: type[Settings], usage: str = "") -> Settings:
     """Return the settings that a command line sets; for --help print the help text and exit.
 
-    Raises UsageError with a one-line message for an unknown flag, a stray word or a value out of range.
+    Prints notes for flags without effect. Raises UsageError with a one-line message for an unknown flag, a stray word
+    or a value out of range.
     """
     if HELP & set(argv):
         print(describe_flags(kind, usage))
         sys.exit(0)
+    pairs = split_words(argv[1:], kind)
+    settings = convert_words(pairs, kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        presets = field.metadata["flag"].presets
+        if preset := presets.get(getattr(settings, field.name)):
+            settings = convert_words(split_words(shlex.split(preset), kind) + pairs, kind)
+    note_repetitions(pairs, kind)
+    note_flags_without_effect(settings, dict(pairs))
+    return settings
+
+
+def split_words(words: Sequence[str], kind: type) -> list[tuple[str, str]]:
+    """Return the names and values of the flags that words set, see `read_words`."""
+    hints = list_types(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    aliases = {about.alias: name for name, field in fields.items() if (about := field.metadata["flag"]).alias}
+    names = {name: name for name in fields} | aliases
+    switches = [name for name, target in names.items() if split_type(hints[target])[0] is bool]
+    pairs = read_words(words, switches, [name for name in names if name not in switches])
+    return [(names[name], value) for name, value in pairs]
+
+
+def convert_words(pairs: Sequence[tuple[str, str]], kind: type[Settings]) -> Settings:
+    """Return the settings with these values; raise UsageError if one is of another type or out of range."""
     values = define_flags(kind)
     try:
-        words = add_dashes(argv[1:], list(values))
-        values([argv[0], *words])
-        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-            presets = field.metadata["flag"].presets
-            if presets and values[field.name].value in presets:
-                expanded, values = shlex.split(presets[values[field.name].value]), define_flags(kind)
-                values([argv[0], *expanded, *words])
-    except flags.UnrecognizedFlagError as error:
-        similar = difflib.get_close_matches(error.flagname, list(values), 1)
-        remedy = f"did you mean --{similar[0]}?" if similar else "see --help"
-        raise UsageError(f"unknown flag --{error.flagname}; {remedy}") from None
+        values(["", *(f"--{name}={value}" for name, value in pairs)])
     except flags.Error as error:
         raise UsageError(" ".join(str(error).split())) from None
     return read_settings(kind, values)
@@ -257,23 +356,39 @@ def name_flags(message: str, kind: type) -> str:
 def run(main: Callable[[Settings], None], kind: type[Settings], usage: str | None) -> None:
     """Run a script: parse its flags and call `main` with the settings.
 
-    A UsageError or a full disk is printed in one line, and the exit status is then 2. usage: the script's docstring,
-    which --help prints first.
+    A UsageError, a file that cannot be read or written, and a lack of memory are told in one line, and the exit status
+    is then 2. A signal ends the script as `interruption` describes. usage: the script's docstring, which --help prints
+    first.
     """
     files = replace_standard_streams()
+    interruption.raise_on_signals()
     try:
         main(parse(sys.argv, kind, usage or ""))
         note_dropped_output(files)
-    except UsageError as error:
-        let_rank_0_speak()
-        print(f"error: {name_flags(str(error), kind)}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader of the pipe has ended, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest of the output
+        discard_output()
         sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
+    except interruption.Interruption as stop:
+        interruption.say_interrupted(stop.number)
+        sys.exit(128 + stop.number)
+    except (UsageError, OSError, RuntimeError, MemoryError) as error:
+        message = describe_error(error, kind)
+        if message is None:
             raise
-        place = f" for {error.filename}" if error.filename else ""
-        print(f"error: no room{place} ({error.strerror}); make room, then repeat the command", file=sys.stderr)
+        let_rank_0_speak()
+        print(f"error: {name_flags(message, kind)}", file=sys.stderr)
         sys.exit(2)
+
+
+def describe_error(error: Exception, kind: type) -> str | None:
+    """Return one line about an error that a user or a machine caused; None for any other error."""
+    if isinstance(error, UsageError):
+        return str(error)
+    if is_out_of_memory(error):
+        names = {field.name for field in dataclasses.fields(kind)}
+        sizes = " or ".join(f"`{name}`" for name in SIZES_IN_MEMORY if name in names)
+        return f"the memory does not hold what these settings ask for; lower {sizes}"
+    if isinstance(error, OSError) and error.strerror:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{reason}; make room, then repeat the command" if error.errno in NO_ROOM else reason
+    return None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import getpass
 import os
 import pathlib
 import resource
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import torch
@@ -86,7 +90,33 @@ def read_system_figures(path: str) -> dict[str, int]:
     return {}
 
 
+def provide_compiler_cache() -> None:
+    """Let PyTorch's compiler use a temporary folder if the one for its results cannot be written, and say so.
+
+    PyTorch looks for this folder even in runs that compile nothing, and fails without it.
+    """
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    try:
+        folder = os.environ.get(name) or os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+        os.makedirs(folder, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return
+        reason = f"{folder} cannot be written"
+    except (OSError, KeyError) as error:  # KeyError: the user has no name
+        reason = str(error)
+    os.environ[name] = tempfile.mkdtemp(prefix="torchinductor_")
+    atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
+    print(f"note: compiled functions are not kept ({reason}); {name} can name another folder")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the memory of a GPU or of the CPU is exhausted."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def set_up_process() -> None:
-    """Set for the whole process that memory is kept and that GPUs do not round to TF32 by themselves."""
+    """Set for the whole process that memory is kept, where compiled functions go, and that GPUs do not use TF32."""
     keep_freed_memory()
+    provide_compiler_cache()
     set_tf32(False)

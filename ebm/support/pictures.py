@@ -5,6 +5,7 @@ Images are (N, C, H, W) in [0, 1] with C = 1 or 3. Functions that write a file m
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -152,7 +154,9 @@ def plot_lines(
         for k, (name, (x, y)) in enumerate(lines.items()):
             colour, style = COLOURS[k % len(COLOURS)], "-" if k < len(COLOURS) else "--"
             marker = "." if np.size(x) <= 20 else ""  # dots mark the few measured points on the line
-            axis.plot(np.asarray(x), np.asarray(y), style, color=colour, label=name, linewidth=1.5, marker=marker)
+            axis.plot(
+                np.asarray(x), np.asarray(y), style, color=colour, label=escape_text(name), linewidth=1.5, marker=marker
+            )
         axis.set(ylabel=ylabel, yscale="log" if log else "linear")
         if all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, _ in lines.values()):
             axis.locator_params(axis="x", integer=True)  # integers, such as iterations, get integer ticks
@@ -170,7 +174,13 @@ def plot_histograms(
     edges = np.histogram_bin_edges(np.concatenate(list(arrays.values())), bins).tolist()
     for colour, (name, values) in zip(cycle(COLOURS), arrays.items(), strict=False):
         axis.hist(
-            values, edges, density=True, histtype="stepfilled", facecolor=(colour, 0.25), edgecolor=colour, label=name
+            values,
+            edges,
+            density=True,
+            histtype="stepfilled",
+            facecolor=(colour, 0.25),
+            edgecolor=colour,
+            label=escape_text(name),
         )
     axis.set(xlabel=xlabel, ylabel="density")
     add_legend(axis)
@@ -187,8 +197,8 @@ def plot_bars(groups: Mapping[str, Mapping[str, float]], path: str | Path, *, yl
     width = 0.8 / len(groups)
     for i, (colour, (name, bars)) in enumerate(zip(cycle(COLOURS), groups.items(), strict=False)):
         x = [places.index(place) + (i - (len(groups) - 1) / 2) * width for place in bars]
-        axis.bar(x, list(bars.values()), width, color=colour, label=name)
-    axis.set_xticks(range(len(places)), places)
+        axis.bar(x, list(bars.values()), width, color=colour, label=escape_text(name))
+    axis.set_xticks(range(len(places)), list(map(escape_text, places)))
     axis.set_ylabel(ylabel)
     add_legend(axis)
     return save_figure(figure, path)
@@ -201,7 +211,7 @@ def plot_roc(scores: Mapping[str, tuple[ArrayLike, ArrayLike]], path: str | Path
     """
     figure, (axis,) = make_figure(1, title)
     for colour, (name, pair) in zip(cycle(COLOURS), scores.items(), strict=False):
-        label = f"{name}, AUROC {metrics.auroc(*pair):.3f}"
+        label = f"{escape_text(name)}, AUROC {metrics.auroc(*pair):.3f}"
         axis.plot(*metrics.roc_curve(*pair), color=colour, label=label, linewidth=1.5)
     axis.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
     axis.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
@@ -209,18 +219,34 @@ def plot_roc(scores: Mapping[str, tuple[ArrayLike, ArrayLike]], path: str | Path
     return save_figure(figure, path)
 
 
+def import_figure() -> type[Figure]:
+    """Import matplotlib's figure, with its own defaults instead of what the environment says about screens and styles.
+
+    A notebook, for example, asks for a backend in MPLBACKEND that only its own Python has.
+    """
+    with mock.patch.dict(os.environ, {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}):
+        from matplotlib.figure import Figure
+    return Figure
+
+
 def make_figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
     """Return an empty matplotlib figure and its axes, one per panel, stacked over a shared x axis."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 2 + 2 * panels), dpi=150, layout="constrained")
+    figure = import_figure()(figsize=(7, 2 + 2 * panels), dpi=150, layout="constrained")
     axes = list(figure.subplots(panels, sharex=True, squeeze=False)[:, 0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="0.9", linewidth=0.8)
         axis.set_axisbelow(True)
-    axes[0].set_title(title, loc="left")
+    axes[0].set_title(escape_text(title), loc="left")
     return figure, axes
+
+
+def escape_text(text: str) -> str:
+    """Return text that matplotlib draws as it is: without formulas, and with escapes for what is no Unicode text.
+
+    A label that begins with an underscore would be left out of the legend.
+    """
+    return " " * text.startswith("_") + text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def add_legend(axis: Axes) -> None:

@@ -18,3 +18,8 @@ def compute_all(items: Sequence[Any], compute: Callable[[Any], Any]) -> list[Any
 def derive_seed(seed: int, number: int) -> int:
     """Return the seed of the computation with this number in a run with this seed, below 2³²."""
     return (seed * 1_000_003 + number) % 2**32
+
+
+def fold_seed(seed: int) -> int:
+    """Return a seed of PyTorch for a sum or product of seeds, which may be too large: the remainder below 2⁶⁴."""
+    return seed % 2**64

@@ -1,8 +1,10 @@
-"""Standard output and error of a script: a full disk behind them drops lines and does not end the work."""
+"""Standard output and error of a script, which take any text and do not end the work if it cannot be written."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import sys
 from typing import Any
 
@@ -26,11 +28,16 @@ class DroppingFile(io.FileIO):
 def replace_standard_streams() -> list[DroppingFile]:
     """Make prints to stdout and stderr succeed whatever becomes of the files behind them; return these files.
 
-    It holds for the whole process. Streams that are closed, or that a test put there, stay as they are.
+    It holds for the whole process. Characters that the encoding of a stream lacks, and names of files that are no
+    UTF-8, are written as escapes such as \\u2264. What goes to a closed stream is lost. Streams that a test put there
+    stay as they are.
     """
+    open_closed_descriptors()
     files = []
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
         if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__"):
             continue
         stream.flush()
@@ -38,16 +45,32 @@ def replace_standard_streams() -> list[DroppingFile]:
         is_buffered = isinstance(stream.buffer, io.BufferedWriter)  # it is not after `python -u`
         options: dict[str, Any] = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
         layer: Any = io.BufferedWriter(file) if is_buffered else file
-        setattr(sys, name, io.TextIOWrapper(layer, stream.encoding, stream.errors, **options))
+        setattr(sys, name, io.TextIOWrapper(layer, stream.encoding, "backslashreplace", **options))
         files.append(file)
     return files
+
+
+def open_closed_descriptors() -> None:
+    """Open the standard streams that are closed, to nowhere: else the next file to be opened received the output."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
 
 
 def note_dropped_output(files: list[DroppingFile]) -> None:
     """Print to stderr why lines of the output are missing, if some are."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
+        stream.flush()
     failures = [file.failure.strerror for file in files if file.failure is not None]
-    if failures and sys.stderr is not None:
+    if failures:
         print(f"note: lines of the output are missing ({failures[0]})", file=sys.stderr)
+
+
+def discard_output() -> None:
+    """Send all further output of this process nowhere, because nobody reads it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            os.dup2(nowhere, descriptor)

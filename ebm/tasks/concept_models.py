@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import pathlib
 import re
@@ -23,7 +22,7 @@ from ebm.settings import CombineSettings
 from ebm.support.errors import UsageError
 from ebm.support.experiments import find_experiment
 from ebm.support.launch import remove_launch
-from ebm.tasks.expressions import parse_expression
+from ebm.tasks.expressions import LARGEST_WEIGHT, parse_expression
 from ebm.tasks.trained_models import TrainedModel, check_network, find_contradictions, open_model
 from ebm.training.stopping import set_stop_handlers
 from models import ModelConfig, PreparedEnergy, freeze_energy
@@ -87,8 +86,8 @@ def read_weights(settings: CombineSettings) -> dict[str, float]:
             raise UsageError(f"`weights`={name}={text}: {name} is not combined here, only {', '.join(enabled)}")
         with contextlib.suppress(ValueError):
             weights[name] = float(text)
-        if not 0 < weights.get(name, 0) < math.inf:
-            raise UsageError(f"`weights`={name}={text}: expected a number above 0")
+        if not 0 < weights.get(name, 0) <= LARGEST_WEIGHT:
+            raise UsageError(f"`weights`={name}={text}: expected a number above 0, at most {LARGEST_WEIGHT:g}")
     return weights
 
 
@@ -231,7 +230,7 @@ def train_models(settings: CombineSettings, script: pathlib.Path) -> None:
         words += shlex.split(settings.train_flags)
         print(f"model {number} of {len(names)}: python train.py {shlex.join(words)}", flush=True)
         status = run_command([sys.executable, str(script), *words])
-        if status in (130, 143):  # a signal, after which train.py has saved
+        if status > 128:  # a signal, after which train.py has saved
             print("stopped; the same command resumes the training")
             sys.exit(status)
         if status == 2:  # a mistake, of which train.py has said in one line what it is

@@ -27,6 +27,7 @@ from ebm.support import pictures
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
 from ebm.support.progress import Progress
+from ebm.support.sharing import fold_seed
 from ebm.tasks.concept_models import ConceptModel, split_name
 from ebm.tasks.expressions import Expression, Joined, Name, Weighted, parse_expression
 from ebm.training.distributed import Workers, work_alone
@@ -93,7 +94,7 @@ def read_label(name: str, condition: str, text: str) -> dict[int, float]:
         numbers = []
     concept = CONCEPTS[condition]
     low, high = concept.label_range if condition != "rot" else (-math.inf, math.inf)
-    is_inside = all(low <= number <= high for number in numbers)
+    is_inside = all(low <= number <= high and math.isfinite(number) for number in numbers)
     if condition == "shape" or len(numbers) != len(concept.columns) or not is_inside:
         raise UsageError(f"`labels`={name}={text}: expected {concept.example}")
     if condition == "rot":
@@ -134,7 +135,9 @@ class ConceptRun:
         """
 
         def compute_part(number: int) -> Tensor:
-            self.generator.manual_seed(self.settings.seed + 1_000_003 * number)  # part 0 draws as a single part would
+            self.generator.manual_seed(
+                fold_seed(self.settings.seed + 1_000_003 * number)
+            )  # part 0 draws as a single part would
             return compute(parts[number])
 
         results = self.workers.share_out(range(len(parts)), compute_part)
@@ -200,12 +203,13 @@ class ConceptRun:
             return None
         try:
             numbers = [float(value) for value in (text or "").split(",")]
-            row = torch.eye(size)[int(numbers[0])] if len(numbers) == 1 < size else torch.tensor(numbers)
-        except (ValueError, IndexError):
-            row = torch.empty(0)
-        if len(row) != size:
+            if len(numbers) == 1 < size:
+                numbers = torch.eye(size)[[float(k) for k in range(size)].index(numbers[0])].tolist()
+        except ValueError:
+            numbers = []
+        if len(numbers) != size or not all(map(math.isfinite, numbers)):
             raise UsageError(f"`labels`={name}={text or '…'}: give a class below {size}, or {size} numbers with commas")
-        return row.to(targets.device).expand(targets.shape[1], -1)
+        return torch.tensor(numbers, device=targets.device).expand(targets.shape[1], -1)
 
     def build_energy(self, expression: Expression, targets: Tensor) -> Energy:
         """Return the energy of an expression as a function of images. targets: latents (count, N, 5) of the labels."""

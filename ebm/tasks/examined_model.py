@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebm.support.errors import UsageError
-from ebm.support.hardware import allow_tf32
+from ebm.support.hardware import allow_tf32, is_out_of_memory
 from ebm.support.progress import Progress
 from ebm.support.sharing import ShareOut, compute_all, derive_seed
 from ebm.tasks.attacks import Attack, Restriction, ascend_loss, draw_offset, restrict_to_ball, restrict_to_bounds
@@ -33,12 +33,6 @@ from utils import ClippedAdam
 
 MOST = 50_000  # largest number of images to examine at once
 MOST_PIXELS = 500_000_000  # largest number of their pixels
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the memory of a GPU or of the CPU is exhausted."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def show_progress(progress: Progress | str, total: int) -> Progress:

@@ -85,6 +85,8 @@ Expression = Name | Weighted | Joined
 
 # ---- parsing ----
 
+MOST_TOKENS = 300  # Python's stack holds the parts of a longer expression only if they are not nested
+LARGEST_WEIGHT = 1e18  # larger products do not fit into float32
 TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>[&|~*()])|(?P<end>$)|(?P<other>\S))"
 )
@@ -92,7 +94,10 @@ TOKEN = re.compile(
 
 def parse_expression(text: str) -> Expression:
     """Parse an expression; raise UsageError, with a caret under the wrong place, if the text is not an expression."""
-    return Parser(text).parse_whole()
+    parser = Parser(text)
+    if len(parser.matches) > MOST_TOKENS:
+        raise UsageError(f"`combine` has {len(parser.matches)} names and signs; it can have at most {MOST_TOKENS}")
+    return parser.parse_whole()
 
 
 class Parser:
@@ -153,7 +158,10 @@ class Parser:
         if self.kind == "name":
             return Name(self.take())
         if self.kind == "number":
-            weight = float(self.take())
+            weight = float(self.token)
+            if weight > LARGEST_WEIGHT:
+                self.fail(f"a weight of at most {LARGEST_WEIGHT:g}")
+            self.take()
             self.take("*")
             return Weighted(weight, self.parse_factor())
         if self.token == "~":

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ebm.settings import AisSettings
 from ebm.support.errors import UsageError
-from ebm.support.sharing import ShareOut, compute_all, derive_seed
+from ebm.support.sharing import ShareOut, compute_all, derive_seed, fold_seed
 from ebm.tasks.examined_model import ExaminedModel, count_most_images
 from ebm.tasks.trained_models import TrainedModel, load_labelled_split, note_contradictions
 from ebm.training.distributed import Workers
@@ -267,7 +267,9 @@ def build_gauss(settings: AisSettings, device: torch.device) -> Target:
         return 0.5 * precision * (x - rescale / 2).square().sum(1)
 
     shape = settings.batch_size, dimensions
-    samples = draw_gauss_samples(shape, precision, rescale, torch.Generator(device).manual_seed(settings.seed + 1))
+    samples = draw_gauss_samples(
+        shape, precision, rescale, torch.Generator(device).manual_seed(fold_seed(settings.seed + 1))
+    )
     about = {"log Z": compute_gauss_log_z(dimensions, precision, rescale)}
     alr = GAUSSIANS[name] if settings.alr is None else settings.alr
     return Target({name: energy}, shape[1:], {name: 1.0}, None, samples, rescale, alr, about)

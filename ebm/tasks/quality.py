@@ -22,11 +22,10 @@ from ebm.measures.features import (
 )
 from ebm.settings import POOL, InceptionSettings, PoolSettings
 from ebm.support.errors import UsageError
-from ebm.support.hardware import allow_tf32
+from ebm.support.hardware import allow_tf32, is_out_of_memory
 from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
 from ebm.support.sharing import ShareOut, compute_all, derive_seed
-from ebm.tasks.examined_model import is_out_of_memory
 from ebm.tasks.trained_models import TrainedModel, load_split
 from ebm.training.distributed import Workers
 from models import ModelConfig, PreparedEnergy, draw_noise_images, freeze_energy

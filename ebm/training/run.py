@@ -21,6 +21,7 @@ from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
+from ebm.support.sharing import fold_seed
 from ebm.training.distributed import GradientAverager, Workers
 from ebm.training.guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
 from ebm.training.ownership import FolderOwner, list_branch_files, set_aside_branch
@@ -177,7 +178,8 @@ class Run:
         self.branch_point = state.iteration
         self.sampler.latest = None
         self.lower_learning_rate()
-        state.generator.manual_seed(settings.seed * 1_000 + self.workers.rank + 1_000_000 * max(self.rollbacks, 1))
+        seed = settings.seed * 1_000 + self.workers.rank + 1_000_000 * max(self.rollbacks, 1)
+        state.generator.manual_seed(fold_seed(seed))
         if self.recorder is not None:
             self.recorder.record_rollback(failed, cause, state.optimizer.param_groups[0]["lr"])
 

@@ -32,6 +32,7 @@ from ebm.settings import TrainSettings
 from ebm.support.errors import UsageError
 from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
+from ebm.support.sharing import fold_seed
 from ebm.training.chains import bind_chain
 from ebm.training.distributed import Workers
 from ebm.training.state import State
@@ -86,7 +87,9 @@ class Sampler:
         if state.acceleration.compiled:
             size = settings.num_chains or settings.batch_size
             total = math.ceil(number / size) * size
-        generator = torch.Generator(state.generator.device).manual_seed(settings.seed + 1_000_003 * (1 + part))
+        generator = torch.Generator(state.generator.device).manual_seed(
+            fold_seed(settings.seed + 1_000_003 * (1 + part))
+        )
         labels = self.choose_labels(total, generator)
         noise = draw_noise_images(state.model.config, total, generator, settings.rescale)
         settings = dataclasses.replace(settings, num_steps=self.num_steps, zero_kl=True)

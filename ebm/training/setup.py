@@ -31,11 +31,19 @@ from ebm.settings import (
 from ebm.support import cli
 from ebm.support.errors import UsageError
 from ebm.support.reports import write_json
+from ebm.support.sharing import fold_seed
 from ebm.training.acceleration import Acceleration
 from ebm.training.distributed import Workers
 from ebm.training.ownership import check_new_folder
 from ebm.training.state import State
 from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
+
+# Setting of the network -> the networks without what it switches on.
+UNUSED = {
+    "swish_act": ("ResNet32", "ResNet32Large", "ResNet32Larger"),
+    "downsample": tuple(name for name in models.NETWORKS if name.startswith("ResNet")),
+    "use_attention": ("MnistNet", "DspritesNet"),
+}
 
 # ---- settings ----
 
@@ -46,7 +54,7 @@ def list_enabled(settings: Any, names: dict[str, str]) -> list[str]:
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """Raise UsageError if settings contradict each other; print a note for settings without effect."""
+    """Raise UsageError if settings contradict each other."""
     conditions, subsets = list_enabled(settings, CONDITIONS), list_enabled(settings, SUBSETS)
     for names in (conditions, subsets, list_enabled(settings, SIZES)):
         if len(names) > 1:
@@ -78,10 +86,6 @@ def check_settings(settings: TrainSettings) -> None:
         raise UsageError("`dataset`=folder needs `data_path`, the folder of images")
     if not settings.train and settings.resume_iter == "-1":
         raise UsageError("`train`=False samples from a checkpoint; choose one with `resume_iter`")
-    if settings.replay_rate != TrainSettings.replay_rate and not settings.replay_batch:
-        print("note: replay_rate has no effect: without replay_batch there is no buffer")
-    if settings.compile is not None and not settings.has_plain_chains:
-        print("note: compile has no effect: only Langevin steps with zero_kl are compiled")
 
 
 # ---- what a resumed run was started with ----
@@ -215,6 +219,9 @@ def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.Mod
         raise UsageError(
             f"`model_cclass` infers classes, and these labels of {dataset.name} are quantities; leave it out"
         )
+    for name, networks in UNUSED.items():
+        if getattr(settings, name) and network in networks:
+            print(f"note: {name} has no effect: {network} does not have it")
     return config
 
 
@@ -296,7 +303,7 @@ def choose_precision(settings: TrainSettings, device: str, network: str) -> str:
 
 def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: data.Dataset, workers: Workers) -> State:
     """Return the state of a new run: the same weights on every worker, but its own noise and replay buffer."""
-    torch.manual_seed(settings.seed + workers.rank)
+    torch.manual_seed(fold_seed(settings.seed + workers.rank))
     model = models.build_model(config, torch.Generator().manual_seed(settings.seed)).to(workers.device)
     return State(
         model=model,
@@ -305,7 +312,7 @@ def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: da
         batches=data.Batches(
             len(dataset), settings.batch_size, settings.seed, workers.rank, workers.size, dataset.index_device
         ),
-        generator=torch.Generator(workers.device).manual_seed(settings.seed * 1_000 + workers.rank),
+        generator=torch.Generator(workers.device).manual_seed(fold_seed(settings.seed * 1_000 + workers.rank)),
         ema=copy.deepcopy(model).eval() if settings.ema_decay else None,
         acceleration=choose_acceleration(settings, workers.device.type, config.network),
     )
