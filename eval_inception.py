@@ -105,8 +105,7 @@ class QualityReport:
     """The figures of samples, and the files that they are written to."""
 
     def __init__(self, settings: InceptionSettings, trained: TrainedModel, device: torch.device):
-        folder = settings.results_folder / f"eval_inception_{settings.idx}"
-        self.folder = prepare_folder(folder, "logdir")
+        self.folder = prepare_folder(settings.results_folder / f"eval_inception_{settings.idx}", "logdir")
         self.path = self.folder / "eval_inception.json"
         cache = pathlib.Path(settings.cache or pathlib.Path(settings.logdir) / "statistics")
         reference = load_reference(settings, trained, device)
