@@ -48,7 +48,7 @@ def die_in_a_save():
         def call(*arguments, **settings):
             nonlocal left
             left -= 1
-            if left == 0:
+            if left <= 0:  # less after a call that failed
                 moment = random.choice(["before", "after", "between"])
                 if moment == "after":
                     function(*arguments, **settings)

@@ -258,6 +258,21 @@ def test_folders_that_are_no_runs(tmp_path):
     check_new_folder(tmp_path / "data")
 
 
+def test_a_new_run_gets_an_empty_folder(tmp_path, monkeypatch):
+    """Breaks when a new run begins among the files of an earlier one, or resuming sets them aside."""
+    settings = TrainSettings(**LIVING | {"logdir": str(tmp_path), "exp": "x", "cclass": False, "max_iter": 0})
+    images = StoredImages("toy", draw_bytes(24, 1, 28, 28), None)
+    monkeypatch.setattr("ebm.training.setup.open_dataset", lambda *arguments: images)
+    state = make_state(label_size=0)
+    checkpoint.save(tmp_path / "x" / "model_1.pt", state.get_shared_state())
+    for resume_iter, expected in (("1", {"model_1.pt", "config.json"}), ("-1", {"config.json"})):
+        chosen = dataclasses.replace(settings, resume_iter=resume_iter)
+        with own_folder(settings.folder, WORKERS) as owner:
+            open_run(chosen, WORKERS, owner)
+        assert set(list_files(tmp_path / "x")) == expected
+    assert set(list_files(tmp_path / "x.1")) == {"model_1.pt", "config.json"}
+
+
 @pytest.mark.parametrize("changes", [{"resume_iter": "latest"}, {"quality": True, "dataset": "folder"}], ids=str)
 def test_checks_come_before_effects(tmp_path, changes, monkeypatch):
     """Breaks when a damaged checkpoint, or samples that cannot be measured, are found after a folder has changed."""
