@@ -554,7 +554,8 @@ def test_where_labels_begin(tmp_path, capsys):
     assert capsys.readouterr().out.count("count from 0; the class of an image is its label") == 2
     write_labelled(tmp_path / "train-00000-of-00001", 3, 1, 7)
     assert read_labels(tmp_path, "train") == [2, 0, 6]
-    write_labelled(tmp_path / "train-00000-of-00001", 3, 1000)
+    write_labelled(tmp_path / "train-00000-of-00001", 3, 1000)  # which tells as much as a 0 elsewhere
+    write_labelled(tmp_path / "validation-00000-of-00001", 0)
     assert read_labels(tmp_path, "train") == [2, 999]
     assert not capsys.readouterr().out
 
