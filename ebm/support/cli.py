@@ -18,6 +18,7 @@ error messages name a setting in backquotes, such as `rounds`, and this module t
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import math
 import os
@@ -40,6 +41,7 @@ from ebm.support.hardware import is_out_of_memory
 from ebm.support.streams import discard_output, note_dropped_output, replace_standard_streams
 
 Settings = TypeVar("Settings")
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 # What flags without other limits take. Products of two such numbers fit into float32, and 64 bits hold the integers.
 LARGEST_FLOAT = 1e18
@@ -384,6 +386,9 @@ def describe_error(error: Exception, kind: type) -> str | None:
         names = {field.name for field in dataclasses.fields(kind)}
         sizes = " or ".join(f"`{name}`" for name in SIZES_IN_MEMORY if name in names)
         return f"the memory does not hold what these settings ask for; lower {sizes}"
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        place = f" for {error.filename}" if error.filename else ""
+        return f"no room{place} ({error.strerror}); make room, then repeat the command"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return None
