@@ -241,9 +241,9 @@ def test_errors_of_the_machine():
     assert [cli.describe_error(error, TrainSettings) for error in shortages] == [
         "the memory does not hold what these settings ask for; lower `batch_size` or `num_filters` or `num_samples`"
     ] * 2 + [None]
-    assert cli.describe_error(OSError(28, "No space left on device", "a.png"), TrainSettings).startswith(
-        "a.png: No space"
-    )
+    full = OSError(28, "No space left on device", "a.png")
+    assert cli.describe_error(full, TrainSettings).startswith("no room for a.png")
+    assert cli.describe_error(OSError(13, "Permission denied", "a.png"), TrainSettings) == "a.png: Permission denied"
     assert cli.describe_error(OSError("no number"), TrainSettings) is None
 
 
