@@ -27,7 +27,7 @@ POOL = 1_000  # chains that eval_inception.py runs in one pool, as many as the i
 NOISE_UNIT = 0.005  # standard deviation of a Langevin step's noise at noise_scale 1, for images in [0, 1]
 
 LARGEST_SEED = 2**64 - 1  # as for PyTorch
-MOST_AT_ONCE, MOST_IMAGES, MOST_FILTERS, MOST_WORKERS = 10**6, 10**7, 4096, 1024  # more would only fail later
+MOST_AT_ONCE, MOST_IMAGES, MOST_FILTERS, MOST_WORKERS = 10**6, 10**7, 1024, 1024  # more would only fail later
 
 # Conditions under which flags have an effect, see `flag`.
 USES_DATADIR = (

@@ -388,6 +388,9 @@ def describe_error(error: Exception, kind: type) -> str | None:
         names = {field.name for field in dataclasses.fields(kind)}
         sizes = " or ".join(f"`{name}`" for name in SIZES_IN_MEMORY if name in names)
         return f"the memory does not hold what these settings ask for; lower {sizes}"
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        place = f" for {error.filename}" if error.filename else ""
+        return f"no room{place} ({error.strerror}); make room, then repeat the command"
     if isinstance(error, OSError) and error.strerror:
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         return f"{reason}; make room, then repeat the command" if error.errno in NO_ROOM else reason
