@@ -14,7 +14,7 @@ import select
 import signal
 import sys
 
-INTERVAL = 0.05  # seconds after which the launcher is stopped again if a scheduler's SIGCONT has set it going
+INTERVAL = 0.05  # seconds after which the launcher is stopped again, as schedulers send SIGCONT beside SIGTERM
 
 
 def hold_launcher(pid: int, name: str) -> None:
