@@ -213,7 +213,7 @@ def main(settings: TrainSettings) -> None:
 def open_run(settings: TrainSettings, workers: Workers, owner: FolderOwner) -> Run:
     """Return a run that is about to begin or to go on; until all checks have passed, the folder stays as it is."""
     path, contents = setup.open_checkpoint(settings, workers)
-    dataset = setup.open_dataset(settings, workers)
+    dataset = setup.open_dataset(settings, workers, contents.get("class_names", ()))
     state = setup.build_state(settings, setup.choose_network(settings, dataset), dataset, workers)
     run = Run(settings, state, dataset, workers, owner)
     if path is not None:

@@ -41,7 +41,7 @@ from conftest import (
     write_sprites,
 )
 from ebm.measures.features import load_or_compute
-from ebm.readers import bounded, dsprites, image_files, imagenet, tensorflow
+from ebm.readers import bounded, dsprites, folders, image_files, imagenet, tensorflow
 from ebm.readers.bounded import read_json, report_unreadable_file
 from ebm.readers.streaming import decode_image
 from ebm.readers.torch_files import read_torch_file
@@ -224,7 +224,7 @@ def fuzz_records(folder):
     write_records(path, [encode_example(encode_noise(i, "JPEG"), i + 1) for i in range(3)])
 
     def read():
-        return [decode_image(place, antialias=False) for place in imagenet.TFRecords(folder, "train")]
+        return [decode_image(place, antialias=False) for place in imagenet.open_records(folder, "train")]
 
     intact = read()
 
@@ -238,7 +238,7 @@ def fuzz_records(folder):
 def fuzz_index(folder):
     write_records(folder / "train-00000-of-00001", [encode_example(b"", 1)] * 3)
     (folder / "index.json").write_text(json.dumps({"record_counts": {"train-00000-of-00001": 3}}))
-    return folder / "index.json", lambda: len(imagenet.TFRecords(folder, "train")), lambda count: None
+    return folder / "index.json", lambda: len(imagenet.open_records(folder, "train")), lambda count: None
 
 
 def fuzz_picture(folder, kind="PNG"):
@@ -248,7 +248,7 @@ def fuzz_picture(folder, kind="PNG"):
         picture.save(folder / name / f"{name}.{kind.lower()}", kind)
 
     def read():
-        return image_files.read_folder(folder, split="train", image_size=8, channels=3, workers=1)
+        return folders.read_folder(folder, split="train", image_size=(8, 8), channels=3, workers=1)
 
     return folder / f"a/a.{kind.lower()}", read, lambda found: assert_classes(found, 2, (3, 8, 8))
 

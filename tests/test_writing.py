@@ -285,7 +285,7 @@ def test_a_torn_record_that_cannot_be_removed_at_once(tmp_path, monkeypatch):
 def test_log_on_a_full_disk(tmp_path):
     """Breaks when entries without room end the run, are told each time, or TensorBoard shows nothing afterwards."""
     said: list[str] = []
-    log = RunLog(tmp_path, 0, said.append)
+    log = RunLog(tmp_path, say=said.append)
     log.write_scalars(1, {"e_pos": 1.0})
     path = pictures.save_pixels(NOISE, tmp_path / "noise.png")
     with limit_file_size(10):
@@ -436,7 +436,7 @@ cli.run(main, Settings, "")
     [
         ("go on", 0, "note: lines of the output are missing (No space left on device)"),
         ("WriteError", 2, "error: result.npz cannot be written (No space left on device); make room or choose"),
-        ("OSError", 2, "error: no room (No space left on device)"),
+        ("OSError", 2, "error: No space left on device; make room"),
     ],
 )
 def test_output_on_a_full_disk(how, status, error):

@@ -281,9 +281,9 @@ def find_record_files(folder: pathlib.Path, split: str) -> dict[str, int | None]
                 return None
             return {os.path.join(place, name): None for name in list_record_files(place)} or None
     for word in TRAIN_NAMES if split == "train" else VALIDATION_NAMES:
-        if chosen := {locate_record_file(folder, name): names[name] for name in names if word in read_words(name)}:
+        if chosen := {locate_record_file(folder, name): names[name] for name in names if word in list_words(name)}:
             return chosen
-    if names and split == "train" and not any(read_words(name) & {*TRAIN_NAMES, *VALIDATION_NAMES} for name in names):
+    if names and split == "train" and not any(list_words(name) & {*TRAIN_NAMES, *VALIDATION_NAMES} for name in names):
         return {locate_record_file(folder, name): names[name] for name in names}
     prefix = "train" if split == "train" else "validation"
     raise UsageError(f"{source} knows no files {prefix}-NNNNN-of-NNNNN; set `imagenet_datadir` to where they are")
@@ -294,7 +294,7 @@ def list_record_files(folder: pathlib.Path) -> list[str]:
     return [entry.name for entry in scan_folder(folder) if RECORD_FILE.search(entry.name) and entry.is_file()]
 
 
-def read_words(path: str) -> set[str]:
+def list_words(path: str) -> set[str]:
     """Return the words of a file's name, which may tell its split."""
     return set(re.findall("[a-z]+", path.rpartition("/")[2].lower()))
 

@@ -27,7 +27,7 @@ from ebm.training.guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, Di
 from ebm.training.ownership import FolderOwner, list_branch_files, set_aside_branch
 from ebm.training.records import Recorder, draw_curves, report_quality, write_samples
 from ebm.training.samples import Sampler, choose_measure, choose_number
-from ebm.training.setup import check_classes, compute_last_iteration
+from ebm.training.setup import compute_last_iteration
 from ebm.training.state import State, Step
 from ebm.training.stopping import StopSignals
 
@@ -364,8 +364,6 @@ class Run:
         contents = checkpoint.load(path) if contents is None else contents
         checkpoint.check_config(checkpoint.read_config(contents, path), state.model.config, path)
         checkpoint.load_state(state.model, contents["model"], path)
-        if state.model.config.has_classes:
-            check_classes(contents.get("class_names", ()), self.dataset.class_names, path)
         with report_unreadable_file(path):
             state.load_shared_state(contents)
         self.branch_point = state.iteration

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import itertools
 import os
 import pathlib
 import shutil
@@ -159,26 +158,14 @@ def open_checkpoint(settings: TrainSettings, workers: Workers) -> tuple[pathlib.
     return path, contents
 
 
-def check_classes(before: Sequence[str], now: Sequence[str], path: pathlib.Path) -> None:
-    """Raise UsageError if the classes of the data are not those that a checkpoint's network was trained on, in order.
-
-    before, now: their names; without names there is nothing to compare.
-    """
-    if not before or not now or list(before) == list(now):
-        return
-    number = next(n for n, (old, new) in enumerate(itertools.zip_longest(before, now)) if old != new)
-    old, new = (repr(names[number]) if number < len(names) else "none" for names in (before, now))
-    raise UsageError(
-        f"{path} was trained on other classes: class {number} is {old} there and {new} in this data; "
-        "resume with the data set that it was trained on, or use another `exp`"
-    )
-
-
 # ---- data and network ----
 
 
-def open_dataset(settings: TrainSettings, workers: Workers) -> data.Dataset:
-    """Return the data set to train on. Rank 0 reads it before the others, so that it is downloaded once."""
+def open_dataset(settings: TrainSettings, workers: Workers, class_names: Sequence[str] = ()) -> data.Dataset:
+    """Return the data set to train on. Rank 0 reads it before the others, so that it is downloaded once.
+
+    class_names: the classes that the network of a resumed run knows; those of the data are found by their names.
+    """
     read = functools.partial(
         data.load_dataset,
         settings.dataset,
@@ -193,7 +180,10 @@ def open_dataset(settings: TrainSettings, workers: Workers) -> data.Dataset:
         workers=settings.data_workers,
         download=settings.download,
     )
-    return workers.take_turns(read)
+    dataset = workers.take_turns(read)
+    if class_names and dataset.class_names and (settings.cclass or settings.model_cclass):
+        return data.match_classes(dataset, tuple(class_names))
+    return dataset
 
 
 def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.ModelConfig:
