@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import pickle
+import signal
 import struct
 import subprocess
 import sys
@@ -40,6 +41,10 @@ from ebm.training.run import Run
 from ebm.training.state import State, Step
 from train import start_chains, train_step
 from utils import ClippedAdam, ReplayBuffer
+
+# Under nohup, or behind a shell's &, signals are ignored that tests send.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"

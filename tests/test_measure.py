@@ -25,6 +25,7 @@ def make_colour_run(tmp_path, **settings):
     state = make_state(image_shape=COLOUR)
     run = make_run(state, tmp_path / "run", quality=True, **settings)
     run.settings.folder.mkdir(exist_ok=True)
+    run.prepare_measure()
     run.recorder = Recorder(state, run.settings, run.sampler, run.measure, stop=1)
     return run
 

@@ -173,7 +173,7 @@ def test_one_way_to_the_disk():
     """Breaks when a module writes a file past the one writer, which is then half a file on a full disk."""
     direct = re.compile(
         r"\.write_(text|bytes)\(|(np|torch)\.savez?(_compressed)?\((?!file\b|\w+, file\))|\.savefig\((?!file\b)"
-        r"|open\([^)]*[\"'][wx]b?[\"']"
+        r"|open\((?!os.devnull)[^)]*[\"'][wx]b?[\"']"
     )
     for path in [*ROOT.glob("*.py"), *(ROOT / "ebm").rglob("*.py"), *(ROOT / "scripts").glob("*_checkpoint.py")]:
         if path.name != "files.py":
@@ -436,7 +436,7 @@ cli.run(main, Settings, "")
     [
         ("go on", 0, "note: lines of the output are missing (No space left on device)"),
         ("WriteError", 2, "error: result.npz cannot be written (No space left on device); make room or choose"),
-        ("OSError", 2, "error: No space left on device; make room"),
+        ("OSError", 2, "error: no room (No space left on device); make room"),
     ],
 )
 def test_output_on_a_full_disk(how, status, error):

@@ -38,7 +38,7 @@ from ebm.support import interruption
 from ebm.support.arguments import read_words
 from ebm.support.errors import UsageError
 from ebm.support.hardware import is_out_of_memory
-from ebm.support.launch import let_rank_0_speak
+from ebm.support.launch import let_rank_0_speak, print_note
 from ebm.support.streams import discard_output, note_dropped_output, replace_standard_streams
 
 Settings = TypeVar("Settings")
@@ -237,7 +237,7 @@ def note_repetitions(pairs: Sequence[tuple[str, str]], kind: type) -> None:
     last = dict(pairs)
     for name, value in dict.fromkeys(pairs):
         if value != last[name] and name not in repeated:
-            print(f"note: --{name}={value} has no effect: --{name}={last[name]} comes after it")
+            print_note(f"--{name}={value} has no effect: --{name}={last[name]} comes after it")
 
 
 def note_flags_without_effect(settings: Any, given: Collection[str]) -> None:
@@ -245,7 +245,7 @@ def note_flags_without_effect(settings: Any, given: Collection[str]) -> None:
     fields = {field.name: field.metadata["flag"] for field in dataclasses.fields(settings)}
     for name in fields:
         if name in given and (obstacle := find_obstacle(settings, fields, name)):
-            print(f"note: --{name} has no effect{obstacle}")
+            print_note(f"--{name} has no effect{obstacle}")
 
 
 def find_obstacle(settings: Any, fields: Mapping[str, Flag], name: str) -> str:

@@ -85,7 +85,7 @@ def find_free_memory() -> int:
 def read_system_figures(path: str) -> dict[str, int]:
     """Return the numbers of a file of Linux whose lines begin with a name and a number; none on other systems."""
     with contextlib.suppress(OSError):
-        rows = (line.replace(":", " ").split() for line in pathlib.Path(path).read_text().splitlines())
+        rows = (line.replace(":", " ").split() for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines())
         return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
     return {}
 
