@@ -77,7 +77,7 @@ def find_free_memory() -> int:
         if limit != resource.RLIM_INFINITY:
             limits.append(limit - 1024 * kilobytes.get(used, 0))
     with contextlib.suppress(OSError, ValueError):  # the group of this process, as a container shows it
-        most = int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text())
+        most = int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
         limits.append(most - read_system_figures("/sys/fs/cgroup/memory.stat").get("anon", 0))
     return max(0, min(limits, default=2**63 - 1))
 

@@ -145,7 +145,7 @@ class RunLog:
 
 def name_event_file() -> str:
     """Return a new name for a file that TensorBoard shows; later ones come later in the alphabet."""
-    return f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+    return f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
 
 
 def encode_start(first_step: int) -> bytes:
