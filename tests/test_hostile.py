@@ -51,7 +51,6 @@ from imagenet_demo import read_names
 
 MUTATIONS = int(os.environ.get("MUTATIONS", "15"))  # of each file
 SECONDS, MEGABYTES = 2.0, 1024  # within which each is answered
-LABELS = tuple(range(1, 1001))
 
 
 def assert_same(found, wanted):

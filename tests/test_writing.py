@@ -436,7 +436,7 @@ cli.run(main, Settings, "")
     [
         ("go on", 0, "note: lines of the output are missing (No space left on device)"),
         ("WriteError", 2, "error: result.npz cannot be written (No space left on device); make room or choose"),
-        ("OSError", 2, "error: No space left on device; make room"),
+        ("OSError", 2, "error: no room (No space left on device); make room"),
     ],
 )
 def test_output_on_a_full_disk(how, status, error):
