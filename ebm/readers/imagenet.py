@@ -40,14 +40,12 @@ SIDES = (8, 16, 32, 64)  # of the images that the authors published, in pixels
 
 
 def read_imagenet32(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Read a split of small ImageNet; return images uint8 (N, 3, 32, 32), classes int64 (N,) and the classes' names.
-
-    The files hold images of one size, one of SIDES.
+    """Read a split of small ImageNet; return uint8 images (N, 3, S, S), classes int64 (N,) and the classes' names.
 
     split: "train", or "test" for the validation images. The files are the authors' pickles or .npz files, in the folder
-    or in a subfolder, as the archives unpack. A class is the label in the file minus 1, in the authors' order of the
-    classes (their map_clsloc.txt); its name is its number. If some files are missing, a note lists them. Raises
-    UsageError if all files are missing, or if one is damaged or of another format.
+    or in a subfolder, as the archives unpack; all have images of one size S, one of SIDES. A class is the label in the
+    file minus 1, in the authors' order of the classes (their map_clsloc.txt); its name is its number. If some files are
+    missing, a note lists them. Raises UsageError if all files are missing, or if one is damaged or of another format.
     """
     names = [f"train_data_batch_{k}" for k in range(1, 11)] if split == "train" else ["val_data"]
     files = {name: find_imagenet32_file(folder, name) for name in names}
