@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from ebm.readers.arrays import read_npy
-from ebm.readers.bounded import Archive, open_file, read_file, read_json, report_unreadable_file
+from ebm.readers.bounded import Archive, Fault, open_file, read_file, read_json, report_unreadable_file
 from ebm.readers.folders import TRAIN_NAMES, find_split, list_folder, scan_folder
 from ebm.readers.pickles import read_pickle, to_whole_numbers
 from ebm.readers.streaming import Place, StreamedImages
-from ebm.readers.tensorflow import Fault, read_fields, read_nested, read_varint, verify_checksum
+from ebm.readers.tensorflow import read_fields, read_nested, read_varint, verify_checksum
 from ebm.support.errors import UsageError
 from ebm.support.progress import Progress
 
