@@ -1,6 +1,6 @@
 """Folders of image files: their splits, their classes, and their images, decoded.
 
-    place = find_split(folder, "train", TEST_NAMES)  # train/ if the folder is divided
+    place = find_split(folder, "train")  # train/ if the folder is divided
     found = list_folder(place)  # paths, classes and names of the classes
     images, classes, names = read_folder(folder, split="train", image_size=None, channels=None, workers=4)
 
@@ -34,7 +34,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".g
 # fmt: on
 CLUTTER = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini")
 TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval")  # the first that exists
+VALIDATION_NAMES = ("val", "valid", "validation", "dev", "eval")
+TEST_NAMES = ("test", "testing", *VALIDATION_NAMES)  # the first that exists
 MOST_PIXELS = 1 << 20  # of an image that a network is to be trained on
 
 
