@@ -633,9 +633,10 @@ def test_odd_entries(tmp_path):
     assert checkpoint.load(path)["best"] == 1.0
     for name, values in ENTRIES.items():
         for value in values:
-            write_checkpoint(path, **{name: value}) if name not in ("model", "iteration") else torch.save(
-                {"config": dataclasses.asdict(CONFIG), "model": {}, "iteration": 1} | {name: value}, path
-            )
+            if name in ("model", "iteration"):
+                torch.save({"config": dataclasses.asdict(CONFIG), "model": {}, "iteration": 1} | {name: value}, path)
+            else:
+                write_checkpoint(path, **{name: value})
             with pytest.raises(UsageError, match=f"holds something else than it should as its {name}"):
                 checkpoint.load(path)
 
