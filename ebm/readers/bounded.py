@@ -46,10 +46,10 @@ def report_unreadable_file(path: PathLike) -> Iterator[None]:
     except Fault as fault:
         raise UsageError(f"{name} {fault}") from None
     except FileNotFoundError:
-        raise UsageError(f"{name} is missing") from None
+        raise UsageError(f"{name} is missing, or a link to nothing; put the file there") from None
     except Exception as error:  # readers of foreign bytes fail in many ways
         if isinstance(error, OSError) and error.strerror:  # of the system; Pillow raises others for damaged images
-            raise UsageError(f"{name} cannot be read ({error.strerror})") from None
+            raise UsageError(f"{name} cannot be read ({error.strerror}); replace it or make it readable") from None
         raise UsageError(
             f"{name} is damaged or of another format ({describe_failure(error)}); replace or delete it"
         ) from error
