@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import models
-from ebm.readers.bounded import describe, report_unreadable_file
+from ebm.readers.bounded import describe_failure, report_unreadable_file
 from ebm.readers.pickles import ForeignName
 from ebm.readers.state_values import find_odd_entry, is_number
 from ebm.readers.tensorflow import read_tf_checkpoint
@@ -105,14 +105,13 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     try:
         state = read_torch_file(path)
     except ForeignName as error:
-        raise UsageError(
-            f"{path} holds more than tensors and plain values ({describe(error)}); not loaded, it could run code"
-        ) from None
+        what = f"more than tensors and plain values ({describe_failure(error)})"
+        raise UsageError(f"{path} holds {what}; not loaded, it could run code") from None
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({describe(error)}); choose another checkpoint") from None
+        raise UsageError(f"{path} cannot be read ({describe_failure(error)}); choose another checkpoint") from None
     except Exception as error:  # a damaged file can cause any error
         raise UsageError(
-            f"{path} is damaged, or no checkpoint ({describe(error)}); use an earlier checkpoint"
+            f"{path} is damaged, or no checkpoint ({describe_failure(error)}); use an earlier checkpoint"
         ) from None
     if not isinstance(state, dict) or not {"config", "model", "iteration"} <= set(state):
         raise UsageError(f"{path} is not a checkpoint of this project; convert or retrain it")
@@ -137,7 +136,7 @@ def read_config(state: dict[str, Any], path: pathlib.Path) -> models.ModelConfig
         config = models.ModelConfig(**{**stored, "image_shape": tuple(shape) if isinstance(shape, list) else shape})
         fits = {name: fits_config(name, value) for name, value in vars(config).items()}
     except (TypeError, KeyError) as error:
-        reason = describe(error)
+        reason = describe_failure(error)
     else:
         reason = next((f"its {name} is impossible" for name, is_right in fits.items() if not is_right), "")
     if reason:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from ebm.readers.bounded import describe, read_text
+from ebm.readers.bounded import describe_failure, read_text
 from ebm.settings import DemoSettings
 from ebm.support import cli, pictures
 from ebm.support.errors import UsageError
@@ -48,7 +48,7 @@ def read_names(path: pathlib.Path, classes: int) -> list[str]:
     try:
         names = read_text(path, 1 << 20).splitlines()
     except (OSError, ValueError) as error:
-        raise UsageError(f"`class_names`={path} cannot be read: {describe(error)}") from None
+        raise UsageError(f"`class_names`={path} cannot be read: {describe_failure(error)}") from None
     if len(names) != classes:
         raise UsageError(f"`class_names`={path} has {len(names)} lines and the network {classes} classes; one per line")
     return names

@@ -563,7 +563,7 @@ def damage_folder(root, kind):
         return {"name": "folder", "path": root}, "short.png is damaged"
     if kind == "lost link":
         (root / "cat" / "lost.png").symlink_to(root / "nowhere.png")
-        return {"name": "folder", "path": root}, "lost.png is damaged"
+        return {"name": "folder", "path": root}, "lost.png is missing, or a link to nothing"
     if kind == "empty class":
         (root / "dog").mkdir()
         return {"name": "folder", "path": root}, "dog holds no images"

@@ -357,7 +357,7 @@ def test_what_is_no_file(tmp_path):
     """Breaks when a pipe with the name of an image is waited for."""
     save(tmp_path / "0.png")
     os.mkfifo(tmp_path / "1.png")
-    with pytest.raises(UsageError, match=r"1\.png is no regular file"):
+    with pytest.raises(UsageError, match=r"1\.png cannot be read \(it is a pipe"):
         load_folder(tmp_path, image_size=8)
     dataset = imagenet.open_imagenet(tmp_path, "train", workers=0)
     dataset.raw(torch.tensor([1]))

@@ -26,7 +26,7 @@ from torch import Tensor
 import checkpoint
 from data import Dataset, match_classes
 from ebm.measures.classifier import FeatureClassifier, check_examples, train_feature_classifier
-from ebm.readers.bounded import describe, read_file
+from ebm.readers.bounded import describe_failure, read_file
 from ebm.readers.downloads import import_torchvision
 from ebm.readers.state_values import is_mapping_to
 from ebm.readers.torch_files import read_torch_file
@@ -144,7 +144,7 @@ def read_inception(path: str | pathlib.Path, sha256: str = INCEPTION_SHA256) -> 
         contents = read_file(path, MAX_INCEPTION_SIZE)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"`inception_weights`={path} cannot be read ({describe(error)}); get {INCEPTION_URL}"
+            f"`inception_weights`={path} cannot be read ({describe_failure(error)}); get {INCEPTION_URL}"
         ) from None
     digest = hashlib.sha256(contents).hexdigest()
     if not digest.startswith(sha256.lower()):
@@ -276,7 +276,7 @@ def load_or_compute(
         if contents.get("settings") == settings:
             return build(contents)
     except Exception as error:  # a damaged file can cause any error
-        print(f"note: {path} is damaged and made again ({describe(error)})")
+        print(f"note: {path} is damaged and made again ({describe_failure(error)})")
     contents = make() | {"settings": dict(settings)}
     try:
         checkpoint.save(path, contents)

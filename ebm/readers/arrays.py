@@ -53,18 +53,8 @@ def read_npy(archive: Archive, name: str, limit: int | None = None) -> np.ndarra
 
 # ---- MATLAB: files of version 5 ----
 
-MATLAB_TYPES = {
-    1: "i1",
-    2: "u1",
-    3: "i2",
-    4: "u2",
-    5: "i4",
-    6: "u4",
-    7: "f4",
-    9: "f8",
-    12: "i8",
-    13: "u8",
-}  # stored types
+# Number of a stored type -> the type.
+MATLAB_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 MATRIX, COMPRESSED = 14, 15  # types of elements that hold others
 
 

@@ -31,20 +31,36 @@ MAX_MEMBERS = 100_000  # of an archive
 PathLike = str | os.PathLike[str]
 
 
+class Fault(Exception):
+    """A defect of a file, as the end of a sentence; `report_unreadable_file` adds the name of the file."""
+
+
 @contextlib.contextmanager
 def report_unreadable_file(path: PathLike) -> Iterator[None]:
     """Turn any error while a file is read into a UsageError that names the file."""
+    name = make_printable(os.fspath(path))
     try:
         yield
     except UsageError:
         raise
+    except Fault as fault:
+        raise UsageError(f"{name} {fault}") from None
+    except FileNotFoundError:
+        raise UsageError(f"{name} is missing, or a link to nothing; put the file there") from None
     except Exception as error:  # readers of foreign bytes fail in many ways
+        if isinstance(error, OSError) and error.strerror:  # of the system; Pillow raises others for damaged images
+            raise UsageError(f"{name} cannot be read ({error.strerror}); replace it or make it readable") from None
         raise UsageError(
-            f"{os.fspath(path)} is damaged or of another format ({describe(error)}); replace or delete it"
+            f"{name} is damaged or of another format ({describe_failure(error)}); replace or delete it"
         ) from error
 
 
-def describe(error: Exception) -> str:
+def make_printable(name: str) -> str:
+    """Return the name of a file as text for any terminal: bytes that are no UTF-8, and line ends, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def describe_failure(error: Exception) -> str:
     """Return an error in a few words on one line; texts of a file, which may be in it, cannot steer a terminal."""
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)[:1000]
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in words).split())

@@ -1,6 +1,6 @@
 """Image files as people have them → upright images of 8 bits, grey or in colour.
 
-    with open_image("photo.jpg") as image:
+    with open_file("photo.jpg") as file, open_image(file) as image:
         pixels = np.asarray(convert_image(image, "RGB"))  # uint8 (H, W, 3)
 
 Every image that a user gives is decoded here: 16 bits become 8, transparent pixels lie on white, photos are turned as
@@ -10,8 +10,6 @@ their EXIF entry says, of several frames the first counts. What has no sure mean
 from __future__ import annotations
 
 import contextlib
-import os
-import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image
 
-from ebm.readers.tensorflow import Fault
+from ebm.readers.bounded import Fault
 from ebm.support.hardware import find_free_memory
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # formats that Pillow may read; none starts a program
@@ -43,17 +41,14 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @contextlib.contextmanager
-def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
-    """Yield an image that is not decoded yet. source: its path, or an open file.
+def open_image(file: IO[bytes]) -> Iterator[Image.Image]:
+    """Yield the image in an open file, which is not decoded yet.
 
-    A JPEG that takes more than MOST_BYTES is decoded at half its size. Raises Fault if the source is no regular file or
-    another image takes more, and what Pillow raises for damaged images. Inside the block of a large image no other
-    thread decodes a large one.
+    A JPEG that takes more than MOST_BYTES is decoded at half its size. Raises Fault if another image takes more, and
+    what Pillow raises for damaged images. Inside the block of a large image no other thread decodes a large one.
     """
-    if isinstance(source, str | os.PathLike) and not stat.S_ISREG(os.stat(source).st_mode):
-        raise Fault("is no regular file")  # to open a pipe would wait for ever
     try:
-        image = Image.open(source, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise Fault(f"is too large: more than {most:,} pixels; scale it down or remove it") from None

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebm.readers.arrays import read_npy, read_npy_header
-from ebm.readers.bounded import Archive, describe, open_file
+from ebm.readers.bounded import Archive, describe_failure, open_file
 from ebm.support.errors import UsageError
 from ebm.support.progress import Progress
 
@@ -259,7 +259,7 @@ def read_published(
                 return latents[mask], torch.from_numpy(read_bits(stream, mask.numpy()))
     except Exception as error:  # a damaged file can cause any error
         raise UsageError(
-            f"`dsprites_path`={path} is damaged, or not the dSprites file: {describe(error)}; "
+            f"`dsprites_path`={path} is damaged, or not the dSprites file: {describe_failure(error)}; "
             "replace it, or leave the setting out to draw the sprites"
         ) from error
 

@@ -1,6 +1,6 @@
 """Folders of image files: their splits, their classes, and their images, decoded.
 
-    place = find_split(folder, "train", TEST_NAMES)  # train/ if the folder is divided
+    place = find_split(folder, "train")  # train/ if the folder is divided
     found = list_folder(place)  # paths, classes and names of the classes
     images, classes, names = read_folder(folder, split="train", image_size=None, channels=None, workers=4)
 
@@ -11,7 +11,6 @@ a class is entered once, classes and images are sorted by their names.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +21,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ebm.readers.bounded import make_printable, open_file, report_unreadable_file
 from ebm.readers.decoding import convert_image, is_grey, open_image
-from ebm.readers.image_files import Contents, report_unreadable_file
-from ebm.readers.tensorflow import Fault
+from ebm.readers.image_files import Contents
 from ebm.support.errors import UsageError
 from ebm.support.hardware import find_free_memory
 from ebm.support.progress import Progress
@@ -35,7 +34,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".g
 # fmt: on
 CLUTTER = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini")
 TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval")  # the first that exists
+VALIDATION_NAMES = ("val", "valid", "validation", "dev", "eval")
+TEST_NAMES = ("test", "testing", *VALIDATION_NAMES)  # the first that exists
 MOST_PIXELS = 1 << 20  # of an image that a network is to be trained on
 
 
@@ -62,11 +62,6 @@ class FoundImages(NamedTuple):
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder is one that programs put there for themselves, by its name."""
     return name.startswith(".") or name.casefold() in CLUTTER
-
-
-def make_printable(name: str) -> str:
-    """Return the name of a file as text for any terminal: bytes that are no UTF-8, and line ends, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def scan_folder(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
@@ -229,7 +224,7 @@ def find_first_shape(found: FoundImages, image_size: tuple[int, int] | None) -> 
     Raises UsageError if no network could be trained on images of this size.
     """
     path = found.get_path(0)
-    with report_bad_image(path), open_image(path) as image:
+    with report_unreadable_file(path), open_file(path) as file, open_image(file) as image:
         height, width = image_size or (image.height, image.width)
         if height * width > MOST_PIXELS:
             raise UsageError(
@@ -239,16 +234,6 @@ def find_first_shape(found: FoundImages, image_size: tuple[int, int] | None) -> 
         width, height = image_size[::-1] if image_size else convert_image(image, "L").size
         has_grey = is_grey(image)
     return (height, width), has_grey
-
-
-@contextlib.contextmanager
-def report_bad_image(path: str) -> Iterator[None]:
-    """Turn any error while an image is read into a UsageError that names its file."""
-    with report_unreadable_file(pathlib.Path(make_printable(path))):
-        try:
-            yield
-        except Fault as fault:
-            raise UsageError(f"{make_printable(path)} {fault}") from None
 
 
 class DecodedImages(NamedTuple):
@@ -281,7 +266,7 @@ def decode_files(
         remarks, colours = [], 0
         for i in part:
             path, changes = found.get_path(i), set[str]()
-            with report_bad_image(path), open_image(path) as image:
+            with report_unreadable_file(path), open_file(path) as file, open_image(file) as image:
                 decoded = np.asarray(change(convert_image(image, mode, changes)))
                 colours += not is_grey(image)
             pixels[i] = decoded.reshape(*size, channels).transpose(2, 0, 1)

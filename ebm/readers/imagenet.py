@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from ebm.readers.arrays import read_npy
-from ebm.readers.bounded import Archive, open_file, read_file, read_json, report_unreadable_file
-from ebm.readers.folders import TRAIN_NAMES, find_split, list_folder, scan_folder
+from ebm.readers.bounded import Archive, Fault, open_file, read_file, read_json, report_unreadable_file
+from ebm.readers.folders import TRAIN_NAMES, VALIDATION_NAMES, find_split, list_folder, scan_folder
 from ebm.readers.pickles import read_pickle, to_whole_numbers
 from ebm.readers.streaming import Place, StreamedImages
-from ebm.readers.tensorflow import Fault, read_fields, read_nested, read_varint, verify_checksum
+from ebm.readers.tensorflow import read_fields, read_nested, read_varint, verify_checksum
 from ebm.support.errors import UsageError
 from ebm.support.progress import Progress
 
@@ -40,14 +40,12 @@ SIDES = (8, 16, 32, 64)  # of the images that the authors published, in pixels
 
 
 def read_imagenet32(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Read a split of small ImageNet; return images uint8 (N, 3, 32, 32), classes int64 (N,) and the classes' names.
-
-    The files hold images of one size, one of SIDES.
+    """Read a split of small ImageNet; return uint8 images (N, 3, S, S), classes int64 (N,) and the classes' names.
 
     split: "train", or "test" for the validation images. The files are the authors' pickles or .npz files, in the folder
-    or in a subfolder, as the archives unpack. A class is the label in the file minus 1, in the authors' order of the
-    classes (their map_clsloc.txt); its name is its number. If some files are missing, a note lists them. Raises
-    UsageError if all files are missing, or if one is damaged or of another format.
+    or in a subfolder, as the archives unpack; all have images of one size S, one of SIDES. A class is the label in the
+    file minus 1, in the authors' order of the classes (their map_clsloc.txt); its name is its number. If some files are
+    missing, a note lists them. Raises UsageError if all files are missing, or if one is damaged or of another format.
     """
     names = [f"train_data_batch_{k}" for k in range(1, 11)] if split == "train" else ["val_data"]
     files = {name: find_imagenet32_file(folder, name) for name in names}
@@ -103,7 +101,7 @@ def read_imagenet32_file(path: pathlib.Path) -> tuple[np.ndarray, Tensor]:
 
 MAX_SIZE = 1 << 26  # largest size of an encoded image in bytes; ImageNet's largest has 15 million
 MOST_EXAMINED = 5_000  # records that are read to learn from which number labels count
-VALIDATION_NAMES = ("val", "validation", "valid", "dev", "eval", "test", "testing")  # ImageNet's test has no labels
+HELD_OUT_NAMES = (*VALIDATION_NAMES, "test", "testing")  # in this order, because ImageNet's test images have no labels
 RECORD_FILE = re.compile(r"-\d+-of-\d+|\.tfrecords?\b")
 
 
@@ -276,14 +274,14 @@ def find_record_files(folder: pathlib.Path, split: str) -> dict[str, int | None]
     else:
         names, source = dict.fromkeys(list_record_files(folder)), folder
         if not names:
-            place = find_split(folder, split, VALIDATION_NAMES, quiet=True)
+            place = find_split(folder, split, HELD_OUT_NAMES, quiet=True)
             if place is None or place == folder:
                 return None
             return {os.path.join(place, name): None for name in list_record_files(place)} or None
-    for word in TRAIN_NAMES if split == "train" else VALIDATION_NAMES:
+    for word in TRAIN_NAMES if split == "train" else HELD_OUT_NAMES:
         if chosen := {locate_record_file(folder, name): names[name] for name in names if word in list_words(name)}:
             return chosen
-    if names and split == "train" and not any(list_words(name) & {*TRAIN_NAMES, *VALIDATION_NAMES} for name in names):
+    if names and split == "train" and not any(list_words(name) & {*TRAIN_NAMES, *HELD_OUT_NAMES} for name in names):
         return {locate_record_file(folder, name): names[name] for name in names}
     prefix = "train" if split == "train" else "validation"
     raise UsageError(f"{source} knows no files {prefix}-NNNNN-of-NNNNN; set `imagenet_datadir` to where they are")
@@ -385,7 +383,7 @@ def find_images(folder: pathlib.Path, split: str) -> TFRecords | ImageFiles:
         raise UsageError(f"`imagenet_datadir`={folder}: no such folder")
     if records := open_records(folder, split):
         return records
-    place = find_split(folder, split, VALIDATION_NAMES)
+    place = find_split(folder, split, HELD_OUT_NAMES)
     if place is None or (split == "test" and place == folder):
         missing = (
             "training images; put them below" if split == "train" else "validation images; put class folders below"

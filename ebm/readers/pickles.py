@@ -91,9 +91,8 @@ def refuse_instruction(self: PlainUnpickler) -> None:
     raise pickle.UnpicklingError("an instruction that plain values do not need")
 
 
-class PlainUnpickler(
-    pickle._Unpickler
-):  # the Python version, because the C version reserves any memory a file asks for
+# The Python version of the base class, because the C version reserves any memory that a file asks for.
+class PlainUnpickler(pickle._Unpickler):
     """An unpickler of plain values and arrays of numbers, of any protocol.
 
     It calls nothing that a file names, because that could execute code: the names that arrays need have substitutes

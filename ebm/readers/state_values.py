@@ -26,10 +26,10 @@ def find_odd_entry(state: Mapping[str, Any], image_shape: tuple[int, ...]) -> st
     """
 
     def are_workers(value: Any) -> bool:
-        is_right = is_list_of(value, lambda worker: is_worker_state(worker, image_shape))
-        return is_right and len({id(worker["buffer"]["images"]) for worker in value}) == len(
-            value
-        )  # one buffer many times would be dealt out as many
+        if not is_list_of(value, lambda worker: is_worker_state(worker, image_shape)):
+            return False
+        buffers = {id(worker["buffer"]["images"]) for worker in value}
+        return len(buffers) == len(value)  # one buffer many times would be dealt out as many
 
     checks: dict[str, Callable[[Any], bool]] = {
         "iteration": is_count,

@@ -35,9 +35,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from ebm.readers.bounded import Fault, describe_failure, make_printable
 from ebm.readers.decoding import convert_image, open_image
-from ebm.readers.folders import make_printable, note_remarks
-from ebm.readers.tensorflow import Fault
+from ebm.readers.folders import note_remarks
 from ebm.readers.tf_images import read_tf_pixels
 from ebm.support.errors import UsageError
 from ebm.support.pixels import dequantise
@@ -87,7 +87,7 @@ def decode_image(place: Place, antialias: bool) -> Decoded:
     except Fault as fault:
         return str(fault)
     except Exception as error:  # Pillow raises many types for damaged files
-        return f"is no image that can be decoded ({' '.join(str(error).split()) or type(error).__name__})"
+        return f"is no image that can be decoded ({describe_failure(error)})"
 
 
 def read_antialiased_pixels(encoded: bytes, remarks: set[str] | None = None) -> np.ndarray:

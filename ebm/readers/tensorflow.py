@@ -9,7 +9,6 @@ checksum is verified, and time and memory are proportional to the length of the 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -18,24 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ebm.readers.bounded import open_file, read_file
+from ebm.readers.bounded import Fault, open_file, read_file, report_unreadable_file
 from ebm.support.errors import UsageError
-
-
-class Fault(Exception):
-    """A defect of a file, as the end of a sentence; `report_faulty_file` adds the name of the file."""
-
-
-@contextlib.contextmanager
-def report_faulty_file(path: Path) -> Iterator[None]:
-    """Turn a Fault or OSError inside into a UsageError that names the file."""
-    try:
-        yield
-    except Fault as fault:
-        raise UsageError(f"{path} {fault}") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bytes, numbers and messages, of which the table and its entries consist
@@ -188,18 +171,11 @@ def parse_entry(key: bytes, message: bytes) -> Entry:
     return Entry(name, dtype, shape, values.get(3, 0), values.get(4, 0), size, values.get(6, 0))
 
 
-def check_file(path: Path) -> None:
-    """Raise Fault if there is no regular file of this name."""
-    if not path.is_file():
-        raise Fault("is a folder, a pipe or a device instead of a file" if path.exists() else "is missing")
-
-
 def read_index(path: Path) -> tuple[list[Entry], int]:
     """Read an index file; return its entries in the order of their places, and the number of shards.
 
     Raises Fault if entries overlap, or if the file is damaged.
     """
-    check_file(path)
     if path.stat().st_size > MAX_INDEX_SIZE:
         raise Fault(f"has more than {MAX_INDEX_SIZE} bytes, too many for an index")
     items = read_table(read_file(path))
@@ -217,7 +193,6 @@ def read_index(path: Path) -> tuple[list[Entry], int]:
 
 def read_shard(path: Path, entries: Iterable[Entry]) -> dict[str, np.ndarray]:
     """Read the tensors of a shard by name. entries: those of the shard."""
-    check_file(path)
     tensors = {}
     with open_file(path) as file:
         length = path.stat().st_size
@@ -238,11 +213,11 @@ def read_tf_checkpoint(prefix: str | Path) -> dict[str, np.ndarray]:
     truncated, damaged, compressed or not a checkpoint.
     """
     index = Path(f"{prefix}.index")
-    with report_faulty_file(index):
+    with report_unreadable_file(index):
         entries, shards = read_index(index)
     variables: dict[str, np.ndarray] = {}
     for number, group in itertools.groupby(entries, key=lambda entry: entry.shard):
         shard = Path(f"{prefix}.data-{number:05d}-of-{shards:05d}")
-        with report_faulty_file(shard):
+        with report_unreadable_file(shard):
             variables |= read_shard(shard, group)
     return variables

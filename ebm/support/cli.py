@@ -11,8 +11,8 @@
     cli.run(main, Settings, __doc__)
 
 A flag on the command line that has no effect there gets a note. Groups of settings that several scripts share are base
-classes. Code that receives settings knows nothing of flags: its
-error messages name a setting in backquotes, such as `rounds`, and this module turns the name into --rounds.
+classes. Code that receives settings knows nothing of flags: its error messages name a setting in backquotes, such as
+`rounds`, and this module turns the name into --rounds.
 """
 
 from __future__ import annotations
@@ -179,17 +179,17 @@ def read_settings(kind: type[Settings], values: flags.FlagValues) -> Settings:
             about = field.metadata["flag"]
             if is_list:
                 value = read_list(field.name, value or (), plain, about)
-                check_text(field.name, ",".join(map(str, value)), about, can_be_empty=not field.default)
+                check_text(field.name, ",".join(map(str, value)), can_be_empty=not field.default)
             elif isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"--{field.name}={value}: give a finite number")
             elif isinstance(value, str) and value != field.default:
-                check_text(field.name, value, about, can_be_empty=about.can_be_empty)
+                check_text(field.name, value, can_be_empty=about.can_be_empty)
                 value = expand_path(f"--{field.name}", value) if about.is_path else value
             arguments[field.name] = value
     return kind(**arguments)
 
 
-def check_text(name: str, text: str, about: Flag, *, can_be_empty: bool) -> None:
+def check_text(name: str, text: str, *, can_be_empty: bool) -> None:
     """Raise UsageError if the value of a flag is empty although that means nothing."""
     if not text.strip() and not can_be_empty:
         raise UsageError(f"--{name} is empty; give it a value or leave it out")
@@ -392,6 +392,5 @@ def describe_error(error: Exception, kind: type) -> str | None:
         place = f" for {error.filename}" if error.filename else ""
         return f"no room{place} ({error.strerror}); make room, then repeat the command"
     if isinstance(error, OSError) and error.strerror:
-        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        return f"{reason}; make room, then repeat the command" if error.errno in NO_ROOM else reason
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return None

@@ -121,9 +121,8 @@ def save_film(frames: Sequence[np.ndarray], path: Path, *, fps: float = 20) -> P
     source = f"-f rawvideo -pix_fmt {kind} -s {width}x{height} -r {fps} -i -"
     even = "-vf pad=ceil(iw/2)*2:ceil(ih/2)*2 -pix_fmt yuv420p"  # most players need even sides and yuv420p
     pixels = b"".join(frame.tobytes() for frame in frames)
-    with tempfile.TemporaryDirectory(
-        dir=path.parent, prefix="."
-    ) as folder:  # ffmpeg cannot write an MP4 file from its beginning to its end
+    # ffmpeg cannot write an MP4 file from its beginning to its end, so that it needs a file of its own.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         film = Path(folder) / path.name
         command = [program, *f"-y -loglevel error {source} {even}".split(), str(film)]
         process = subprocess.run(command, input=pixels, capture_output=True, check=False)

@@ -10,7 +10,10 @@ from typing import Any
 
 
 class DroppingFile(io.FileIO):
-    """A file that drops what it cannot write, and remembers why; the end of a pipe's reader stays an error."""
+    """A file that drops what it cannot write, and remembers why; the end of a pipe's reader stays an error.
+
+    So a full disk, or a terminal that was closed, does not end the work.
+    """
 
     failure: OSError | None = None
 

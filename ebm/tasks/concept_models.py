@@ -115,7 +115,7 @@ def get_training_flags(settings: CombineSettings, concept: str) -> str:
     return f"--preset=dsprites_{concept} --exp={exp}"
 
 
-def find_folder(settings: CombineSettings, concept: str) -> pathlib.Path:
+def find_concept_folder(settings: CombineSettings, concept: str) -> pathlib.Path:
     """Return the folder of the experiment whose model is conditioned on a concept."""
     name = f"exp_{concept}"
     return find_experiment(settings.logdir, getattr(settings, name), name)
@@ -131,7 +131,7 @@ def find_source(settings: CombineSettings, name: str) -> ModelSource:
     if concept in CONCEPTS:
         place = f" --logdir={settings.logdir}" if settings.logdir != CombineSettings.logdir else ""
         command = f"python train.py {get_training_flags(settings, concept)}{place}"
-        return ModelSource(find_folder(settings, concept), getattr(settings, f"resume_{concept}"), command)
+        return ModelSource(find_concept_folder(settings, concept), getattr(settings, f"resume_{concept}"), command)
     raise UsageError(
         f"`combine`={settings.combine}: there is no model {name}; "
         f"the names are {', '.join([*CONCEPTS, *further])}; add a model with `models`={name}=<exp>"
@@ -225,7 +225,7 @@ def train_models(settings: CombineSettings, script: pathlib.Path) -> None:
         words = shlex.split(get_training_flags(settings, concept))
         words += [f"--logdir={settings.logdir}", f"--device={settings.device}"]
         words += [f"--dsprites_path={settings.dsprites_path}"] if settings.dsprites_path else []
-        if can_resume(find_folder(settings, concept)):
+        if can_resume(find_concept_folder(settings, concept)):
             words.append("--resume_iter=latest")
         words += shlex.split(settings.train_flags)
         print(f"model {number} of {len(names)}: python train.py {shlex.join(words)}", flush=True)

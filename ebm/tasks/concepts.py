@@ -135,9 +135,8 @@ class ConceptRun:
         """
 
         def compute_part(number: int) -> Tensor:
-            self.generator.manual_seed(
-                fold_seed(self.settings.seed + 1_000_003 * number)
-            )  # part 0 draws as a single part would
+            # Part 0 draws as a single part would.
+            self.generator.manual_seed(fold_seed(self.settings.seed + 1_000_003 * number))
             return compute(parts[number])
 
         results = self.workers.share_out(range(len(parts)), compute_part)

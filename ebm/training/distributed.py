@@ -9,7 +9,7 @@
     ...
     workers.close()
 
-Run as `mpiexec -n 2 python train.py ...` or `torchrun --nproc_per_node=2 train.py ...`.
+Run as `mpiexec -n 2 python train.py ...`, `torchrun --nproc_per_node=2 train.py ...`, `srun -n 2 python train.py ...`.
 """
 
 from __future__ import annotations
@@ -512,7 +512,7 @@ def join_workers(backend: str = "auto", device: str = "auto", timeout: float = 4
     """Join the workers that this process was launched with; return them, or a single worker without a launcher.
 
     backend: auto takes Horovod under mpiexec or horovodrun if it is installed, else torch.distributed (NCCL on GPUs,
-    Gloo on CPUs) under mpiexec or torchrun, else none. device: auto, cpu or cuda (`cuda:<local rank>`).
+    Gloo on CPUs) under mpiexec, torchrun or srun, else none. device: auto, cpu or cuda (`cuda:<local rank>`).
     timeout: seconds after which a worker that has died, hangs or stays behind the others ends the job.
     Raises UsageError if the backend or the device cannot be used here.
     """

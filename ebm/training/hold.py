@@ -14,12 +14,14 @@ import select
 import signal
 import sys
 
+# What schedulers and people send: SIGUSR1 and SIGUSR2 announce the end of a job, SIGXCPU the end of its CPU time.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 INTERVAL = 0.05  # seconds after which the launcher is stopped again, as schedulers send SIGCONT beside SIGTERM
 
 
 def hold_launcher(pid: int, name: str) -> None:
     """Stop the process of the launcher from the first SIGTERM that is read from stdin until stdin is closed."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # schedulers signal every process of a job
     is_held = False
     while True:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -212,7 +213,7 @@ class FolderOwner:
         if self._lock is None or {path.name for path in self.folder.iterdir()} <= {LOCK_NAME}:
             return
         with self.report_unwritable():
-            aside = next(p for n in range(1, 10**6) if not os.path.lexists(p := rename_folder(self.folder, n)))
+            aside = find_free_path(self.folder.with_name(f"{self.folder.name}."))
             self.folder.rename(aside)
             earlier, self._lock = self._lock, None
             earlier.path = aside / LOCK_NAME
@@ -248,9 +249,10 @@ def own_folder(
         owner.release()
 
 
-def rename_folder(folder: pathlib.Path, number: int) -> pathlib.Path:
-    """Return the name that a folder gets when it is set aside."""
-    return folder.with_name(f"{folder.name}.{number}")
+def find_free_path(prefix: pathlib.Path) -> pathlib.Path:
+    """Return the first of the paths <prefix>1, <prefix>2, … at which nothing stands."""
+    paths = (prefix.with_name(f"{prefix.name}{number}") for number in itertools.count(1))
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def check_new_folder(folder: pathlib.Path) -> None:
@@ -278,7 +280,7 @@ def list_branch_files(folder: pathlib.Path, iteration: int) -> list[pathlib.Path
 
 
 def set_aside_branch(folder: pathlib.Path, iteration: int, *, is_resumed: bool) -> pathlib.Path | None:
-    """Move what a run has after an iteration to a folder of its own, because the run goes on from there otherwise.
+    """Move what a run has of later iterations to a folder of its own, because it goes on differently from this one.
 
     Return that folder, or None if there is nothing to move. is_resumed: the best model moves, too, if it is of a later
     iteration, and the log is copied; a run that has returned to an earlier state keeps both.
@@ -291,7 +293,7 @@ def set_aside_branch(folder: pathlib.Path, iteration: int, *, is_resumed: bool) 
             files += [best] if checkpoint.load(best)["iteration"] > iteration else []
     if not files:
         return None
-    aside = next(p for n in range(1, 10**6) if not (p := folder / f"abandoned_{n}").exists())
+    aside = find_free_path(folder / "abandoned_")
     aside.mkdir()
     for path in copied:
         shutil.copyfile(path, aside / path.name)

@@ -347,11 +347,10 @@ class Run:
     def resume(self, path: pathlib.Path, contents: dict[str, Any] | None = None) -> None:
         """Load a checkpoint, so that the run continues from it.
 
-        contents: those of the checkpoint, if they have been read already.
-
-        With the same number of workers the run continues exactly; with another number the replay buffers are dealt out
-        anew and the noise starts afresh. A published TF1 checkpoint has weights, optimizer and iteration only. Raises
-        UsageError if the checkpoint is damaged or of another network.
+        contents: those of the checkpoint, if they have been read already. With the same number of workers the run
+        continues exactly; with another number the replay buffers are dealt out anew and the noise starts afresh. A
+        published TF1 checkpoint has weights, optimizer and iteration only. Raises UsageError if the checkpoint is
+        damaged or of another network.
         """
         state, workers = self.state, self.workers
         self.is_resumed = True

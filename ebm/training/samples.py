@@ -149,11 +149,11 @@ class Sampler:
 def choose_measure(
     settings: TrainSettings, dataset: data.Dataset, device: torch.device
 ) -> Callable[[], SampleMeasure] | None:
-    """Return what makes the measure of samples: by Inception if its weights are at hand, else by a classifier.
+    """Return a function that makes the measure of samples, or None if samples are not to be measured.
 
-    It is None for no measure. A line says that the classifier stands in for Inception, or why nothing is measured.
-    Raises UsageError if `quality` is set and neither can be used, or if given weights cannot be. Nothing is written
-    before the measure is made.
+    Samples are measured by Inception if its weights are at hand, else by a classifier. A line says that the classifier
+    stands in for Inception, or why nothing is measured. Raises UsageError if `quality` is set and neither can be used,
+    or if given weights cannot be. Nothing is written before the measure is made.
     """
     is_asked = settings.quality or settings.inception_weights
     if settings.quality is False or not (is_asked or settings.dataset in MEASURED_SETS):

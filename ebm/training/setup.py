@@ -137,8 +137,9 @@ def note_differences(
 
 
 def choose_folder_check(settings: TrainSettings) -> Callable[[], object]:
-    """Return what raises UsageError if the folder does not fit: a resumed run's checkpoint must be there, and a new run
-    sets nothing aside but runs.
+    """Return the check of a run's folder, a function that raises UsageError if the folder cannot be used.
+
+    The checkpoint of a resumed run must be there; a new run sets nothing aside but runs.
     """
     if settings.resume_iter == "-1":
         return functools.partial(check_new_folder, settings.folder)

@@ -15,9 +15,8 @@ from typing import Any
 
 from ebm.support.launch import Launch
 from ebm.training import hold
+from ebm.training.hold import STOP_SIGNALS
 
-# What schedulers and people send: SIGUSR1 and SIGUSR2 announce the end of a job, SIGXCPU the end of its CPU time.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 ECHO = 2.0  # seconds in which a signal may arrive again, because a launcher passes on what its workers got, too
 
 
@@ -49,8 +48,6 @@ class StopSignals:
         if now - self._times.setdefault(number, now) > ECHO:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        if number == signal.SIGHUP:
-            discard_lost_output()
         self._ask(number)
 
     def release_launcher(self) -> None:
@@ -83,12 +80,3 @@ def start_hold(launch: Launch) -> subprocess.Popen[bytes] | None:
     command = [sys.executable, "-I", "-S", str(pathlib.Path(hold.__file__)), str(pid), launch.launcher]
     quiet = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
-
-
-def discard_lost_output() -> None:
-    """Send output to nowhere that goes to a terminal which is closed, so that printing does not fail before saving."""
-    for descriptor in (1, 2):
-        try:
-            os.write(descriptor, b"")
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
