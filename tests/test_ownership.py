@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import io
 import json
 import os
@@ -191,6 +192,36 @@ def test_a_folder_that_is_renamed_before_it_is_locked(tmp_path, monkeypatch):
         folder.rename(tmp_path / "x.2")
         owner.confirm()  # the folder has vanished: it is made and owned again
         assert (folder / ".lock").read_text()
+
+
+def test_a_folder_that_is_away_for_a_while(tmp_path):
+    """Breaks when a run that could not take its folder again writes there later without owning it."""
+    folder = tmp_path / "x"
+    with own_folder(folder, WORKERS) as owner:
+        (folder / ".lock").unlink()
+        folder.rmdir()
+        folder.write_text("as if its disk were gone")
+        with pytest.raises(OSError, match="exists"):
+            owner.confirm()
+        folder.unlink()
+        with other_owner(folder), pytest.raises(UsageError, match="x is in use by"):
+            owner.confirm()
+        owner.confirm()
+        assert (folder / ".lock").read_text()
+
+
+def test_a_link_in_place_of_a_lock(tmp_path):
+    """Breaks when the folder of a stranger leads a run to overwrite a file elsewhere."""
+    (tmp_path / "precious").write_text("mine")
+    write_checkpoint(tmp_path / "x" / "y" / "model_1.pt")
+    (tmp_path / "x" / "y" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UsageError, match=r"cannot write .*y .*symbolic links"), own_folder(tmp_path / "x/y", WORKERS):
+        pytest.fail("took a link for a lock")
+    (tmp_path / "x" / "config.json").write_text("{}")
+    check = functools.partial(check_new_folder, tmp_path / "x")
+    with pytest.raises(UsageError, match="symbolic links"), own_folder(tmp_path / "x", WORKERS, check):
+        pytest.fail("followed a link to a lock")
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -422,7 +453,7 @@ def test_branch_files(tmp_path):
         (tmp_path / name).write_text("")
     later = {"model_7.pt", "model_7.index", "model_7.data-00000-of-00001", "model_7.meta", "model_1000.pt"}
     assert {path.name for path in list_branch_files(tmp_path, 6)} == later | {"samples_7.png", "quality_7.json"}
-    (tmp_path / "abandoned_1").mkdir()
+    (tmp_path / "abandoned_1").symlink_to("nowhere")
     assert set_aside_branch(tmp_path, 6, is_resumed=True) == tmp_path / "abandoned_2"
     assert set_aside_branch(tmp_path, 6, is_resumed=True) is None
 

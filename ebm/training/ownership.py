@@ -36,6 +36,7 @@ LOCK_NAME = ".lock"
 BEAT = 10.0  # seconds between two touches of the lock file, on a file system without locks
 PATIENCE = 120.0  # seconds without a touch after which its owner counts as dead; attributes may be cached for a minute
 HELD = {errno.EACCES, errno.EAGAIN}  # the errors with which the system refuses a lock that another process holds
+OPEN_LOCK = os.O_RDWR | os.O_NOFOLLOW  # a lock file is overwritten, and a link in a stranger's folder may lead anywhere
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 # What shows that a folder is a run's: one of these, besides checkpoints.
 MARKS = (LOCK_NAME, "config.json", LOG_NAME, "tensorboard")
@@ -57,7 +58,7 @@ class FolderLock:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
         self._text = json.dumps(owner).encode()
         # Nothing else in this process may open the file: closing it would release the lock.
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._file = os.open(self.path, OPEN_LOCK | os.O_CREAT, 0o666)
         try:
             has_lock = lock_file(self._file, self.path)
             if not self._is_in_place:
@@ -138,7 +139,7 @@ def measure_age(path: pathlib.Path) -> float:
 
 def is_locked(path: pathlib.Path) -> bool:
     """Return whether another process holds the lock file of this path."""
-    file = os.open(path, os.O_RDWR)
+    file = os.open(path, OPEN_LOCK)
     try:
         lock_file(file, path)
     except UsageError:
@@ -198,11 +199,14 @@ class FolderOwner:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     def confirm(self) -> None:
-        """Take the lock again if its file has gone; raise UsageError if the folder is another's by now."""
+        """Take the lock again if its file has gone; raise UsageError if the folder is another's by now.
+
+        Raises OSError while the folder cannot be written; the next call tries again.
+        """
         if self._lock is not None and not self._lock.is_held:
             lost, self._lock = self._lock, None
             lost.release()
-            self._lock = self._take()
+        self._lock = self._lock or self._take()
 
     def start_afresh(self) -> None:
         """Rename the folder if it holds an earlier run, so that a new one has it for itself and nothing is lost."""
@@ -291,7 +295,7 @@ def set_aside_branch(folder: pathlib.Path, iteration: int, *, is_resumed: bool) 
             files += [best] if checkpoint.load(best)["iteration"] > iteration else []
     if not files:
         return None
-    aside = next(p for n in range(1, 10**6) if not (p := folder / f"abandoned_{n}").exists())
+    aside = next(p for n in range(1, 10**6) if not os.path.lexists(p := folder / f"abandoned_{n}"))
     aside.mkdir()
     for path in copied:
         shutil.copyfile(path, aside / path.name)
