@@ -34,7 +34,7 @@ from ebm.settings import AisSettings, SandboxSettings, TrainSettings
 from ebm.support import hardware
 from ebm.support.errors import UsageError
 from ebm.tasks import sandbox_data
-from ebm.tasks.trained_models import TrainedModel, load_labelled_split, load_split
+from ebm.tasks.trained_models import TrainedModel, find_class, load_labelled_split, load_split
 from ebm.training.setup import choose_network
 
 CPU = torch.device("cpu")
@@ -441,6 +441,18 @@ def test_labels_follow_names(tmp_path, capsys):
     assert examine(tmp_path / "b", ("Dog", "caf\xe9")).labels.tolist() == [1, 0]
     assert "dog is Dog" in capsys.readouterr().out
     assert examine(tmp_path / "a", (), classes=3).labels.tolist() == [0, 1, 2]  # a checkpoint without names
+
+
+def test_a_class_is_found_by_its_name():
+    """Breaks when a number is a place although classes are called by numbers, or a name with a comma is not found."""
+    folders = ("1", "10", "2", "red, big")
+    words = {"1": 0, "10": 1, "2": 2, "red, big": 3, "Big": 3}
+    assert {word: find_class("label", word, folders, 4) for word in words} == words
+    for word in ("0", "3"):
+        with pytest.raises(UsageError, match=f"no class is called '{word}'"):
+            find_class("label", word, folders, 4)
+    for names in (("0", "1", "2"), ("00", "01", "02"), ("cat", "dog", "2"), ()):
+        assert find_class("label", "2", names, 3) == 2
 
 
 def test_other_classes_are_refused(tmp_path):
