@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import models
-from ebm.readers.bounded import describe, report_unreadable_file
+from ebm.readers.bounded import describe, make_printable, report_unreadable_file
 from ebm.readers.pickles import ForeignName
 from ebm.readers.state_values import find_odd_entry, is_number
 from ebm.readers.tensorflow import read_tf_checkpoint
@@ -124,6 +124,8 @@ def load(path: pathlib.Path) -> dict[str, Any]:
         odd = "class_names"
     if odd:
         raise UsageError(f"{path} holds something else than it should as its {odd}; use an earlier checkpoint")
+    if "class_names" in state:
+        state["class_names"] = [make_printable(name) for name in state["class_names"]]
     return state
 
 

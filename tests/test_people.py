@@ -302,6 +302,14 @@ def test_other_layouts(tmp_path, capsys):
         save(tmp_path / f"all/{name}/{name[:3]}.png")
     assert len(load_folder(tmp_path / "all")) == 1
     assert "left out: more, val\n" in capsys.readouterr().out
+    for name in ("training_set/cat", "training_set/dog", "test_images/dog", "train_data/cat"):
+        save(tmp_path / f"longer/{name}/{name[:2]}.png")
+    assert load_folder(tmp_path / "longer", split="test").labels.tolist() == [0]
+    assert load_folder(tmp_path / "longer").class_names == ("cat",)
+    assert capsys.readouterr().out.count("left out: training_set\n") == 2
+    save(tmp_path / "outer/Images/cat/0.png")
+    assert load_folder(tmp_path / "outer").class_names == ("Images",)
+    assert "all images are of the class Images; if it is its" in capsys.readouterr().out
     save(tmp_path / "half/val/cat/0.png")
     with pytest.raises(UsageError, match="has no folder train"):
         load_folder(tmp_path / "half")
@@ -362,6 +370,20 @@ def test_what_is_no_file(tmp_path):
     dataset = imagenet.open_imagenet(tmp_path, "train", workers=0)
     dataset.raw(torch.tensor([1]))
     assert dataset.bad == {1}
+
+
+@pytest.mark.parametrize("read", [load_folder, lambda path: imagenet.open_imagenet(path, "train", workers=0)])
+def test_links_that_lead_nowhere(tmp_path, read):
+    """Breaks when a class on a disk that is away is left out without a word, or a link to itself is a traceback."""
+    save(tmp_path / "a/0.png")
+    for link, target in ((tmp_path / "b", "nowhere"), (tmp_path / "a/more", "more")):
+        link.symlink_to(target)
+        with pytest.raises(UsageError, match=f"{link.name} is a link that leads nowhere; mend or remove it"):
+            read(tmp_path)
+        link.unlink()
+    (tmp_path / "a/1.png").symlink_to("nowhere.png")
+    with pytest.raises(UsageError, match=r"1\.png"):
+        load_folder(tmp_path)
 
 
 # ---- sizes ----

@@ -51,6 +51,11 @@ def describe(error: Exception) -> str:
     return (line if len(line) <= 200 else f"{line[:200]}…") or type(error).__name__
 
 
+def make_printable(name: str) -> str:
+    """Return a name as text for any terminal: bytes that are no UTF-8, line ends and control characters as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 def open_file(path: PathLike) -> BinaryIO:
     """Open a regular file for reading; raise OSError for anything else, without waiting for the other end of a pipe."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)

@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ebm.readers.bounded import make_printable
 from ebm.readers.decoding import convert_image, is_grey, open_image
 from ebm.readers.image_files import Contents, report_unreadable_file
 from ebm.readers.tensorflow import Fault
@@ -36,6 +38,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".g
 CLUTTER = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini")
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval")  # the first that exists
+SPLIT_ENDING = re.compile("[ _-]?(set|images|data)$")  # after such a name, as in training_set
 MOST_PIXELS = 1 << 20  # of an image that a network is to be trained on
 
 
@@ -64,17 +67,25 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.casefold() in CLUTTER
 
 
-def make_printable(name: str) -> str:
-    """Return the name of a file as text for any terminal: bytes that are no UTF-8, and line ends, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
 def scan_folder(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """Return the entries of a folder that are not hidden, by name; raise UsageError if it cannot be read."""
     try:
         return sorted((e for e in os.scandir(folder) if not is_hidden(e.name)), key=lambda e: e.name)
     except OSError as error:
         raise UsageError(f"{os.fspath(folder)} cannot be read: {error.strerror}") from None
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder, or a link to one.
+
+    Raises UsageError for a link that leads nowhere, which could be a folder of images on a disk that is away. If it has
+    the name of an image, the error comes when that is read.
+    """
+    if entry.is_symlink() and not os.path.exists(entry):
+        if not entry.name.lower().endswith(IMAGE_SUFFIXES):
+            raise UsageError(f"{make_printable(entry.path)} is a link that leads nowhere; mend or remove it")
+        return False
+    return entry.is_dir()
 
 
 def walk_files(folder: str, inner: str, entered: set[tuple[int, int]]) -> Iterator[str]:
@@ -88,7 +99,7 @@ def walk_files(folder: str, inner: str, entered: set[tuple[int, int]]) -> Iterat
     entered.add((status.st_dev, status.st_ino))
     for entry in scan_folder(os.path.join(folder, inner)):
         path = os.path.join(inner, entry.name)
-        if entry.is_dir():
+        if is_folder(entry):
             yield from walk_files(folder, path, entered)
         else:
             yield path
@@ -111,13 +122,12 @@ def list_folder(folder: pathlib.Path) -> FoundImages:
         return images
 
     entries = scan_folder(folder)
-    direct = keep_images(entry.name for entry in entries if not entry.is_dir())
+    direct = keep_images(entry.name for entry in entries if not is_folder(entry))
     if not direct:
         others.clear()  # lists and texts beside class folders
-    for entry in entries:
-        if entry.is_dir():
-            paths = keep_images(walk_files(root, entry.name, {(top.st_dev, top.st_ino)}))
-            by_class[entry.name] = sorted(paths, key=lambda path: path.split("/"))
+    for entry in filter(is_folder, entries):
+        paths = keep_images(walk_files(root, entry.name, {(top.st_dev, top.st_ino)}))
+        by_class[entry.name] = sorted(paths, key=lambda path: path.split("/"))
     check_classes(folder, direct, by_class)
     if others:
         print(
@@ -125,6 +135,11 @@ def list_folder(folder: pathlib.Path) -> FoundImages:
             f"left out, such as {make_printable(others[0])}"
         )
     paths = direct or [path for paths in by_class.values() for path in paths]
+    if len(by_class) == 1 and all(path.count("/") > 1 for path in paths):
+        name = make_printable(*by_class)
+        print(
+            f"note: all images are of the class {name}; if it is its subfolders that are classes, give {folder / name}"
+        )
     encoded = np.array([os.fsencode(path) for path in paths])
     if direct:
         return FoundImages(folder, encoded, None, ())
@@ -151,10 +166,12 @@ def find_split(
     """Return the folder of a split, "train" or "test": the folder itself if it is not divided; None if it lacks it.
 
     A folder is divided if it has a subfolder of TRAIN_NAMES and one of `test_names`, or no subfolders but such. The
-    first of `test_names` that exists holds the test images; capitals do not matter. A note, unless `quiet`, names the
-    subfolders that are in no split.
+    first of `test_names` that exists holds the test images; capitals do not matter, nor does a word such as set after
+    the name. A note, unless `quiet`, names the subfolders that are in no split.
     """
-    subfolders = {entry.name.casefold(): folder / entry.name for entry in scan_folder(folder) if entry.is_dir()}
+    paths = [folder / entry.name for entry in filter(is_folder, scan_folder(folder))]
+    longest_first = sorted(paths, key=lambda path: len(path.name), reverse=True)  # so that train is before train_set
+    subfolders = {SPLIT_ENDING.sub("", path.name.casefold()): path for path in longest_first}
     places = {
         "train": next((subfolders[name] for name in TRAIN_NAMES if name in subfolders), None),
         "test": next((subfolders[name] for name in test_names if name in subfolders), None),
@@ -162,7 +179,7 @@ def find_split(
     is_alone = bool(subfolders) and set(subfolders) <= {*TRAIN_NAMES, *test_names}
     if not is_alone and None in places.values():
         return folder
-    unused = [make_printable(path.name) for path in subfolders.values() if path not in places.values()]
+    unused = [make_printable(path.name) for path in paths if path not in places.values()]
     if unused and not quiet:
         print(f"note: {folder} is divided into splits; left out: {', '.join(unused)}")
     return places[split]

@@ -35,8 +35,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from ebm.readers.bounded import make_printable
 from ebm.readers.decoding import convert_image, open_image
-from ebm.readers.folders import make_printable, note_remarks
+from ebm.readers.folders import note_remarks
 from ebm.readers.tensorflow import Fault
 from ebm.readers.tf_images import read_tf_pixels
 from ebm.support.errors import UsageError
