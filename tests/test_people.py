@@ -1,10 +1,12 @@
 """What people really have as data: pixels of every kind, layouts of folders, names, sizes, and labels by name."""
 
 import dataclasses
+import inspect
 import json
 import os
 import pathlib
 import struct
+import sys
 import tempfile
 import zlib
 from types import SimpleNamespace
@@ -370,6 +372,17 @@ def test_what_is_no_file(tmp_path):
     dataset = imagenet.open_imagenet(tmp_path, "train", workers=0)
     dataset.raw(torch.tensor([1]))
     assert dataset.bad == {1}
+
+
+def test_folders_in_folders(tmp_path):
+    """Breaks when folders that lie deep inside each other end in a traceback."""
+    save(tmp_path / "a" / ("n/" * 400) / "0.png")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 200)
+    try:
+        assert len(folders.list_folder(tmp_path).paths) == 1
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 @pytest.mark.parametrize("read", [load_folder, lambda path: imagenet.open_imagenet(path, "train", workers=0)])

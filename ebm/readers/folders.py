@@ -93,16 +93,16 @@ def walk_files(folder: str, inner: str, entered: set[tuple[int, int]]) -> Iterat
 
     entered: device and number of folders that are not to be entered, again; it grows.
     """
-    status = os.stat(os.path.join(folder, inner))
-    if (status.st_dev, status.st_ino) in entered:
-        return
-    entered.add((status.st_dev, status.st_ino))
-    for entry in scan_folder(os.path.join(folder, inner)):
-        path = os.path.join(inner, entry.name)
-        if is_folder(entry):
-            yield from walk_files(folder, path, entered)
-        else:
-            yield path
+    waiting = [inner]  # the next one last
+    while waiting:
+        inner = waiting.pop()
+        status = os.stat(os.path.join(folder, inner))
+        if (status.st_dev, status.st_ino) in entered:
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        entries = scan_folder(os.path.join(folder, inner))
+        waiting += [os.path.join(inner, entry.name) for entry in reversed(entries) if is_folder(entry)]
+        yield from (os.path.join(inner, entry.name) for entry in entries if not is_folder(entry))
 
 
 def list_folder(folder: pathlib.Path) -> FoundImages:
