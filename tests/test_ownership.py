@@ -541,3 +541,15 @@ def test_other_classes(tmp_path):
         "cat",
         "dog",
     )
+
+
+def test_other_images(tmp_path):
+    """Breaks when a run goes on with a data set that has lost images, or gained some, without a word."""
+    said: list[str] = []
+    run = make_run(make_state(), tmp_path / "x", said)
+    run.save()
+    run.resume(tmp_path / "x" / "model_0.pt")
+    assert not said
+    run.dataset = StoredImages("toy", draw_bytes(20, 1, 28, 28), None)
+    run.resume(tmp_path / "x" / "model_0.pt")
+    assert said == [f"note: {tmp_path}/x/model_0.pt was trained on 24 images, and the data set has 20 now"]

@@ -300,6 +300,7 @@ class Run:
         return {
             "flags": cli.to_dict(self.settings),
             "class_names": list(self.dataset.class_names),
+            "images": len(self.dataset),
             "best": self.best,
             "rollbacks": self.rollbacks,
             "precision": self.state.acceleration.precision,
@@ -367,6 +368,11 @@ class Run:
         with report_unreadable_file(path):
             state.load_shared_state(contents)
         self.branch_point = state.iteration
+        images = contents.get("images", len(self.dataset))
+        if images != len(self.dataset):
+            workers.print(
+                f"note: {path} was trained on {images:,} images, and the data set has {len(self.dataset):,} now"
+            )
         was_averaged, is_averaged = bool(contents.get("ema")), state.ema is not None
         if was_averaged and not is_averaged:
             workers.print(f"note: {path} has averaged weights, which this run drops; ema_decay would keep them")
