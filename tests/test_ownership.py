@@ -206,8 +206,15 @@ def test_a_folder_that_is_away_for_a_while(tmp_path):
         folder.unlink()
         with other_owner(folder), pytest.raises(UsageError, match="x is in use by"):
             owner.confirm()
-        owner.confirm()
+        assert owner.confirm() and not owner.confirm()
         assert (folder / ".lock").read_text()
+        said = []
+        run = make_run(make_state(), folder, said)
+        run.owner, run.say = owner, said.append
+        run.save()
+        folder.rename(tmp_path / "y")
+        run.save()
+        assert [line for line in said if "lock in" in line] == said[1:2]
 
 
 def test_a_link_in_place_of_a_lock(tmp_path):
@@ -545,7 +552,7 @@ def test_other_classes(tmp_path):
 
 def test_other_images(tmp_path):
     """Breaks when a run goes on with a data set that has lost images, or gained some, without a word."""
-    said: list[str] = []
+    said = []
     run = make_run(make_state(), tmp_path / "x", said)
     run.save()
     run.resume(tmp_path / "x" / "model_0.pt")

@@ -198,15 +198,19 @@ class FolderOwner:
                 return FolderLock(self.folder)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
-    def confirm(self) -> None:
-        """Take the lock again if its file has gone; raise UsageError if the folder is another's by now.
+    def confirm(self) -> bool:
+        """Take the lock again if its file has gone; return whether it had.
 
-        Raises OSError while the folder cannot be written; the next call tries again.
+        Raises UsageError if the folder is another's by now, and OSError while it cannot be written; the next call then
+        tries again.
         """
-        if self._lock is not None and not self._lock.is_held:
+        if self._lock is not None:
+            if self._lock.is_held:
+                return False
             lost, self._lock = self._lock, None
             lost.release()
-        self._lock = self._lock or self._take()
+        self._lock = self._take()
+        return True
 
     def start_afresh(self) -> None:
         """Rename the folder if it holds an earlier run, so that a new one has it for itself and nothing is lost."""

@@ -326,8 +326,11 @@ class Run:
 
     def put_checkpoint(self, path: pathlib.Path, contents: dict[str, Any]) -> None:
         """Write a checkpoint, if the folder is still this run's, beside those of its own history alone."""
-        if self.owner is not None:
-            self.owner.confirm()
+        if self.owner is not None and self.owner.confirm():
+            self.say(
+                f"note: the lock in {path.parent} had gone; if the folder was moved, or its disk is away, a new folder "
+                "holds the files from now on"
+            )
         self.leave_branch()
         checkpoint.save(path, contents)
 
