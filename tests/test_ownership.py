@@ -298,7 +298,9 @@ def test_folders_that_are_no_runs(tmp_path):
 
 
 def test_a_new_run_gets_an_empty_folder(tmp_path, monkeypatch):
-    """Breaks when a new run begins among the files of an earlier one, or resuming sets them aside."""
+    """Breaks when a new run begins among the files of an earlier one, resuming sets them aside, or a run that only
+    samples replaces the settings of the training.
+    """
     settings = TrainSettings(**LIVING | {"logdir": str(tmp_path), "exp": "x", "cclass": False, "max_iter": 0})
     images = StoredImages("toy", draw_bytes(24, 1, 28, 28), None)
     monkeypatch.setattr("ebm.training.setup.open_dataset", lambda *arguments: images)
@@ -310,6 +312,11 @@ def test_a_new_run_gets_an_empty_folder(tmp_path, monkeypatch):
             open_run(chosen, WORKERS, owner)
         assert set(list_files(tmp_path / "x")) == expected
     assert set(list_files(tmp_path / "x.1")) == {"model_1.pt", "config.json"}
+    chosen = dataclasses.replace(settings, resume_iter="1", train=False, exp="x.1", lr=1.0)
+    before = list_files(tmp_path / "x.1")
+    with own_folder(chosen.folder, WORKERS) as owner:
+        open_run(chosen, WORKERS, owner)
+    assert list_files(tmp_path / "x.1") == before
 
 
 @pytest.mark.parametrize("changes", [{"resume_iter": "latest"}, {"quality": True, "dataset": "folder"}], ids=str)
