@@ -47,6 +47,7 @@ from ebm.readers.pickles import to_texts
 from ebm.readers.streaming import decode_image
 from ebm.readers.torch_files import read_torch_file
 from ebm.settings import TrainSettings
+from ebm.support import cli
 from ebm.support.errors import UsageError
 from ebm.tasks.trained_models import check_training_flags
 from ebm.training.setup import list_differences
@@ -707,6 +708,19 @@ def test_texts_of_a_file_do_not_steer_the_terminal(tmp_path):
     assert checkpoint.load(tmp_path / "model_1.pt")["class_names"] == ["\\x1b[2Jcat", "dog\\n"]
     assert list_differences(TrainSettings(), {"batch_size": "\x1b[2J"}) == ["batch_size: \\x1b[2J -> 256"]
     assert to_texts([b"\x1b[2Jcat", "dog"]) == ("\\x1b[2Jcat", "dog")
+
+
+def test_errors_do_not_steer_the_terminal(capsys, monkeypatch):
+    """Breaks if the error that ends a script repeats control characters, or a list in it becomes one line."""
+
+    def fail(settings):
+        raise UsageError("`exp` is \x1b[2J:\n  missing")
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr("ebm.support.interruption.raise_on_signals", lambda: None)
+    with pytest.raises(SystemExit):
+        cli.run(fail, TrainSettings, "")
+    assert capsys.readouterr().err == "error: --exp is \\x1b[2J:\n  missing\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -377,7 +377,8 @@ def run(main: Callable[[Settings], None], kind: type[Settings], usage: str | Non
         if message is None:
             raise
         let_rank_0_speak()
-        print(f"error: {name_flags(make_printable(message), kind)}", file=sys.stderr)
+        lines = map(make_printable, name_flags(message, kind).split("\n"))
+        print("error: " + "\n".join(lines), file=sys.stderr)
         sys.exit(2)
 
 
