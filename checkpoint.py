@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import models
-from ebm.readers.bounded import describe_failure, report_unreadable_file
+from ebm.readers.bounded import describe_failure, make_printable, report_unreadable_file
 from ebm.readers.pickles import ForeignName
 from ebm.readers.state_values import find_odd_entry, is_number
 from ebm.readers.tensorflow import read_tf_checkpoint
@@ -52,10 +52,12 @@ def prune(folder: pathlib.Path) -> None:
     The newest `KEEP` stay, and so does the first of every six hours, by the time of the file. Half-written files of
     killed processes are deleted, too.
     """
-    for path in folder.glob(".*.tmp"):
+    for path in filter(pathlib.Path.is_file, folder.glob(".*.tmp")):
         path.unlink()
     numbered = sorted(
-        (number, path) for path in folder.glob("model_*.pt") if (number := parse_iteration(path)) is not None
+        (number, path)
+        for path in folder.glob("model_*.pt")
+        if (number := parse_iteration(path)) is not None and path.is_file()  # not a link to a disk that is away
     )
     periods = set()
     for _, path in numbered[:-KEEP]:
@@ -88,7 +90,7 @@ def find(folder: pathlib.Path, resume_iter: str) -> pathlib.Path:
             raise UsageError(f"no checkpoint in {folder}; train one first, or check `exp`")
         resume_iter = str(numbers[-1])
     prefix = folder / f"model_{resume_iter}"
-    if os.path.exists(f"{prefix}.pt"):  # not Path.exists, which raises for a name that is too long
+    if os.path.lexists(f"{prefix}.pt"):  # a link may lead nowhere, of which `load` tells
         return prefix.with_name(f"{prefix.name}.pt")
     if os.path.exists(f"{prefix}.index"):
         return prefix
@@ -121,6 +123,8 @@ def load(path: pathlib.Path) -> dict[str, Any]:
         odd = "class_names"
     if odd:
         raise UsageError(f"{path} holds something else than it should as its {odd}; use an earlier checkpoint")
+    if "class_names" in state:
+        state["class_names"] = [make_printable(name) for name in state["class_names"]]
     return state
 
 

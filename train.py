@@ -222,7 +222,8 @@ def open_run(settings: TrainSettings, workers: Workers, owner: FolderOwner) -> R
         owner.start_afresh()
     run.prepare_measure()
     if workers.rank == 0:
-        setup.write_config(settings, state, workers)
+        if settings.train:
+            setup.write_config(settings, state, workers)
         setup.announce_run(settings, state, dataset, workers, run.stop)
     return run
 

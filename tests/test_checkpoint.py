@@ -132,3 +132,17 @@ def test_retention(tmp_path):
         checkpoint.prune(tmp_path)
         assert checkpoint.list_iterations(tmp_path) == [0, 600, *range(1000, 4000, 100)]
     assert (tmp_path / "model_best.pt").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_links_to_a_disk_that_is_away(tmp_path, monkeypatch):
+    """Breaks when a link that leads nowhere keeps old checkpoints from being deleted, or a message calls it missing."""
+    monkeypatch.setattr(checkpoint, "KEEP", 1)
+    for i in range(4):
+        (tmp_path / f"model_{i}.pt").write_bytes(b"")
+        os.utime(tmp_path / f"model_{i}.pt", (i, i))
+    (tmp_path / ".of_another_program.tmp").mkdir()
+    (tmp_path / "model_9.pt").symlink_to("nowhere")
+    checkpoint.prune(tmp_path)
+    assert checkpoint.list_iterations(tmp_path) == [0, 3, 9]
+    with pytest.raises(UsageError, match=r"model_9\.pt cannot be read \(No such file"):
+        checkpoint.load(checkpoint.find(tmp_path, "latest"))

@@ -511,6 +511,11 @@ def damage(root, kind):
         write_mnist(mnist)
         (mnist / "train-labels-idx1-ubyte").write_bytes(b"")
         return {"name": "mnist"}, "train-labels-idx1-ubyte is damaged"
+    if kind == "no images":
+        write_mnist(mnist)
+        (mnist / "train-images-idx3-ubyte").write_bytes(encode_idx(torch.zeros(0, 28, 28, dtype=torch.uint8)))
+        (mnist / "train-labels-idx1-ubyte").write_bytes(encode_idx(torch.zeros(0, dtype=torch.uint8)))
+        return {"name": "mnist"}, r"labels \(0,\) do not fit images \(0, 28, 28\)"
     if kind == "other count":
         write_mnist(mnist)
         (mnist / "train-labels-idx1-ubyte").write_bytes(encode_idx(torch.zeros(8, dtype=torch.uint8)))
@@ -542,6 +547,10 @@ def damage(root, kind):
         write_cifar(cifar, files=[f"data_batch_{n}" for n in range(1, 6)])
         write_pickle(cifar / "data_batch_2", {"data": draw_bytes(1, 3072).numpy(), "labels": [3]})
         return {"name": "cifar10"}, "data_batch_2 is damaged .*class without a name"
+    if kind == "colours side by side":
+        write_cifar(cifar, files=[f"data_batch_{n}" for n in range(1, 6)])
+        write_pickle(cifar / "data_batch_4", {"data": draw_bytes(2, 32, 32, 3).numpy(), "labels": [1, 2]})
+        return {"name": "cifar10"}, r"data_batch_4 is damaged .*data is \(2, 32, 32, 3\), not \(2, 3072\)"
     if kind == "MATLAB":
         (root / "train_32x32.mat").write_bytes(b"MATLAB" * 99)
         return {"name": "svhn"}, "train_32x32.mat is damaged"
@@ -585,6 +594,7 @@ def damage_folder(root, kind):
         "two bytes per value",
         "class 10",
         "empty file",
+        "no images",
         "other count",
         "code in a pickle",
         "a call that claims memory",
@@ -592,6 +602,7 @@ def damage_folder(root, kind):
         "objects in a pickle",
         "truncated pickle",
         "class without a name",
+        "colours side by side",
         "MATLAB",
         "no folder",
         "empty folder",

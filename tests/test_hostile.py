@@ -43,10 +43,14 @@ from conftest import (
 from ebm.measures.features import load_or_compute
 from ebm.readers import bounded, dsprites, folders, image_files, imagenet, tensorflow
 from ebm.readers.bounded import read_json, report_unreadable_file
+from ebm.readers.pickles import to_texts
 from ebm.readers.streaming import decode_image
 from ebm.readers.torch_files import read_torch_file
+from ebm.settings import TrainSettings
+from ebm.support import cli
 from ebm.support.errors import UsageError
 from ebm.tasks.trained_models import check_training_flags
+from ebm.training.setup import list_differences
 from imagenet_demo import read_names
 
 MUTATIONS = int(os.environ.get("MUTATIONS", "15"))  # of each file
@@ -699,6 +703,24 @@ def test_texts_of_a_file_do_not_steer_the_terminal(tmp_path):
     with pytest.raises(UsageError) as caught:
         imagenet.read_imagenet32_file(tmp_path / "val_data")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+    model = make_model(dataclasses.replace(CONFIG, label_size=2))
+    write_checkpoint(tmp_path / "model_1.pt", model, class_names=["\x1b[2Jcat", "dog\n"])
+    assert checkpoint.load(tmp_path / "model_1.pt")["class_names"] == ["\\x1b[2Jcat", "dog\\n"]
+    assert list_differences(TrainSettings(), {"batch_size": "\x1b[2J"}) == ["batch_size: \\x1b[2J -> 256"]
+    assert to_texts([b"\x1b[2Jcat", "dog"]) == ("\\x1b[2Jcat", "dog")
+
+
+def test_errors_do_not_steer_the_terminal(capsys, monkeypatch):
+    """Breaks if the error that ends a script repeats control characters, or a list in it becomes one line."""
+
+    def fail(settings):
+        raise UsageError("`exp` is \x1b[2J:\n  missing")
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr("ebm.support.interruption.raise_on_signals", lambda: None)
+    with pytest.raises(SystemExit):
+        cli.run(fail, TrainSettings, "")
+    assert capsys.readouterr().err == "error: --exp is \\x1b[2J:\n  missing\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

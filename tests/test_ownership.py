@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import io
 import json
 import os
@@ -193,6 +194,43 @@ def test_a_folder_that_is_renamed_before_it_is_locked(tmp_path, monkeypatch):
         assert (folder / ".lock").read_text()
 
 
+def test_a_folder_that_is_away_for_a_while(tmp_path):
+    """Breaks when a run that could not take its folder again writes there later without owning it."""
+    folder = tmp_path / "x"
+    with own_folder(folder, WORKERS) as owner:
+        (folder / ".lock").unlink()
+        folder.rmdir()
+        folder.write_text("as if its disk were gone")
+        with pytest.raises(OSError, match="exists"):
+            owner.confirm()
+        folder.unlink()
+        with other_owner(folder), pytest.raises(UsageError, match="x is in use by"):
+            owner.confirm()
+        assert owner.confirm() and not owner.confirm()
+        assert (folder / ".lock").read_text()
+        said = []
+        run = make_run(make_state(), folder, said)
+        run.owner, run.say = owner, said.append
+        run.save()
+        folder.rename(tmp_path / "y")
+        run.save()
+        assert [line for line in said if "lock in" in line] == said[1:2]
+
+
+def test_a_link_in_place_of_a_lock(tmp_path):
+    """Breaks when the folder of a stranger leads a run to overwrite a file elsewhere."""
+    (tmp_path / "precious").write_text("mine")
+    write_checkpoint(tmp_path / "x" / "y" / "model_1.pt")
+    (tmp_path / "x" / "y" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UsageError, match=r"cannot write .*y .*symbolic links"), own_folder(tmp_path / "x/y", WORKERS):
+        pytest.fail("took a link for a lock")
+    (tmp_path / "x" / "config.json").write_text("{}")
+    check = functools.partial(check_new_folder, tmp_path / "x")
+    with pytest.raises(UsageError, match="symbolic links"), own_folder(tmp_path / "x", WORKERS, check):
+        pytest.fail("followed a link to a lock")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 def test_a_full_disk(tmp_path, monkeypatch):
     """Breaks when a folder that cannot be written ends in a traceback, or leaves something behind."""
 
@@ -260,7 +298,9 @@ def test_folders_that_are_no_runs(tmp_path):
 
 
 def test_a_new_run_gets_an_empty_folder(tmp_path, monkeypatch):
-    """Breaks when a new run begins among the files of an earlier one, or resuming sets them aside."""
+    """Breaks when a new run begins among the files of an earlier one, resuming sets them aside, or a run that only
+    samples replaces the settings of the training.
+    """
     settings = TrainSettings(**LIVING | {"logdir": str(tmp_path), "exp": "x", "cclass": False, "max_iter": 0})
     images = StoredImages("toy", draw_bytes(24, 1, 28, 28), None)
     monkeypatch.setattr("ebm.training.setup.open_dataset", lambda *arguments: images)
@@ -272,6 +312,11 @@ def test_a_new_run_gets_an_empty_folder(tmp_path, monkeypatch):
             open_run(chosen, WORKERS, owner)
         assert set(list_files(tmp_path / "x")) == expected
     assert set(list_files(tmp_path / "x.1")) == {"model_1.pt", "config.json"}
+    chosen = dataclasses.replace(settings, resume_iter="1", train=False, exp="x.1", lr=1.0)
+    before = list_files(tmp_path / "x.1")
+    with own_folder(chosen.folder, WORKERS) as owner:
+        open_run(chosen, WORKERS, owner)
+    assert list_files(tmp_path / "x.1") == before
 
 
 @pytest.mark.parametrize("changes", [{"resume_iter": "latest"}, {"quality": True, "dataset": "folder"}], ids=str)
@@ -422,7 +467,7 @@ def test_branch_files(tmp_path):
         (tmp_path / name).write_text("")
     later = {"model_7.pt", "model_7.index", "model_7.data-00000-of-00001", "model_7.meta", "model_1000.pt"}
     assert {path.name for path in list_branch_files(tmp_path, 6)} == later | {"samples_7.png", "quality_7.json"}
-    (tmp_path / "abandoned_1").mkdir()
+    (tmp_path / "abandoned_1").symlink_to("nowhere")
     assert set_aside_branch(tmp_path, 6, is_resumed=True) == tmp_path / "abandoned_2"
     assert set_aside_branch(tmp_path, 6, is_resumed=True) is None
 
@@ -510,3 +555,15 @@ def test_other_classes(tmp_path):
         "cat",
         "dog",
     )
+
+
+def test_other_images(tmp_path):
+    """Breaks when a run goes on with a data set that has lost images, or gained some, without a word."""
+    said = []
+    run = make_run(make_state(), tmp_path / "x", said)
+    run.save()
+    run.resume(tmp_path / "x" / "model_0.pt")
+    assert not said
+    run.dataset = StoredImages("toy", draw_bytes(20, 1, 28, 28), None)
+    run.resume(tmp_path / "x" / "model_0.pt")
+    assert said == [f"note: {tmp_path}/x/model_0.pt was trained on 24 images, and the data set has 20 now"]

@@ -1,10 +1,12 @@
 """What people really have as data: pixels of every kind, layouts of folders, names, sizes, and labels by name."""
 
 import dataclasses
+import inspect
 import json
 import os
 import pathlib
 import struct
+import sys
 import tempfile
 import zlib
 from types import SimpleNamespace
@@ -34,7 +36,7 @@ from ebm.settings import AisSettings, SandboxSettings, TrainSettings
 from ebm.support import hardware
 from ebm.support.errors import UsageError
 from ebm.tasks import sandbox_data
-from ebm.tasks.trained_models import TrainedModel, load_labelled_split, load_split
+from ebm.tasks.trained_models import TrainedModel, find_class, load_labelled_split, load_split
 from ebm.training.setup import choose_network
 
 CPU = torch.device("cpu")
@@ -302,6 +304,14 @@ def test_other_layouts(tmp_path, capsys):
         save(tmp_path / f"all/{name}/{name[:3]}.png")
     assert len(load_folder(tmp_path / "all")) == 1
     assert "left out: more, val\n" in capsys.readouterr().out
+    for name in ("training_set/cat", "training_set/dog", "test_images/dog", "train_data/cat"):
+        save(tmp_path / f"longer/{name}/{name[:2]}.png")
+    assert load_folder(tmp_path / "longer", split="test").labels.tolist() == [0]
+    assert load_folder(tmp_path / "longer").class_names == ("cat",)
+    assert capsys.readouterr().out.count("left out: training_set\n") == 2
+    save(tmp_path / "outer/Images/cat/0.png")
+    assert load_folder(tmp_path / "outer").class_names == ("Images",)
+    assert "all images are of the class Images; if it is its" in capsys.readouterr().out
     save(tmp_path / "half/val/cat/0.png")
     with pytest.raises(UsageError, match="has no folder train"):
         load_folder(tmp_path / "half")
@@ -362,6 +372,31 @@ def test_what_is_no_file(tmp_path):
     dataset = imagenet.open_imagenet(tmp_path, "train", workers=0)
     dataset.raw(torch.tensor([1]))
     assert dataset.bad == {1}
+
+
+def test_folders_in_folders(tmp_path):
+    """Breaks when folders that lie deep inside each other end in a traceback."""
+    save(tmp_path / "a" / ("n/" * 400) / "0.png")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 200)
+    try:
+        assert len(folders.list_folder(tmp_path).paths) == 1
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+@pytest.mark.parametrize("read", [load_folder, lambda path: imagenet.open_imagenet(path, "train", workers=0)])
+def test_links_that_lead_nowhere(tmp_path, read):
+    """Breaks when a class on a disk that is away is left out without a word, or a link to itself is a traceback."""
+    save(tmp_path / "a/0.png")
+    for link, target in ((tmp_path / "b", "nowhere"), (tmp_path / "a/more", "more")):
+        link.symlink_to(target)
+        with pytest.raises(UsageError, match=f"{link.name} is a link that leads nowhere; mend or remove it"):
+            read(tmp_path)
+        link.unlink()
+    (tmp_path / "a/1.png").symlink_to("nowhere.png")
+    with pytest.raises(UsageError, match=r"1\.png"):
+        load_folder(tmp_path)
 
 
 # ---- sizes ----
@@ -441,6 +476,18 @@ def test_labels_follow_names(tmp_path, capsys):
     assert examine(tmp_path / "b", ("Dog", "caf\xe9")).labels.tolist() == [1, 0]
     assert "dog is Dog" in capsys.readouterr().out
     assert examine(tmp_path / "a", (), classes=3).labels.tolist() == [0, 1, 2]  # a checkpoint without names
+
+
+def test_a_class_is_found_by_its_name():
+    """Breaks when a number is a place although classes are called by numbers, or a name with a comma is not found."""
+    folders = ("1", "10", "2", "red, big")
+    words = {"1": 0, "10": 1, "2": 2, "red, big": 3, "Big": 3}
+    assert {word: find_class("label", word, folders, 4) for word in words} == words
+    for word in ("0", "3"):
+        with pytest.raises(UsageError, match=f"no class is called '{word}'"):
+            find_class("label", word, folders, 4)
+    for names in (("0", "1", "2"), ("00", "01", "02"), ("cat", "dog", "2"), ()):
+        assert find_class("label", "2", names, 3) == 2
 
 
 def test_other_classes_are_refused(tmp_path):

@@ -55,16 +55,16 @@ def report_unreadable_file(path: PathLike) -> Iterator[None]:
         ) from error
 
 
-def make_printable(name: str) -> str:
-    """Return the name of a file as text for any terminal: bytes that are no UTF-8, and line ends, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
 def describe_failure(error: Exception) -> str:
     """Return an error in a few words on one line; texts of a file, which may be in it, cannot steer a terminal."""
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)[:1000]
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in words).split())
     return (line if len(line) <= 200 else f"{line[:200]}…") or type(error).__name__
+
+
+def make_printable(name: str) -> str:
+    """Return a name as text for any terminal: bytes that are no UTF-8, line ends and control characters as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def open_file(path: PathLike) -> BinaryIO:

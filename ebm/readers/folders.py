@@ -13,6 +13,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ CLUTTER = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "l
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation", "dev", "eval")
 TEST_NAMES = ("test", "testing", *VALIDATION_NAMES)  # the first that exists
+SPLIT_ENDING = re.compile("[ _-]?(set|images|data)$")  # after such a name, as in training_set
 MOST_PIXELS = 1 << 20  # of an image that a network is to be trained on
 
 
@@ -72,21 +74,34 @@ def scan_folder(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
         raise UsageError(f"{os.fspath(folder)} cannot be read: {error.strerror}") from None
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder, or a link to one.
+
+    Raises UsageError for a link that leads nowhere, which could be a folder of images on a disk that is away. If it has
+    the name of an image, the error comes when that is read.
+    """
+    if entry.is_symlink() and not os.path.exists(entry):
+        if not entry.name.lower().endswith(IMAGE_SUFFIXES):
+            raise UsageError(f"{make_printable(entry.path)} is a link that leads nowhere; mend or remove it")
+        return False
+    return entry.is_dir()
+
+
 def walk_files(folder: str, inner: str, entered: set[tuple[int, int]]) -> Iterator[str]:
     """Yield the paths of the files below folder/inner, relative to `folder`; links are followed.
 
     entered: device and number of folders that are not to be entered, again; it grows.
     """
-    status = os.stat(os.path.join(folder, inner))
-    if (status.st_dev, status.st_ino) in entered:
-        return
-    entered.add((status.st_dev, status.st_ino))
-    for entry in scan_folder(os.path.join(folder, inner)):
-        path = os.path.join(inner, entry.name)
-        if entry.is_dir():
-            yield from walk_files(folder, path, entered)
-        else:
-            yield path
+    waiting = [inner]  # the next one last
+    while waiting:
+        inner = waiting.pop()
+        status = os.stat(os.path.join(folder, inner))
+        if (status.st_dev, status.st_ino) in entered:
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        entries = scan_folder(os.path.join(folder, inner))
+        waiting += [os.path.join(inner, entry.name) for entry in reversed(entries) if is_folder(entry)]
+        yield from (os.path.join(inner, entry.name) for entry in entries if not is_folder(entry))
 
 
 def list_folder(folder: pathlib.Path) -> FoundImages:
@@ -106,13 +121,12 @@ def list_folder(folder: pathlib.Path) -> FoundImages:
         return images
 
     entries = scan_folder(folder)
-    direct = keep_images(entry.name for entry in entries if not entry.is_dir())
+    direct = keep_images(entry.name for entry in entries if not is_folder(entry))
     if not direct:
         others.clear()  # lists and texts beside class folders
-    for entry in entries:
-        if entry.is_dir():
-            paths = keep_images(walk_files(root, entry.name, {(top.st_dev, top.st_ino)}))
-            by_class[entry.name] = sorted(paths, key=lambda path: path.split("/"))
+    for entry in filter(is_folder, entries):
+        paths = keep_images(walk_files(root, entry.name, {(top.st_dev, top.st_ino)}))
+        by_class[entry.name] = sorted(paths, key=lambda path: path.split("/"))
     check_classes(folder, direct, by_class)
     if others:
         print(
@@ -120,6 +134,11 @@ def list_folder(folder: pathlib.Path) -> FoundImages:
             f"left out, such as {make_printable(others[0])}"
         )
     paths = direct or [path for paths in by_class.values() for path in paths]
+    if len(by_class) == 1 and all(path.count("/") > 1 for path in paths):
+        name = make_printable(*by_class)
+        print(
+            f"note: all images are of the class {name}; if it is its subfolders that are classes, give {folder / name}"
+        )
     encoded = np.array([os.fsencode(path) for path in paths])
     if direct:
         return FoundImages(folder, encoded, None, ())
@@ -146,10 +165,12 @@ def find_split(
     """Return the folder of a split, "train" or "test": the folder itself if it is not divided; None if it lacks it.
 
     A folder is divided if it has a subfolder of TRAIN_NAMES and one of `test_names`, or no subfolders but such. The
-    first of `test_names` that exists holds the test images; capitals do not matter. A note, unless `quiet`, names the
-    subfolders that are in no split.
+    first of `test_names` that exists holds the test images; capitals do not matter, nor does a word such as set after
+    the name. A note, unless `quiet`, names the subfolders that are in no split.
     """
-    subfolders = {entry.name.casefold(): folder / entry.name for entry in scan_folder(folder) if entry.is_dir()}
+    paths = [folder / entry.name for entry in filter(is_folder, scan_folder(folder))]
+    longest_first = sorted(paths, key=lambda path: len(path.name), reverse=True)  # so that train is before train_set
+    subfolders = {SPLIT_ENDING.sub("", path.name.casefold()): path for path in longest_first}
     places = {
         "train": next((subfolders[name] for name in TRAIN_NAMES if name in subfolders), None),
         "test": next((subfolders[name] for name in test_names if name in subfolders), None),
@@ -157,7 +178,7 @@ def find_split(
     is_alone = bool(subfolders) and set(subfolders) <= {*TRAIN_NAMES, *test_names}
     if not is_alone and None in places.values():
         return folder
-    unused = [make_printable(path.name) for path in subfolders.values() if path not in places.values()]
+    unused = [make_printable(path.name) for path in paths if path not in places.values()]
     if unused and not quiet:
         print(f"note: {folder} is divided into splits; left out: {', '.join(unused)}")
     return places[split]

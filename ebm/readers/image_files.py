@@ -100,7 +100,7 @@ def read_idx_pair(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor]:
     path = find_idx(folder, split, "labels")
     images, classes = read_idx(find_idx(folder, split, "images")), read_idx(path)
     with report_unreadable_file(path):
-        if images.shape != (len(classes), 28, 28):
+        if images.shape != (len(classes), 28, 28) or not len(classes):
             raise ValueError(f"labels {tuple(classes.shape)} do not fit images {tuple(images.shape)}")
         if classes.max() > 9:
             raise ValueError(f"classes up to {classes.max()}")
@@ -138,6 +138,10 @@ def read_cifar(folder: pathlib.Path, files: list[str], meta: str, label_key: str
             numbers = to_whole_numbers(labels)
             if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or not len(numbers):
                 raise ValueError("no images of bytes")
+            if rows.shape not in [(len(numbers), 3 * 32 * 32), (len(numbers), 3, 32, 32)]:
+                raise ValueError(
+                    f"data is {rows.shape}, not {(len(numbers), 3 * 32 * 32)}, the colours one after another"
+                )
             if not 0 <= numbers.min() <= numbers.max() < len(class_names):
                 raise ValueError("a class without a name")
             images.append(torch.from_numpy(rows).view(len(numbers), 3, 32, 32))

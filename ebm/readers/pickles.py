@@ -16,7 +16,7 @@ from typing import IO, Any, ClassVar, Literal
 
 import numpy as np
 
-from ebm.readers.bounded import PathLike, read_file
+from ebm.readers.bounded import PathLike, make_printable, read_file
 
 MAX_STEPS = 2_000_000  # instructions of a pickle; the labels of ImageNet's largest file take a tenth
 MAX_KEY_BITS = 64  # of a whole number that is a key
@@ -63,11 +63,11 @@ def to_whole_numbers(value: Any) -> np.ndarray:
 
 
 def to_texts(value: Any) -> tuple[str, ...]:
-    """Return a value of a pickle as texts; raise ValueError unless it is a list of these."""
+    """Return a value of a pickle as printable texts; raise ValueError unless it is a list of texts."""
     texts = tuple(map(decode_text, value)) if isinstance(value, list | tuple) else ()
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError("names are no texts")
-    return texts
+    return tuple(map(make_printable, texts))
 
 
 class ForeignName(pickle.UnpicklingError):

@@ -37,6 +37,7 @@ def find_odd_entry(state: Mapping[str, Any], image_shape: tuple[int, ...]) -> st
         "ema": lambda value: value is None or is_weights(value),
         "flags": is_flags,
         "class_names": lambda value: is_list_of(value, lambda name: isinstance(name, str)),
+        "images": is_count,
         "best": lambda value: isinstance(value, float) or is_mapping_to(value, lambda best: isinstance(best, float)),
         "rollbacks": is_count,
         "precision": lambda value: isinstance(value, str),

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from absl import flags
 
+from ebm.readers.bounded import make_printable
 from ebm.support import interruption
 from ebm.support.arguments import read_words
 from ebm.support.errors import UsageError
@@ -376,7 +377,8 @@ def run(main: Callable[[Settings], None], kind: type[Settings], usage: str | Non
         if message is None:
             raise
         let_rank_0_speak()
-        print(f"error: {name_flags(message, kind)}", file=sys.stderr)
+        lines = map(make_printable, name_flags(message, kind).split("\n"))
+        print("error: " + "\n".join(lines), file=sys.stderr)
         sys.exit(2)
 
 

@@ -140,12 +140,16 @@ def find_class(setting: str, word: str, names: Sequence[str], classes: int) -> i
     """Return the number of a class, given its number or its name.
 
     setting: the name of the setting, for messages. word: its value. names: of the classes; one entry may hold several
-    names of its class, separated by commas. classes: the number of classes. Raises UsageError if no class has this name
-    or number, or if several classes have this name.
+    names of its class, separated by commas. If they are numbers other than those of the classes, as of the folders 1
+    to 9, a number is a name. classes: the number of classes. Raises UsageError if no class has this name or number, or
+    if several classes have this name.
     """
     if not classes:
         raise UsageError(f"`{setting}`={word}: the model is not conditioned on classes; leave it out")
-    if word.isdecimal():
+    has_other_numbers = any(
+        name.isdecimal() and (name.lstrip("0") or "0") != str(number) for number, name in enumerate(names)
+    )
+    if word.isdecimal() and not has_other_numbers:
         if int(word) >= classes:
             raise UsageError(f"`{setting}`: there is no class {word}; the network has 0 to {classes - 1}")
         return int(word)
@@ -154,9 +158,9 @@ def find_class(setting: str, word: str, names: Sequence[str], classes: int) -> i
         remedy += ", or a file of names with `class_names`" * (setting == "classes")
         raise UsageError(f"`{setting}`: the class {word!r} is unknown, because this model has no class names; {remedy}")
     numbers: dict[str, list[int]] = {}
-    for number, name in enumerate(names):
-        for synonym in name.casefold().split(","):
-            numbers.setdefault(synonym.strip(), []).append(number)
+    for number, name in enumerate(map(str.casefold, names)):
+        for synonym in {name, *map(str.strip, name.split(","))}:
+            numbers.setdefault(synonym, []).append(number)
     matches = numbers.get(word.casefold(), [])
     if len(matches) > 1:
         several = ", ".join(map(str, matches))

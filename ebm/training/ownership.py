@@ -37,6 +37,7 @@ LOCK_NAME = ".lock"
 BEAT = 10.0  # seconds between two touches of the lock file, on a file system without locks
 PATIENCE = 120.0  # seconds without a touch after which its owner counts as dead; attributes may be cached for a minute
 HELD = {errno.EACCES, errno.EAGAIN}  # the errors with which the system refuses a lock that another process holds
+OPEN_LOCK = os.O_RDWR | os.O_NOFOLLOW  # a lock file is overwritten, and a link in a stranger's folder may lead anywhere
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 # What shows that a folder is a run's: one of these, besides checkpoints.
 MARKS = (LOCK_NAME, "config.json", LOG_NAME, "tensorboard")
@@ -58,7 +59,7 @@ class FolderLock:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
         self._text = json.dumps(owner).encode()
         # Nothing else in this process may open the file: closing it would release the lock.
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._file = os.open(self.path, OPEN_LOCK | os.O_CREAT, 0o666)
         try:
             has_lock = lock_file(self._file, self.path)
             if not self._is_in_place:
@@ -139,7 +140,7 @@ def measure_age(path: pathlib.Path) -> float:
 
 def is_locked(path: pathlib.Path) -> bool:
     """Return whether another process holds the lock file of this path."""
-    file = os.open(path, os.O_RDWR)
+    file = os.open(path, OPEN_LOCK)
     try:
         lock_file(file, path)
     except UsageError:
@@ -198,12 +199,19 @@ class FolderOwner:
                 return FolderLock(self.folder)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
-    def confirm(self) -> None:
-        """Take the lock again if its file has gone; raise UsageError if the folder is another's by now."""
-        if self._lock is not None and not self._lock.is_held:
+    def confirm(self) -> bool:
+        """Take the lock again if its file has gone; return whether it had.
+
+        Raises UsageError if the folder is another's by now, and OSError while it cannot be written; the next call then
+        tries again.
+        """
+        if self._lock is not None:
+            if self._lock.is_held:
+                return False
             lost, self._lock = self._lock, None
             lost.release()
-            self._lock = self._take()
+        self._lock = self._take()
+        return True
 
     def start_afresh(self) -> None:
         """Rename the folder if it holds an earlier run, so that a new one has it for itself and nothing is lost."""

@@ -300,6 +300,7 @@ class Run:
         return {
             "flags": cli.to_dict(self.settings),
             "class_names": list(self.dataset.class_names),
+            "images": len(self.dataset),
             "best": self.best,
             "rollbacks": self.rollbacks,
             "precision": self.state.acceleration.precision,
@@ -325,8 +326,11 @@ class Run:
 
     def put_checkpoint(self, path: pathlib.Path, contents: dict[str, Any]) -> None:
         """Write a checkpoint, if the folder is still this run's, beside those of its own history alone."""
-        if self.owner is not None:
-            self.owner.confirm()
+        if self.owner is not None and self.owner.confirm():
+            self.say(
+                f"note: the lock in {path.parent} had gone; if the folder was moved, or its disk is away, a new folder "
+                "holds the files from now on"
+            )
         self.leave_branch()
         checkpoint.save(path, contents)
 
@@ -366,6 +370,11 @@ class Run:
         with report_unreadable_file(path):
             state.load_shared_state(contents)
         self.branch_point = state.iteration
+        images = contents.get("images", len(self.dataset))
+        if images != len(self.dataset):
+            workers.print(
+                f"note: {path} was trained on {images:,} images, and the data set has {len(self.dataset):,} now"
+            )
         was_averaged, is_averaged = bool(contents.get("ema")), state.ema is not None
         if was_averaged and not is_averaged:
             workers.print(f"note: {path} has averaged weights, which this run drops; ema_decay would keep them")

@@ -17,6 +17,7 @@ import torch
 import checkpoint
 import data
 import models
+from ebm.readers.bounded import make_printable
 from ebm.settings import (
     CONDITIONS,
     SIZES,
@@ -114,7 +115,7 @@ def list_differences(settings: TrainSettings, before: Mapping[str, Any]) -> list
     if settings.dataset != "imagenetfull":
         names.remove("antialias")
     changed = [name for name in names if not is_same_setting(before[name], now[name], is_path=name in UNCOMPARED)]
-    return [f"{name}: {str(before[name])[:100]} -> {now[name]}" for name in changed]
+    return [f"{name}: {make_printable(str(before[name])[:100])} -> {now[name]}" for name in changed]
 
 
 def is_same_setting(before: object, now: object, *, is_path: bool) -> bool:
