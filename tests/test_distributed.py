@@ -280,6 +280,21 @@ def wait_until(condition: Callable[[], bool], seconds: float = DEADLINE) -> None
         time.sleep(0.02)
 
 
+def test_launcher_is_released_without_its_holder(
+    monkeypatch: pytest.MonkeyPatch, launcher: subprocess.Popen[bytes]
+) -> None:
+    """Breaks when mpiexec stays stopped for ever because somebody has killed the program that halts it."""
+    monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    signals = StopSignals(MPI._replace(local_rank=0), lambda number: None)
+    signal.raise_signal(signal.SIGTERM)
+    wait_until(lambda: is_stopped(launcher.pid))
+    assert signals._hold is not None
+    signals._hold.kill()
+    signals.restore()
+    wait_until(lambda: not is_stopped(launcher.pid))
+
+
 def test_launcher_is_held_while_a_run_saves(monkeypatch: pytest.MonkeyPatch, launcher: subprocess.Popen[bytes]) -> None:
     """Breaks when mpiexec can kill its workers before they have saved, stays stopped, or is stopped for nothing."""
     monkeypatch.setattr(os, "getppid", lambda: launcher.pid)

@@ -214,9 +214,13 @@ def test_screens_of_the_environment(tmp_path):
         "from ebm.support import pictures; import os; pictures.import_figure(); "
         "import matplotlib; print(matplotlib.rcParams['text.usetex'], os.environ['MPLBACKEND'])"
     )
-    environment = ENVIRONMENT | {"MPLBACKEND": "module://notebook.backend", "MATPLOTLIBRC": str(style)}
-    result = run_python("-c", program, cwd=ROOT, env=environment)
-    assert result.stdout.split() == ["False", "module://notebook.backend"], result.stderr
+    environment = ENVIRONMENT | {"MPLBACKEND": "module://notebook.backend", "PYTHONPATH": str(ROOT)}
+    for folder, style_file in ((ROOT, style), (tmp_path, "")):  # matplotlib first reads that of the working directory
+        result = run_python("-c", program, cwd=folder, env=environment | {"MATPLOTLIBRC": str(style_file)})
+        assert result.stdout.split() == ["False", "module://notebook.backend"], result.stderr
+    style.write_bytes(b"font.size: 9 # caf\xe9\n")
+    result = run_python("-c", program, cwd=tmp_path, env=environment)
+    assert "UsageError: matplotlib cannot read matplotlibrc" in result.stderr
 
 
 def test_compiler_cache_that_cannot_be_written(monkeypatch, capsys, tmp_path):

@@ -59,6 +59,8 @@ def expand_flag_files(words: Sequence[str]) -> list[str]:
 
     Raises UsageError if such a file cannot be read.
     """
+    if {"--flagfile=", "-flagfile="} & set(words):
+        raise UsageError("--flagfile is empty; give it the path of a file or leave it out")
     try:
         return flags.FlagValues().read_flags_from_files(list(words))
     except (flags.Error, OSError, UnicodeDecodeError) as error:
@@ -89,5 +91,5 @@ def read_switch(name: str, value: str) -> str:
 
 def suggest_name(name: str, names: Sequence[str]) -> str:
     """Return a question after the flag whose name is closest; if none is close, return where all flags are listed."""
-    similar = difflib.get_close_matches(name, names, 1)
+    similar = difflib.get_close_matches(name.casefold(), names, 1)
     return f"did you mean --{similar[0]}?" if similar else "see --help"

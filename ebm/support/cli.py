@@ -48,6 +48,11 @@ HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 # What flags without other limits take. Products of two such numbers fit into float32, and 64 bits hold the integers.
 LARGEST_FLOAT = 1e18
 LARGEST_INT = 2**63 - 1
+# What Python says about a text that is no number, and what to say instead.
+NO_NUMBER = {
+    "invalid literal for int": "give a whole number, in digits",
+    "could not convert string to float": "give a number such as 0.5",
+}
 SIZES_IN_MEMORY = ("batch_size", "num_filters", "num", "num_samples", "im_number", "limit")
 
 
@@ -344,7 +349,10 @@ def convert_words(pairs: Sequence[tuple[str, str]], kind: type[Settings]) -> Set
     try:
         values(["", *(f"--{name}={value}" for name, value in pairs)])
     except flags.Error as error:
-        raise UsageError(" ".join(str(error).split())) from None
+        message = " ".join(str(error).split())
+        for of_python, of_people in NO_NUMBER.items():
+            message = re.sub(f"{of_python}.*", of_people, message)
+        raise UsageError(message) from None
     return read_settings(kind, values)
 
 

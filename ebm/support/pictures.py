@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ebm.support import metrics
+from ebm.support.errors import UsageError
 from ebm.support.files import write_file
 
 if TYPE_CHECKING:
@@ -221,10 +222,18 @@ def plot_roc(scores: Mapping[str, tuple[ArrayLike, ArrayLike]], path: str | Path
 def import_figure() -> type[Figure]:
     """Import matplotlib's figure, with its own defaults instead of what the environment says about screens and styles.
 
-    A notebook, for example, asks for a backend in MPLBACKEND that only its own Python has.
+    A notebook, for example, asks for a backend in MPLBACKEND that only its own Python has. Raises UsageError if a file
+    matplotlibrc in the working directory, which matplotlib always reads, is no text.
     """
     with mock.patch.dict(os.environ, {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}):
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib import rcdefaults
+            from matplotlib.figure import Figure
+        except UnicodeDecodeError:
+            raise UsageError(
+                "matplotlib cannot read matplotlibrc in the working directory; mend or remove it"
+            ) from None
+    rcdefaults()
     return Figure
 
 

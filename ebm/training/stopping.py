@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pathlib
 import signal
@@ -35,7 +36,8 @@ class StopSignals:
     def __init__(self, launch: Launch, ask: Callable[[int], None]):
         self._ask = ask
         self._times: dict[int, float] = {}  # number -> when the signal came first
-        self._hold = start_hold(launch)
+        self._launcher = find_killer(launch)
+        self._hold = None if self._launcher is None else start_hold(self._launcher, launch.launcher)
         if self._hold is not None and self._hold.stdin is not None:
             os.set_blocking(self._hold.stdin.fileno(), False)
             signal.set_wakeup_fd(self._hold.stdin.fileno(), warn_on_full_buffer=False)
@@ -55,7 +57,9 @@ class StopSignals:
         if self._hold is not None and self._hold.stdin is not None:
             signal.set_wakeup_fd(-1)
             self._hold.stdin.close()
-            self._hold.wait()
+            if self._hold.wait() != 0 and self._launcher is not None:  # it was killed, and may have left it stopped
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._launcher, signal.SIGCONT)
             self._hold = None
 
     def restore(self) -> None:
@@ -66,17 +70,21 @@ class StopSignals:
         atexit.unregister(self.release_launcher)
 
 
-def start_hold(launch: Launch) -> subprocess.Popen[bytes] | None:
-    """Start the program that can halt the process which would kill this worker; return None if there is none.
+def find_killer(launch: Launch) -> int | None:
+    """Return the number of the process that would kill this worker before it has saved, and that it has to halt.
 
-    mpiexec has one such process on each machine, the parent of the workers; horovodrun has one for each worker.
+    mpiexec has one such process on each machine, the parent of the workers; horovodrun has one for each worker. None
+    under other launchers, which wait, MPICH's mpiexec, too.
     """
     if launch.launcher == "mpiexec" and launch.local_rank == 0 and "OMPI_COMM_WORLD_RANK" in os.environ:
-        pid = os.getppid()
-    elif launch.launcher == "horovodrun":
-        pid = os.getsid(0)  # the parent is a shell, whose parent leads the session
-    else:  # other launchers wait, MPICH's mpiexec, too
-        return None
-    command = [sys.executable, "-I", "-S", str(pathlib.Path(hold.__file__)), str(pid), launch.launcher]
+        return os.getppid()
+    if launch.launcher == "horovodrun":
+        return os.getsid(0)  # the parent is a shell, whose parent leads the session
+    return None
+
+
+def start_hold(pid: int, name: str) -> subprocess.Popen[bytes]:
+    """Start the program that can halt the process of a launcher. name: of the launcher."""
+    command = [sys.executable, "-I", "-S", str(pathlib.Path(hold.__file__)), str(pid), name]
     quiet = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
