@@ -48,7 +48,7 @@ def test_sprites_show_what_was_asked_for(concept, least, tmp_path):
     (path,) = ROOT.glob(f"cachedir/dsprites_cond_{concept}/model_*.pt")
     known = {concept: ConceptModel(models.freeze_energy(checkpoint.load_energy(path)), concept)}
     sprites = dsprites.Sprites(dsprites.compute_latents(torch.arange(dsprites.SIZE)))
-    settings = CombineSettings(limit=40, num_steps=60, step_lr=150.0)
+    settings = CombineSettings(limit=16, num_steps=60, step_lr=150.0)
     run = concepts.ConceptRun(settings, known, {}, {}, sprites, torch.Generator().manual_seed(0), tmp_path)
     assert concepts.combine_concepts(run)["jointly"]["right"] > least
 
