@@ -33,6 +33,7 @@ from ebm.support.errors import UsageError
 from ebm.support.files import RecordFile, WriteError, prepare_file, prepare_folder, write_file
 from ebm.support.logs import RunLog, read_log
 from ebm.support.reports import write_json
+from ebm.support.streams import DroppingFile
 from ebm.training.distributed import work_alone
 from ebm.training.ownership import own_folder
 from train import train
@@ -446,3 +447,12 @@ def test_output_on_a_full_disk(how, status, error):
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     lines = result.stderr.splitlines()
     assert result.returncode == status and lines[0] == "the end" and lines[1].startswith(error) and len(lines) == 2
+
+
+def test_a_terminal_that_was_closed():
+    """Breaks when a print after the loss of the terminal, on which SIGHUP follows, ends a run before it has saved."""
+    terminal, end = os.openpty()
+    os.close(terminal)
+    with DroppingFile(end, "w") as file, io.TextIOWrapper(io.BufferedWriter(file), line_buffering=True) as stream:
+        print("saved model_1.pt", file=stream)
+    assert file.failure is not None and file.failure.errno == errno.EIO
