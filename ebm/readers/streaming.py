@@ -31,11 +31,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from ebm.readers.bounded import make_printable
+from ebm.readers.bounded import describe, make_printable
 from ebm.readers.decoding import convert_image, open_image
 from ebm.readers.folders import note_remarks
 from ebm.readers.tensorflow import Fault
@@ -87,8 +87,10 @@ def decode_image(place: Place, antialias: bool) -> Decoded:
         return DecodedImage(read_tf_pixels(encoded, SIDE, remarks), label, remarks)
     except Fault as fault:
         return str(fault)
+    except UnidentifiedImageError:
+        return "is no image that can be decoded (of no known format)"
     except Exception as error:  # Pillow raises many types for damaged files
-        return f"is no image that can be decoded ({' '.join(str(error).split()) or type(error).__name__})"
+        return f"is no image that can be decoded ({describe(error)})"
 
 
 def read_antialiased_pixels(encoded: bytes, remarks: set[str] | None = None) -> np.ndarray:
