@@ -234,7 +234,7 @@ def fuzz_records(folder):
 
     def check(found):
         for result in found:
-            assert isinstance(result, str) or any(np.array_equal(result[0], pixels) for pixels, _ in intact)
+            assert isinstance(result, str) or any(np.array_equal(result.pixels, image.pixels) for image in intact)
 
     return path, read, check
 
