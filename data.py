@@ -333,6 +333,13 @@ def load_torchvision(
     return make_dataset(request, read(*arguments), noise)
 
 
+def download_into(folder: pathlib.Path, download: Callable[[], object]) -> None:
+    """Download an archive and unpack it to a folder; raise OSError if it would replace files, which may be a user's."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise OSError(f"{folder} holds other files, which the download would replace")
+    download()
+
+
 def make_torchvision_source(
     read: Callable[[pathlib.Path, str, int], image_files.Contents],
     download: Download,
@@ -359,7 +366,8 @@ DATASETS = {
         label_breakers=("cutout",),
     ),
     "cifar10": make_torchvision_source(
-        image_files.read_cifar10, lambda sets, root, _: sets.CIFAR10(root, download=True)
+        image_files.read_cifar10,
+        lambda sets, root, _: download_into(root / "cifar-10-batches-py", lambda: sets.CIFAR10(root, download=True)),
     ),
     "celeba": Source(load_celeba),
     "imagenet": Source(load_imagenet32, "imagenet_path"),
@@ -373,7 +381,9 @@ DATASETS = {
         label_breakers=("augment",),
     ),
     "cifar100": make_torchvision_source(
-        image_files.read_cifar100, lambda sets, root, _: sets.CIFAR100(root, download=True), "centred"
+        image_files.read_cifar100,
+        lambda sets, root, _: download_into(root / "cifar-100-python", lambda: sets.CIFAR100(root, download=True)),
+        "centred",
     ),
     "textures": make_torchvision_source(
         folders.read_textures, lambda sets, root, _: sets.DTD(root, download=True), "centred"

@@ -268,6 +268,21 @@ def test_missing_files_are_downloaded(tmp_path, monkeypatch):
     assert asked == [(tmp_path, {"download": True}), (tmp_path, {"split": "test", "download": True})]
 
 
+def test_a_download_replaces_nothing(tmp_path, monkeypatch):
+    """Breaks if the batches that somebody wrote, one of which is missing, are overwritten by the published ones."""
+
+    def download_cifar(root, **settings):
+        files = [f"data_batch_{n}" for n in range(1, 6)]
+        write_cifar(root / "cifar-10-batches-py", files=files)
+
+    monkeypatch.setattr(data, "import_torchvision", lambda: stand_in_torchvision(CIFAR10=download_cifar))
+    assert len(data.load_dataset("cifar10", root=tmp_path)) == 20
+    (tmp_path / "cifar-10-batches-py/data_batch_5").unlink()
+    message = "data_batch_5 is missing and cannot be downloaded .*holds other files, which the download would replace"
+    with pytest.raises(UsageError, match=message):
+        data.load_dataset("cifar10", root=tmp_path)
+
+
 def test_torchvision():
     """Breaks if torchvision does not import beside this torch, with its operators or without."""
     torchvision = downloads.import_torchvision()

@@ -182,10 +182,10 @@ def test_files_are_in_utf_8():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            name = f".{node.func.attr}" if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             words = [word.value for word in node.args if isinstance(word, ast.Constant)]
-            is_method = isinstance(node.func, ast.Attribute) and name in ("read_text", "write_text")
-            is_text = is_method or (name == "open" and words[-1:] in (["w"], ["a"], ["r"]))
+            is_open = name in ("open", ".open") and words[-1:] in (["w"], ["a"], ["r"])
+            is_text = is_open or name in (".read_text", ".write_text")
             is_written = is_text and "proc" not in ast.unparse(node)  # the kernel's files are in ASCII
             assert not is_written or any(word.arg == "encoding" for word in node.keywords), (path, node.lineno)
 

@@ -560,6 +560,29 @@ def test_records_wherever_they_are(tmp_path, names):
         assert (len(dataset), dataset.label_size) == (count, 1000)
 
 
+def test_files_of_records_that_are_missing(tmp_path, capsys):
+    """Breaks when a run takes a part of the records for all without a word, or a lost link or a pipe is passed over."""
+    for i in (0, 3):
+        write_records(tmp_path / f"train-0000{i}-of-00004", [encode_example(encode_noise(i), 1)])
+    assert len(imagenet.open_imagenet(tmp_path, "train", workers=0)) == 2
+    assert capsys.readouterr().out.startswith("note: 2 of 4 TFRecord files are missing")
+    write_records(tmp_path / "train-00001-of-00004", [encode_example(encode_noise(1), 1)])
+    path = tmp_path / "train-00002-of-00004"
+    path.symlink_to(path.name)
+    with pytest.raises(UsageError, match="train-00002-of-00004 is a link that leads nowhere"):
+        imagenet.open_imagenet(tmp_path, "train", workers=0)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match=r"train-00002-of-00004 .*cannot be read"):
+        imagenet.open_imagenet(tmp_path, "train", workers=0)
+    path.unlink()
+    write_records(path, [encode_example(b"no image", 1)])
+    dataset = imagenet.open_imagenet(tmp_path, "train", workers=0)
+    dataset.raw(torch.tensor([2]))
+    said = capsys.readouterr().out
+    assert "missing" not in said and "is no image that can be decoded (of no known format)" in said
+
+
 def test_an_index_with_paths_and_a_byte_order_mark(tmp_path):
     """Breaks when what other programs put before or into index.json makes it unreadable."""
     name = "train-00000-of-00001"

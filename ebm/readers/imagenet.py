@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ebm.readers.arrays import read_npy
 from ebm.readers.bounded import Archive, Fault, open_file, read_file, read_json, report_unreadable_file
-from ebm.readers.folders import TRAIN_NAMES, VALIDATION_NAMES, find_split, list_folder, scan_folder
+from ebm.readers.folders import TRAIN_NAMES, VALIDATION_NAMES, find_split, is_folder, list_folder, scan_folder
 from ebm.readers.pickles import read_pickle, to_whole_numbers
 from ebm.readers.streaming import Place, StreamedImages
 from ebm.readers.tensorflow import read_fields, read_nested, read_varint, verify_checksum
@@ -247,6 +247,7 @@ def open_records(folder: pathlib.Path, split: str) -> TFRecords | None:
     counts = find_record_files(folder, split)
     if counts is None:
         return None
+    note_missing_files(counts)
     records = TFRecords(counts)
     extreme = find_extreme_label(records)
     if extreme == 1:  # as far as this split tells: a small one may lack the first and the last class
@@ -289,7 +290,18 @@ def find_record_files(folder: pathlib.Path, split: str) -> dict[str, int | None]
 
 def list_record_files(folder: pathlib.Path) -> list[str]:
     """Return the names of the TFRecord files in a folder, in order."""
-    return [entry.name for entry in scan_folder(folder) if RECORD_FILE.search(entry.name) and entry.is_file()]
+    return [entry.name for entry in scan_folder(folder) if RECORD_FILE.search(entry.name) and not is_folder(entry)]
+
+
+def note_missing_files(paths: Iterable[str]) -> None:
+    """Print a note if there are fewer files than their names, such as train-00007-of-01024, say."""
+    numbers: dict[int, set[int]] = {}
+    for path in paths:
+        if match := re.search(r"-(\d{1,9})-of-(\d{1,9})", os.path.basename(path)):
+            numbers.setdefault(int(match[2]), set()).add(int(match[1]))
+    for total, found in numbers.items():
+        if len(found) < total:
+            print(f"note: {total - len(found):,} of {total:,} TFRecord files are missing; the others are the data set")
 
 
 def list_words(path: str) -> set[str]:
