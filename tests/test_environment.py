@@ -235,6 +235,10 @@ def test_compiler_cache_that_cannot_be_written(monkeypatch, capsys, tmp_path):
     hardware.provide_compiler_cache()
     assert os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == []
     assert "note: compiled functions are not kept" in capsys.readouterr().out
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="set TMPDIR to another place"):
+        hardware.provide_compiler_cache()
 
 
 # ---- errors of the machine, extreme values ----

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ebm.support.errors import UsageError
+
 PRECISIONS = {
     "float32": torch.float32,
     "tf32": torch.float32,
@@ -93,7 +95,8 @@ def read_system_figures(path: str) -> dict[str, int]:
 def provide_compiler_cache() -> None:
     """Let PyTorch's compiler use a temporary folder if the one for its results cannot be written, and say so.
 
-    PyTorch looks for this folder even in runs that compile nothing, and fails without it.
+    PyTorch looks for this folder even in runs that compile nothing, and fails without it. Raises UsageError if no
+    temporary folder can be written.
     """
     name = "TORCHINDUCTOR_CACHE_DIR"
     try:
@@ -104,7 +107,10 @@ def provide_compiler_cache() -> None:
         reason = f"{folder} cannot be written"
     except (OSError, KeyError) as error:  # KeyError: the user has no name
         reason = str(error)
-    os.environ[name] = tempfile.mkdtemp(prefix="torchinductor_")
+    try:
+        os.environ[name] = tempfile.mkdtemp(prefix="torchinductor_")
+    except OSError as error:
+        raise UsageError(f"no temporary folder can be made ({error.strerror}); set TMPDIR to another place") from None
     atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
     print(f"note: compiled functions are not kept ({reason}); {name} can name another folder")
 
