@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ebm.readers.bounded import Fault
 from ebm.support.hardware import find_free_memory
@@ -38,6 +38,7 @@ TURNS = {
 large_image_lock = threading.Lock()
 # Images between Pillow's two limits are decoded if memory holds them; Pillow itself refuses those above the second.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of entries beside pixels, such as EXIF
 
 
 @contextlib.contextmanager
@@ -52,6 +53,8 @@ def open_image(file: IO[bytes]) -> Iterator[Image.Image]:
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise Fault(f"is too large: more than {most:,} pixels; scale it down or remove it") from None
+    except UnidentifiedImageError:  # whose message names an object of Python
+        raise ValueError("of no known format") from None
     size = f"{image.width}x{image.height}"
     if count_decoded_bytes(image) > MOST_BYTES:
         image.draft(None, (image.width // 2, image.height // 2))  # of a JPEG every second pixel is decoded

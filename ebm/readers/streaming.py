@@ -31,7 +31,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -86,8 +86,6 @@ def decode_image(place: Place, antialias: bool) -> Decoded:
         return DecodedImage(read_tf_pixels(encoded, SIDE, remarks), label, remarks)
     except Fault as fault:
         return str(fault)
-    except UnidentifiedImageError:
-        return "is no image that can be decoded (of no known format)"
     except Exception as error:  # Pillow raises many types for damaged files
         return f"is no image that can be decoded ({describe_failure(error)})"
 
