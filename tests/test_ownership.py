@@ -467,8 +467,12 @@ def test_branch_files(tmp_path):
         (tmp_path / name).write_text("")
     later = {"model_7.pt", "model_7.index", "model_7.data-00000-of-00001", "model_7.meta", "model_1000.pt"}
     assert {path.name for path in list_branch_files(tmp_path, 6)} == later | {"samples_7.png", "quality_7.json"}
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "8").write_text("elsewhere")
+    (tmp_path / "model_8.pt").symlink_to("store/8")
     (tmp_path / "abandoned_1").symlink_to("nowhere")
     assert set_aside_branch(tmp_path, 6, is_resumed=True) == tmp_path / "abandoned_2"
+    assert (tmp_path / "abandoned_2" / "model_8.pt").read_text() == "elsewhere"
     assert set_aside_branch(tmp_path, 6, is_resumed=True) is None
 
 

@@ -306,5 +306,9 @@ def set_aside_branch(folder: pathlib.Path, iteration: int, *, is_resumed: bool) 
     for path in copied:
         shutil.copyfile(path, aside / path.name)
     for path in files:  # the latest last, so that it stays the latest until all have moved
-        path.rename(aside / path.name)
+        if path.is_symlink():  # one to a relative path would lead elsewhere from there
+            (aside / path.name).symlink_to(os.path.join(os.path.realpath(folder), os.readlink(path)))
+            path.unlink()
+        else:
+            path.rename(aside / path.name)
     return aside
