@@ -17,9 +17,11 @@ error messages name a setting in backquotes, such as `rounds`, and this module t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
+import io
 import math
 import os
 import re
@@ -38,7 +40,7 @@ from ebm.support import interruption
 from ebm.support.arguments import read_words
 from ebm.support.errors import UsageError
 from ebm.support.hardware import is_out_of_memory
-from ebm.support.launch import let_rank_0_speak
+from ebm.support.launch import is_first_worker, let_rank_0_speak
 from ebm.support.streams import discard_output, note_dropped_output, replace_standard_streams
 
 Settings = TypeVar("Settings")
@@ -371,7 +373,9 @@ def run(main: Callable[[Settings], None], kind: type[Settings], usage: str | Non
     files = replace_standard_streams()
     interruption.raise_on_signals()
     try:
-        main(parse(sys.argv, kind, usage or ""))
+        with contextlib.nullcontext() if is_first_worker() else contextlib.redirect_stdout(io.StringIO()):
+            settings = parse(sys.argv, kind, usage or "")  # its notes are the same on all workers
+        main(settings)
         note_dropped_output(files)
     except BrokenPipeError:  # the reader of the pipe has ended, as in `| head`
         discard_output()
