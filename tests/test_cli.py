@@ -279,6 +279,18 @@ def test_help():
     assert max(map(len, result.stdout.splitlines())) <= 120
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_notes_of_many_workers(monkeypatch, capsys, rank):
+    """Breaks when each of a hundred workers prints the same notes about flags, or none of them does."""
+    monkeypatch.setattr("ebm.support.interruption.raise_on_signals", lambda: None)
+    monkeypatch.setattr("sys.argv", ["train.py", "--lr=1", "--lr=2"])
+    for name, value in (("RANK", rank), ("SIZE", 2), ("LOCAL_RANK", rank), ("LOCAL_SIZE", 2)):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    cli.run(lambda settings: print(f"trains with {settings.lr}"), TrainSettings, "")
+    notes = ["note: --lr=1 has no effect: --lr=2 comes after it"] if rank == 0 else []
+    assert capsys.readouterr().out.splitlines() == [*notes, "trains with 2.0"]
+
+
 def test_reader_that_leaves():
     """Breaks when `train.py --help | head -1` ends in a traceback."""
     command = f"{sys.executable} train.py --help | head -1; echo ${{PIPESTATUS[0]}}"

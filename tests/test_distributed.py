@@ -250,6 +250,29 @@ def test_alone() -> None:
     workers.close()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_mistake_of_rank_0_reaches_all(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Breaks when a wrong path of data is one line on rank 0 and a traceback of the connection on the others."""
+    workers = distributed.work_alone()
+    workers.rank = rank
+    calls: list[str] = []
+
+    def share(problem: str) -> list[str]:
+        calls.append(f"told {problem}" if rank == 0 else "heard")
+        return ["no images there"]
+
+    def read() -> None:
+        calls.append("read")
+        raise UsageError("no images there")
+
+    monkeypatch.setattr(workers, "share", share)
+    with pytest.raises(UsageError, match="no images there"):
+        workers.take_turns(read)
+    assert calls == (["read", "told no images there"] if rank == 0 else ["heard"])
+    monkeypatch.setattr(workers, "share", lambda problem: [""])
+    assert workers.take_turns(lambda: "images") == "images"
+
+
 def test_foreign_objects_are_not_unpickled() -> None:
     """Breaks when what another process sent is unpickled without limits."""
     with pytest.raises(Exception, match="weights_only"):

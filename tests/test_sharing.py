@@ -60,8 +60,9 @@ def run_commands_here(models: str, out: str) -> None:
         module = importlib.import_module(script)
         kind = typing.get_type_hints(module.main)["settings"]
         folders = [] if "{out}" in command else [f"--modeldir={models}", f"--logdir={out}"]
+        settings = cli.parse([script, *words, *folders], kind)
         with contextlib.redirect_stdout(io.StringIO()) as text:
-            module.main(cli.parse([script, *words, *folders], kind))
+            module.main(settings)
         printed.append(text.getvalue())
     if workers.rank == 0:
         (pathlib.Path(out) / "printed.json").write_text(json.dumps(printed))

@@ -14,7 +14,6 @@ from collections.abc import Collection, Sequence
 from absl import flags
 
 from ebm.support.errors import UsageError
-from ebm.support.launch import print_note
 
 TRUE = {"true", "t", "1", "yes", "y", "on"}
 FALSE = {"false", "f", "0", "no", "n", "off"}
@@ -78,7 +77,7 @@ def split_word(word: str, names: Sequence[str]) -> tuple[str, str, str]:
         return name, equals, value
     if not (equals and name in names):
         raise UsageError(f"unexpected word {word!r}, {suggest_name(name, names)}")
-    print_note(f"{word} has no dashes; it is read as --{word}")
+    print(f"note: {word} has no dashes; it is read as --{word}")
     return name, equals, value
 
 

@@ -17,9 +17,11 @@ classes. Code that receives settings knows nothing of flags: its error messages 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
+import io
 import math
 import os
 import re
@@ -39,7 +41,7 @@ from ebm.support import interruption
 from ebm.support.arguments import read_words
 from ebm.support.errors import UsageError
 from ebm.support.hardware import is_out_of_memory
-from ebm.support.launch import let_rank_0_speak, print_note
+from ebm.support.launch import is_first_worker, let_rank_0_speak
 from ebm.support.streams import discard_output, note_dropped_output, replace_standard_streams
 
 Settings = TypeVar("Settings")
@@ -243,7 +245,7 @@ def note_repetitions(pairs: Sequence[tuple[str, str]], kind: type) -> None:
     last = dict(pairs)
     for name, value in dict.fromkeys(pairs):
         if value != last[name] and name not in repeated:
-            print_note(f"--{name}={value} has no effect: --{name}={last[name]} comes after it")
+            print(f"note: --{name}={value} has no effect: --{name}={last[name]} comes after it")
 
 
 def note_flags_without_effect(settings: Any, given: Collection[str]) -> None:
@@ -251,7 +253,7 @@ def note_flags_without_effect(settings: Any, given: Collection[str]) -> None:
     fields = {field.name: field.metadata["flag"] for field in dataclasses.fields(settings)}
     for name in fields:
         if name in given and (obstacle := find_obstacle(settings, fields, name)):
-            print_note(f"--{name} has no effect{obstacle}")
+            print(f"note: --{name} has no effect{obstacle}")
 
 
 def find_obstacle(settings: Any, fields: Mapping[str, Flag], name: str) -> str:
@@ -372,7 +374,9 @@ def run(main: Callable[[Settings], None], kind: type[Settings], usage: str | Non
     files = replace_standard_streams()
     interruption.raise_on_signals()
     try:
-        main(parse(sys.argv, kind, usage or ""))
+        with contextlib.nullcontext() if is_first_worker() else contextlib.redirect_stdout(io.StringIO()):
+            settings = parse(sys.argv, kind, usage or "")  # its notes are the same on all workers
+        main(settings)
         note_dropped_output(files)
     except BrokenPipeError:  # the reader of the pipe has ended, as in `| head`
         discard_output()

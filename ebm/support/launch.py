@@ -95,23 +95,17 @@ def describe_remedy(launcher: str, environment: Mapping[str, str] = os.environ) 
     return f"start all workers with {launcher}, or unset {unset} to work alone"
 
 
-def is_first_rank() -> bool:
-    """Return whether this process is the one of its job that prints; with contradictory variables it is."""
+def is_first_worker() -> bool:
+    """Return whether this process is rank 0, or cannot know its rank because the variables contradict each other."""
     try:
         return find_launch().rank == 0
     except UsageError:
         return True
 
 
-def print_note(words: str) -> None:
-    """Print a note about the command line, which is the same for all workers, on rank 0."""
-    if is_first_rank():
-        print(f"note: {words}")
-
-
 def let_rank_0_speak() -> None:
     """Wait a few seconds on all ranks but 0, which makes the same mistake: its end then ends this worker in silence."""
-    if not is_first_rank():
+    if not is_first_worker():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(6.0)
 

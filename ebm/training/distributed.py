@@ -423,13 +423,13 @@ class Workers:
         return [unpack(piece) for piece in self._exchange([pack(item)] * self.size)]
 
     def take_turns(self, read: Callable[[], Result]) -> Result:
-        """Return read(), which rank 0 calls before the others, so that it downloads files for all of them."""
-        if self.rank > 0:
-            self.barrier()
-        result = read()
-        if self.rank == 0:
-            self.barrier()
-        return result
+        """Return read(), which rank 0 calls before the others, so that it downloads files for all of them.
+
+        A UsageError of rank 0 is raised on all workers.
+        """
+        results: list[Result] = []
+        self.call_first(lambda: results.append(read()))
+        return results[0] if self.rank == 0 else read()
 
     def call_first(self, act: Callable[[], object]) -> None:
         """Call a function on rank 0 only; a UsageError that it raises is raised on all workers."""
