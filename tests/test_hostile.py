@@ -129,7 +129,7 @@ def fuzz_cache(folder):
 
     def read():
         made = {"numbers": torch.arange(1000.0)}
-        return load_or_compute(folder, "cache", {"of": "x"}, lambda: made, lambda contents: contents["numbers"])
+        return load_or_compute(folder / "cache.pt", {"of": "x"}, lambda: made, lambda contents: contents["numbers"])
 
     read()
     return next(folder.glob("*.pt")), read, None

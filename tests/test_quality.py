@@ -315,9 +315,9 @@ def test_classifier_is_kept_and_scores_perfect_images(tmp_path, capsys):
     """Breaks when the classifier is trained twice, differs once stored, or real images are not at distance 0."""
     images, labels = draw_sides(100, (1, 8, 8))
     reference = RealImages.choose("toy", "train", [data.StoredImages("toy", images, labels, ("left", "right"))], 1000)
-    first = features.load_or_train_classifier(reference, tmp_path)
+    first = features.load_or_train_classifier(reference, tmp_path / "classifier.pt")
     assert "training" in capsys.readouterr().out
-    again = features.load_or_train_classifier(reference, tmp_path)
+    again = features.load_or_train_classifier(reference, tmp_path / "classifier.pt")
     assert "training" not in capsys.readouterr().out
     assert again.identity == first.identity and again.network.accuracy == first.network.accuracy == 1
     assert torch.equal(again(images)[0], first(images)[0])
@@ -332,7 +332,7 @@ def test_classifier_is_kept_and_scores_perfect_images(tmp_path, capsys):
     assert worse["classifier Fréchet distance"] > 10 * features.measure_real(real, 50)[1]
 
     with pytest.raises(UsageError, match="no classes"):
-        features.load_or_train_classifier(toy(images), tmp_path)
+        features.load_or_train_classifier(toy(images), tmp_path / "other.pt")
 
 
 # ---- the scripts ----

@@ -257,20 +257,26 @@ class RealImages:
 Result = TypeVar("Result")
 
 
+def locate_cache(folder: pathlib.Path, name: str, settings: Mapping[str, Any]) -> pathlib.Path:
+    """Return the path of the cache file for these settings in a folder that holds those of several.
+
+    name: the beginning of the file's name.
+    """
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return folder / f"{name}_{key[:16]}.pt"
+
+
 def load_or_compute(
-    folder: pathlib.Path,
-    name: str,
+    path: pathlib.Path,
     settings: Mapping[str, Any],
     make: Callable[[], dict],
     build: Callable[[dict], Result],
 ) -> Result:
-    """Return what `build` makes of the cached contents for these settings, or of `make()`, which are then cached.
+    """Return what `build` makes of the contents of a cache file, or of `make()`, which are then cached.
 
     make: returns a dictionary of tensors and plain values. build: raises an error for contents that are none of these.
-    name: the beginning of the file's name. A damaged file is replaced.
+    A damaged file, or one that was made with other settings, is replaced.
     """
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    path = folder / f"{name}_{key[:16]}.pt"
     try:
         contents = read_torch_file(path) if path.exists() else {}
         if contents.get("settings") == settings:
@@ -298,9 +304,9 @@ def require_classes(reference: RealImages) -> Tensor:
 
 
 def load_or_train_classifier(
-    reference: RealImages, cache: pathlib.Path, device: torch.device | str = "cpu"
+    reference: RealImages, path: pathlib.Path, device: torch.device | str = "cpu"
 ) -> Classifier:
-    """Return the classifier of a reference set: train it at the first call, then read it from the cache folder.
+    """Return the classifier of a reference set: train it at the first call, then read it from its file.
 
     Raises UsageError if the images have no classes.
     """
@@ -322,7 +328,7 @@ def load_or_train_classifier(
         classifier.accuracy = float(contents["accuracy"])
         return classifier
 
-    classifier = load_or_compute(cache, f"{reference.name}_classifier", reference.settings(), train, build)
+    classifier = load_or_compute(path, reference.settings(), train, build)
     return Classifier(classifier.eval().to(device))
 
 
@@ -347,7 +353,8 @@ def load_or_compute_statistics(extractor: Extractor, reference: RealImages, cach
         return {"mean": mean, "covariance": covariance, "features": features[order.to(features.device)]}
 
     settings = reference.settings() | {"features": extractor.name, "weights": extractor.identity}
-    return load_or_compute(cache, f"{reference.name}_{extractor.name}_statistics", settings, compute, build_statistics)
+    path = locate_cache(cache, f"{reference.name}_{extractor.name}_statistics", settings)
+    return load_or_compute(path, settings, compute, build_statistics)
 
 
 def build_statistics(contents: dict[str, Any]) -> Statistics:
@@ -474,12 +481,13 @@ def prepare_distance(dataset: Dataset, number: int, cache: pathlib.Path) -> Samp
     """Return the distance of samples to one half of the data; it includes the distance of real images.
 
     number: the number of real images, from the other half, whose distance is measured. The classifier is trained on the
-    data at the first call, then read from the cache folder. Raises UsageError if the images have no classes.
+    data at the first call, then read from classifier.pt in the cache folder. Raises UsageError if the images have no
+    classes.
     """
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:MAX_REAL_IMAGES]
     reference, rest = order.tensor_split(2)
     images = RealImages.choose(dataset.name, "train", [dataset], MAX_REAL_IMAGES)
-    classifier = load_or_train_classifier(images, cache, dataset.index_device)
+    classifier = load_or_train_classifier(images, cache / "classifier.pt", dataset.index_device)
     real = load_or_compute_statistics(classifier, RealImages(dataset.name, "train", [dataset], reference), cache)
     features = torch.cat([classifier(batch)[0] for batch in dataset.raw(rest[:number]).split(BATCH)])
     return SampleMeasure(classifier, real, measure_distance(features, real))

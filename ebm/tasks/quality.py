@@ -18,6 +18,7 @@ from ebm.measures.features import (
     RealImages,
     find_or_download_inception,
     load_or_train_classifier,
+    locate_cache,
     read_inception,
 )
 from ebm.settings import POOL, InceptionSettings, PoolSettings
@@ -292,7 +293,8 @@ def load_extractor(
                 raise
             print(f"note: {error}".replace("`", ""))
     try:
-        classifier = load_or_train_classifier(reference, cache, device)
+        path = locate_cache(cache, f"{reference.name}_classifier", reference.settings())
+        classifier = load_or_train_classifier(reference, path, device)
     except UsageError as error:
         raise UsageError(f"{error}; for colour images set `features`=inception") from None
     accuracy = f"{classifier.network.accuracy:.1%} correct on held-out images"
