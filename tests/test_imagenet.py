@@ -465,7 +465,7 @@ def test_no_image_runs_a_program(monkeypatch, read) -> None:
 
     started = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **named: started.append(given))
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(ValueError, match="of no known format"):
         read(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     assert not started
 
