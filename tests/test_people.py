@@ -36,7 +36,7 @@ from ebm.settings import AisSettings, SandboxSettings, TrainSettings
 from ebm.support import hardware
 from ebm.support.errors import UsageError
 from ebm.tasks import sandbox_data
-from ebm.tasks.trained_models import TrainedModel, find_class, load_labelled_split, load_split
+from ebm.tasks.trained_models import TrainedModel, find_class, load_split, match_labels
 from ebm.training.setup import choose_network
 
 CPU = torch.device("cpu")
@@ -457,7 +457,7 @@ def examine(path: pathlib.Path, names: tuple[str, ...], split: str = "test", cla
     """Return a split of a folder as a model with these classes is examined on it."""
     model = make_model(models.ModelConfig("ResNet32", (3, 8, 8), 2, label_size=classes or len(names)))
     trained = TrainedModel(model, path / "model_1.pt", {"dataset": "folder", "data_path": str(path)}, names)
-    return load_labelled_split(split, trained, AisSettings(data_workers=0), CPU)
+    return match_labels(load_split(split, trained, AisSettings(data_workers=0), CPU), trained)
 
 
 def write_classes(path: pathlib.Path, *names: str) -> None:
@@ -525,16 +525,17 @@ def test_streamed_labels_follow_names(tmp_path):
     model = make_model(models.ModelConfig("ResNet128", (3, 128, 128), 2, label_size=2))
     flags = {"dataset": "imagenetfull", "imagenet_datadir": str(tmp_path), "antialias": False}
     trained = TrainedModel(model, tmp_path, flags, ("cat", "dog"))
-    dataset = load_labelled_split("test", trained, AisSettings(data_workers=0), CPU)
+    settings = AisSettings(data_workers=0)
+    dataset = match_labels(load_split("test", trained, settings, CPU), trained)
     _, labels = dataset.batch(torch.tensor([0]), None)
     assert labels is not None and labels.tolist() == [[0, 1]]
     numbered = trained._replace(class_names=("0", "1"))
     save(tmp_path / "val/cat/3.png")
     with pytest.raises(UsageError, match="has the class 'cat'"):
-        load_labelled_split("test", numbered, AisSettings(data_workers=0), CPU)
+        match_labels(load_split("test", numbered, settings, CPU), numbered)
     for before, after in (("cat", "n00000001"), ("dog", "n00000002")):
         (tmp_path / "val" / before).rename(tmp_path / "val" / after)
-    assert load_labelled_split("test", numbered, AisSettings(data_workers=0), CPU).class_names == ("0", "1")
+    assert match_labels(load_split("test", numbered, settings, CPU), numbered).class_names == ("0", "1")
 
 
 # ---- ImageNet ----

@@ -20,7 +20,7 @@ from ebm.settings import AisSettings
 from ebm.support.errors import UsageError
 from ebm.support.sharing import ShareOut, compute_all, derive_seed, fold_seed
 from ebm.tasks.examined_model import ExaminedModel, count_most_images
-from ebm.tasks.trained_models import TrainedModel, load_labelled_split, note_contradictions
+from ebm.tasks.trained_models import TrainedModel, load_split, match_labels, note_contradictions
 from ebm.training.distributed import Workers
 from models import freeze_energy
 from sampling import Energy, draw_hmc_move, make_hmc_move
@@ -325,12 +325,12 @@ def load_test_images(settings: AisSettings, trained: TrainedModel, device: torch
     The labels of an unconditional model have width 0. Raises UsageError if the images do not fit the model or are not
     dequantised.
     """
-    dataset, label_size = load_labelled_split("test", trained, settings, device), trained.model.config.label_size
+    dataset = match_labels(load_split("test", trained, settings, device), trained)
     if dataset.name == "dsprites":
         raise UsageError("`dataset`=dsprites has pixels of two values without noise, which have no density")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))
     order = order[: settings.limit or count_most_images(dataset.image_shape)]
     images, labels = dataset.batch(order.to(device), torch.Generator(device).manual_seed(settings.seed))
-    if labels is None or not label_size:
+    if labels is None or not trained.model.config.label_size:
         labels = images.new_zeros(len(images), 0)
     return images, labels, f"{len(images)} of {len(dataset)} test images of {dataset.name}"

@@ -11,7 +11,7 @@ import torch
 import data
 from ebm.settings import CONDITIONS, SandboxSettings
 from ebm.support.errors import UsageError
-from ebm.tasks.trained_models import TrainedModel, find_subset, load_labelled_split
+from ebm.tasks.trained_models import TrainedModel, find_subset, load_split, match_labels
 from models import ModelConfig
 
 
@@ -42,7 +42,8 @@ def load_model_split(
     """Return a split of the data set to examine the model on; raise UsageError if it does not fit the model."""
     condition = find_condition(settings, trained.model.config.label_size, trained.flags)
     name = "svhn" if settings.svhn else None
-    return remove_step_noise(load_labelled_split(split, trained, settings, device, name=name, condition=condition))
+    dataset = load_split(split, trained, settings, device, name=name, condition=condition)
+    return remove_step_noise(match_labels(dataset, trained))
 
 
 def load_outlier_set(name: str, settings: SandboxSettings, config: ModelConfig, device: torch.device) -> data.Dataset:

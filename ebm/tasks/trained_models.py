@@ -228,26 +228,17 @@ def load_split(
     return dataset
 
 
-def load_labelled_split(
-    split: str,
-    trained: TrainedModel,
-    settings: TestData,
-    device: torch.device,
-    *,
-    name: str | None = None,
-    condition: str | None = None,
-) -> data.Dataset:
-    """Return a split as `load_split` does, whose labels are those of the model if it is conditioned on labels.
+def match_labels(dataset: data.Dataset, trained: TrainedModel) -> data.Dataset:
+    """Return a data set whose labels are those of a model, if the model is conditioned on labels.
 
-    Raises UsageError if they are not, or if images of a class that the model does not know are among them.
+    Raises UsageError if the data set has no labels, others, or a class that the model does not know.
     """
-    dataset = load_split(split, trained, settings, device, name=name, condition=condition)
     label_size = trained.model.config.label_size
     if not label_size:
         return dataset
     if not dataset.label_size:
         raise UsageError(
-            f"`dataset`={dataset.name} has no labels (its {split} images are in no class folders), and the model is "
+            f"`dataset`={dataset.name} has no labels (its images are in no class folders), and the model is "
             "conditioned on labels; put the images into class folders"
         )
     if trained.class_names and dataset.class_names:
