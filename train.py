@@ -202,7 +202,8 @@ def main(settings: TrainSettings) -> None:
     if workers.device.type == "cuda":
         set_kernel_choice(deterministic=settings.deterministic)
     with own_folder(settings.folder, workers, setup.choose_folder_check(settings)) as owner:
-        run = open_run(settings, workers, owner)
+        with workers.print_once():
+            run = open_run(settings, workers, owner)
         if settings.train:
             train(run)
         run.report()

@@ -273,6 +273,17 @@ def test_mistake_of_rank_0_reaches_all(monkeypatch: pytest.MonkeyPatch, rank: in
     assert workers.take_turns(lambda: "images") == "images"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_notes_are_printed_once(capsys: pytest.CaptureFixture[str], rank: int) -> None:
+    """Breaks when each worker prints the same note about its data or its network, or rank 0 prints none."""
+    workers = distributed.work_alone()
+    workers.rank = rank
+    with workers.print_once():
+        print("note: five images are left out")
+    print("done")
+    assert capsys.readouterr().out == "note: five images are left out\n" * (rank == 0) + "done\n"
+
+
 def test_foreign_objects_are_not_unpickled() -> None:
     """Breaks when what another process sent is unpickled without limits."""
     with pytest.raises(Exception, match="weights_only"):

@@ -350,7 +350,7 @@ class Workers:
 
     launch: how this worker was started. rank, size: its place. engine: "horovod", "torch" or "none". why: a clause with
     the reason for the engine. device: where this worker computes. All workers must call every method that sends
-    something, in the same order: all but `print`, `busy`, `choose_folder` and `count_share`.
+    something, in the same order: all but `print`, `print_once`, `busy`, `choose_folder` and `count_share`.
     """
 
     def __init__(self, launch: Launch, engine: str, why: str, device: torch.device, timeout: float):
@@ -370,6 +370,12 @@ class Workers:
         """Print on rank 0 only."""
         if self.rank == 0:
             print(*words, flush=True)
+
+    @contextlib.contextmanager
+    def print_once(self) -> Iterator[None]:
+        """Inside the block, let only rank 0 print: the others make the same notes."""
+        with contextlib.redirect_stdout(io.StringIO()) if self.rank > 0 else contextlib.nullcontext():
+            yield
 
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
@@ -539,10 +545,9 @@ def share_evaluation(device: str) -> Iterator[Workers]:
     device: as in `join_workers`. A worker may compute for as long as it takes.
     """
     workers = join_workers(device=device)
-    silence = contextlib.redirect_stdout(io.StringIO()) if workers.rank > 0 else contextlib.nullcontext()
     if workers.rank > 0:
         os.environ["TQDM_DISABLE"] = "1"  # progress bars
-    with silence, workers.busy():
+    with workers.print_once(), workers.busy():
         yield workers
         workers.close()
 
