@@ -164,7 +164,7 @@ def test_transparent_pixels_are_white(tmp_path, capsys, mode):
     assert (image[:, :, :4] == 255).all()
     shade = [76, 76, 76] if mode == "LA" else [255, 0, 0]
     assert image[:, 0, 7].tolist() == shade
-    assert "has transparent pixels, under which it is put on white" in capsys.readouterr().out
+    assert "has transparent pixels, which become white" in capsys.readouterr().out
     encoded = (tmp_path / "0.png").read_bytes()
     for read in (streaming.read_antialiased_pixels, lambda encoded: tf_images.read_tf_pixels(encoded, 128)):
         assert (read(encoded)[:, :, :48] == 255).all()

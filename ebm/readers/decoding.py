@@ -132,5 +132,5 @@ def put_on_white(image: Image.Image, remarks: set[str]) -> Image.Image:
     clear = image if image.mode == "RGBA" else image.convert("RGBA")
     if clear.getchannel("A").getextrema()[0] == 255:
         return clear
-    remarks.add("has transparent pixels, under which it is put on white")
+    remarks.add("has transparent pixels, which become white")
     return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)

@@ -311,7 +311,7 @@ def decode_files(
 def note_remarks(place: object, remarks: set[str], said: set[str]) -> None:
     """Print a note for each remark on an image that no earlier image gave cause for. said: all remarks; it grows."""
     for remark in sorted(remarks - said):
-        print(f"note: {make_printable(str(place))} {remark}; so do others like it", flush=True)
+        print(f"note: {make_printable(str(place))} {remark}; the same holds for others like it", flush=True)
     said |= remarks
 
 
