@@ -30,7 +30,7 @@ from typing import Any
 
 from ebm.settings import AisSettings
 from ebm.support import cli, pictures
-from ebm.support.experiments import find_experiment
+from ebm.support.experiments import find_output_folder
 from ebm.support.files import prepare_folder
 from ebm.support.hardware import set_up_process
 from ebm.support.progress import Progress
@@ -71,7 +71,7 @@ def measure_likelihood(settings: AisSettings, workers: Workers) -> None:
     numbers, is_gauss = sorted(set(settings.pdist)), settings.dataset in GAUSSIANS
     trained = None if is_gauss else open_model(find_checkpoint(settings), workers.device, settings, ema=settings.ema)
     name = str(settings.dataset if is_gauss else settings.exp)
-    folder = workers.choose_folder(prepare_folder(find_experiment(settings.logdir, name) / "ais", "logdir"))
+    folder = workers.choose_folder(prepare_folder(find_output_folder(settings.logdir, name) / "ais", "logdir"))
     target = build_gauss(settings, workers.device) if trained is None else load_target(settings, trained, workers)
     contents = describe_target(settings, target) | {"bounds": {}, "by class": {}}
     progress = Progress(2 * sum(numbers) * len(target.energies), what="HMC move")

@@ -1,6 +1,7 @@
 """Save, find and load checkpoints of this project, and load the published ones of TensorFlow 1.
 
 model = load_energy("cachedir/cifar10_cond/model_74700")      # ours (.pt) or TensorFlow's (.index, .data-*)
+model = load_energy("digits_cond")                            # the latest of an experiment or of a shipped model
 
 Ours are written whole or not at all. They hold tensors and plain values only, so that a file from a stranger never
 executes code. A TensorFlow checkpoint holds variables by name; the network is inferred from their names and shapes.
@@ -28,6 +29,7 @@ from ebm.readers.state_values import find_odd_entry, is_number
 from ebm.readers.tensorflow import read_tf_checkpoint
 from ebm.readers.torch_files import read_torch_file
 from ebm.support.errors import UsageError
+from ebm.support.experiments import find_model_folder, get_shipped_root
 from ebm.support.files import write_file
 from utils import ClippedAdam
 
@@ -73,11 +75,11 @@ def parse_iteration(path: pathlib.Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def find(folder: pathlib.Path, resume_iter: str) -> pathlib.Path:
+def find(folder: pathlib.Path, resume_iter: str, setting: str = "resume_iter") -> pathlib.Path:
     """Return the path of checkpoint "123", "best" or "latest" in a folder: a `.pt` file or the prefix of a TF1 one.
 
-    "-1" is the latest, too, as in the reference. Raises UsageError, naming this checkpoint and those of the folder, if
-    it is not there.
+    "-1" is the latest, too, as in the reference. setting: the name of the setting that chose the checkpoint. Raises
+    UsageError, naming this checkpoint and those of the folder, if it is not there.
     """
     if not folder.is_dir():
         raise UsageError(f"no experiment folder {folder}; check `exp` and where experiments are kept")
@@ -95,7 +97,7 @@ def find(folder: pathlib.Path, resume_iter: str) -> pathlib.Path:
     if os.path.exists(f"{prefix}.index"):
         return prefix
     contents = f"it has {', '.join(map(str, numbers[-8:]))}" if numbers else "it has none"
-    raise UsageError(f"no checkpoint model_{resume_iter} in {folder} ({contents}); choose one with `resume_iter`")
+    raise UsageError(f"no checkpoint model_{resume_iter} in {folder} ({contents}); choose one with `{setting}`")
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -177,11 +179,14 @@ def load_energy(
 ) -> models.EnergyNetwork:
     """Return the network of a checkpoint `cachedir/<exp>/model_<iter>` in eval mode, from our format or TensorFlow's.
 
-    ema: take the averaged weights of a run with `ema_decay`. unrecorded: fields of the network's config that a TF1
-    checkpoint does not show, such as swish_act=True, see UNRECORDED; ours holds them. Raises UsageError for a missing,
-    damaged or foreign file, and for `ema` if the checkpoint has no averaged weights.
+    Its `settings` are those it was trained with, by the names of train.py's flags, and `class_names` those of its
+    classes; a TF1 checkpoint has neither.
+    prefix: may also be a folder, or the name of an experiment in cachedir/ or of a shipped model, of which the latest
+    checkpoint is taken. ema: take the averaged weights of a run with `ema_decay`. unrecorded: fields of the network's
+    config that a TF1 checkpoint does not show, such as swish_act=True, see UNRECORDED; ours holds them. Raises
+    UsageError for a missing, damaged or foreign file, and for `ema` if the checkpoint has no averaged weights.
     """
-    named = pathlib.Path(prefix)
+    named = locate(pathlib.Path(prefix))
     prefix = strip_ending(named)
     path, index = (prefix.with_name(prefix.name + ending) for ending in (".pt", ".index"))
     is_named_by_tf_file = named not in (prefix, path)
@@ -198,7 +203,25 @@ def load_energy(
         check_fit(models.EnergyNetwork(config), weights, path)  # before the network takes memory
     model = models.EnergyNetwork(config)
     load_state(model, weights, path)
+    model.settings, model.class_names = state.get("flags", {}), tuple(state.get("class_names", ()))
     return model.eval().to(device)
+
+
+def locate(named: pathlib.Path) -> pathlib.Path:
+    """Return the path of the checkpoint that a path or the name of an experiment stands for, see `load_energy`."""
+    prefix, folder, shipped = strip_ending(named), named.parent, get_shipped_root()
+    if named.is_dir():
+        return find(named, "latest")
+    if any(os.path.lexists(f"{prefix}{ending}") for ending in (".pt", ".index")):
+        return named
+    if named == prefix and len(named.parts) == 1 and not named.name.startswith("model_"):
+        return find(find_model_folder(named.name, ("cachedir",)), "latest")
+    # A shipped model is found from any working directory, and where it used to be, in cachedir/.
+    if (shipped / named.name).is_dir():
+        return find(shipped / named.name, "latest")
+    if not folder.is_dir() and (shipped / folder.name).is_dir():
+        return shipped / folder.name / named.name
+    return named
 
 
 def strip_ending(path: pathlib.Path) -> pathlib.Path:

@@ -9,7 +9,8 @@
 energies: `&` adds them, `|` mixes them (−logsumexp(−E)), `~` negates one, `2*` weights one. The names in an expression
 are size, shape, pos, rot and those of --models; pos2 is pos with the label of a second target. The energies of trained
 models differ little, so that a mixture is close to their mean; weights as in the last example make it sharp. Networks
-are read from the checkpoints. Pictures, plots and <task>.json go to <savedir>/<exp>/<task>/.
+are read from the checkpoints. Pictures, plots and <task>.json go to <logdir>/<exp>/<task>/, or to
+<savedir>/<exp>/<task>/ if --savedir is given. --task=train trains in --modeldir, or in --logdir if that is given.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def make_task_folder(settings: Settings) -> pathlib.Path:
     folder = settings.results_folder / settings.task
     if settings.task in ("gentest", "genbaseline"):
         folder /= f"pos_{unseen.choose_other_concept(settings)}"
-    return prepare_folder(folder, "savedir")
+    return prepare_folder(folder, settings.results_setting)
 
 
 def main(settings: Settings) -> None:

@@ -84,7 +84,7 @@ def main(settings: InceptionSettings) -> None:
 def evaluate_samples(settings: InceptionSettings, workers: Workers) -> None:
     """Sample from each ensemble, each worker its share of the pools; measure and report the samples on rank 0."""
     check_pool(settings)
-    experiment = settings.model_folder
+    experiment = settings.locate_model(settings.exp)
     ensembles = [
         find_ensemble(experiment, iteration, settings.ensemble) for iteration in choose_iterations(settings, experiment)
     ]

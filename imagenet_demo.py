@@ -4,8 +4,8 @@
     python imagenet_demo.py --exp=imagenet128_cond --resume_iter=latest --classes=153,207 --every=5 --seed=3
     python imagenet_demo.py --exp=cifar10_cond --step_lr=10 --num_steps=60 --batch_size=25
 
-The model can be any in --logdir, also a published TF1 checkpoint. sample.gif, its last frame sample.png and, if ffmpeg
-is installed, sample.mp4 go to <savedir>/<exp>/.
+The model can be any, also a published TF1 checkpoint. sample.gif, its last frame sample.png and, if ffmpeg is
+installed, sample.mp4 go to <logdir>/<exp>/demo/, or to <savedir>/<exp>/demo/ if --savedir is given.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import checkpoint
-from ebm.readers.bounded import describe_failure, read_text
 from ebm.settings import DemoSettings
 from ebm.support import cli, pictures
 from ebm.support.errors import UsageError
@@ -32,26 +30,20 @@ from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
 from ebm.support.sharing import derive_seed
-from ebm.tasks.trained_models import TrainedModel, find_class, note_contradictions, open_model, refuse_concept_model
+from ebm.tasks.trained_models import (
+    TrainedModel,
+    find_checkpoint,
+    find_class,
+    note_contradictions,
+    open_model,
+    read_names,
+    refuse_concept_model,
+)
 from ebm.training.distributed import Workers, share_evaluation
 from models import draw_noise_images, freeze_energy
 from sampling import check_finite, langevin
 
 FPS = 20  # frames per second
-
-
-def read_names(path: pathlib.Path, classes: int) -> list[str]:
-    """Read the names of all classes from a text file, one per line.
-
-    Raises UsageError if the file cannot be read or the number of its lines is not `classes`.
-    """
-    try:
-        names = read_text(path, 1 << 20).splitlines()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"`class_names`={path} cannot be read: {describe_failure(error)}") from None
-    if len(names) != classes:
-        raise UsageError(f"`class_names`={path} has {len(names)} lines and the network {classes} classes; one per line")
-    return names
 
 
 def choose_classes(settings: DemoSettings, names: Sequence[str], classes: int) -> list[int]:
@@ -76,19 +68,20 @@ def main(settings: DemoSettings) -> None:
 
 def show_chains(settings: DemoSettings, workers: Workers) -> None:
     """Run the chains, each worker its share of the images, and write them as a GIF, a picture and a film."""
-    path = checkpoint.find(settings.model_folder, settings.resume_iter)
-    trained = open_model(path, workers.device, settings, ema=settings.ema)
+    trained = open_model(find_checkpoint(settings), workers.device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     refuse_concept_model(trained)
     if settings.classes and not trained.model.config.label_size:
-        raise UsageError(f"`classes`: {path} has no classes; leave it out")
-    folder = prepare_folder(settings.results_folder, "savedir")
+        raise UsageError(f"`classes`: {trained.path} has no classes; leave it out")
+    folder = prepare_folder(settings.results_folder / "demo", settings.results_setting)
+    step_lr = trained.choose_step_lr(settings.step_lr, published=180.0)
+    print(f"model: {trained.path}; {settings.batch_size} images, {settings.num_steps} Langevin steps of {step_lr:g}")
 
     columns = math.ceil(math.sqrt(settings.batch_size))
     labels = choose_labels(settings, trained, columns)
     shares = torch.arange(settings.batch_size).chunk(workers.size)
     parts = workers.share_out(
-        shares, lambda numbers: record_frames(settings, trained, labels, numbers, workers.rank > 0)
+        shares, lambda numbers: record_frames(settings, trained, labels, numbers, step_lr, workers.rank > 0)
     )
     if workers.rank > 0:
         return
@@ -115,11 +108,12 @@ def choose_labels(settings: DemoSettings, trained: TrainedModel, columns: int) -
 
 
 def record_frames(
-    settings: DemoSettings, trained: TrainedModel, labels: Tensor, numbers: Tensor, quiet: bool
+    settings: DemoSettings, trained: TrainedModel, labels: Tensor, numbers: Tensor, step_lr: float, quiet: bool
 ) -> Tensor:
     """Return the frames of the chains with these numbers (n,), as bytes (frames, n, C, H, W) on the CPU.
 
-    labels: of all images. The noise of an image depends on `seed` and its number alone. quiet: print no progress.
+    labels: of all images. step_lr: the step size. The noise of an image depends on `seed` and its number alone. quiet:
+    print no progress.
     """
     device = next(trained.model.parameters()).device
     energy = freeze_energy(trained.model, precision=settings.precision, rescale=trained.rescale)
@@ -136,7 +130,7 @@ def record_frames(
             energy.under(labels[numbers].to(device)),
             torch.cat([draw_noise_images(trained.model.config, 1, generator) for generator in generators]),
             num_steps=settings.num_steps,
-            step_lr=settings.step_lr / trained.rescale,  # for images in [0, 1] the gradient is `rescale` times larger
+            step_lr=step_lr / trained.rescale,  # for images in [0, 1] the gradient is `rescale` times larger
             generator=generators,
             after_step=add_frame,
         )

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -447,11 +448,17 @@ SMALLEST_SIDES = {"ResNet128": 32} | dict.fromkeys(("ResNet32", "ResNet32Large",
 
 
 class EnergyNetwork(nn.Module):
-    """A network that maps images to energies: a sequence of stages, evaluated with prepared weights."""
+    """A network that maps images to energies: a sequence of stages, evaluated with prepared weights.
+
+    settings: those of its training, by the names of train.py's flags; class_names: of the classes that it is
+    conditioned on. Both are empty unless a checkpoint that records them was loaded.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.settings: Mapping[str, Any] = {}
+        self.class_names: tuple[str, ...] = ()
         self.stages = nn.ModuleDict(NETWORKS[config.network](config))
         for name, module in self.stages.named_modules():
             if isinstance(module, NormalizedLayer | SelfAttention):

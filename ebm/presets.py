@@ -1,7 +1,8 @@
 """The flags of published and shipped training runs by name, for `python train.py --preset=NAME`.
 
 Flags on the command line override those of the preset. The first rows are the published commands. The presets that end
-in _cpu train in minutes on two CPU cores; the models in `cachedir/` were trained with them.
+in _cpu train in minutes on two CPU cores; the models in `pretrained/` were trained with them. Their runs have the names
+of the presets, not of the shipped models.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ PRESETS = {
     "--proj_norm=0.01",
     "imagenet128_cond": f"{IMAGENET} --dataset=imagenetfull --swish_act --num_steps=50 --batch_size=16 --step_lr=100",
     **{f"dsprites_{c}": f"--exp=dsprites_cond_{c} --cond_{c} {SPRITES} --num_steps=20 --swish_act" for c in CONCEPTS},
-    **{f"dsprites_{c}_cpu": f"--exp=dsprites_cond_{c} --cond_{c} {SPRITES_CPU}" for c in CONCEPTS},
-    "fashion_cpu": f"--exp=fashion_cond --dataset=fashion_mnist {SMALL_CPU} --num_filters=32 --ema_decay=0.99 "
+    **{f"dsprites_{c}_cpu": f"--exp=dsprites_{c}_cpu --cond_{c} {SPRITES_CPU}" for c in CONCEPTS},
+    "fashion_cpu": f"--exp=fashion_cpu --dataset=fashion_mnist {SMALL_CPU} --num_filters=32 --ema_decay=0.99 "
     "--max_iter=1250",
-    "digits_cpu": f"--exp=demo --dataset=digits {SMALL_CPU} --num_filters=16 --max_iter=500",
+    "digits_cpu": f"--exp=digits_cpu --dataset=digits {SMALL_CPU} --num_filters=16 --max_iter=500",
 }

@@ -16,7 +16,7 @@ from ebm.presets import PRESETS
 from ebm.readers import dsprites
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
-from ebm.support.experiments import find_experiment
+from ebm.support.experiments import find_model_folder, find_output_folder
 from ebm.support.hardware import PRECISIONS
 from ebm.training.distributed import BACKENDS
 from sampling import PROJ_NORM_TYPES
@@ -113,10 +113,69 @@ class DeviceChoice:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointChoice(DeviceChoice):
-    """Model"""
+class ExperimentFolders:
+    """Experiment and folders"""
 
     exp: str = flag("default", "name of the experiment, whose folder holds the model", not_with=IS_GAUSS)
+    modeldir: str = flag(
+        "cachedir",
+        "folder of all experiments; a model that is not there is looked for among the shipped ones, in pretrained/",
+        not_with=IS_GAUSS,
+        is_path=True,
+    )
+    logdir: str = flag("sandbox_cachedir", "folder for results", is_path=True)
+
+    @property
+    def model_roots(self) -> tuple[str, ...]:
+        """The folders of experiments in which models are looked for, one after the other, before the shipped ones."""
+        return (self.modeldir,)
+
+    def locate_model(self, exp: str, setting: str = "exp") -> pathlib.Path:
+        """Return the folder of an experiment's checkpoints, of the user or shipped; see `find_model_folder`."""
+        return find_model_folder(exp, self.model_roots, setting)
+
+    @property
+    def results_setting(self) -> str:
+        """The name of the setting that says where results go."""
+        return "logdir"
+
+    @property
+    def results_folder(self) -> pathlib.Path:
+        """The folder for the results on this experiment; raises UsageError if its name leads elsewhere."""
+        return find_output_folder(getattr(self, self.results_setting), self.exp, self.results_setting)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseFolders(ExperimentFolders):
+    """Experiment and folders"""
+
+    logdir: str = flag(
+        ExperimentFolders.logdir,
+        "folder for results; if it has the experiment's checkpoints, as in commands of the release, they are used",
+        is_path=True,
+    )
+    savedir: str | None = flag(None, "folder for results, in place of --logdir", not_with="task=train", is_path=True)
+
+    @property
+    def experiments_root(self) -> str:
+        """The folder of all experiments: `logdir` if it is given, as in the release, else `modeldir`."""
+        return self.modeldir if self.logdir == ExperimentFolders.logdir else self.logdir
+
+    @property
+    def model_roots(self) -> tuple[str, ...]:
+        """The folders of experiments in which models are looked for, one after the other, before the shipped ones."""
+        return tuple(dict.fromkeys((self.experiments_root, self.modeldir)))
+
+    @property
+    def results_setting(self) -> str:
+        """The name of the setting that says where results go."""
+        return "savedir" if self.savedir else "logdir"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice(ExperimentFolders, DeviceChoice):
+    """Model"""
+
     resume_iter: str = flag(
         "latest",
         "iteration of the checkpoint to load, 'best' or 'latest' (-1 also means latest)",
@@ -124,24 +183,6 @@ class CheckpointChoice(DeviceChoice):
     )
     ema: bool = flag(False, "load the averaged weights, which a training run with --ema_decay saves", not_with=IS_GAUSS)
     seed: int = flag(0, "seed of all random numbers", at_least=0, at_most=LARGEST_SEED)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelChoice(CheckpointChoice):
-    """Folders"""
-
-    modeldir: str = flag("cachedir", "folder of all experiments", not_with=IS_GAUSS, is_path=True)
-    logdir: str = flag("sandbox_cachedir", "folder for results", is_path=True)
-
-    @property
-    def model_folder(self) -> pathlib.Path:
-        """The experiment's folder; raises UsageError if its name leads elsewhere."""
-        return find_experiment(self.modeldir, self.exp)
-
-    @property
-    def results_folder(self) -> pathlib.Path:
-        """The folder for the results on this experiment; raises UsageError if its name leads elsewhere."""
-        return find_experiment(self.logdir, self.exp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,8 +336,8 @@ class RunSettings(DeviceChoice):
 
     @property
     def folder(self) -> pathlib.Path:
-        """The experiment's folder; raises UsageError if its name leads elsewhere."""
-        return find_experiment(self.logdir, self.exp)
+        """The experiment's folder; raises UsageError if its name leads elsewhere, or among the shipped models."""
+        return find_output_folder(self.logdir, self.exp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -732,14 +773,10 @@ class SandboxSettings(
 
 
 @dataclasses.dataclass(frozen=True)
-class CombineRun(DeviceChoice):
+class CombineRun(ReleaseFolders, DeviceChoice):
     """Run"""
 
-    logdir: str = flag("cachedir", "folder of all experiments, among them those of the models", is_path=True)
-    savedir: str = flag(
-        "cachedir", "folder for results, which go to <savedir>/<exp>/<task>/", not_with="task=train", is_path=True
-    )
-    exp: str = flag("combine", "name of the folder for results, see --savedir", not_with="task=train")
+    exp: str = flag("combine", "name of the results, which go to <logdir>/<exp>/<task>/", not_with="task=train")
     batch_size: int = flag(
         256, "images that the models process at once", at_least=1, not_with="task=train", at_most=MOST_AT_ONCE
     )
@@ -756,11 +793,6 @@ class CombineRun(DeviceChoice):
         None, "the published dSprites file, an .npz; default: the program draws the sprites itself", is_path=True
     )
     data_workers: int = flag(4, "sprites are in memory or drawn, no image file is decoded", inert=True)
-
-    @property
-    def results_folder(self) -> pathlib.Path:
-        """The folder for results of all tasks; raises UsageError if its name leads elsewhere."""
-        return find_experiment(self.savedir, self.exp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -997,29 +1029,15 @@ class SampleSettings(ModelChoice, SampleChoice, SampleChains, CheckedNetwork):
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoRun(CheckpointChoice):
-    """Folders"""
-
-    logdir: str = flag("cachedir", "folder of all experiments", is_path=True)
-    savedir: str = flag("sandbox_cachedir", "folder for the pictures, which go to <savedir>/<exp>/", is_path=True)
-
-    @property
-    def model_folder(self) -> pathlib.Path:
-        """The experiment's folder; raises UsageError if its name leads elsewhere."""
-        return find_experiment(self.logdir, self.exp)
-
-    @property
-    def results_folder(self) -> pathlib.Path:
-        """The folder for the pictures; raises UsageError if the name of the experiment leads elsewhere."""
-        return find_experiment(self.savedir, self.exp)
-
-
-@dataclasses.dataclass(frozen=True)
 class DemoChains(ChainPrecision):
     """Sampling"""
 
     num_steps: int = flag(200, "Langevin steps of the chains", at_least=1)
-    step_lr: float = flag(180.0, "step size of a Langevin step: the factor of the energy gradient", at_least=0)
+    step_lr: float | None = flag(
+        None,
+        "step size of a Langevin step: the factor of the energy gradient; default: as in training, else 180",
+        at_least=0,
+    )
     batch_size: int = flag(
         16, "number of images, shown in a grid that is as square as possible", at_least=1, at_most=MOST_AT_ONCE
     )
@@ -1035,7 +1053,7 @@ class DemoChains(ChainPrecision):
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoSettings(DemoRun, DemoChains, CheckedNetwork):
+class DemoSettings(ReleaseFolders, ModelChoice, DemoChains, CheckedNetwork):
     """All settings of imagenet_demo.py."""
 
 

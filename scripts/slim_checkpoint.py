@@ -1,6 +1,6 @@
-"""Write a checkpoint that holds the network alone, in half precision, like the models in cachedir/.
+"""Write a checkpoint that holds the network alone, in half precision, like those in pretrained/.
 
-    python scripts/slim_checkpoint.py cachedir/demo/model_500.pt model_500.pt [--ema]
+    python scripts/slim_checkpoint.py cachedir/digits_cpu/model_500.pt model_500.pt [--ema]
 
 It has no optimizer, replay buffer and generators, so that a run can start from it but not continue bit for bit. Flags
 that name folders of this machine are left out.

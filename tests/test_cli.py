@@ -413,12 +413,13 @@ NOT_GIVEN = {
     "ais.py": CHECKED | {"limit"},  # measures all test images now, as the reference does
     "ebm_sandbox.py": CHECKED,
     "eval_inception.py": CHECKED,
-    "imagenet_demo.py": CHECKED - {"large_model", "larger_model", "wider_model"},  # which it did not have
+    # It did not have the larger networks; it takes the step size of training now, and writes to --logdir.
+    "imagenet_demo.py": CHECKED - {"large_model", "larger_model", "wider_model"} | {"step_lr", "savedir"},
     "sample.py": CHECKED,
     "train.py": {"num_samples", "quality"},  # the data set and the weights at hand decide
     # What gentest and genbaseline train has the old defaults where these are None, but for the
     # release's leaky ReLU and its five passes in genbaseline.
-    "ebm_combine.py": {"num_filters", "cclass", "spec_norm", "use_attention", "swish_act", "break_steps"},
+    "ebm_combine.py": {"num_filters", "cclass", "spec_norm", "use_attention", "swish_act", "break_steps", "savedir"},
 }
 
 

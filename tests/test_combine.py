@@ -19,6 +19,7 @@ from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import CombineSettings, TrainSettings
 from ebm.support import cli, reports
 from ebm.support.errors import UsageError
+from ebm.support.experiments import get_shipped_root
 from ebm.tasks import concepts, unseen
 from ebm.tasks.concept_models import ConceptModel, find_starts, load_model
 from ebm.tasks.concepts import ConceptRun, anneal_linearly
@@ -608,15 +609,22 @@ def test_gentest_starts_from_the_models(small_grid, tmp_path):
 
 
 def test_gentest_finds_its_starts(tmp_path, capsys):
-    """Breaks when gentest does not go on from a checkpoint that fits, or does not say why a network is a new one."""
+    """Breaks when gentest does not go on from a checkpoint that fits, or does not say why a network is a new one.
+
+    A user's model goes before the shipped one of the same name, which a note says.
+    """
     for name, label_size in {"pos": 2, "size": 1, "shape": 3, "rot": 2}.items():
         config = models.ModelConfig("DspritesNet", (1, 64, 64), 4, label_size, swish_act=name == "shape")
         write_checkpoint(tmp_path / f"dsprites_cond_{name}" / "model_5.pt", make_model(config), 5)
-    settings = CombineSettings(logdir=str(tmp_path), exp_size="gone", cond_rot=False, num_filters=4, swish_act=False)
+    settings = CombineSettings(modeldir=str(tmp_path), exp_size="gone", cond_rot=False, num_filters=4, swish_act=False)
     paths = find_starts(settings, ("pos", "size", "shape", "rot"))
     assert paths == {"pos": tmp_path / "dsprites_cond_pos" / "model_5.pt"}
-    assert capsys.readouterr().out.splitlines() == [
-        f"model size: starts from new weights, because there is no {tmp_path}/gone/model_latest",
+    note = "note: the model is that of {}/dsprites_cond_{}; modeldir={} takes the shipped one of the same name"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.pop(1).startswith(f"model size: starts from new weights: no experiment folder {tmp_path}/gone; ")
+    assert lines == [
+        note.format(tmp_path, "pos", get_shipped_root()),
+        note.format(tmp_path, "shape", get_shipped_root()),
         f"model shape: starts from new weights, because {tmp_path}/dsprites_cond_shape/model_5.pt has swish_act=True, "
         "not False",
         "model rot: starts from new weights, as cond_rot=False says",
@@ -743,14 +751,15 @@ def test_activation_of_tensorflow_checkpoints():
 
 
 def test_missing_models(commands):
-    """Breaks when a missing model has no line with the command that trains it, or another one has."""
+    """Breaks when a missing model has no line with the command that trains it, or a model that there is has one."""
     _, results = commands
     first, *lines = results["missing"][1].split("\n")
-    assert "--task=train" in first and len(lines) == 3
-    for line, name, exp in zip(lines, ("size", "shape", "rot"), (None, "dsprites_cond_shape", "gone"), strict=True):
+    assert "--task=train" in first and len(lines) == 2
+    for line, name, exp in zip(lines, ("size", "rot"), ("dsprites_cond_size", "gone"), strict=True):
         assert line.startswith(f"  {name}: no ")
-        assert f"python train.py --preset=dsprites_{name} --exp={exp or 'dsprites_cond_size'}" in line
-    assert "there is 5" in lines[0] and "model_6" in lines[0]
+        assert f"python train.py --preset=dsprites_{name} --exp={exp}" in line
+    assert "(it has 5); choose one with --resume_size, or" in lines[0] and "model_6" in lines[0]
+    assert "choose with --exp_rot, or" in lines[1]
 
 
 def test_mistakes_on_the_command_line(commands):

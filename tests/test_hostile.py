@@ -49,9 +49,8 @@ from ebm.readers.torch_files import read_torch_file
 from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
-from ebm.tasks.trained_models import check_training_flags
+from ebm.tasks.trained_models import check_training_flags, read_names
 from ebm.training.setup import list_differences
-from imagenet_demo import read_names
 
 MUTATIONS = int(os.environ.get("MUTATIONS", "15"))  # of each file
 SECONDS, MEGABYTES = 2.0, 1024  # within which each is answered

@@ -26,7 +26,7 @@ MODELS: dict[
 ] = {  # experiment -> network, what its checkpoint says besides
     "digits": (models.ModelConfig("MnistNet", (1, 28, 28), 4, label_size=5), {}),
     "named": (models.ModelConfig("MnistNet", (1, 28, 28), 4, label_size=5), {"class_names": ANIMALS}),
-    "rescaled": (models.ModelConfig("ResNet32", (3, 32, 32), 4), {"flags": {"rescale": 8.0}}),
+    "rescaled": (models.ModelConfig("ResNet32", (3, 32, 32), 4), {"flags": {"rescale": 8.0, "step_lr": 50.0}}),
     "large": (models.ModelConfig("ResNet128", (3, 128, 128), 4, label_size=10, swish_act=True), {}),
     "position": (models.ModelConfig("DspritesNet", (1, 64, 64), 4, label_size=2), {}),
 }
@@ -63,10 +63,11 @@ CASES = {
     "no_film": ["--exp=digits", *QUICK],
     "bf16": ["--exp=digits", *QUICK, "--precision=bf16"],
     "large": ["--exp=large", "--num_steps=2", "--batch_size=4", "--resume_iter=7", "--noswish_act", "--cclass"],
+    "own_step": ["--exp=rescaled", "--num_steps=1", "--batch_size=1"],
     "tensorflow": ["--exp=cifar10_cond", "--resume_iter=74700", *QUICK],
 }
 MISTAKES = {
-    "no_model": (["--exp=other"], "no experiment folder models/other"),
+    "no_model": (["--exp=nomed"], "no experiment folder models/nomed or cachedir/nomed; models has named, "),
     "no_iteration": (["--exp=digits", "--resume_iter=8"], "no checkpoint model_8 in models/digits (it has 7)"),
     "no_classes": (["--exp=rescaled", "--classes=1"], "model_7.pt has no classes"),
     "no_such_class": (["--exp=digits", "--classes=5"], "there is no class 5; the network has 0 to 4"),
@@ -135,7 +136,7 @@ def results(tmp_path_factory) -> dict[str, Result]:
     answers = json.loads(run.stdout)
     exps = {name: words[0].removeprefix("--exp=") for name, words in commands.items()}
     return {
-        name: Result(status, out, err, work / "results" / name / exps[name])
+        name: Result(status, out, err, work / "results" / name / exps[name] / "demo")
         for name, (status, out, err) in answers.items()
     }
 
@@ -146,7 +147,7 @@ def test_commands_work(results, case) -> None:
     result = results[case]
     assert result.status == 0, result.err
     for name in ("sample.gif", "sample.png"):
-        assert f"results/{case}/{result.folder.name}/{name}" in result.out
+        assert str(result.folder.relative_to(result.folder.parents[3]) / name) in result.out
         assert (result.folder / name).stat().st_size > 0
 
 
@@ -187,6 +188,12 @@ def test_frames_are_those_of_one_chain(results) -> None:
         abs(results["whole"].pixels().astype(int) - results[case].pixels()).mean() for case in ("bf16", "other_seed")
     ]
     assert 0 < changes[0] < 0.2 * changes[1]
+
+
+def test_step_size(results) -> None:
+    """Red if the step size is not that of training, or without one another than the published 180."""
+    assert "1 images, 1 Langevin steps of 50" in results["own_step"].out
+    assert "4 images, 2 Langevin steps of 180" in results["large"].out
 
 
 def test_chosen_classes(results) -> None:

@@ -1,4 +1,4 @@
-"""Every command in the README and in docs/ runs as written: on tiny data, with tiny networks or those in cachedir/."""
+"""Every command in the README and in docs/ runs as written: on tiny data, with tiny networks or those in pretrained/."""
 
 import math
 import re
@@ -46,7 +46,7 @@ COMMANDS = [command for command in DOCUMENTED if command not in NOT_RUN]
 
 # Behind a command's own flags, so that these win; everything that makes the command what it is stays.
 TRAIN = ["--max_iter=2", "--num_steps=2", "--batch_size=4", "--num_filters=8", "--num_samples=2", "--sample_steps=2"]
-TRAIN += ["--logdir=trained"]  # beside the models that other commands find in cachedir
+TRAIN += ["--logdir=trained"]  # so that no other command takes what was trained
 QUICK = "--train_flags=--num_filters=4 --num_samples=20 --sample_steps=2"  # of the runs that recipes.py starts
 LIMIT = ["--limit_size=64"]  # of the matrix products that are a machine's limit
 SMALL = {
@@ -101,14 +101,13 @@ def write_imagenetfull(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with small data in the real formats, the models of cachedir/, and tiny ones for the published."""
+    """A folder with small data in the real formats, and tiny models for the published ones."""
     root = tmp_path_factory.mktemp("readme")
     write_colour_sets(root / "data", count=40)
     for name in ("MNIST", "FashionMNIST"):
         write_mnist(root / "data" / name / "raw", count=200)
     write_imagenet(root / "imagenet")
     write_imagenetfull(root / "imagenetfull")
-    shutil.copytree(ROOT / "cachedir", root / "cachedir")
     shutil.copytree(ROOT / "tests/golden/tf_checkpoints/cifar10_cond", root / "cachedir" / "cifar10_cond")
     for exp, (network, iteration, shape, label_size) in TRAINED.items():
         config = models.ModelConfig(network, shape, 2, label_size, swish_act=network == "ResNet128")

@@ -1,4 +1,4 @@
-"""The models in cachedir/: small, whole, and as good as the README says; the script that writes such files."""
+"""The models in pretrained/: small, whole, and as good as the README says; the script that writes such files."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from ebm.tasks import concepts
 from ebm.tasks.concept_models import ConceptModel
 from ebm.tasks.examined_model import ExaminedModel
 
-SHIPPED = sorted(ROOT.glob("cachedir/*_cond*/model_*.pt"))
+SHIPPED = sorted(ROOT.glob("pretrained/*_cond*/model_*.pt"))
 CONCEPTS = ("pos", "rot", "shape", "size")
 
 
@@ -33,7 +33,7 @@ def test_they_are_small_and_hold_weights_alone():
 
 def test_digits_are_told_apart():
     """Breaks when the digits' model no longer knows its classes: 10 % right by chance, 29 % when shipped."""
-    (path,) = ROOT.glob("cachedir/digits_cond/model_*.pt")
+    (path,) = ROOT.glob("pretrained/digits_cond/model_*.pt")
     images, labels = data.load_dataset("digits", split="test").batch(
         torch.arange(150), torch.Generator().manual_seed(0)
     )
@@ -45,7 +45,7 @@ def test_digits_are_told_apart():
 @pytest.mark.parametrize(("concept", "least"), [("pos", 0.9), ("size", 0.8), ("shape", 0.85), ("rot", 0.6)])
 def test_sprites_show_what_was_asked_for(concept, least, tmp_path):
     """Breaks when the model of a concept no longer samples it: 1, 42, 33 or 15 % would be right by chance."""
-    (path,) = ROOT.glob(f"cachedir/dsprites_cond_{concept}/model_*.pt")
+    (path,) = ROOT.glob(f"pretrained/dsprites_cond_{concept}/model_*.pt")
     known = {concept: ConceptModel(models.freeze_energy(checkpoint.load_energy(path)), concept)}
     sprites = dsprites.Sprites(dsprites.compute_latents(torch.arange(dsprites.SIZE)))
     settings = CombineSettings(limit=16, num_steps=60, step_lr=150.0)

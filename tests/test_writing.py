@@ -199,7 +199,7 @@ def test_folders_that_cannot_be_written(tmp_path):
 
 
 NOWHERE = "/proc/nowhere"
-SHIPPED: dict[str, Any] = {"modeldir": str(ROOT / "cachedir"), "exp": "digits_cond"}
+SHIPPED: dict[str, Any] = {"exp": "digits_cond"}
 # Each script: what evaluates, its settings, and the module's function that begins the slow work.
 EVALUATIONS = {
     "sample": (sample.sample_images, SampleSettings(logdir=NOWHERE, **SHIPPED), "draw_fresh_images"),
@@ -213,12 +213,12 @@ EVALUATIONS = {
     ),
     "imagenet_demo": (
         imagenet_demo.show_chains,
-        DemoSettings(logdir=str(ROOT / "cachedir"), savedir=NOWHERE, exp="digits_cond"),
+        DemoSettings(savedir=NOWHERE, **SHIPPED),
         "record_frames",
     ),
     "ebm_combine": (
         ebm_combine.run_task,
-        ebm_combine.Settings(logdir=str(ROOT / "cachedir"), savedir=NOWHERE),
+        ebm_combine.Settings(savedir=NOWHERE),
         "load_all_sprites",
     ),
 }

@@ -41,9 +41,13 @@ class ConceptModel(NamedTuple):
 
 
 class ModelSource(NamedTuple):
-    """The experiment's folder and the iteration of a model's checkpoint, and the command that trains the model."""
+    """The experiment and the iteration of a model's checkpoint, and the command that trains the model.
 
-    folder: pathlib.Path
+    setting: the name of the setting that chose the experiment.
+    """
+
+    exp: str
+    setting: str
     iteration: str
     command: str
 
@@ -115,39 +119,39 @@ def get_training_flags(settings: CombineSettings, concept: str) -> str:
     return f"--preset=dsprites_{concept} --exp={exp}"
 
 
-def find_concept_folder(settings: CombineSettings, concept: str) -> pathlib.Path:
-    """Return the folder of the experiment whose model is conditioned on a concept."""
-    name = f"exp_{concept}"
-    return find_experiment(settings.logdir, getattr(settings, name), name)
-
-
 def find_source(settings: CombineSettings, name: str) -> ModelSource:
     """Return the source of the model with this name in an expression; raise UsageError for an unknown name."""
     further, concept = read_pairs("models", settings.models), split_name(name)[0]
     if name in further:
         exp, _, iteration = further[name].partition(":")
-        folder = find_experiment(settings.logdir, exp, "models")
-        return ModelSource(folder, iteration or "latest", f"python train.py --logdir={settings.logdir} --exp={exp} …")
+        command = f"python train.py --logdir={settings.experiments_root} --exp={exp} …"
+        return ModelSource(exp, "models", iteration or "latest", command)
     if concept in CONCEPTS:
-        place = f" --logdir={settings.logdir}" if settings.logdir != CombineSettings.logdir else ""
-        command = f"python train.py {get_training_flags(settings, concept)}{place}"
-        return ModelSource(find_concept_folder(settings, concept), getattr(settings, f"resume_{concept}"), command)
+        place, setting = settings.experiments_root, f"exp_{concept}"
+        command = f"python train.py {get_training_flags(settings, concept)}"
+        command += f" --logdir={place}" if place != CombineSettings.modeldir else ""
+        return ModelSource(getattr(settings, setting), setting, getattr(settings, f"resume_{concept}"), command)
     raise UsageError(
         f"`combine`={settings.combine}: there is no model {name}; "
         f"the names are {', '.join([*CONCEPTS, *further])}; add a model with `models`={name}=<exp>"
     )
 
 
+def find_source_checkpoint(settings: CombineSettings, source: ModelSource) -> pathlib.Path:
+    """Return the path of a model's checkpoint, of the user or shipped; raise UsageError if it does not exist."""
+    folder = settings.locate_model(source.exp, source.setting)
+    return checkpoint.find(folder, source.iteration, source.setting.replace("exp_", "resume_"))
+
+
 def find_models(settings: CombineSettings, names: Sequence[str]) -> dict[str, pathlib.Path]:
     """Return the paths of the models' checkpoints by name; raise UsageError with a line for each missing one."""
     paths, missing = {}, []
     for name in names:
-        folder, iteration, command = find_source(settings, name)
+        source = find_source(settings, name)
         try:
-            paths[name] = checkpoint.find(folder, iteration)
-        except UsageError:
-            existing = ", ".join(map(str, checkpoint.list_iterations(folder)[-8:])) or "no checkpoint"
-            missing.append(f"  {name}: no {folder}/model_{iteration} (there is {existing}); train it: {command}")
+            paths[name] = find_source_checkpoint(settings, source)
+        except UsageError as error:
+            missing.append(f"  {name}: {error}, or train it: {source.command}")
     if missing:
         raise UsageError("\n".join(["models are missing; `task`=train trains all four", *dict.fromkeys(missing)]))
     return paths
@@ -160,14 +164,13 @@ def find_starts(settings: CombineSettings, names: Sequence[str]) -> dict[str, pa
     """
     paths = {}
     for name in names:
-        folder, iteration, _ = find_source(settings, name)
         if not getattr(settings, f"cond_{name}"):
             print(f"model {name}: starts from new weights, as cond_{name}=False says")
             continue
         try:
-            path = checkpoint.find(folder, iteration)
-        except UsageError:
-            print(f"model {name}: starts from new weights, because there is no {folder}/model_{iteration}")
+            path = find_source_checkpoint(settings, find_source(settings, name))
+        except UsageError as error:
+            print(f"model {name}: starts from new weights: {error}".replace("`", ""))
             continue
         config = open_concept(settings, path, torch.device("cpu")).model.config
         differences = find_contradictions(settings, config).items()
@@ -220,12 +223,12 @@ def load_model(settings: CombineSettings, name: str, path: pathlib.Path, device:
 
 def train_models(settings: CombineSettings, script: pathlib.Path) -> None:
     """Train the models of the concepts one after the other by train.py; resume a training that was interrupted."""
-    names = list_concepts(settings)
+    names, root = list_concepts(settings), settings.experiments_root
     for number, concept in enumerate(names, 1):
         words = shlex.split(get_training_flags(settings, concept))
-        words += [f"--logdir={settings.logdir}", f"--device={settings.device}"]
+        words += [f"--logdir={root}", f"--device={settings.device}"]
         words += [f"--dsprites_path={settings.dsprites_path}"] if settings.dsprites_path else []
-        if can_resume(find_concept_folder(settings, concept)):
+        if can_resume(find_experiment(root, getattr(settings, f"exp_{concept}"), f"exp_{concept}")):
             words.append("--resume_iter=latest")
         words += shlex.split(settings.train_flags)
         print(f"model {number} of {len(names)}: python train.py {shlex.join(words)}", flush=True)
@@ -242,7 +245,7 @@ def train_models(settings: CombineSettings, script: pathlib.Path) -> None:
 
 
 def can_resume(folder: pathlib.Path) -> bool:
-    """Return whether the run in this folder can be resumed; the shipped models cannot, they hold weights only."""
+    """Return whether the run in this folder can be resumed; a copy of a shipped model cannot, it holds weights only."""
     if not checkpoint.list_iterations(folder):
         return False
     path = checkpoint.find(folder, "latest")

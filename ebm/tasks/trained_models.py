@@ -14,6 +14,7 @@ import torch
 import checkpoint
 import data
 import models
+from ebm.readers.bounded import describe_failure, read_text
 from ebm.readers.state_values import is_count, is_number
 from ebm.settings import (
     SIZES,
@@ -36,7 +37,7 @@ class TrainedModel(NamedTuple):
 
     model: models.EnergyNetwork
     path: pathlib.Path
-    flags: dict[str, Any]  # those of train.py, by name; empty for a TensorFlow checkpoint
+    flags: Mapping[str, Any]  # those of train.py, by name; empty for a TensorFlow checkpoint
     class_names: tuple[str, ...]
 
     @property
@@ -55,9 +56,9 @@ class TrainedModel(NamedTuple):
             note_assumed_antialias(self.path)
         return self.flags.get("antialias", True)
 
-    def choose_step_lr(self, step_lr: float | None) -> float:
-        """Return the step size of Langevin steps: `step_lr` if it is a number, else that of training, else 10."""
-        return self.flags.get("step_lr", 10.0) if step_lr is None else step_lr
+    def choose_step_lr(self, step_lr: float | None, published: float = 10.0) -> float:
+        """Return the step size of Langevin steps: `step_lr` if it is given, else that of training, or `published`."""
+        return self.flags.get("step_lr", published) if step_lr is None else step_lr
 
 
 @functools.cache  # one line for both splits of a data set
@@ -67,13 +68,11 @@ def note_assumed_antialias(path: pathlib.Path) -> None:
 
 
 def find_checkpoint(settings: ModelChoice) -> pathlib.Path:
-    """Return the path of the checkpoint that the settings name.
+    """Return the path of the checkpoint that the settings name, of the user or shipped.
 
-    Raises UsageError, which lists the existing checkpoints, if there is no such checkpoint.
+    Raises UsageError, which lists the existing ones, if there is no such experiment or checkpoint.
     """
-    if not settings.model_folder.is_dir():
-        raise UsageError(f"no experiment folder {settings.model_folder}; give `modeldir` and `exp` of a trained model")
-    return checkpoint.find(settings.model_folder, settings.resume_iter)
+    return checkpoint.find(settings.locate_model(settings.exp), settings.resume_iter)
 
 
 def open_model(path: pathlib.Path, device: torch.device, settings: UnrecordedNetwork, *, ema: bool) -> TrainedModel:
@@ -83,9 +82,8 @@ def open_model(path: pathlib.Path, device: torch.device, settings: UnrecordedNet
     checkpoint is damaged or has no averaged weights.
     """
     model = checkpoint.load_energy(path, ema=ema, device=device, **settings.unrecorded)
-    saved = checkpoint.load(path) if path.suffix == ".pt" else {}
-    check_training_flags(saved.get("flags", {}), path)
-    return TrainedModel(model, path, saved.get("flags", {}), tuple(saved.get("class_names", ())))
+    check_training_flags(model.settings, path)
+    return TrainedModel(model, path, model.settings, model.class_names)
 
 
 def check_training_flags(flags: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -171,6 +169,20 @@ def find_class(setting: str, word: str, names: Sequence[str], classes: int) -> i
             f"`{setting}`: no class is called {word!r}" + (f"; did you mean {similar}?" if similar else "")
         )
     return matches[0]
+
+
+def read_names(path: pathlib.Path, classes: int) -> list[str]:
+    """Read the names of all classes from a text file, one per line.
+
+    Raises UsageError if the file cannot be read or the number of its lines is not `classes`.
+    """
+    try:
+        names = read_text(path, 1 << 20).splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"`class_names`={path} cannot be read: {describe_failure(error)}") from None
+    if len(names) != classes:
+        raise UsageError(f"`class_names`={path} has {len(names)} lines and the network {classes} classes; one per line")
+    return names
 
 
 def refuse_concept_model(trained: TrainedModel) -> None:

@@ -286,7 +286,7 @@ def load_or_train_product(run: ConceptRun, training: Tensor, other: str) -> Prod
             checkpoint.check_config(network.config, built.config, path)
         return ProductNetwork(networks)
     product = build_product(run, other)
-    with own_folder(run.folder, run.workers, setting="savedir"):
+    with own_folder(run.folder, run.workers, setting=run.settings.results_setting):
         if run.workers.rank == 0:
             train_product(run, product, training, other)
         run.workers.broadcast(product.state_dict().values())

@@ -17,6 +17,7 @@ import torch
 import checkpoint
 import data
 import models
+from ebm.presets import PRESETS
 from ebm.readers.bounded import make_printable
 from ebm.settings import (
     CONDITIONS,
@@ -30,6 +31,7 @@ from ebm.settings import (
 )
 from ebm.support import cli
 from ebm.support.errors import UsageError
+from ebm.support.experiments import get_shipped_root, has_checkpoints, report_missing_experiment
 from ebm.support.reports import write_json
 from ebm.support.sharing import fold_seed
 from ebm.training.acceleration import Acceleration
@@ -144,7 +146,20 @@ def choose_folder_check(settings: TrainSettings) -> Callable[[], object]:
     """
     if settings.resume_iter == "-1":
         return functools.partial(check_new_folder, settings.folder)
-    return functools.partial(checkpoint.find, settings.folder, settings.resume_iter)
+    return functools.partial(find_start, settings)
+
+
+def find_start(settings: TrainSettings) -> pathlib.Path:
+    """Return the path of the checkpoint to resume from; raise UsageError, which lists those there are, without one."""
+    folder, shipped = settings.folder, get_shipped_root() / settings.exp
+    if has_checkpoints(folder):
+        return checkpoint.find(folder, settings.resume_iter)
+    if has_checkpoints(shipped):
+        raise UsageError(
+            f"no checkpoint in {folder}: {shipped} is a shipped model, weights without the state of a run to resume; "
+            f"to train it further, copy it to {folder}"
+        )
+    raise report_missing_experiment(settings.exp, (settings.logdir,))
 
 
 def open_checkpoint(settings: TrainSettings, workers: Workers) -> tuple[pathlib.Path | None, dict[str, Any]]:
@@ -154,7 +169,7 @@ def open_checkpoint(settings: TrainSettings, workers: Workers) -> tuple[pathlib.
     """
     if settings.resume_iter == "-1":
         return None, {}
-    path = checkpoint.find(settings.folder, settings.resume_iter)
+    path = find_start(settings)
     contents = checkpoint.load(path) if path.suffix == ".pt" else {}
     note_differences(settings, path, contents, workers)
     return path, contents
@@ -343,6 +358,15 @@ def write_config(settings: TrainSettings, state: State, workers: Workers) -> Non
     write_json(settings.folder / "config.json", config)
 
 
+def note_name_of_preset(settings: TrainSettings) -> None:
+    """Print a note if a run on other data than those of its preset has the preset's name."""
+    words = {word.lstrip("-") for word in PRESETS.get(settings.preset or "", "").split()}
+    if f"exp={settings.exp}" in words and f"dataset={settings.dataset}" not in words:
+        print(
+            f"note: this run on {settings.dataset} is called {settings.exp}, as its preset says; exp=<name> renames it"
+        )
+
+
 def announce_run(settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int) -> None:
     """Print the data, the network, the workers and the settings of a run."""
     config, values = state.model.config, cli.to_dict(settings)
@@ -354,4 +378,5 @@ def announce_run(settings: TrainSettings, state: State, dataset: data.Dataset, w
     if state.acceleration.compiled:
         print("the Langevin step is compiled when it first runs, which can take a minute; torch keeps the result")
     print(f"iterations: {state.iteration} to {stop}; everything goes to {settings.folder}/")
+    note_name_of_preset(settings)
     print("settings: " + " ".join(f"{name}={value}" for name, value in values.items() if value is not None))
