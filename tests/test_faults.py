@@ -247,7 +247,9 @@ def test_workers_resume(tmp_path):
         assert process.wait(60) != 0
     (saved,) = (tmp_path / "halves").glob("model_*.pt")
     assert int(saved.stem[6:]) == log.read_text().count("\n") < 12
-    finish("--exp=halves", *few, "--resume_iter=latest")
+    alone = [ROOT / "train.py", f"--logdir={tmp_path}", "--exp=halves", "--resume_iter=latest"]
+    result = two_workers(*alone)
+    assert result.returncode == 0 and result.stdout.count("with its settings\n") == 1, result.stderr
     assert is_same_state(
         load_state(tmp_path / "whole" / "model_12.pt"), load_state(tmp_path / "halves" / "model_12.pt")
     )
