@@ -92,10 +92,9 @@ def newest(exp):
 random.seed(os.environ.get("KILLS_SEED", "0"))
 for life in range(int(os.environ["KILLS"])):
     found = checkpoint.list_iterations(pathlib.Path(logdir) / "killed")
-    resumed = random.choice([*found[-4:], "latest", "latest", "latest"]) if found else None
-    flags_of_life = [f"--resume_iter={resumed}"] if found else ["--seed=0"]
+    resumed = random.choice([*found[-4:], "latest", "latest", "auto"]) if found else "auto"
     dies_in_a_save = life % 2 == 1
-    pid = start("killed", "--max_iter=1000000", *flags_of_life, dies_in_a_save=dies_in_a_save)
+    pid = start("killed", "--max_iter=1000000", f"--resume_iter={resumed}", dies_in_a_save=dies_in_a_save)
     before = newest("killed")
     while not dies_in_a_save and newest("killed") == before:
         ended, status = os.waitpid(pid, os.WNOHANG)

@@ -12,6 +12,7 @@ from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
 from ebm.training.resuming import check_folder, choose_checkpoint, name_resumption, recall_settings
+from train import train
 
 PATH = pathlib.Path("x/model_1.pt")
 STORED = {"dataset": "digits", "cclass": True, "num_steps": 40, "lr": 0.01, "max_iter": 20}
@@ -70,7 +71,7 @@ def test_presets(capsys):
         1250,
         "fashion_cond",
     )
-    assert recall(flags=stored | {"preset": "of another version"}).preset is None
+    assert recall(flags=stored | {"preset": ["of another version"]}).preset is None
     with pytest.raises(UsageError, match=r"dataset: digits → dsprites.*; leave out `preset`, or add `change`"):
         recall("--preset=dsprites_pos_cpu", flags=stored)
 
@@ -189,6 +190,17 @@ def test_a_changed_network_keeps_the_weights(tmp_path):
     with pytest.raises(UsageError, match="num_filters is 4 there and 8 here"):
         make_run(make_state(num_filters=8), tmp_path / "x", change=True).resume(path)
     assert checkpoint.load(path)["config"] == dataclasses.asdict(dataclasses.replace(CONFIG, label_size=3))
+
+
+def test_a_run_that_is_over(tmp_path, capsys):
+    """Breaks when a finished run is resumed without a word, or a new one of no iterations is taken for one."""
+    run = make_run(make_state(), tmp_path / "x", max_iter=0)
+    train(run)
+    assert "is the last" not in capsys.readouterr().out
+    run.save()
+    run.resume(tmp_path / "x" / "model_0.pt")
+    train(run)
+    assert "note: iteration 0 is the last of this run; a larger max_iter goes on" in capsys.readouterr().out
 
 
 def test_every_preset_goes_on():

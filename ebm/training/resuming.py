@@ -84,7 +84,7 @@ def recall_settings(settings: TrainSettings, path: pathlib.Path, contents: Mappi
     before = {"antialias": flags.get("dataset") == "imagenetfull"} | flags  # always on before it could be chosen
     given = list_given_names(settings, before.get("preset"))
     recalled = {name: value for name, value in before.items() if name not in CALL_SETTINGS | given}
-    if recalled.get("preset") not in PRESETS:  # a mere name, of a version with other presets
+    if recalled.get("preset") not in list(PRESETS):  # a mere name, of a version with other presets
         recalled["preset"] = None
     try:
         stored = cli.convert_values(recalled, TrainSettings)
@@ -96,8 +96,8 @@ def recall_settings(settings: TrainSettings, path: pathlib.Path, contents: Mappi
     changes = list_changes(merged, before, given)
     if not settings.change:
         refuse_changes(merged, before, changes, path)
-    words = "".join(f"; {name}: {change}" for name, change in changes.items())
-    print(f"note: this run goes on from {path} with its settings" + words.replace(";", ", but for", 1))
+    told = "; ".join(f"{name}: {change}" for name, change in changes.items())
+    print(f"note: this run goes on from {path} with its settings" + (f", but for {told}" if told else ""))
     return merged
 
 
@@ -135,7 +135,7 @@ def show_value(value: object) -> str:
 
 def is_same_setting(before: object, now: object, *, is_path: bool) -> bool:
     """Return whether two values of a setting mean the same."""
-    if is_path and isinstance(before, str) and isinstance(now, str) and "\0" not in before:
+    if is_path and isinstance(before, str) and isinstance(now, str) and os.path.exists(before):
         return os.path.realpath(before) == os.path.realpath(now)
     return before == now
 
