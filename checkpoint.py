@@ -165,10 +165,16 @@ def fits_config(name: str, value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def check_config(stored: models.ModelConfig, wanted: models.ModelConfig, path: pathlib.Path) -> None:
-    """Raise UsageError naming every field in which a checkpoint's network differs from the wanted one."""
+def check_config(
+    stored: models.ModelConfig, wanted: models.ModelConfig, path: pathlib.Path, *, change: bool = False
+) -> None:
+    """Raise UsageError naming every field in which a checkpoint's network differs from the wanted one.
+
+    change: the fields on which the weights' shapes do not depend may differ, see UNRECORDED.
+    """
     before, now = dataclasses.asdict(stored), dataclasses.asdict(wanted)
-    differences = [f"{name} is {before[name]} there and {now[name]} here" for name in now if now[name] != before[name]]
+    names = [name for name in now if now[name] != before[name] and not (change and name in UNRECORDED)]
+    differences = [f"{name} is {before[name]} there and {now[name]} here" for name in names]
     if differences:
         reasons = "; ".join(differences)
         raise UsageError(f"{path} is of another network: {reasons}; change the settings or use another `exp`")

@@ -4,7 +4,7 @@
     python train.py --exp=cifar10_cond --dataset=cifar10 --num_steps=60 --batch_size=128 --step_lr=10.0 \\
         --proj_norm=0.01 --zero_kl --replay_batch --cclass
     mpiexec -n 2 python train.py ... the same flags; each worker takes --batch_size images
-    python train.py --exp=digits ... --resume_iter=latest
+    python train.py --exp=digits --resume_iter=latest goes on with a run and its settings; flags given now win
 
 Checkpoints, logs and pictures go to --logdir/<exp>/.
 """
@@ -26,7 +26,7 @@ import models
 from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.hardware import LOSS_PRECISIONS, allow_tf32, set_kernel_choice, set_up_process
-from ebm.training import distributed, setup
+from ebm.training import distributed, resuming, setup
 from ebm.training.chains import infer_labels, run_chains
 from ebm.training.distributed import Workers
 from ebm.training.ownership import FolderOwner, own_folder
@@ -195,13 +195,9 @@ def mismatch_loss(
 
 
 def main(settings: TrainSettings) -> None:
-    setup.check_settings(settings)
     set_up_process()
     workers = distributed.join_workers(settings.backend, settings.device)
-    setup.check_device(settings, workers)
-    if workers.device.type == "cuda":
-        set_kernel_choice(deterministic=settings.deterministic)
-    with own_folder(settings.folder, workers, setup.choose_folder_check(settings)) as owner:
+    with own_folder(settings.folder, workers, lambda: resuming.check_folder(settings)) as owner:
         with workers.print_once():
             run = open_run(settings, workers, owner)
         if settings.train:
@@ -213,7 +209,14 @@ def main(settings: TrainSettings) -> None:
 
 def open_run(settings: TrainSettings, workers: Workers, owner: FolderOwner) -> Run:
     """Return a run that is about to begin or to go on; until all checks have passed, the folder stays as it is."""
-    path, contents = setup.open_checkpoint(settings, workers)
+    path, contents = resuming.open_checkpoint(settings, workers)
+    if path is not None:
+        settings = resuming.recall_settings(settings, path, contents)
+    cli.note_flags_without_effect(settings, settings.given_names)
+    setup.check_settings(settings)
+    setup.check_device(settings, workers)
+    if workers.device.type == "cuda":
+        set_kernel_choice(deterministic=settings.deterministic)
     dataset = setup.open_dataset(settings, workers, contents.get("class_names", ()))
     state = setup.build_state(settings, setup.choose_network(settings, dataset), dataset, workers)
     run = Run(settings, state, dataset, workers, owner)

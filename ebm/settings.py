@@ -14,7 +14,7 @@ from checkpoint import UNRECORDED
 from data import DATASETS
 from ebm.presets import PRESETS
 from ebm.readers import dsprites
-from ebm.support.cli import flag
+from ebm.support.cli import IncompleteSettings, flag
 from ebm.support.errors import UsageError
 from ebm.support.experiments import find_model_folder, find_output_folder
 from ebm.support.hardware import PRECISIONS
@@ -296,7 +296,7 @@ class CheckedNetwork(UnrecordedNetwork):
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSettings(DeviceChoice):
+class RunSettings(DeviceChoice, IncompleteSettings):
     """Run"""
 
     preset: str | None = flag(
@@ -307,7 +307,16 @@ class RunSettings(DeviceChoice):
     exp: str = flag("default", "name of the experiment; its files go to <logdir>/<exp>/")
     logdir: str = flag("cachedir", "folder of all experiments", is_path=True)
     train: bool = flag(True, "train the model; --train=False only samples from a checkpoint and writes the report")
-    resume_iter: str = flag("-1", "iteration of the checkpoint to resume from, or 'latest'; -1 starts a new run")
+    resume_iter: str = flag(
+        "-1",
+        "iteration of the checkpoint to resume from, 'latest', or 'auto': the latest if there is one, else a new run; "
+        "-1 starts a new run. A resumed run keeps its settings, but for those that are given now",
+    )
+    change: bool = flag(
+        False,
+        "resume a run although flags that are given now change its network or its data",
+        not_with="resume_iter=-1",
+    )
     max_iter: int | None = flag(
         None, "number of the last iteration; default: set by --epoch_num", at_least=0, not_with=SAMPLES_ONLY
     )

@@ -1,7 +1,6 @@
 """What makes chains fast gives the plain chain's images, and gives way where it fails: what a CPU can show of it."""
 
 import contextlib
-import dataclasses
 import gc
 import json
 import weakref
@@ -13,7 +12,7 @@ import models
 import sampling
 from conftest import ENVIRONMENT, ROOT, SHAPE, make_run, make_state, run_python, train_on_noise
 from ebm.settings import ChainPrecision, TrainSettings
-from ebm.support import hardware
+from ebm.support import cli, hardware
 from ebm.support.errors import UsageError
 from ebm.training import acceleration
 from ebm.training.acceleration import Acceleration, CannotCapture
@@ -67,10 +66,7 @@ def test_a_captured_chain_ends_with_its_run(monkeypatch):
 
 def test_precisions_of_the_command_line():
     """Breaks when --precision offers what chains do not know, or leaves one out."""
-    offered = [
-        {field.name: field.metadata["flag"].choices for field in dataclasses.fields(kind)}["precision"]
-        for kind in (TrainSettings, ChainPrecision)
-    ]
+    offered = [cli.list_flags(kind)["precision"].choices for kind in (TrainSettings, ChainPrecision)]
     assert offered == [("auto", *hardware.PRECISIONS), tuple(hardware.PRECISIONS)]
 
 

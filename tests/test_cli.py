@@ -169,7 +169,8 @@ def test_without_a_compiler(monkeypatch, capsys):
 )
 def test_a_flag_without_effect_says_so(capsys, flag, words, told):
     """Breaks when a flag that has no effect beside others is taken without a word, or complained about where it has."""
-    parse(flag, *words)
+    settings = parse(flag, *words)
+    cli.note_flags_without_effect(settings, settings.given_names)
     name = flag.split("=")[0].removeprefix("--")
     assert capsys.readouterr().out.count(f"{name} has no effect") == told
 
@@ -385,14 +386,13 @@ def test_paths_and_conditions(monkeypatch, script):
     monkeypatch.setenv("HOME", "/home/someone")
     kind, everything = settings_of(monkeypatch, script), {}
     for other in RELEASED:
-        for field in dataclasses.fields(settings_of(monkeypatch, other)):
-            everything.setdefault(field.name, set()).update(field.metadata["flag"].choices)
-    for field in dataclasses.fields(kind):
-        about = field.metadata["flag"]
-        is_path = re.search("dir$|path$|folder$|_weights$|^cache$|^class_names$|^output$", field.name)
-        assert about.is_path == (bool(is_path) and field.name != "folder"), field.name
+        for name, about in cli.list_flags(settings_of(monkeypatch, other)).items():
+            everything.setdefault(name, set()).update(about.choices)
+    for flag, about in cli.list_flags(kind).items():
+        is_path = re.search("dir$|path$|folder$|_weights$|^cache$|^class_names$|^output$", flag)
+        assert about.is_path == (bool(is_path) and flag != "folder"), flag
         if about.is_path:
-            value = getattr(cli.parse([script, f"--{field.name}=~/x"], kind), field.name)
+            value = getattr(cli.parse([script, f"--{flag}=~/x"], kind), flag)
             assert value in ("/home/someone/x", ("/home/someone/x",))
         for condition in (*about.only_with, *about.not_with):
             name, _, words = condition.partition("=")

@@ -92,10 +92,9 @@ def newest(exp):
 random.seed(os.environ.get("KILLS_SEED", "0"))
 for life in range(int(os.environ["KILLS"])):
     found = checkpoint.list_iterations(pathlib.Path(logdir) / "killed")
-    resumed = random.choice([*found[-4:], "latest", "latest", "latest"]) if found else None
-    flags_of_life = [f"--resume_iter={resumed}"] if found else ["--seed=0"]
+    resumed = random.choice([*found[-4:], "latest", "latest", "auto"]) if found else "auto"
     dies_in_a_save = life % 2 == 1
-    pid = start("killed", "--max_iter=1000000", *flags_of_life, dies_in_a_save=dies_in_a_save)
+    pid = start("killed", "--max_iter=1000000", f"--resume_iter={resumed}", dies_in_a_save=dies_in_a_save)
     before = newest("killed")
     while not dies_in_a_save and newest("killed") == before:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -247,7 +246,9 @@ def test_workers_resume(tmp_path):
         assert process.wait(60) != 0
     (saved,) = (tmp_path / "halves").glob("model_*.pt")
     assert int(saved.stem[6:]) == log.read_text().count("\n") < 12
-    finish("--exp=halves", *few, "--resume_iter=latest")
+    alone = [ROOT / "train.py", f"--logdir={tmp_path}", "--exp=halves", "--resume_iter=latest"]
+    result = two_workers(*alone)
+    assert result.returncode == 0 and result.stdout.count("with its settings\n") == 1, result.stderr
     assert is_same_state(
         load_state(tmp_path / "whole" / "model_12.pt"), load_state(tmp_path / "halves" / "model_12.pt")
     )

@@ -41,7 +41,6 @@ from ebm.support.errors import UsageError
 from ebm.support.pixels import dequantise
 from ebm.tasks.trained_models import TrainedModel, load_split
 from ebm.training.run import read_batch
-from ebm.training.setup import list_differences
 from ebm.training.state import State, Step
 from golden.tasks import recipe_tasks
 from utils import ClippedAdam, ReplayBuffer
@@ -528,21 +527,6 @@ def test_a_model_is_examined_on_images_as_in_training(tree, capsys, flags, given
         assert dataset.antialias == expected
     is_assumed = flags == OF_EARLIER_VERSION and given is None
     assert capsys.readouterr().out.count("model_1.pt was trained before this was a setting") == is_assumed
-
-
-@pytest.mark.parametrize(
-    ("flags", "antialias", "note"),
-    [
-        (OF_EARLIER_VERSION, False, ["antialias: True -> False"]),
-        (OF_EARLIER_VERSION, True, []),
-        (OF_EARLIER_VERSION | {"antialias": False}, False, []),
-        (OF_EARLIER_VERSION | {"antialias": False}, True, ["antialias: False -> True"]),
-        ({"dataset": "cifar10"}, False, []),
-    ],
-)
-def test_resuming_with_other_images_is_said(flags, antialias, note) -> None:
-    """Breaks when a run goes on, without a word, with images that are resized otherwise than before."""
-    assert list_differences(TrainSettings(dataset=flags["dataset"], antialias=antialias), flags) == note
 
 
 def test_sides_are_rounded_up() -> None:

@@ -39,7 +39,7 @@ from ebm.tasks.trained_models import find_checkpoint
 from ebm.training import ownership
 from ebm.training.distributed import Workers, join_workers, work_alone
 from ebm.training.ownership import check_new_folder, list_branch_files, own_folder, set_aside_branch
-from ebm.training.setup import list_differences, open_dataset
+from ebm.training.setup import open_dataset
 from ebm.training.state import Step
 from models import PreparedEnergy
 from train import open_run, train
@@ -526,23 +526,7 @@ def test_the_log_goes_on(tmp_path):
     assert path.read_text() == "".join(lines) + '{"iteration": 3, "a": 1}\n'
 
 
-# ---- what a run was started with ----
-
-
-def test_differences():
-    """Breaks when a setting that changes what a run learns changes without a word, or one that does not is told."""
-    settings = TrainSettings(dataset="mnist", seed=3, save_interval=5, max_iter=9, exp="y", device="cpu", datadir="d")
-    flags = dataclasses.asdict(TrainSettings(dataset="digits", rescale=2.0, lr=0.1))
-    expected = {"seed: 0 -> 3", "dataset: digits -> mnist", "rescale: 2.0 -> 1.0", "lr: 0.1 -> 0.0003"}
-    assert set(list_differences(settings, flags)) == expected
-    folder = TrainSettings(dataset="folder", data_path="a/../images")
-    assert list_differences(folder, dataclasses.asdict(TrainSettings(dataset="folder", data_path="images"))) == []
-    assert list_differences(folder, {"dataset": "folder", "data_path": "b"}) == ["data_path: b -> a/../images"]
-    for odd in ({}, {"dataset": 5}, {"dataset": "folder", "data_path": ["x"], "lr": None, "objective": "x" * 10_000}):
-        assert all(len(line) < 200 for line in list_differences(folder, odd))
-    assert list_differences(TrainSettings(dataset="dsprites", cond_pos=True), {"dataset": "dsprites"}) == [
-        "cond_pos: False -> True"
-    ]
+# ---- other data than a run was started with ----
 
 
 def test_other_classes(tmp_path):

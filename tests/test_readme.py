@@ -1,4 +1,4 @@
-"""Every command in the README and in docs/ runs as written: on tiny data, with tiny networks or those in pretrained/."""
+"""Every command in the README and docs/ runs as written: on tiny data, with tiny networks or those in pretrained/."""
 
 import math
 import re

@@ -17,7 +17,11 @@ from ebm.readers.tensorflow import read_tf_checkpoint
 
 
 def train(logdir, *flags):
-    return run_python(ROOT / "train.py", f"--logdir={logdir}", *SMALL_RUN, *flags, cwd=logdir, timeout=300)
+    return train_with(logdir, *SMALL_RUN, *flags)
+
+
+def train_with(logdir, *flags):
+    return run_python(ROOT / "train.py", f"--logdir={logdir}", *flags, cwd=logdir, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +58,14 @@ def test_what_a_run_leaves_behind(run):
 
 
 def test_resume_is_bit_for_bit(run):
-    """Breaks when any random stream, the optimizer, the buffer, the place in the epoch or the log is not restored."""
+    """Breaks when any setting, random stream, the optimizer, the buffer, the place in the epoch or the log is lost."""
     logdir, _ = run
-    first = ["--exp=halves", "--save_interval=8", "--test_interval=12"]
-    assert train(logdir, *first, "--max_iter=13").returncode == 0
-    resumed = train(logdir, *first, "--max_iter=24", "--resume_iter=8")
+    shutil.copytree(logdir / "whole", logdir / "halves")
+    for name in ("model_16.pt", "model_24.pt"):
+        (logdir / "halves" / name).unlink()
+    resumed = train_with(logdir, "--exp=halves", "--resume_iter=latest")
     assert resumed.returncode == 0, resumed.stderr
+    assert f"goes on from {logdir}/halves/model_8.pt with its settings\n" in resumed.stdout
     assert is_same_state(load_state(logdir / "whole" / "model_24.pt"), load_state(logdir / "halves" / "model_24.pt"))
     assert (logdir / "whole" / "log.jsonl").read_text() == (logdir / "halves" / "log.jsonl").read_text()
 
@@ -79,12 +85,12 @@ def test_resume_on_another_kind_of_device(run, tmp_path):
 
 
 def test_sample_only(run):
-    """Breaks when --train=False trains on, or does not sample."""
+    """Breaks when --train=False trains on, does not sample, or takes longer chains than the run was given."""
     logdir, _ = run
     before = sorted((logdir / "whole").glob("model_*"))
-    result = train(logdir, "--exp=whole", "--train=False", "--resume_iter=latest")
+    result = train_with(logdir, "--exp=whole", "--train=False", "--resume_iter=latest")
     assert result.returncode == 0, result.stderr
-    assert "samples_24.png" in result.stdout
+    assert "2 Langevin steps: " in result.stdout and "samples_24.png" in result.stdout
     assert sorted((logdir / "whole").glob("model_*")) == before
 
 
@@ -174,7 +180,7 @@ def test_resuming_another_network(run):
     logdir, _ = run
     result = train(logdir, "--exp=whole", "--resume_iter=24", "--swish_act", "--num_filters=8")
     assert result.returncode == 2
-    assert "num_filters is 4 there and 8 here" in result.stderr and "swish_act" in result.stderr
+    assert "num_filters: 4 → 8; swish_act: False → True; leave out --num_filters and --swish_act" in result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -199,7 +205,8 @@ def test_signals_save_and_leave(tmp_path, number):
         printed, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number, printed
     (saved,) = (tmp_path / "s").glob("model_*.pt")
-    assert f"stopped by {signal.Signals(number).name}" in printed
+    name = signal.Signals(number).name
+    assert f"stopped by {name}; go on with --exp=s --logdir={tmp_path} --resume_iter=latest" in printed
     assert load_state(saved)["iteration"] >= 10
 
 

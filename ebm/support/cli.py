@@ -105,13 +105,29 @@ def flag(
     return dataclasses.field(default=default, metadata={"flag": about})
 
 
+@dataclasses.dataclass(frozen=True)
+class IncompleteSettings:
+    """Settings that a script's `main` completes itself, for example from a checkpoint.
+
+    Only then can be judged which flags have no effect: `main` calls `note_flags_without_effect`.
+    """
+
+    # The names of the settings that the words of the command line set, without those that a preset sets.
+    given_names: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
+
+
+def list_flags(kind: Any) -> dict[str, Flag]:
+    """Return the properties of all flags by name. kind: a settings class, or settings."""
+    return {field.name: field.metadata["flag"] for field in dataclasses.fields(kind) if "flag" in field.metadata}
+
+
 def list_groups(kind: type) -> dict[str, list[dataclasses.Field]]:
     """Return the fields of a settings class, grouped by heading.
 
     The heading is the first docstring line of the class that defines the field.
     """
     groups: dict[str, list[dataclasses.Field]] = {}
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(kind) if "flag" in field.metadata}
     for owner in kind.__mro__:
         members = [fields.pop(name) for name in vars(owner).get("__annotations__", {}) if name in fields]
         if members:
@@ -241,7 +257,7 @@ def read_list(name: str, words: Sequence[str], plain: type, about: Flag) -> tupl
 
 def note_repetitions(pairs: Sequence[tuple[str, str]], kind: type) -> None:
     """Print a note for each flag that is given again with another value, of which the last one counts."""
-    repeated = {field.name for field in dataclasses.fields(kind) if field.metadata["flag"].repeated}
+    repeated = {name for name, about in list_flags(kind).items() if about.repeated}
     last = dict(pairs)
     for name, value in dict.fromkeys(pairs):
         if value != last[name] and name not in repeated:
@@ -250,17 +266,17 @@ def note_repetitions(pairs: Sequence[tuple[str, str]], kind: type) -> None:
 
 def note_flags_without_effect(settings: Any, given: Collection[str]) -> None:
     """Print a note for each flag of the command line that has no effect beside the other settings."""
-    fields = {field.name: field.metadata["flag"] for field in dataclasses.fields(settings)}
-    for name in fields:
-        if name in given and (obstacle := find_obstacle(settings, fields, name)):
+    for name in list_flags(settings):
+        if name in given and (obstacle := find_obstacle(settings, name)):
             print(f"note: --{name} has no effect{obstacle}")
 
 
-def find_obstacle(settings: Any, fields: Mapping[str, Flag], name: str) -> str:
+def find_obstacle(settings: Any, name: str) -> str:
     """Return a phrase that says why a flag has no effect beside the other settings; empty if it has one.
 
-    fields: the properties of all flags. A flag that needs another one has no effect where the other one has none.
+    A flag that needs another one has no effect where the other one has none.
     """
+    fields = list_flags(settings)
     about = fields[name]
     if about.inert:
         return f": {about.words}"
@@ -274,7 +290,7 @@ def find_obstacle(settings: Any, fields: Mapping[str, Flag], name: str) -> str:
     if not met:
         known = [each for each in about.only_with if each.partition("=")[0] in fields]
         return f" without --{' or --'.join(known)}"
-    obstacles = [find_obstacle(settings, fields, each.partition("=")[0]) for each in met]
+    obstacles = [find_obstacle(settings, each.partition("=")[0]) for each in met]
     return "" if "" in obstacles else obstacles[0]
 
 
@@ -317,29 +333,30 @@ def describe_flags(kind: type, usage: str) -> str:
 def parse(argv: Sequence[str], kind: type[Settings], usage: str = "") -> Settings:
     """Return the settings that a command line sets; for --help print the help text and exit.
 
-    Prints notes for flags without effect. Raises UsageError with a one-line message for an unknown flag, a stray word
-    or a value out of range.
+    Prints notes for flags without effect; `IncompleteSettings` get the names of the given settings instead. Raises
+    UsageError with a one-line message for an unknown flag, a stray word or a value out of range.
     """
     if HELP & set(argv):
         print(describe_flags(kind, usage))
         sys.exit(0)
     pairs = split_words(argv[1:], kind)
     settings = convert_words(pairs, kind)
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        presets = field.metadata["flag"].presets
-        if preset := presets.get(getattr(settings, field.name)):
+    for name, about in list_flags(kind).items():
+        if preset := about.presets.get(getattr(settings, name)):
             settings = convert_words(split_words(shlex.split(preset), kind) + pairs, kind)
     note_repetitions(pairs, kind)
-    note_flags_without_effect(settings, dict(pairs))
+    given = frozenset(dict(pairs))
+    if isinstance(settings, IncompleteSettings):
+        return dataclasses.replace(settings, given_names=given)
+    note_flags_without_effect(settings, given)
     return settings
 
 
 def split_words(words: Sequence[str], kind: type) -> list[tuple[str, str]]:
     """Return the names and values of the flags that words set, see `read_words`."""
     hints = list_types(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    aliases = {about.alias: name for name, field in fields.items() if (about := field.metadata["flag"]).alias}
-    names = {name: name for name in fields} | aliases
+    abouts = list_flags(kind)
+    names = {name: name for name in abouts} | {about.alias: name for name, about in abouts.items() if about.alias}
     switches = [name for name, target in names.items() if split_type(hints[target])[0] is bool]
     pairs = read_words(words, switches, [name for name in names if name not in switches])
     return [(names[name], value) for name, value in pairs]
@@ -358,9 +375,23 @@ def convert_words(pairs: Sequence[tuple[str, str]], kind: type[Settings]) -> Set
     return read_settings(kind, values)
 
 
+def convert_values(values: Mapping[str, Any], kind: type[Settings]) -> Settings:
+    """Return the settings with these values, under the same checks as words of a command line; see `convert_words`.
+
+    values: plain values by name, which may come from a stranger. Names of no setting are left out, and so is None.
+    """
+    known = list_flags(kind)
+    return convert_words([(k, str(v)) for k, v in values.items() if k in known and v is not None], kind)
+
+
+def spell_flags(**values: object) -> str:
+    """Return the words that set these settings on a command line, quoted for a shell."""
+    return shlex.join(f"--{name}={value}" for name, value in values.items())
+
+
 def name_flags(message: str, kind: type) -> str:
     """Return the message with each setting in backquotes written as a flag: `lr`=3 becomes --lr=3."""
-    names = {field.name for field in dataclasses.fields(kind)}
+    names = list_flags(kind)
     return re.sub(r"`(\w+)`", lambda match: f"--{match[1]}" if match[1] in names else match[0], message)
 
 
@@ -399,7 +430,7 @@ def describe_error(error: Exception, kind: type) -> str | None:
     if isinstance(error, UsageError):
         return str(error)
     if is_out_of_memory(error):
-        names = {field.name for field in dataclasses.fields(kind)}
+        names = list_flags(kind)
         sizes = " or ".join(f"`{name}`" for name in SIZES_IN_MEMORY if name in names)
         return f"the memory does not hold what these settings ask for; lower {sizes}"
     if isinstance(error, OSError) and error.errno in NO_ROOM:

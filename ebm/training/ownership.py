@@ -228,7 +228,8 @@ class FolderOwner:
             earlier.release()
             self._made.insert(0, self.folder)
             self._lock = self._take()
-        print(f"note: {self.folder} held an earlier run; it is now {aside} (resume_iter=latest would have gone on)")
+        remedy = " (resume_iter=latest would have gone on)" if checkpoint.list_iterations(aside) else ""
+        print(f"note: {self.folder} held an earlier run; it is now {aside}{remedy}")
 
     def release(self) -> None:
         """Give the folder up. Folders that were made for it and are empty are removed."""

@@ -26,6 +26,7 @@ from ebm.training.distributed import GradientAverager, Workers
 from ebm.training.guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
 from ebm.training.ownership import FolderOwner, list_branch_files, set_aside_branch
 from ebm.training.records import Recorder, draw_curves, report_quality, write_samples
+from ebm.training.resuming import name_resumption
 from ebm.training.samples import Sampler, choose_measure, choose_number
 from ebm.training.setup import compute_last_iteration
 from ebm.training.state import State, Step
@@ -88,6 +89,8 @@ class Run:
         if self.is_first:
             is_branch = self.is_resumed and bool(list_branch_files(self.settings.folder, state.iteration))
             self.recorder = Recorder(state, self.settings, self.sampler, self.measure, self.stop, is_branch=is_branch)
+        if self.is_resumed and state.iteration >= self.stop:
+            self.say(f"note: iteration {self.stop} is the last of this run; a larger max_iter goes on")
         state.acceleration.say = bind_notes(self.recorder, self.workers.rank)
         moments = [moment for pair in state.optimizer.state.values() for moment in pair.values()]
         averages = [] if state.ema is None else state.ema.state_dict().values()
@@ -172,7 +175,7 @@ class Run:
         if self.rollbacks > settings.max_rollbacks:
             raise UsageError(
                 f"the run diverged at iteration {failed} ({cause}) after {settings.max_rollbacks} rollbacks; "
-                "lower `lr` or `step_lr`, or raise `num_steps`, then `resume_iter`=latest"
+                "lower `lr` or `step_lr`, or raise `num_steps`, then go on with " + name_resumption(settings)
             )
         self.guard.roll_back(state)
         self.branch_point = state.iteration
@@ -264,13 +267,13 @@ class Run:
             except OSError as error:
                 raise UsageError(
                     f"{path}: the last state could not be saved ({error.strerror}); "
-                    "make room, then `resume_iter`=latest goes on from the last checkpoint"
+                    f"make room, then go on from the last checkpoint with {name_resumption(self.settings)}"
                 ) from None
             print(f"saved {path}")
         if self.unwritten:
             raise UsageError(
                 f"the run is over, but {' and '.join(self.unwritten)} could not be written; "
-                "make room, then `train`=False with `resume_iter`=latest does it again"
+                f"make room, then {name_resumption(self.settings)} with `train`=False does it again"
             )
 
     # ------------------------------------------------------------------------------------------ checkpoints
@@ -365,7 +368,8 @@ class Run:
             state.start_ema()
             return
         contents = checkpoint.load(path) if contents is None else contents
-        checkpoint.check_config(checkpoint.read_config(contents, path), state.model.config, path)
+        stored = checkpoint.read_config(contents, path)
+        checkpoint.check_config(stored, state.model.config, path, change=self.settings.change)
         checkpoint.load_state(state.model, contents["model"], path)
         with report_unreadable_file(path):
             state.load_shared_state(contents)
@@ -439,7 +443,7 @@ class Run:
         """Save, then end the process with the exit status that is usual for the signal."""
         number = self.signal = self.signal or signal.SIGTERM
         self.save()
-        self.say(f"stopped by {signal.Signals(number).name}; go on with resume_iter=latest")
+        self.say(f"stopped by {signal.Signals(number).name}; go on with {name_resumption(self.settings)}")
         self.workers.barrier()
         if self.stop_signals is not None:
             self.stop_signals.release_launcher()

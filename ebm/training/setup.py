@@ -1,42 +1,26 @@
-"""The preparation of a run before its first iteration: settings, data, network, acceleration, folder and state."""
+"""The preparation of a run before its first iteration: settings, data, network, acceleration and state."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import functools
-import os
-import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-import checkpoint
 import data
 import models
 from ebm.presets import PRESETS
-from ebm.readers.bounded import make_printable
-from ebm.settings import (
-    CONDITIONS,
-    SIZES,
-    SUBSETS,
-    DataFiles,
-    NetworkSettings,
-    OutputSettings,
-    RunSettings,
-    TrainSettings,
-)
+from ebm.settings import CONDITIONS, SIZES, SUBSETS, TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
-from ebm.support.experiments import get_shipped_root, has_checkpoints, report_missing_experiment
 from ebm.support.reports import write_json
 from ebm.support.sharing import fold_seed
 from ebm.training.acceleration import Acceleration
 from ebm.training.distributed import Workers
-from ebm.training.ownership import check_new_folder
 from ebm.training.state import State
 from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
 
@@ -88,91 +72,6 @@ def check_settings(settings: TrainSettings) -> None:
         raise UsageError("`dataset`=folder needs `data_path`, the folder of images")
     if not settings.train and settings.resume_iter == "-1":
         raise UsageError("`train`=False samples from a checkpoint; choose one with `resume_iter`")
-
-
-# ---- what a resumed run was started with ----
-
-# Settings that may change from one part of a run to the next: places, ends, speed, output. Those of the network, but
-# for its labels, are compared with the network itself.
-UNCOMPARED = {
-    field.name for group in (RunSettings, DataFiles, OutputSettings, NetworkSettings) for field in fields(group)
-}
-UNCOMPARED |= {"data_workers", "precision", "compile", "cuda_graph", "max_rollbacks"}
-UNCOMPARED -= {"seed", "cclass", "model_cclass"}
-
-
-def list_differences(settings: TrainSettings, before: Mapping[str, Any]) -> list[str]:
-    """Return, as "name: before -> now", each setting that changes what a run learns and was another one before.
-
-    before: the settings of the run that wrote a checkpoint, by name. One that did not exist then had its default, but
-    for antialiasing, which was always on.
-    """
-    now = cli.to_dict(settings)
-    before = {
-        name: before.get(name, name == "antialias" or default) for name, default in cli.to_dict(TrainSettings()).items()
-    }
-    names = [name for name in now if name not in UNCOMPARED]
-    if before["dataset"] == settings.dataset:
-        names += filter(None, [data.DATASETS[settings.dataset].path_setting])
-    if settings.dataset != "imagenetfull":
-        names.remove("antialias")
-    changed = [name for name in names if not is_same_setting(before[name], now[name], is_path=name in UNCOMPARED)]
-    return [f"{name}: {make_printable(str(before[name])[:100])} -> {now[name]}" for name in changed]
-
-
-def is_same_setting(before: object, now: object, *, is_path: bool) -> bool:
-    """Return whether two values of a setting mean the same."""
-    if is_path and isinstance(before, str) and isinstance(now, str):
-        return os.path.realpath(before) == os.path.realpath(now)
-    return before == now
-
-
-def note_differences(
-    settings: TrainSettings, path: pathlib.Path, contents: Mapping[str, Any], workers: Workers
-) -> None:
-    """Print a note that lists the settings that are not those of the run that wrote a checkpoint."""
-    before = contents.get("flags")
-    if isinstance(before, Mapping) and (differences := list_differences(settings, before)):
-        workers.print(
-            f"note: {path} was trained with other settings, and this run goes on with the new ones: "
-            + "; ".join(differences)
-        )
-
-
-def choose_folder_check(settings: TrainSettings) -> Callable[[], object]:
-    """Return the check of a run's folder, a function that raises UsageError if the folder cannot be used.
-
-    The checkpoint of a resumed run must be there; a new run sets nothing aside but runs.
-    """
-    if settings.resume_iter == "-1":
-        return functools.partial(check_new_folder, settings.folder)
-    return functools.partial(find_start, settings)
-
-
-def find_start(settings: TrainSettings) -> pathlib.Path:
-    """Return the path of the checkpoint to resume from; raise UsageError, which lists those there are, without one."""
-    folder, shipped = settings.folder, get_shipped_root() / settings.exp
-    if has_checkpoints(folder):
-        return checkpoint.find(folder, settings.resume_iter)
-    if has_checkpoints(shipped):
-        raise UsageError(
-            f"no checkpoint in {folder}: {shipped} is a shipped model, weights without the state of a run to resume; "
-            f"to train it further, copy it to {folder}"
-        )
-    raise report_missing_experiment(settings.exp, (settings.logdir,))
-
-
-def open_checkpoint(settings: TrainSettings, workers: Workers) -> tuple[pathlib.Path | None, dict[str, Any]]:
-    """Return the path of the checkpoint to resume from, and what it holds; None and nothing for a new run.
-
-    A note says which settings differ from those of the run that wrote it. A TensorFlow checkpoint is read later.
-    """
-    if settings.resume_iter == "-1":
-        return None, {}
-    path = find_start(settings)
-    contents = checkpoint.load(path) if path.suffix == ".pt" else {}
-    note_differences(settings, path, contents, workers)
-    return path, contents
 
 
 # ---- data and network ----
@@ -270,7 +169,9 @@ def choose_acceleration(settings: TrainSettings, device: str, network: str) -> A
     """Return the acceleration of chains: what the settings ask for, else the fastest on this kind of device."""
     has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
     if settings.compile and not has_compiler:
-        raise UsageError("`compile` needs a C compiler (cc, gcc or clang), and none is on the PATH; leave it out")
+        raise UsageError(
+            "`compile` needs a C compiler (cc, gcc or clang), and none is on the PATH; set `compile`=False"
+        )
     on_gpu, is_plain = device == "cuda", settings.has_plain_chains
     compiled = is_plain and (on_gpu and not settings.deterministic if settings.compile is None else settings.compile)
     if compiled and not has_compiler:
@@ -341,7 +242,7 @@ def check_device(settings: TrainSettings, workers: Workers) -> None:
     if workers.device.type == "cuda":
         return
     if settings.cuda_graph:
-        raise UsageError(f"`cuda_graph` needs a GPU, and this run is on the {workers.device}; leave it out")
+        raise UsageError(f"`cuda_graph` needs a GPU, and this run is on the {workers.device}; set `cuda_graph`=False")
     if settings.deterministic:
         workers.print("note: deterministic has no effect on a CPU, where runs are the same bit for bit anyway")
 
