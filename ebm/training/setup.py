@@ -8,6 +8,7 @@ import functools
 import os
 import pathlib
 import shutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -343,15 +344,27 @@ def write_config(settings: TrainSettings, state: State, workers: Workers) -> Non
     write_json(settings.folder / "config.json", config)
 
 
-def announce_run(settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int) -> None:
-    """Print the data, the network, the workers and the settings of a run."""
-    config, values = state.model.config, cli.to_dict(settings)
+def announce_run(
+    settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int, cost: str
+) -> None:
+    """Print the data, the network, the workers, the cost and the settings of a run."""
+    config = state.model.config
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     print(f"data: {dataset.name}, {len(dataset):,} images of {config.image_shape}, {dataset.label_size} label values")
+    if dataset.class_names and not config.label_size:
+        print(cli.name_flags(f"labels: {list_some(dataset.class_names)} (`cclass` conditions on them)", type(settings)))
     print(f"network: {config.network}, {parameters:,} parameters, {config.num_filters} filters")
     print(f"workers: {workers.size}, {workers.engine} ({workers.why}), on {workers.device}")
     print(f"energies in {state.acceleration}; images and parameters in float32")
     if state.acceleration.compiled:
         print("the Langevin step is compiled when it first runs, which can take a minute; torch keeps the result")
     print(f"iterations: {state.iteration} to {stop}; everything goes to {settings.folder}/")
-    print("settings: " + " ".join(f"{name}={value}" for name, value in values.items() if value is not None))
+    if cost:
+        print(cost)
+    print(f"settings: {cli.write_flags(settings)}")
+
+
+def list_some(names: Sequence[str]) -> str:
+    """Return the first names of a list, as many as a line holds, and how many there are if some are left out."""
+    shown, some = textwrap.shorten(", ".join(names), 80, placeholder=" …"), len(names)
+    return f"{shown} ({some:,} in all)" if shown.endswith("…") else shown
