@@ -37,7 +37,8 @@ from utils import ClippedAdam, ReplayBuffer
 # The arguments of `train_step`: state, settings, images, labels, starts of the chains, what averages the gradients.
 TrainStep = Callable[[State, TrainSettings, Tensor, Tensor | None, Tensor, Callable[[], None]], object]
 
-TIMED = 0.5  # seconds that one timed step may take
+TIMED = 0.2  # seconds that one timed step may take
+HEAP = 1.6  # bytes that the C library takes for one of a tensor on a CPU, which `keep_freed_memory` makes it keep
 LONG = 30.0  # seconds of an iteration from which on remedies are printed
 LARGE = 0.5  # share of the free memory from which on they are
 
@@ -54,8 +55,9 @@ def estimate_cost(train_step: TrainStep, state: State, settings: TrainSettings) 
     device, trial = state.generator.device, Trial(train_step, state, settings)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), allow_tf32(state.acceleration.precision):
-        memory = trial.estimate_memory()
-        return Cost(trial.estimate_seconds(), memory + SNAPSHOTS * (settings.guard and measure_snapshot(state)))
+        memory = trial.estimate_memory() * (1 if devices else HEAP)
+        snapshots = SNAPSHOTS * measure_snapshot(state) if settings.guard else 0
+        return Cost(trial.estimate_seconds(), int(memory) + snapshots)
 
 
 class Trial:
@@ -108,12 +110,10 @@ class Trial:
         """Return the seconds of an iteration, after the steps that memory was measured on, which warm up."""
         chains, num_steps = self.chains, self.settings.num_steps
         single = self.step(1, 1)
-        count = max(1, min(chains, int(TIMED / single)))
-        if count > 1:
-            self.step(count, 1)  # kernels are chosen for each shape
-        one = self.step(count, 1) if count > 1 else single
-        per_step = max(self.step(count, 2) - one, 0)
-        per_chain = max(one - single, 0) / (count - 1) if count > 1 else one
+        count = min(chains, max(2, int(TIMED / single)))
+        self.step(count, 1)  # a GPU chooses its kernels for each shape
+        one, two = self.step(count, 1), self.step(count, 2)
+        per_step, per_chain = max(two - one, 0), max(one - single, 0) / max(count - 1, 1)
         return one + (chains - count) * per_chain + (num_steps - 1) * per_step * chains / count
 
 

@@ -8,7 +8,6 @@ import functools
 import os
 import pathlib
 import shutil
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -175,8 +174,8 @@ def open_dataset(settings: TrainSettings, workers: Workers, class_names: Sequenc
         root=settings.datadir,
         device=workers.device,
         path=settings.find_path(settings.dataset),
-        image_size=settings.image_size,
-        channels=settings.channels,
+        image_size=settings.image_size if settings.dataset == "folder" else None,
+        channels=settings.channels if settings.dataset == "folder" else None,
         condition=next((CONDITIONS[name] for name in list_enabled(settings, CONDITIONS)), None),
         subset=settings.subset,
         antialias=settings.antialias,
@@ -365,6 +364,6 @@ def announce_run(
 
 
 def list_some(names: Sequence[str]) -> str:
-    """Return the first names of a list, as many as a line holds, and how many there are if some are left out."""
-    shown, some = textwrap.shorten(", ".join(names), 80, placeholder=" …"), len(names)
-    return f"{shown} ({some:,} in all)" if shown.endswith("…") else shown
+    """Return the first ten names of a list, each cut to 30 letters, and how many there are if some are left out."""
+    rest = f", … ({len(names):,} in all)" if len(names) > 10 else ""
+    return ", ".join(name[:30] for name in names[:10]) + rest
