@@ -29,6 +29,7 @@ from ebm.support.hardware import LOSS_PRECISIONS, allow_tf32, set_kernel_choice,
 from ebm.training import distributed, resuming, setup
 from ebm.training.chains import infer_labels, run_chains
 from ebm.training.distributed import Workers
+from ebm.training.estimate import check_cost
 from ebm.training.ownership import FolderOwner, own_folder
 from ebm.training.run import Run
 from ebm.training.state import State, Step
@@ -38,7 +39,7 @@ from models import PreparedEnergy
 def train(run: Run) -> None:
     """Train until the last iteration, or until a signal asks the run to end."""
     for images, labels in run.batches():
-        with allow_tf32(run.state.acceleration.precision):
+        with run.let_break(), allow_tf32(run.state.acceleration.precision):
             start = start_chains(run.state, run.settings, images)
             step = train_step(run.state, run.settings, images, labels, start, run.average_gradients)
         run.after(step)  # divergence guard, log, pictures, checkpoint, signals
@@ -67,7 +68,6 @@ def train_step(
     # Negatives: Langevin chains down the energy. With the KL term the gradient flows back through them.
     ends, acceptance = run_chains(state, settings, frozen if settings.zero_kl else energy, start, chain_labels)
     samples = ends.detach()
-    keep_samples(state, settings, samples)
 
     # Loss: energy down on data, up on samples.
     e_data, e_neg = compute_data_energies(energy, images, labels, settings), energy(samples, chain_labels)
@@ -77,13 +77,14 @@ def train_step(
     loss_wrong, e_wrong = mismatch_loss(energy, e_data, images, labels, settings)
     loss = loss_ml + regulariser + loss_kl + loss_wrong
 
-    # Update: Adam on the mean gradient over workers.
+    # Update: Adam on the mean gradient over workers. Up to here a signal can break off the iteration (Run.let_break).
     state.optimizer.zero_grad()
     loss.backward()
     average_gradients()
     state.optimizer.step()
     state.iteration += 1
     state.update_ema(settings.ema_decay)
+    keep_samples(state, settings, samples)
     energies, losses = (e_pos, e_neg, e_wrong), (loss_ml, loss_kl, loss)
     return Step(data, start, samples, data_labels, chain_labels, frozen, *energies, *losses, acceptance).detach()
 
@@ -222,13 +223,14 @@ def open_run(settings: TrainSettings, workers: Workers, owner: FolderOwner) -> R
     run = Run(settings, state, dataset, workers, owner)
     if path is not None:
         run.resume(path, contents)
-    else:
+    cost = check_cost(train_step, state, settings, workers, run.stop, is_new=path is None)
+    if path is None:
         owner.start_afresh()
     run.prepare_measure()
     if workers.rank == 0:
         if settings.train:
             setup.write_config(settings, state, workers)
-        setup.announce_run(settings, state, dataset, workers, run.stop)
+        setup.announce_run(settings, state, dataset, workers, run.stop, cost)
     return run
 
 

@@ -17,6 +17,9 @@ SPRITES = "--dataset=dsprites --cclass --zero_kl --replay_batch --step_lr=500"
 SPRITES_CPU = f"{SPRITES} --num_steps=10 --batch_size=16 --lr=3e-2 --ema_decay=0.99 --precision=bf16 --compile"
 SMALL_CPU = "--cclass --zero_kl --replay_batch --num_steps=20 --step_lr=100 --batch_size=32 --lr=1e-2"
 
+# image_size and channels count for --dataset=folder, whose images then become 32x32 in colour.
+COLOUR_CPU = "--dataset=cifar10 --image_size=32 --channels=3 --zero_kl --replay_batch --num_steps=10 --step_lr=100"
+
 PRESETS = {
     "cifar10_uncond": f"--exp=cifar10_uncond {CIFAR10} --large_model",
     "cifar10_cond": f"--exp=cifar10_cond {CIFAR10} --cclass",
@@ -27,5 +30,7 @@ PRESETS = {
     **{f"dsprites_{c}_cpu": f"--exp=dsprites_{c}_cpu --cond_{c} {SPRITES_CPU}" for c in CONCEPTS},
     "fashion_cpu": f"--exp=fashion_cpu --dataset=fashion_mnist {SMALL_CPU} --num_filters=32 --ema_decay=0.99 "
     "--max_iter=1250",
+    "colour_cpu": f"--exp=colour_cpu {COLOUR_CPU} --batch_size=32 --num_filters=32 --lr=3e-3 --ema_decay=0.99 "
+    "--max_iter=600 --test_interval=200 --save_interval=100",
     "digits_cpu": f"--exp=digits_cpu --dataset=digits {SMALL_CPU} --num_filters=16 --max_iter=500",
 }

@@ -141,6 +141,27 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return {field.name: getattr(settings, field.name) for fields in groups for field in fields}
 
 
+def write_flags(settings: Any) -> str:
+    """Return the flags, as a shell takes them, of all settings that are not at their defaults, in the order of --help.
+
+    A command with these flags has the same settings.
+    """
+    words: list[str] = []
+    for fields in list_groups(type(settings)).values():
+        for field in fields:
+            value, about = getattr(settings, field.name), field.metadata["flag"]
+            if value == field.default:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{field.name}" if value else f"--no{field.name}")
+            elif about.repeated:
+                words += [f"--{field.name}={item}" for item in value]
+            else:
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                words.append(f"--{field.name}={text}")
+    return shlex.join(words)
+
+
 def describe_tasks(usage: str | None, tasks: Mapping[str, Callable]) -> str:
     """Return a script's usage text, followed by a list of its tasks with the first docstring line of each."""
     width = max(map(len, tasks)) + 2
@@ -382,11 +403,6 @@ def convert_values(values: Mapping[str, Any], kind: type[Settings]) -> Settings:
     """
     known = list_flags(kind)
     return convert_words([(k, str(v)) for k, v in values.items() if k in known and v is not None], kind)
-
-
-def spell_flags(**values: object) -> str:
-    """Return the words that set these settings on a command line, quoted for a shell."""
-    return shlex.join(f"--{name}={value}" for name, value in values.items())
 
 
 def name_flags(message: str, kind: type) -> str:

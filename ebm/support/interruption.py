@@ -11,6 +11,7 @@ when the program starts stays ignored: that is how nohup and a shell's backgroun
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -27,6 +28,10 @@ class Interruption(KeyboardInterrupt):
     def __init__(self, number: int):
         super().__init__(number)
         self.number = number
+
+
+class Break(Interruption):
+    """The error by which a signal breaks off an iteration of training, which is then undone."""
 
 
 def guard_start() -> None:
@@ -77,12 +82,24 @@ def end_interrupted(number: int, frame: FrameType | None = None) -> NoReturn:
 
 def say_interrupted(number: int) -> None:
     """Print the line that names the signal; on a terminal it goes below the progress bar."""
-    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    print("\n" * sys.stderr.isatty() + f"stopped by {name}", file=sys.stderr, flush=True)
+    print("\n" * sys.stderr.isatty() + f"stopped by {name_signal(number)}", file=sys.stderr, flush=True)
+
+
+def say_at_once(message: str) -> None:
+    """Write a line to stderr in the handler of a signal, which may have come in the middle of a print."""
+    with contextlib.suppress(OSError):  # the terminal has gone
+        os.write(sys.stderr.fileno(), ("\n" * sys.stderr.isatty() + message + "\n").encode())
+
+
+def name_signal(number: int) -> str:
+    """Return the name of a signal as people know it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def end_if_lost(unraisable: Any) -> None:
     """Handle an error that Python cannot raise, in a destructor for example: end the process if a signal caused it."""
+    if isinstance(unraisable.exc_value, Break):
+        return  # it is raised again at the end of what it should break off
     if isinstance(unraisable.exc_value, Interruption):
         end_interrupted(unraisable.exc_value.number)
     sys.__unraisablehook__(unraisable)

@@ -179,5 +179,4 @@ def refuse_changes(
 
 def name_resumption(settings: RunSettings) -> str:
     """Return the words of a command line that go on with a run."""
-    place = {} if settings.logdir == RunSettings.logdir else {"logdir": settings.logdir}
-    return cli.spell_flags(exp=settings.exp, **place, resume_iter="latest")
+    return cli.write_flags(TrainSettings(exp=settings.exp, logdir=settings.logdir, resume_iter="latest"))

@@ -18,9 +18,10 @@ import data
 from ebm.measures.features import SampleMeasure
 from ebm.readers.bounded import report_unreadable_file
 from ebm.settings import TrainSettings
-from ebm.support import cli
+from ebm.support import cli, interruption
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
+from ebm.support.interruption import Break
 from ebm.support.sharing import fold_seed
 from ebm.training.distributed import GradientAverager, Workers
 from ebm.training.guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
@@ -49,7 +50,7 @@ class Run:
         self.settings, self.state, self.dataset, self.workers, self.owner = settings, state, dataset, workers, owner
         self.is_first = workers.rank == 0
         self.stop = compute_last_iteration(settings, len(dataset), workers.size)
-        self.average_gradients = GradientAverager(workers, state.model.parameters()).finish
+        self.averager = GradientAverager(workers, state.model.parameters())
         self.sampler = Sampler(state, settings, dataset)
         self.make_measure = choose_measure(settings, dataset, workers.device) if self.is_first else None
         self.measure: SampleMeasure | None = None  # on rank 0 only, after `prepare_measure`
@@ -60,6 +61,9 @@ class Run:
         self.unsaved: tuple[pathlib.Path, dict[str, Any]] | None = None  # the newest checkpoint, if its save failed
         self.unwritten: list[str] = []  # what else could not be written
         self.signal: int | None = None  # the signal that asked the run to end
+        self.can_break = False  # whether a signal breaks off the iteration, which has not changed the weights yet
+        self.draws: dict[str, Any] = {}  # of the state before the iteration
+        self.last_step: Step | None = None  # that of the state, unless the run has rolled back
         self.stop_signals: StopSignals | None = None  # while it trains
         self.recorder: Recorder | None = None  # on rank 0 only, while it trains
         # The iteration that the run has returned to, until it saves: what the folder has of later ones is then moved.
@@ -78,6 +82,7 @@ class Run:
         self.open()
         with self.catch_signals():
             while self.state.iteration < self.stop:
+                self.draws = self.state.get_draws()
                 yield read_batch(self.state, self.settings, self.dataset)
             if self.is_asked_to_end():  # while the last iteration was saved
                 self.end_early()
@@ -95,7 +100,7 @@ class Run:
         moments = [moment for pair in state.optimizer.state.values() for moment in pair.values()]
         averages = [] if state.ema is None else state.ema.state_dict().values()
         self.workers.broadcast([*state.model.state_dict().values(), *averages, *moments])
-        if state.iteration == 0:
+        if state.iteration == 0 and not self.is_resumed:
             self.measure_samples()
         if self.guard is not None:
             self.guard.remember(state)
@@ -111,6 +116,7 @@ class Run:
         """Check for divergence, log, test and save after a step; end the run if a signal asked for that."""
         is_ending = self.is_asked_to_end()
         cause = self.find_divergence(step, is_saved=is_ending or self.is_save_due or self.is_test_due)
+        self.last_step = step if cause is None else None
         if cause is None:
             self.keep_records(step)
         else:
@@ -432,8 +438,51 @@ class Run:
             self.stop_signals.restore()
 
     def ask_to_end(self, number: int) -> None:
-        """End the run after its iteration because a signal asks for that."""
-        self.signal = self.signal or number
+        """End the run because a signal asks for that, and say so: a run of one worker breaks off its iteration."""
+        if self.signal is not None:
+            return
+        self.signal, name = number, interruption.name_signal(number)
+        if self.is_first:
+            deed = "breaks off and undoes this iteration" if self.can_break else "finishes this iteration"
+            interruption.say_at_once(f"{name}: the run {deed}, saves and ends; {name} again ends it at once")
+        self.raise_break()
+
+    @contextlib.contextmanager
+    def let_break(self) -> Iterator[None]:
+        """Inside the block, until `average_gradients`, let a signal break off the iteration of a run of one worker.
+
+        The state is then that of the last whole iteration, and is saved. Several workers go on to the end of an
+        iteration, because they would have to break it off at the same place.
+        """
+        try:
+            self.can_break = self.workers.size == 1
+            self.raise_break()
+            yield
+        except Break:
+            self.state.undo_draws(self.draws)
+            self.check_last_step()
+            self.end_early()
+        finally:
+            self.can_break = False
+
+    def raise_break(self) -> None:
+        """Raise Break if a signal has come, unless the iteration cannot be broken off any more."""
+        if self.can_break and self.signal is not None:
+            self.can_break = False
+            raise Break(self.signal)
+
+    def check_last_step(self) -> None:
+        """Roll back if the last whole iteration, which is about to be saved, has diverged; not if it was checked."""
+        if self.last_step is not None and not self.is_due(CHECK_INTERVAL):
+            cause = self.find_divergence(self.last_step, is_saved=True)
+            if cause is not None:
+                self.roll_back(cause)
+
+    def average_gradients(self) -> None:
+        """Replace the gradients by their mean over workers; the weights change next, so that nothing breaks off now."""
+        self.raise_break()
+        self.can_break = False
+        self.averager.finish()
 
     def is_asked_to_end(self) -> bool:
         """Return, on all workers, whether a signal has asked one of them to end the run."""

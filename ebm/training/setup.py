@@ -88,8 +88,8 @@ def open_dataset(settings: TrainSettings, workers: Workers, class_names: Sequenc
         root=settings.datadir,
         device=workers.device,
         path=settings.find_path(settings.dataset),
-        image_size=settings.image_size,
-        channels=settings.channels,
+        image_size=settings.image_size if settings.dataset == "folder" else None,
+        channels=settings.channels if settings.dataset == "folder" else None,
         condition=next((CONDITIONS[name] for name in list_enabled(settings, CONDITIONS)), None),
         subset=settings.subset,
         antialias=settings.antialias,
@@ -268,11 +268,15 @@ def note_name_of_preset(settings: TrainSettings) -> None:
         )
 
 
-def announce_run(settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int) -> None:
-    """Print the data, the network, the workers and the settings of a run."""
-    config, values = state.model.config, cli.to_dict(settings)
+def announce_run(
+    settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int, cost: str
+) -> None:
+    """Print the data, the network, the workers, the cost and the settings of a run."""
+    config = state.model.config
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     print(f"data: {dataset.name}, {len(dataset):,} images of {config.image_shape}, {dataset.label_size} label values")
+    if dataset.class_names and not config.label_size:
+        print(cli.name_flags(f"labels: {list_some(dataset.class_names)} (`cclass` conditions on them)", type(settings)))
     print(f"network: {config.network}, {parameters:,} parameters, {config.num_filters} filters")
     print(f"workers: {workers.size}, {workers.engine} ({workers.why}), on {workers.device}")
     print(f"energies in {state.acceleration}; images and parameters in float32")
@@ -280,4 +284,12 @@ def announce_run(settings: TrainSettings, state: State, dataset: data.Dataset, w
         print("the Langevin step is compiled when it first runs, which can take a minute; torch keeps the result")
     print(f"iterations: {state.iteration} to {stop}; everything goes to {settings.folder}/")
     note_name_of_preset(settings)
-    print("settings: " + " ".join(f"{name}={value}" for name, value in values.items() if value is not None))
+    if cost:
+        print(cost)
+    print(f"settings: {cli.write_flags(settings)}")
+
+
+def list_some(names: Sequence[str]) -> str:
+    """Return the first ten names of a list, each cut to 30 letters, and how many there are if some are left out."""
+    rest = f", … ({len(names):,} in all)" if len(names) > 10 else ""
+    return ", ".join(name[:30] for name in names[:10]) + rest

@@ -65,12 +65,14 @@ class State:
 
     def get_worker_state(self) -> dict[str, Any]:
         """Return the part of the state that differs between workers: replay buffer, chains and generators."""
+        return {"buffer": self.buffer.state_dict(), **self.get_generators(), "previous": self.previous}
+
+    def get_generators(self) -> dict[str, Any]:
+        """Return the states of the generators that the run draws from."""
         return {
-            "buffer": self.buffer.state_dict(),
             "generator": self.generator.get_state(),
             "torch_generator": torch.get_rng_state(),  # dropout draws from torch's own generators
             "cuda_generator": torch.cuda.get_rng_state() if self.generator.device.type == "cuda" else None,
-            "previous": self.previous,
         }
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
@@ -94,11 +96,31 @@ class State:
         self.previous = previous.to(self.buffer.images.device) if is_batch else None  # for a batch of another size
         if state["generator"].shape != self.generator.get_state().shape:
             return False
+        self.set_generators(state)
+        return True
+
+    def set_generators(self, state: dict[str, Any]) -> None:
+        """Set the generators to what `get_generators` returned."""
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_generator"])
         if self.generator.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_generator"])
-        return True
+
+    def get_draws(self) -> dict[str, Any]:
+        """Return what an iteration changes before it updates the weights, a few small tensors.
+
+        These are the generators, the place in the data and the vectors of the power iterations.
+        """
+        vectors = [vector.clone() for vector in self.model.buffers()]
+        return self.get_generators() | {"batches": self.batches.state_dict(), "vectors": vectors}
+
+    def undo_draws(self, draws: dict[str, Any]) -> None:
+        """Set back what an iteration has changed before it updated the weights. draws: of `get_draws` before it."""
+        self.set_generators(draws)
+        self.batches.load_state_dict(draws["batches"])
+        for vector, before in zip(self.model.buffers(), draws["vectors"], strict=True):
+            vector.copy_(before)
+        self.optimizer.zero_grad()
 
 
 class Step(NamedTuple):
