@@ -5,7 +5,7 @@
     python imagenet_demo.py --exp=cifar10_cond --step_lr=10 --num_steps=60 --batch_size=25
 
 The model can be any in --logdir, also a published TF1 checkpoint. sample.gif, its last frame sample.png and, if ffmpeg
-is installed, sample.mp4 go to <savedir>/<exp>/.
+is installed, sample.mp4 go to <savedir>/<exp>/demo/.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ebm.readers.bounded import describe_failure, read_text
 from ebm.settings import DemoSettings
 from ebm.support import cli, pictures
 from ebm.support.errors import UsageError
-from ebm.support.files import prepare_folder
 from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
 from ebm.support.sharing import derive_seed
 from ebm.tasks.trained_models import TrainedModel, find_class, note_contradictions, open_model, refuse_concept_model
 from ebm.training.distributed import Workers, share_evaluation
+from ebm.training.ownership import Results, own_results
 from models import draw_noise_images, freeze_energy
 from sampling import check_finite, langevin
 
@@ -70,11 +70,14 @@ def choose_classes(settings: DemoSettings, names: Sequence[str], classes: int) -
 
 def main(settings: DemoSettings) -> None:
     set_up_process()
-    with share_evaluation(settings.device) as workers:
-        show_chains(settings, workers)
+    with (
+        share_evaluation(settings.device) as workers,
+        own_results(settings.results_folder / "demo", workers, "savedir") as results,
+    ):
+        show_chains(settings, workers, results)
 
 
-def show_chains(settings: DemoSettings, workers: Workers) -> None:
+def show_chains(settings: DemoSettings, workers: Workers, results: Results) -> None:
     """Run the chains, each worker its share of the images, and write them as a GIF, a picture and a film."""
     path = checkpoint.find(settings.model_folder, settings.resume_iter)
     trained = open_model(path, workers.device, settings, ema=settings.ema)
@@ -82,8 +85,6 @@ def show_chains(settings: DemoSettings, workers: Workers) -> None:
     refuse_concept_model(trained)
     if settings.classes and not trained.model.config.label_size:
         raise UsageError(f"`classes`: {path} has no classes; leave it out")
-    folder = prepare_folder(settings.results_folder, "savedir")
-
     columns = math.ceil(math.sqrt(settings.batch_size))
     labels = choose_labels(settings, trained, columns)
     shares = torch.arange(settings.batch_size).chunk(workers.size)
@@ -93,9 +94,9 @@ def show_chains(settings: DemoSettings, workers: Workers) -> None:
     if workers.rank > 0:
         return
     frames = [pictures.make_grid(images / 255, columns=columns, padding=0) for images in torch.cat(parts, 1)]
-    print(f"{len(frames)} frames: {pictures.save_gif(frames, folder / 'sample.gif', fps=FPS)}")
-    print(f"the last one: {pictures.save_pixels(frames[-1], folder / 'sample.png')}")
-    if film := pictures.save_film(frames, folder / "sample.mp4", fps=FPS):
+    print(f"{len(frames)} frames: {pictures.save_gif(frames, results.add_file('sample.gif'), fps=FPS)}")
+    print(f"the last one: {pictures.save_pixels(frames[-1], results.add_file('sample.png'))}")
+    if film := pictures.save_film(frames, results.add_file("sample.mp4"), fps=FPS):
         print(f"the film: {film}")
 
 

@@ -1001,7 +1001,7 @@ class DemoRun(CheckpointChoice):
     """Folders"""
 
     logdir: str = flag("cachedir", "folder of all experiments", is_path=True)
-    savedir: str = flag("sandbox_cachedir", "folder for the pictures, which go to <savedir>/<exp>/", is_path=True)
+    savedir: str = flag("sandbox_cachedir", "folder for the pictures, which go to <savedir>/<exp>/demo/", is_path=True)
 
     @property
     def model_folder(self) -> pathlib.Path:

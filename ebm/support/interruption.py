@@ -5,16 +5,18 @@
     ...
     interruption.raise_on_signals()  # when the work begins: it raises Interruption, so that files are closed on the way
 
-A training run takes the signals over while it trains (`Run.catch_signals`), and saves first. A signal that is ignored
-when the program starts stays ignored: that is how nohup and a shell's background jobs protect a program.
+A training run takes the signals over while it trains (`Run.catch_signals`), and saves first; an evaluation writes the
+results so far (`Workers.keep_results`). Otherwise a signal that is ignored when the program starts stays ignored: that
+is how nohup and a shell's background jobs protect a program.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -75,10 +77,31 @@ def end_interrupted(number: int, frame: FrameType | None = None) -> NoReturn:
         os._exit(128 + number)
 
 
+@contextlib.contextmanager
+def keep_what_is_done(done: Collection[Any]) -> Iterator[None]:
+    """Let an Interruption end the block, a loop that fills a collection, unless the collection is still empty."""
+    try:
+        yield
+    except Interruption:
+        if not done:
+            raise
+
+
+def name_signal(number: int) -> str:
+    """Return the name of a signal as people know it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
 def say_interrupted(number: int) -> None:
     """Print the line that names the signal; on a terminal it goes below the progress bar."""
-    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    print("\n" * sys.stderr.isatty() + f"stopped by {name}", file=sys.stderr, flush=True)
+    print("\n" * sys.stderr.isatty() + f"stopped by {name_signal(number)}", file=sys.stderr, flush=True)
+
+
+def announce_end(number: int) -> None:
+    """Print, from the handler of a signal, what follows now; the program may be just printing something else."""
+    word = f"{name_signal(number)}: what is done so far will be written; a second {name_signal(number)} ends at once\n"
+    with contextlib.suppress(OSError):
+        os.write(2, ("\n" * os.isatty(2) + word).encode())
 
 
 def end_if_lost(unraisable: Any) -> None:
