@@ -538,7 +538,7 @@ def test_generator_learns(small_grid, tmp_path):
     """Breaks when training the generator gets stuck at black images, or does not lead to those of its labels."""
     run = run_on({}, small_grid, tmp_path, num_filters=8, batch_size=2, break_steps=80)
     index = unseen.select_slices(small_grid.latents, "size").training[:1].repeat(64)
-    sample = unseen.build_generator_sampler(unseen.train_generator(run, index, "size"), "size")
+    sample = unseen.build_generator_sampler(unseen.train_generator(run, index, "size")[0], "size")
     true = run.render_images(index[:8])
     assert unseen.measure_squared_error(sample(small_grid.latents[index[:8]]), true) < 0.9 * true.square().mean()
 

@@ -534,15 +534,17 @@ class Workers:
     def keep_results(self) -> Iterator[None]:
         """Inside the block, let a signal end the work with the results so far, and the same signal again end at once.
 
-        A single worker that is not computing results is interrupted where it is. After the block, Interruption is
-        raised if there was a signal.
+        A single worker that is not computing results is interrupted where it is. After the block, when all workers
+        have arrived there, this one leaves the group, and raises Interruption if there was a signal.
         """
         self.signal, self._has_results = None, False
         signals = StopSignals(self.launch, self._handle_signal)
         try:
             yield
+            self.barrier()
         finally:
-            signals.restore()
+            signals.restore()  # the launcher goes on if it was halted, which Horovod waits for
+        self.close()
         if self.signal is not None:
             raise Interruption(self.signal)
 
@@ -645,7 +647,6 @@ def share_evaluation(device: str) -> Iterator[Workers]:
         os.environ["TQDM_DISABLE"] = "1"  # progress bars
     with workers.keep_results(), workers.print_once(), workers.busy():
         yield workers
-        workers.close()
 
 
 class GradientAverager:
