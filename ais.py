@@ -31,13 +31,14 @@ from typing import Any
 from ebm.settings import AisSettings
 from ebm.support import cli, pictures
 from ebm.support.experiments import find_output_folder
-from ebm.support.files import prepare_folder
 from ebm.support.hardware import set_up_process
+from ebm.support.interruption import keep_what_is_done
 from ebm.support.progress import Progress
 from ebm.support.reports import format_table, write_json
 from ebm.tasks.likelihood import GAUSSIANS, Target, bound_log_z_of_classes, build_gauss, compute_figures, load_target
 from ebm.tasks.trained_models import find_checkpoint, open_model
 from ebm.training.distributed import Workers, share_evaluation
+from ebm.training.ownership import Results, own_results
 
 
 def describe_target(settings: AisSettings, target: Target) -> dict[str, Any]:
@@ -62,26 +63,34 @@ def plot_bounds(contents: Mapping[str, Any], numbers: Sequence[int], path: pathl
 
 def main(settings: AisSettings) -> None:
     set_up_process()
-    with share_evaluation(settings.device) as workers:
-        measure_likelihood(settings, workers)
+    name = str(settings.dataset if settings.dataset in GAUSSIANS else settings.exp)
+    with (
+        share_evaluation(settings.device) as workers,
+        own_results(find_output_folder(settings.logdir, name) / "ais", workers, "logdir") as results,
+    ):
+        measure_likelihood(settings, workers, results)
 
 
-def measure_likelihood(settings: AisSettings, workers: Workers) -> None:
+def measure_likelihood(settings: AisSettings, workers: Workers, results: Results) -> None:
     """Bound log Z and the likelihood of test images, each worker with its share of the chains, and write the report."""
     numbers, is_gauss = sorted(set(settings.pdist)), settings.dataset in GAUSSIANS
     trained = None if is_gauss else open_model(find_checkpoint(settings), workers.device, settings, ema=settings.ema)
-    name = str(settings.dataset if is_gauss else settings.exp)
-    folder = workers.choose_folder(prepare_folder(find_output_folder(settings.logdir, name) / "ais", "logdir"))
     target = build_gauss(settings, workers.device) if trained is None else load_target(settings, trained, workers)
     contents = describe_target(settings, target) | {"bounds": {}, "by class": {}}
+    chains = f"{settings.batch_size} chains for each of {len(target.energies)} densities"
+    print(f"work: {2 * sum(numbers):,} Hamiltonian moves of {chains}", flush=True)
     progress = Progress(2 * sum(numbers) * len(target.energies), what="HMC move")
-    for number in numbers:
-        bounds_by_class = bound_log_z_of_classes(target, settings, number, progress.advance, workers)
-        contents["bounds"][f"pdist {number}"] = figures = compute_figures(target, bounds_by_class)
-        contents["by class"][f"pdist {number}"] = {
-            name: bounds_of_class.to_dict() for name, bounds_of_class in bounds_by_class.items()
-        }
-        write_json(folder / "ais.json", contents)
+    with keep_what_is_done(contents["bounds"]):
+        for number in numbers:
+            bounds_by_class = bound_log_z_of_classes(target, settings, number, progress.advance, workers)
+            contents["by class"][f"pdist {number}"] = {
+                name: bounds_of_class.to_dict() for name, bounds_of_class in bounds_by_class.items()
+            }
+            contents["bounds"][f"pdist {number}"] = compute_figures(target, bounds_by_class)
+            write_json(results.add_file("ais.json"), contents | {"complete": False})
+    rows = list(contents["bounds"].values())
+    contents |= results.describe_state({"values of pdist": f"{len(rows)} of {len(numbers)}"})
+    write_json(results.add_file("ais.json"), contents)
     progress.close()
     figures_of_target = {
         name: contents[name] for name in ("log Z", "−T·E of test images", "its std") if name in contents
@@ -92,12 +101,13 @@ def measure_likelihood(settings: AisSettings, workers: Workers) -> None:
             "note: log Z ≤, log p ≥ and bits/dim ≤ assume that the chains reached the model: trust them only if they do"
         )
         print("not change with ten times the --pdist; the other bounds always hold")
-    least = min(figures["accepted"], figures["back"])
+    least = min(rows[-1]["accepted"], rows[-1]["back"])
     if least < 0.5:
         print(f"note: only {least:.0%} of the moves were accepted; try a smaller --alr than {target.alr:g}")
-    print(f"wrote {folder / 'ais.json'}")
-    if len(numbers) > 1:
-        print(f"wrote {plot_bounds(contents, numbers, folder / 'ais.png')}")
+    if len(rows) > 1:
+        plot_bounds(contents, numbers[: len(rows)], results.add_file("ais.png"))
+    for path in results.files:
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

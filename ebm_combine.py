@@ -32,8 +32,8 @@ from ebm.settings import CombineSettings
 from ebm.support import cli
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
-from ebm.support.files import prepare_folder
 from ebm.support.hardware import set_up_process
+from ebm.support.interruption import keep_what_is_done
 from ebm.support.reports import write_report
 from ebm.tasks import concepts, unseen
 from ebm.tasks.concept_models import (
@@ -46,6 +46,7 @@ from ebm.tasks.concept_models import (
     train_models,
 )
 from ebm.training.distributed import Workers, find_launch, share_evaluation
+from ebm.training.ownership import Results, own_results
 
 TASKS: dict[str, Callable[..., Any]] = {
     "train": train_models,
@@ -93,12 +94,12 @@ def load_all_sprites(path: str | None, device: torch.device) -> dsprites.Sprites
     return dsprites.Sprites(latents.to(device), bits.to(device))
 
 
-def make_task_folder(settings: Settings) -> pathlib.Path:
-    """Make the folder for the results of the task, and return its path."""
+def find_task_folder(settings: Settings) -> pathlib.Path:
+    """Return the folder for the results of the task."""
     folder = settings.results_folder / settings.task
     if settings.task in ("gentest", "genbaseline"):
         folder /= f"pos_{unseen.choose_other_concept(settings)}"
-    return prepare_folder(folder, settings.results_setting)
+    return folder
 
 
 def main(settings: Settings) -> None:
@@ -107,17 +108,19 @@ def main(settings: Settings) -> None:
             train_models(settings, pathlib.Path(__file__).with_name("train.py"))
         return
     set_up_process()
-    with share_evaluation(settings.device) as workers:
-        run_task(settings, workers)
-
-
-def run_task(settings: Settings, workers: Workers) -> None:
-    """Run the task, each worker on its share of the images, and write its report."""
     check_combination(settings)
+    with (
+        share_evaluation(settings.device) as workers,
+        own_results(find_task_folder(settings), workers, settings.results_setting) as results,
+    ):
+        run_task(settings, workers, results)
+
+
+def run_task(settings: Settings, workers: Workers, results: Results) -> None:
+    """Run the task, each worker on its share of the images, and write its report."""
     labels, weights = read_pairs("labels", settings.labels), read_weights(settings)
     paths = find_task_models(settings)
     models = load_models(settings, paths, workers.device)
-    folder = make_task_folder(settings)
     run = concepts.ConceptRun(
         settings,
         models,
@@ -125,18 +128,20 @@ def run_task(settings: Settings, workers: Workers) -> None:
         weights,
         load_all_sprites(settings.dsprites_path, workers.device),
         torch.Generator(workers.device).manual_seed(settings.seed),
-        folder,
-        workers=workers,
+        results,
     )
-    figures = TASKS[settings.task](run)
+    figures: concepts.Figures = {}
+    with keep_what_is_done(results.files):
+        figures = TASKS[settings.task](run)
     contents = {
         "task": settings.task,
         "checkpoints": {name: str(path) for name, path in paths.items()},
         "networks": {name: dataclasses.asdict(concept.config) for name, concept in run.concepts.items()},
+        **results.describe_state(run.unfinished),
         "settings": cli.to_dict(settings),
         "figures": figures,
     }
-    write_report(run.add_file(f"{settings.task}.json"), contents, run.files)
+    write_report(results.add_file(f"{settings.task}.json"), contents, results.files)
 
 
 if __name__ == "__main__":

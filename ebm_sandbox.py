@@ -25,14 +25,15 @@ import torch
 from ebm.settings import SandboxSettings
 from ebm.support import cli
 from ebm.support.cli import flag
-from ebm.support.files import prepare_folder
 from ebm.support.hardware import set_up_process
+from ebm.support.interruption import keep_what_is_done
 from ebm.support.reports import write_report
 from ebm.tasks.examined_model import ExaminedModel
-from ebm.tasks.sandbox import TASKS, SandboxRun
+from ebm.tasks.sandbox import TASKS, Report, SandboxRun
 from ebm.tasks.sandbox_data import list_outliers, load_model_split, load_outlier_set
 from ebm.tasks.trained_models import check_network, find_checkpoint, open_model
 from ebm.training.distributed import Workers, share_evaluation
+from ebm.training.ownership import Results, own_results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +46,12 @@ class Settings(SandboxSettings):
 def main(settings: Settings) -> None:
     set_up_process()
     with share_evaluation(settings.device) as workers:
-        examine_model(settings, workers)
+        folder = settings.results_folder / settings.task
+        with own_results(folder, workers, "logdir") as results:
+            examine_model(settings, workers, results)
 
 
-def examine_model(settings: Settings, workers: Workers) -> None:
+def examine_model(settings: Settings, workers: Workers, results: Results) -> None:
     """Run the task, each worker on its share of the images, and write its report."""
     device = workers.device
     trained = open_model(find_checkpoint(settings), device, settings, ema=settings.ema)
@@ -73,23 +76,26 @@ def examine_model(settings: Settings, workers: Workers) -> None:
         load=functools.cache(lambda split: workers.take_turns(functools.partial(load, split))),
         load_mix=lambda name: workers.take_turns(functools.partial(load_mix, name)),
         mixes=list_outliers(settings),
-        folder=prepare_folder(settings.results_folder / settings.task, "logdir"),
+        results=results,
         names=trained.class_names,
     )
     kind = f"conditioned on labels of width {config.label_size}" if config.label_size else "unconditional"
     print(f"model: {trained.path}, {config.network} with {config.num_filters} filters, {kind}, on {device}")
-    print(f"task: {settings.task}, rounds of {model.num_steps} Langevin steps of {model.step_lr:g}")
-    report = TASKS[settings.task](run)
+    print(f"task: {settings.task}")
+    report = Report({})
+    with keep_what_is_done(results.files):
+        report = TASKS[settings.task](run)
     contents = {
         "task": settings.task,
         "checkpoint": str(trained.path),
         "network": dataclasses.asdict(config),
         "images": run.used,
+        **results.describe_state(model.unfinished),
         "settings": cli.to_dict(settings) | {"step_lr": model.step_lr, "batch_size": model.images_at_a_time},
         "figures": report.figures,
         "paper": report.paper,
     }
-    write_report(run.add_file(f"{settings.task}.json"), contents, run.files)
+    write_report(results.add_file(f"{settings.task}.json"), contents, results.files)
 
 
 if __name__ == "__main__":

@@ -24,19 +24,19 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ebm.measures import features
 from ebm.settings import InceptionSettings
 from ebm.support import cli, pictures
-from ebm.support.files import prepare_folder
 from ebm.support.hardware import set_up_process
+from ebm.support.interruption import keep_what_is_done
 from ebm.support.reports import format_table, write_json
 from ebm.tasks.quality import (
     PAPER,
     check_pool,
     choose_iterations,
+    describe_quality_settings,
     draw_samples,
     find_ensemble,
     load_extractor,
@@ -44,24 +44,7 @@ from ebm.tasks.quality import (
 )
 from ebm.tasks.trained_models import TrainedModel, note_contradictions, open_model, refuse_concept_model
 from ebm.training.distributed import Workers, share_evaluation
-
-COMPARED = "of at most 10,000 images"
-
-
-def describe_settings(
-    settings: InceptionSettings,
-    trained: TrainedModel,
-    reference: features.RealImages,
-    extractor: features.Inception | features.Classifier,
-) -> dict[str, Any]:
-    """Return the settings, by name, that determine the figures besides the checkpoints."""
-    chain_names = ("im_number", "num_steps", "proj_norm", "noise_scale", "batch_size", "repeat_scale", "nomix")
-    described = {name: getattr(settings, name) for name in (*chain_names, "seed", "ema", "precision")}
-    described |= {"step_lr": trained.choose_step_lr(settings.step_lr)}
-    described |= {"reference": str(reference), "features": extractor.name, "weights": extractor.identity}
-    if isinstance(extractor, features.Classifier):
-        return described | {"accuracy": extractor.network.accuracy, "precision and recall": COMPARED}
-    return described | {"splits": settings.splits, "KID, precision and recall": COMPARED}
+from ebm.training.ownership import Results, own_results
 
 
 def format_results(contents: dict[str, Any]) -> str:
@@ -77,11 +60,14 @@ def format_results(contents: dict[str, Any]) -> str:
 
 def main(settings: InceptionSettings) -> None:
     set_up_process()
-    with share_evaluation(settings.device) as workers:
-        evaluate_samples(settings, workers)
+    with (
+        share_evaluation(settings.device) as workers,
+        own_results(settings.results_folder / f"eval_inception_{settings.idx}", workers, "logdir") as results,
+    ):
+        evaluate_samples(settings, workers, results)
 
 
-def evaluate_samples(settings: InceptionSettings, workers: Workers) -> None:
+def evaluate_samples(settings: InceptionSettings, workers: Workers, results: Results) -> None:
     """Sample from each ensemble, each worker its share of the pools; measure and report the samples on rank 0."""
     check_pool(settings)
     experiment = settings.locate_model(settings.exp)
@@ -91,12 +77,15 @@ def evaluate_samples(settings: InceptionSettings, workers: Workers) -> None:
     trained = open_model(ensembles[-1][0], workers.device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     refuse_concept_model(trained)
-    report = QualityReport(settings, trained, workers.device) if workers.rank == 0 else None
-    for paths in ensembles:
-        print(f"ensemble of {len(paths)}: {', '.join(map(str, paths))}")
-        images = draw_samples(settings, paths, trained, workers)
-        if report is not None:
-            report.add(paths, images)
+    report = QualityReport(settings, trained, results) if workers.rank == 0 else None
+    measured: list[str] = []
+    with keep_what_is_done(measured):
+        for paths in ensembles:
+            print(f"ensemble of {len(paths)}: {', '.join(map(str, paths))}")
+            images = draw_samples(settings, paths, trained, workers)
+            if report is not None:
+                report.add(paths, images)
+            measured.append(paths[0].stem)
     if report is not None:
         report.finish()
 
@@ -104,9 +93,8 @@ def evaluate_samples(settings: InceptionSettings, workers: Workers) -> None:
 class QualityReport:
     """The figures of samples, and the files that they are written to."""
 
-    def __init__(self, settings: InceptionSettings, trained: TrainedModel, device: torch.device):
-        self.folder = prepare_folder(settings.results_folder / f"eval_inception_{settings.idx}", "logdir")
-        self.path = self.folder / "eval_inception.json"
+    def __init__(self, settings: InceptionSettings, trained: TrainedModel, results: Results):
+        device, self.results = results.workers.device, results
         cache = pathlib.Path(settings.cache or pathlib.Path(settings.logdir) / "statistics")
         reference = load_reference(settings, trained, device)
         self.settings, self.extractor = settings, load_extractor(settings, reference, cache, device)
@@ -114,7 +102,7 @@ class QualityReport:
         of_real = dict(zip(("images", "distance"), features.measure_real(self.real, settings.im_number), strict=True))
         published = PAPER.get((reference.datasets[0].name, trained.model.config.label_size > 0), {})
         self.contents: dict[str, Any] = {
-            "settings": describe_settings(settings, trained, reference, self.extractor),
+            "settings": describe_quality_settings(settings, trained, reference, self.extractor),
             "flags": cli.to_dict(settings),
             "network": dataclasses.asdict(trained.model.config),
             "results": [],
@@ -126,16 +114,22 @@ class QualityReport:
         """Measure the images uint8 (N, C, H, W) of an ensemble of checkpoints; write them as a grid, and the report."""
         iteration = paths[0].stem.removeprefix("model_")
         grid, scale = images[:100] / 255, max(1, 64 // images.shape[3])
-        print(f"wrote {pictures.save_grid(grid, self.folder / f'samples_{iteration}.png', columns=10, scale=scale)}")
+        pictures.save_grid(grid, self.results.add_file(f"samples_{iteration}.png"), columns=10, scale=scale)
         figures = features.measure_quality(self.extractor, images, self.real, splits=self.settings.splits)
         result = {"iteration": iteration, "ensemble": list(map(str, paths)), "figures": figures}
-        self.contents["results"].append(result)
-        write_json(self.path, self.contents)
+        self.contents["results"].append(result | {"images": len(images)})
+        write_json(self.results.add_file("eval_inception.json"), self.contents | {"complete": False})
 
     def finish(self) -> None:
-        """Print the figures and the path of the report, and plot them if they are of several iterations."""
+        """Write and print the report and the paths of all files; plot the figures if they are of several iterations."""
+        unfinished = {
+            f"images of iteration {result['iteration']}": f"{result['images']} of {self.settings.im_number}"
+            for result in self.contents["results"]
+            if result["images"] < self.settings.im_number
+        }
+        self.contents |= self.results.describe_state(unfinished)
+        write_json(self.results.add_file("eval_inception.json"), self.contents)
         print(format_results(self.contents))
-        print(f"wrote {self.path}")
         results = self.contents["results"]
         if len(results) > 1:
             iterations = [int(result["iteration"]) for result in results]
@@ -143,7 +137,9 @@ class QualityReport:
                 name: {name: (iterations, [result["figures"][name] for result in results])}
                 for name in results[0]["figures"]
             }
-            print(f"wrote {pictures.plot_lines(curves, self.folder / 'curve.png', xlabel='iteration')}")
+            pictures.plot_lines(curves, self.results.add_file("curve.png"), xlabel="iteration")
+        for path in self.results.files:
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

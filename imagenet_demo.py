@@ -25,7 +25,6 @@ from torch import Tensor
 from ebm.settings import DemoSettings
 from ebm.support import cli, pictures
 from ebm.support.errors import UsageError
-from ebm.support.files import prepare_folder
 from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
@@ -40,6 +39,7 @@ from ebm.tasks.trained_models import (
     refuse_concept_model,
 )
 from ebm.training.distributed import Workers, share_evaluation
+from ebm.training.ownership import Results, own_results
 from models import draw_noise_images, freeze_energy
 from sampling import check_finite, langevin
 
@@ -62,18 +62,20 @@ def choose_classes(settings: DemoSettings, names: Sequence[str], classes: int) -
 
 def main(settings: DemoSettings) -> None:
     set_up_process()
-    with share_evaluation(settings.device) as workers:
-        show_chains(settings, workers)
+    with (
+        share_evaluation(settings.device) as workers,
+        own_results(settings.results_folder / "demo", workers, settings.results_setting) as results,
+    ):
+        show_chains(settings, workers, results)
 
 
-def show_chains(settings: DemoSettings, workers: Workers) -> None:
+def show_chains(settings: DemoSettings, workers: Workers, results: Results) -> None:
     """Run the chains, each worker its share of the images, and write them as a GIF, a picture and a film."""
     trained = open_model(find_checkpoint(settings), workers.device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     refuse_concept_model(trained)
     if settings.classes and not trained.model.config.label_size:
         raise UsageError(f"`classes`: {trained.path} has no classes; leave it out")
-    folder = prepare_folder(settings.results_folder / "demo", settings.results_setting)
     step_lr = trained.choose_step_lr(settings.step_lr, published=180.0)
     print(f"model: {trained.path}; {settings.batch_size} images, {settings.num_steps} Langevin steps of {step_lr:g}")
 
@@ -86,9 +88,9 @@ def show_chains(settings: DemoSettings, workers: Workers) -> None:
     if workers.rank > 0:
         return
     frames = [pictures.make_grid(images / 255, columns=columns, padding=0) for images in torch.cat(parts, 1)]
-    print(f"{len(frames)} frames: {pictures.save_gif(frames, folder / 'sample.gif', fps=FPS)}")
-    print(f"the last one: {pictures.save_pixels(frames[-1], folder / 'sample.png')}")
-    if film := pictures.save_film(frames, folder / "sample.mp4", fps=FPS):
+    print(f"{len(frames)} frames: {pictures.save_gif(frames, results.add_file('sample.gif'), fps=FPS)}")
+    print(f"the last one: {pictures.save_pixels(frames[-1], results.add_file('sample.png'))}")
+    if film := pictures.save_film(frames, results.add_file("sample.mp4"), fps=FPS):
         print(f"the film: {film}")
 
 

@@ -17,7 +17,6 @@ from ebm.support import interruption
 if __name__ == "__main__":
     interruption.guard_start()  # first of all, because importing PyTorch takes seconds
 
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from ebm.settings import SampleSettings
 from ebm.support import cli, pictures
-from ebm.support.files import prepare_folder, write_file
+from ebm.support.files import write_file
 from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.progress import Progress
 from ebm.tasks.quality import draw_fresh_images, report_memory_shortage
@@ -38,6 +37,7 @@ from ebm.tasks.trained_models import (
     refuse_concept_model,
 )
 from ebm.training.distributed import Workers, share_evaluation
+from ebm.training.ownership import Results, own_results
 from models import freeze_energy
 
 GRID = 400  # largest number of images in the grid
@@ -45,11 +45,14 @@ GRID = 400  # largest number of images in the grid
 
 def main(settings: SampleSettings) -> None:
     set_up_process()
-    with share_evaluation(settings.device) as workers:
-        sample_images(settings, workers)
+    with (
+        share_evaluation(settings.device) as workers,
+        own_results(settings.results_folder / "sample", workers, "logdir") as results,
+    ):
+        sample_images(settings, workers, results)
 
 
-def sample_images(settings: SampleSettings, workers: Workers) -> None:
+def sample_images(settings: SampleSettings, workers: Workers, results: Results) -> None:
     """Sample the images, each worker its share of the batches, and write them."""
     device = workers.device
     trained = open_model(find_checkpoint(settings), device, settings, ema=settings.ema)
@@ -64,7 +67,6 @@ def sample_images(settings: SampleSettings, workers: Workers) -> None:
     num_steps = num_steps if settings.num_steps is None else settings.num_steps
     step_lr = trained.choose_step_lr(settings.step_lr)
     steps = f"{num_steps} Langevin steps of {step_lr:g}"
-    folder = prepare_folder(settings.results_folder / "sample", "logdir")
     print(f"model: {path}; {settings.num} images, {steps}, seed {settings.seed}, on {device}")
 
     batches = workers.count_share(-(-settings.num // settings.batch_size))
@@ -85,11 +87,13 @@ def sample_images(settings: SampleSettings, workers: Workers) -> None:
         )
     progress.close()
     if workers.rank == 0:
-        write_images(settings, images, numbers, classes, folder)
+        if len(images) < settings.num:
+            print(f"stopped early: {len(images)} of {settings.num} images are done")
+        write_images(settings, images, numbers[: len(images)], classes, results)
 
 
-def write_images(settings: SampleSettings, images: Tensor, numbers: Tensor, classes: int, folder: pathlib.Path) -> None:
-    """Write images uint8 (N, C, H, W) to a folder as a grid, as an .npz file and, if asked for, as single files.
+def write_images(settings: SampleSettings, images: Tensor, numbers: Tensor, classes: int, results: Results) -> None:
+    """Write images uint8 (N, C, H, W) as a grid, as an .npz file and, if asked for, as single files.
 
     numbers: their classes (N,). classes: how many the model has, 0 if it is unconditional.
     """
@@ -98,16 +102,15 @@ def write_images(settings: SampleSettings, images: Tensor, numbers: Tensor, clas
         10 if classes == 10 else min(20, max(1, round(min(settings.num, GRID) ** 0.5))),
     )
     scale = max(1, 64 // images.shape[3])
-    print(f"wrote {pictures.save_grid(grid, folder / 'samples.png', columns=columns, scale=scale)}")
+    print(f"wrote {pictures.save_grid(grid, results.add_file('samples.png'), columns=columns, scale=scale)}")
     pixels = images.permute(0, 2, 3, 1).numpy()
     arrays: dict[str, Any] = {"images": pixels} | ({"labels": numbers.numpy()} if classes else {})
-    print(f"wrote {write_file(folder / 'samples.npz', lambda file: np.savez_compressed(file, **arrays))}")
+    print(f"wrote {write_file(results.add_file('samples.npz'), lambda file: np.savez_compressed(file, **arrays))}")
     if settings.folder:
-        for path in (folder / "images").glob("[0-9]*.png"):  # an earlier run may have written more
-            path.unlink()
+        folder = results.add_file("images")
         for i, image in enumerate(pixels):
-            pictures.save_pixels(image, folder / "images" / f"{i:06}.png", sync=False)
-        print(f"wrote {folder / 'images'}/")
+            pictures.save_pixels(image, folder / f"{i:06}.png", sync=False)
+        print(f"wrote {folder}/")
 
 
 if __name__ == "__main__":

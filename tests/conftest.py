@@ -37,6 +37,7 @@ from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.sandbox import SandboxRun
 from ebm.training import distributed
 from ebm.training.acceleration import Acceleration
+from ebm.training.ownership import Results
 from ebm.training.run import Run
 from ebm.training.state import State, Step
 from train import start_chains, train_step
@@ -261,7 +262,9 @@ def make_sandbox_run(
     """Return a run of a sandbox's tasks on small random data sets."""
     shape = box.model.config.image_shape
     splits = {split: make_dataset(shape, classes, seed) for seed, split in enumerate(["train", "test"])}
-    return SandboxRun(box, SandboxSettings(**settings), splits.__getitem__, load_mix, mixes, folder)
+    return SandboxRun(
+        box, SandboxSettings(**settings), splits.__getitem__, load_mix, mixes, Results(folder, box.workers)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

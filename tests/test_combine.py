@@ -24,6 +24,8 @@ from ebm.tasks import concepts, unseen
 from ebm.tasks.concept_models import ConceptModel, find_starts, load_model
 from ebm.tasks.concepts import ConceptRun, anneal_linearly
 from ebm.tasks.expressions import parse_expression
+from ebm.training.distributed import work_alone
+from ebm.training.ownership import Results
 from sampling import langevin
 from utils import ClippedAdam
 
@@ -225,7 +227,9 @@ def plant(energy, label_size, condition):
 def run_on(models_by_name, sprites, folder, labels=None, weights=None, **settings):
     defaults = {"batch_size": 8, "num_steps": 2, "num_filters": 4, "break_steps": 3}
     chosen = CombineSettings(**defaults | settings)
-    return ConceptRun(chosen, models_by_name, labels or {}, weights or {}, sprites, make_generator(), folder)
+    return ConceptRun(
+        chosen, models_by_name, labels or {}, weights or {}, sprites, make_generator(), Results(folder, work_alone())
+    )
 
 
 def tiny():
@@ -283,8 +287,8 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
     assert sum(n * (share or 0) for n, share in zip(counts, shares.values(), strict=True)) == pytest.approx(
         20 * figures["jointly"]["right"]
     )
-    assert {path.name for path in run.files} == {"im_condscale_condshape_condpos_condrot.png", "accuracy.png"}
-    assert all(path.stat().st_size for path in run.files)
+    assert {path.name for path in run.results.files} == {"im_condscale_condshape_condpos_condrot.png", "accuracy.png"}
+    assert all(path.stat().st_size for path in run.results.files)
     json.dumps(figures, allow_nan=False)
 
 
@@ -535,7 +539,7 @@ def test_generator_learns(small_grid, tmp_path):
     """Breaks when training the generator gets stuck at black images, or does not lead to those of its labels."""
     run = run_on({}, small_grid, tmp_path, num_filters=8, batch_size=2, break_steps=80)
     index = unseen.select_slices(small_grid.latents, "size").training[:1].repeat(64)
-    sample = unseen.build_generator_sampler(unseen.train_generator(run, index, "size"), "size")
+    sample = unseen.build_generator_sampler(unseen.train_generator(run, index, "size")[0], "size")
     true = run.render_images(index[:8])
     assert unseen.measure_squared_error(sample(small_grid.latents[index[:8]]), true) < 0.9 * true.square().mean()
 
@@ -570,7 +574,7 @@ def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch, optimizers):
     assert torch.cat(sampled).std().item() == pytest.approx(1, rel=0.01)
     assert torch.cat(sampled).mean().item() == pytest.approx(0.5, abs=0.01)
     assert {"energy, unseen", "energy, seen"} < set(figures) and figures["share of the unseen that was trained on"] == 0
-    assert json.dumps(figures, allow_nan=False) and all(path.exists() for path in run.files)
+    assert json.dumps(figures, allow_nan=False) and all(path.exists() for path in run.results.files)
     (folder / "gentest.json").write_text(json.dumps({"figures": figures}))
 
     kept = checkpoint.load_energy(folder / "pos" / "model_9")
@@ -588,7 +592,7 @@ def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch, optimizers):
     run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, plot_curve=True, break_steps=1))
     curve = unseen.measure_generator(run)
     assert curve["energy, unseen"] == figures["energy, unseen"] and "100%, seen" in curve
-    stored = np.load(run.folder / "curve.npy")
+    stored = np.load(run.results.folder / "curve.npy")
     np.testing.assert_allclose(stored[0], np.arange(11) / 10)
     assert stored[1, 3] == curve["30%, unseen"]["MSE"]
 

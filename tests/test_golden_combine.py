@@ -18,6 +18,8 @@ from ebm.settings import CombineSettings
 from ebm.tasks import concepts, unseen
 from ebm.tasks.concept_models import ConceptModel
 from ebm.tasks.concepts import ConceptRun
+from ebm.training.distributed import work_alone
+from ebm.training.ownership import Results
 from golden.tasks.recipe_tasks import concept_images, digest, gentest_batches, gentest_images, rows
 from golden_cases import (
     assert_close,
@@ -57,7 +59,17 @@ def make_concept_run(name, folder):
     """Return a task with the flags of the case's run of this name, without noise."""
     flags = CONFIG["runs"][name]
     used = {key: flags[key] for key in ("num_steps", "step_lr", "batch_size") if key in flags}
-    return ConceptRun(CombineSettings(**used), {}, {}, {}, None, make_generator(), folder, noise_std=0, label_noise=0)
+    return ConceptRun(
+        CombineSettings(**used),
+        {},
+        {},
+        {},
+        None,
+        make_generator(),
+        Results(folder, work_alone()),
+        noise_std=0,
+        label_noise=0,
+    )
 
 
 def to_latents(latents):

@@ -18,6 +18,7 @@ from ebm.tasks import sandbox
 from ebm.tasks.attacks import restrict_to_ball, restrict_to_lower_half
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.sandbox import Examples, SandboxRun
+from ebm.training.ownership import Results
 from golden_cases import (
     assert_close,
     assert_digests_close,
@@ -73,7 +74,7 @@ def make_golden_run(examined: ExaminedModel, folder=None, examples=None, noise=(
         ),  # what a task looks up besides images: a name, whether splits differ
         load_mix=lambda name: make_dataset((3, 32, 32)),
         mixes=["interpolation"],
-        folder=folder,
+        results=Results(folder, examined.workers),
         names=tuple(map(str, range(CLASSES))),
         examples=splits,
         noise=list(noise),

@@ -93,9 +93,9 @@ def test_every_script_checks_names(name, tmp_path, monkeypatch):
         "train": lambda: TrainSettings(exp=name).folder,
         "sample": lambda: find_checkpoint(SampleSettings(exp=name)),
         "sandbox, ais": lambda: find_checkpoint(SandboxSettings(exp=name)),
-        "imagenet_demo": lambda: imagenet_demo.show_chains(DemoSettings(exp=name), WORKERS),
-        "eval_inception": lambda: eval_inception.evaluate_samples(InceptionSettings(exp=name), WORKERS),
-        "results of combine": lambda: ebm_combine.make_task_folder(ebm_combine.Settings(exp=name)),
+        "imagenet_demo": lambda: imagenet_demo.main(DemoSettings(exp=name)),
+        "eval_inception": lambda: eval_inception.main(InceptionSettings(exp=name)),
+        "results of combine": lambda: ebm_combine.find_task_folder(ebm_combine.Settings(exp=name)),
         "models of combine": lambda: find_models(CombineSettings(exp_pos=name), ["pos"]),
         "further models": lambda: find_models(CombineSettings(models=(f"x={name or '.'}",)), ["x"]),
     }

@@ -86,6 +86,12 @@ def test_limit_of_each_step():
         torch.testing.assert_close(attacked.flatten(1).norm(dim=1), torch.full((2,), length))
 
 
+def attack_all(examined, images, classes, attack, refine=None):
+    """Attack images in one batch from a random start."""
+    offset = draw_offset(images, attack, examined.generator)
+    return examined.attack_batch(images, classes, attack, offset, refine)
+
+
 @pytest.mark.parametrize(("norm", "radius"), [("li", 0.1), ("l2", 0.4)])
 def test_attack_on_a_linear_energy(norm, radius):
     """Breaks when a step has the wrong sign, is not projected, or ends short of the best point of the ball.
@@ -96,7 +102,7 @@ def test_attack_on_a_linear_energy(norm, radius):
     examined = planted(lambda x, y: ((y @ weights.flatten(1)) * x.flatten(1)).sum(1), label_size=2, batch_size=4)
     images = torch.full((6, 1, 4, 4), 0.5)
     classes = torch.zeros(6, dtype=torch.long)
-    attacked = examined.attack(images, classes, Attack(norm, radius, steps=60))
+    attacked = attack_all(examined, images, classes, Attack(norm, radius, steps=60))
     uphill, offset = (weights[0] - weights[1]).flatten(), (attacked - images).flatten(1)
     if norm == "li":
         torch.testing.assert_close(offset, (radius * uphill.sign()).expand(6, -1))
@@ -112,8 +118,8 @@ def test_attack_without_steps_or_radius():
     images = torch.rand(2, 1, 4, 4, generator=make_generator())
     examined = planted(lambda x, y: x.flatten(1).sum(1) * y[:, 0], label_size=2)
     classes = torch.zeros(2, dtype=torch.long)
-    assert torch.equal(examined.attack(images, classes, Attack("li", 0.1, steps=0)), images)
-    assert torch.equal(examined.attack(images, classes, Attack("l2", 0.0, steps=2)), images)
+    assert torch.equal(attack_all(examined, images, classes, Attack("li", 0.1, steps=0)), images)
+    assert torch.equal(attack_all(examined, images, classes, Attack("l2", 0.0, steps=2)), images)
 
 
 def test_draws_average_the_noise_of_a_gradient():
@@ -142,8 +148,10 @@ def test_adaptive_attack_goes_through_the_refinement():
 
     examined = planted(energy, (1, 1, 2), 2, num_steps=1, step_lr=1.0)
     image, classes = torch.full((1, 1, 1, 2), 0.5), torch.zeros(1, dtype=torch.long)
-    plain = (examined.attack(image, classes, Attack("l2", 0.1, steps=40), refine=1.0) - image).flatten()
-    adaptive = (examined.attack(image, classes, Attack("l2", 0.1, steps=40, draws=2), refine=1.0) - image).flatten()
+    plain = (attack_all(examined, image, classes, Attack("l2", 0.1, steps=40), refine=1.0) - image).flatten()
+    adaptive = (
+        attack_all(examined, image, classes, Attack("l2", 0.1, steps=40, draws=2), refine=1.0) - image
+    ).flatten()
     assert plain[0] > 0.09 and abs(plain[1]) < 0.04
     assert adaptive[1] > 0.09 and abs(adaptive[0]) < 0.04
 
@@ -465,8 +473,8 @@ def test_task_on_a_conditional_model_of_grey_images(task, tmp_path):
         make_sandbox("MnistNet", (1, 12, 12), 3), tmp_path, mixes=["random", "interpolation"], pgd=2, **settings
     )
     report = sandbox.TASKS[task](run)
-    assert any(path.suffix == ".png" for path in run.files)
-    assert all(path.stat().st_size > 0 for path in run.files)
+    assert any(path.suffix == ".png" for path in run.results.files)
+    assert all(path.stat().st_size > 0 for path in run.results.files)
     assert json.dumps(report.figures, allow_nan=False)
 
 
@@ -488,7 +496,7 @@ def test_task_on_an_unconditional_model_of_colour_images(task, tmp_path):
             sandbox.TASKS[task](run)
     else:
         sandbox.TASKS[task](run)
-        assert any(path.suffix == ".png" for path in run.files)
+        assert any(path.suffix == ".png" for path in run.results.files)
 
 
 def test_diagnosis_of_chains_that_are_known(tmp_path):
@@ -577,8 +585,10 @@ def test_a_task_without_figures(tmp_path, capsys):
     report = sandbox.sample_stages(run)
     assert report.figures == {}
     path = run.add_file("cycleclass.json")
-    reports.write_report(path, {"task": "cycleclass", "figures": report.figures, "paper": report.paper}, run.files)
-    assert json.loads(path.read_text())["files"] == [str(tmp_path / "cycleclass.png"), str(path)]
+    reports.write_report(
+        path, {"task": "cycleclass", "figures": report.figures, "paper": report.paper}, run.results.files
+    )
+    assert json.loads(path.read_text())["files"] == ["cycleclass.png", "cycleclass.json"]
     assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'cycleclass.png'}\nwrote {path}\n")
 
 

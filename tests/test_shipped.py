@@ -12,6 +12,8 @@ from ebm.settings import CombineSettings
 from ebm.tasks import concepts
 from ebm.tasks.concept_models import ConceptModel
 from ebm.tasks.examined_model import ExaminedModel
+from ebm.training.distributed import work_alone
+from ebm.training.ownership import Results
 
 SHIPPED = sorted(ROOT.glob("pretrained/*_cond*/model_*.pt"))
 CONCEPTS = ("pos", "rot", "shape", "size")
@@ -49,7 +51,9 @@ def test_sprites_show_what_was_asked_for(concept, least, tmp_path):
     known = {concept: ConceptModel(models.freeze_energy(checkpoint.load_energy(path)), concept)}
     sprites = dsprites.Sprites(dsprites.compute_latents(torch.arange(dsprites.SIZE)))
     settings = CombineSettings(limit=16, num_steps=60, step_lr=150.0)
-    run = concepts.ConceptRun(settings, known, {}, {}, sprites, torch.Generator().manual_seed(0), tmp_path)
+    run = concepts.ConceptRun(
+        settings, known, {}, {}, sprites, torch.Generator().manual_seed(0), Results(tmp_path, work_alone())
+    )
     assert concepts.combine_concepts(run)["jointly"]["right"] > least
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import io
 import json
 import os
@@ -18,14 +19,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import ais
 import checkpoint
 import data
 import ebm_combine
 import ebm_sandbox
-import eval_inception
-import imagenet_demo
-import sample
 from conftest import ROOT, make_run, make_state
 from ebm.settings import AisSettings, DemoSettings, InceptionSettings, SampleSettings
 from ebm.support import files, pictures
@@ -200,39 +197,30 @@ def test_folders_that_cannot_be_written(tmp_path):
 
 NOWHERE = "/proc/nowhere"
 SHIPPED: dict[str, Any] = {"exp": "digits_cond"}
-# Each script: what evaluates, its settings, and the module's function that begins the slow work.
+# Each script: its settings, and the module's function that begins the slow work.
 EVALUATIONS = {
-    "sample": (sample.sample_images, SampleSettings(logdir=NOWHERE, **SHIPPED), "draw_fresh_images"),
-    "ais": (ais.measure_likelihood, AisSettings(logdir=NOWHERE, **SHIPPED), "load_target"),
-    "ais gauss": (ais.measure_likelihood, AisSettings(logdir=NOWHERE, dataset="gauss"), "build_gauss"),
-    "ebm_sandbox": (ebm_sandbox.examine_model, ebm_sandbox.Settings(logdir=NOWHERE, **SHIPPED), "write_report"),
-    "eval_inception": (
-        eval_inception.evaluate_samples,
-        InceptionSettings(logdir=NOWHERE, **SHIPPED),
-        "load_reference",
-    ),
+    "sample": (SampleSettings(logdir=NOWHERE, **SHIPPED), "draw_fresh_images"),
+    "ais": (AisSettings(logdir=NOWHERE, **SHIPPED), "load_target"),
+    "ais gauss": (AisSettings(logdir=NOWHERE, dataset="gauss"), "build_gauss"),
+    "ebm_sandbox": (ebm_sandbox.Settings(logdir=NOWHERE, **SHIPPED), "write_report"),
+    "eval_inception": (InceptionSettings(logdir=NOWHERE, **SHIPPED), "load_reference"),
     "imagenet_demo": (
-        imagenet_demo.show_chains,
         DemoSettings(savedir=NOWHERE, **SHIPPED),
         "record_frames",
     ),
-    "ebm_combine": (
-        ebm_combine.run_task,
-        ebm_combine.Settings(savedir=NOWHERE),
-        "load_all_sprites",
-    ),
+    "ebm_combine": (ebm_combine.Settings(savedir=NOWHERE), "load_all_sprites"),
 }
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_results_have_a_place_before_the_work(monkeypatch, name):
     """Breaks when a script samples or reads data for hours and only then finds that it cannot keep the results."""
-    evaluate, settings, work = EVALUATIONS[name]
-    module = globals()[name.split()[0]]
+    settings, work = EVALUATIONS[name]
+    module = importlib.import_module(name.split()[0])
     monkeypatch.setattr(module, work, lambda *arguments, **options: pytest.fail("the work has begun"))
     setting = "savedir" if settings.__dict__.get("savedir") == NOWHERE else "logdir"
-    with pytest.raises(UsageError, match=f"`{setting}`: cannot make {NOWHERE}"):
-        evaluate(settings, work_alone())
+    with pytest.raises(UsageError, match=f"`{setting}`: cannot write {NOWHERE}"):
+        module.main(settings)
 
 
 # ---- the log ----

@@ -5,8 +5,9 @@
     ...
     interruption.raise_on_signals()  # when the work begins: it raises Interruption, so that files are closed on the way
 
-A training run takes the signals over while it trains (`Run.catch_signals`), and saves first. A signal that is ignored
-when the program starts stays ignored: that is how nohup and a shell's background jobs protect a program.
+A training run takes the signals over while it trains (`Run.catch_signals`), and saves first; an evaluation writes the
+results so far (`Workers.keep_results`). Otherwise a signal that is ignored when the program starts stays ignored: that
+is how nohup and a shell's background jobs protect a program.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -80,6 +81,21 @@ def end_interrupted(number: int, frame: FrameType | None = None) -> NoReturn:
         os._exit(128 + number)
 
 
+@contextlib.contextmanager
+def keep_what_is_done(done: Collection[Any]) -> Iterator[None]:
+    """Let an Interruption end the block, a loop that fills a collection, unless the collection is still empty."""
+    try:
+        yield
+    except Interruption:
+        if not done:
+            raise
+
+
+def name_signal(number: int) -> str:
+    """Return the name of a signal as people know it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
 def say_interrupted(number: int) -> None:
     """Print the line that names the signal; on a terminal it goes below the progress bar."""
     print("\n" * sys.stderr.isatty() + f"stopped by {name_signal(number)}", file=sys.stderr, flush=True)
@@ -91,9 +107,10 @@ def say_at_once(message: str) -> None:
         os.write(sys.stderr.fileno(), ("\n" * sys.stderr.isatty() + message + "\n").encode())
 
 
-def name_signal(number: int) -> str:
-    """Return the name of a signal as people know it."""
-    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+def announce_end(number: int) -> None:
+    """Print, from the handler of a signal, what follows now; the program may be just printing something else."""
+    name = name_signal(number)
+    say_at_once(f"{name}: what is done so far will be written; a second {name} ends at once")
 
 
 def end_if_lost(unraisable: Any) -> None:

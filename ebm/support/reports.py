@@ -20,9 +20,10 @@ def write_report(path: Path, contents: Mapping[str, Any], files: Sequence[Path])
     """Write the report of a task to a JSON file; print its figures and the paths of its files.
 
     contents: the report. Its entry "figures" holds figures by name, or rows of figures; an optional entry "paper" holds
-    the published figures under the same names. files: the paths that are added to the report.
+    the published figures under the same names. files: the paths; the report lists them from its own folder on, which
+    may be renamed.
     """
-    write_json(path, {**contents, "files": [str(file) for file in files]})
+    write_json(path, {**contents, "files": [str(file.relative_to(path.parent)) for file in files]})
     if contents["figures"]:
         print(format_table(contents["figures"], contents.get("paper", {})))
     for file in files:

@@ -1,6 +1,6 @@
 """Tasks of ebm_combine.py: sample images from combined models of sprites, infer labels, and measure the errors.
 
-    figures = combine_concepts(ConceptRun(settings, models, labels, weights, sprites, generator, folder))
+    figures = combine_concepts(ConceptRun(settings, models, labels, weights, sprites, generator, results))
 
 A concept is a latent of dSprites that a model is conditioned on: size, shape, pos or rot. The latents of an image are
 those of the nearest of all sprites, see `dsprites.find_nearest_sprites`.
@@ -26,11 +26,13 @@ from ebm.settings import NOISE_UNIT, CombineSettings
 from ebm.support import pictures
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32
+from ebm.support.interruption import keep_what_is_done
 from ebm.support.progress import Progress
 from ebm.support.sharing import fold_seed
 from ebm.tasks.concept_models import ConceptModel, split_name
 from ebm.tasks.expressions import Expression, Joined, Name, Weighted, parse_expression
-from ebm.training.distributed import Workers, work_alone
+from ebm.training.distributed import Workers
+from ebm.training.ownership import Results
 from models import compute_label_energies, draw_noise_images
 from sampling import Energy, Schedule, check_finite, langevin
 
@@ -104,11 +106,11 @@ def read_label(name: str, condition: str, text: str) -> dict[int, float]:
 
 @dataclasses.dataclass
 class ConceptRun:
-    """One task, with its models, the sprites that it uses and the folder for its files.
+    """One task, with its models, the sprites that it uses and its results.
 
-    concepts: the models by name. sprites: all of dSprites in the published order. folder: for the files, which `files`
-    lists. noise_std, label_noise: standard deviation of the noise in a Langevin step on images, and on labels. workers:
-    those that share the parts of the images; all but rank 0 write to a folder that is deleted.
+    concepts: the models by name. sprites: all of dSprites in the published order. results: the files. noise_std,
+    label_noise: standard deviation of the noise in a Langevin step on images, and on labels. unfinished: work that a
+    signal has ended: its name -> how much of it was done.
     """
 
     settings: CombineSettings
@@ -117,19 +119,22 @@ class ConceptRun:
     weights: Mapping[str, float]  # name of a model -> factor of its energy
     sprites: dsprites.Sprites
     generator: torch.Generator
-    folder: Path
-    files: list[Path] = dataclasses.field(default_factory=list)
+    results: Results
     noise_std: float = NOISE_UNIT
     label_noise: float = LABEL_NOISE
-    workers: Workers = dataclasses.field(default_factory=work_alone)
+    unfinished: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def workers(self) -> Workers:
+        """Those that share the parts of the images."""
+        return self.results.workers
 
     def add_file(self, name: str) -> Path:
-        """Return the path of a file in the task's folder, and add it to `files`."""
-        self.files.append(self.workers.choose_folder(self.folder) / name)
-        return self.files[-1]
+        """Return the path of a file of the results, which is about to be written."""
+        return self.results.add_file(name)
 
     def share_parts(self, parts: Sequence[Any], compute: Callable[[Any], Tensor]) -> list[Tensor]:
-        """Return compute(part) for all parts; each worker computes its share of them.
+        """Return compute(part) for all parts, or for the first ones after a signal; the workers share them.
 
         Each part draws random numbers of its own from `generator`, so that they do not depend on the other parts.
         """
@@ -141,6 +146,11 @@ class ConceptRun:
 
         results = self.workers.share_out(range(len(parts)), compute_part)
         return [result.to(self.generator.device) for result in results]
+
+    def note_part(self, what: str, done: int, wanted: int) -> None:
+        """Note in `unfinished` how much was done, if a signal has come before all was."""
+        if done < wanted:
+            self.unfinished[what] = f"{done} of {wanted}"
 
     def render_images(self, index: Tensor) -> Tensor:
         """Return the sprites (N, 1, 64, 64) of an index (N,), in [0, 1]."""
@@ -286,9 +296,18 @@ def combine_concepts(run: ConceptRun) -> Figures:
 
     parts = list(itertools.product(plans.values(), targets.split(run.settings.batch_size, 1)))
     rounds = run.settings.num_steps * run.settings.restarts * run.workers.count_share(len(parts))
-    progress = Progress(rounds, what="rounds of the chains")
+    steps = f"{run.settings.num_steps} Langevin steps" + f", {run.settings.restarts} times" * (
+        run.settings.restarts > 1
+    )
+    print(f"work: {number:,} images for each of {len(plans)} combinations of concepts, {steps}", flush=True)
+    progress = Progress(rounds, what="Langevin step")
     images = torch.cat(run.share_parts(parts, lambda part: run.sample_images(part[0], part[1], progress)))
-    samples = dict(zip(plans, images.split(number), strict=True))
+    run.note_part("images of the first combination", len(images), number)
+    number = min(number, len(images))
+    index, targets = index[:, :number], targets[:, :number]
+    run.note_part("combinations", len(images) // number, len(plans))
+    samples = dict(zip(plans, images.split(number), strict=False))
+    samples = {title: batch for title, batch in samples.items() if len(batch) == number}
     generated = next(iter(samples.values()))
     has_concepts = any(concept.condition for concept in run.concepts.values())
     columns = {}
@@ -349,10 +368,10 @@ def judge_samples(
 ) -> Figures:
     """Return the share of samples that show their targets, by concept and jointly; plot it over the number of concepts.
 
-    samples: title -> images (N, 1, 64, 64). plans: title -> the plan that they were sampled from, that of all concepts
-    first. targets: latents (count, N, 5). real: the sprites of the first target, which are measured like the samples.
-    The column "off sprites" is the mean squared error to the nearest sprite, because even the nearest sprite of noise
-    can be right.
+    samples: title -> images (N, 1, 64, 64), perhaps not of all plans. plans: title -> the plan that they were sampled
+    from, that of all concepts first. targets: latents (count, N, 5). real: the sprites of the first target, which are
+    measured like the samples. The column "off sprites" is the mean squared error to the nearest sprite, because even
+    the nearest sprite of noise can be right.
     """
     latents, distances = dsprites.find_nearest_sprites(torch.cat([*samples.values(), real]))
     *sample_latents, real_latents = latents.split(len(real))
@@ -362,7 +381,8 @@ def judge_samples(
 
     first = next(iter(plans.values()))
     figures = tabulate_errors(judge, first, sample_latents[0])
-    for place, (title, plan) in enumerate(plans.items()):
+    for place, title in enumerate(samples):
+        plan = plans[title]
         names = {name for expression in plan for name in expression.names}
         truths = judge.judge_names(sample_latents[place])
         row = {name: compute_share(truth) if name in names else None for name, truth in truths.items()}
@@ -374,7 +394,7 @@ def judge_samples(
         figures["right, real sprites"] = row | {"jointly": joint, "off sprites": real_error}
         if (fulfilled := judge.judge_plan(first, sample_latents[0])) is not None:
             figures["jointly, by the target's shape"] = split_by_shape(fulfilled, targets[0])
-    if len(plans) > 1:
+    if len(samples) == len(plans) > 1:
         plot_joint(run, figures)
     return figures
 
@@ -438,26 +458,34 @@ def discover_labels(run: ConceptRun) -> Figures:
     index = run.draw_targets(1, number)[0]
     latents = run.sprites.latents[index]
     searches = sum(concept.condition != "pos" for concept in run.concepts.values())
+    steps = f"{run.settings.num_steps} Langevin steps on the label for each of {len(run.concepts)} concepts"
+    print(f"work: {number:,} images, {steps}; a search of all labels for {searches} of them", flush=True)
     progress = Progress((len(run.concepts) + searches) * number, what="labels")
-    figures, judged, panels = {}, {}, {}
-    for name, concept in run.concepts.items():
-        condition = concept.condition
-        assert condition, "main takes concepts only"
-        labels = trace_labels(run, concept, index, progress)
-        errors = [measure_label_errors(label, latents, condition) for label in labels]
-        true = dsprites.compute_labels(latents, condition)
-        title = f"{name} / {CONCEPTS[condition].unit}"
-        figures[title] = {
-            "mean error": errors[-1].mean().item(),
-            "at the start": errors[0].mean().item(),
-            "right": compute_share(is_within_tolerance(errors[-1], condition)),
-            "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
-        }
-        if condition != "pos":
-            lowest = find_lowest_labels(run, concept, index, progress)
-            truths = is_within_tolerance(measure_label_errors(lowest, latents, condition), condition)
-            judged[f"{name}, lowest energy"] = {"right": compute_share(truths), **split_by_shape(truths, latents)}
-        panels[title] = {name: (range(len(errors)), [error.mean().item() for error in errors])}
+    figures: Figures = {}
+    judged, panels = {}, {}
+    with keep_what_is_done(figures):
+        for name, concept in run.concepts.items():
+            condition = concept.condition
+            assert condition, "main takes concepts only"
+            labels = trace_labels(run, concept, index, progress)
+            done = latents[: len(labels[0])]
+            errors = [measure_label_errors(label, done, condition) for label in labels]
+            true = dsprites.compute_labels(done, condition)
+            title = f"{name} / {CONCEPTS[condition].unit}"
+            panels[title] = {name: (range(len(errors)), [error.mean().item() for error in errors])}
+            figures[title] = {
+                "mean error": errors[-1].mean().item(),
+                "at the start": errors[0].mean().item(),
+                "right": compute_share(is_within_tolerance(errors[-1], condition)),
+                "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
+            }
+            run.note_part(f"labels of {name}", len(done), number)
+            if condition != "pos":
+                lowest = find_lowest_labels(run, concept, index, progress)
+                done = latents[: len(lowest)]
+                truths = is_within_tolerance(measure_label_errors(lowest, done, condition), condition)
+                judged[f"{name}, lowest energy"] = {"right": compute_share(truths), **split_by_shape(truths, done)}
+                run.note_part(f"search for labels of {name}", len(done), number)
     pictures.plot_lines(panels, run.add_file("errors.png"), xlabel="steps on the label")
     return figures | judged
 

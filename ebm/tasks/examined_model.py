@@ -3,10 +3,9 @@
     examined = ExaminedModel(model, torch.Generator().manual_seed(0), num_steps=20, step_lr=10.0)
     energies = examined.compute_energies(images, labels)  # (N,)
     restored = examined.run_chain(corrupt, labels, rounds=5)  # (N, C, H, W)
-    attacked = examined.attack(images, classes, Attack("li", radius=8 / 255, steps=20))
 
 Images are (N, C, H, W) in [0, 1], even if the model was trained on another range. The methods accept any number of
-images and pass them to the network in batches.
+images and pass them to the network in batches. After a signal they return the results for the images done so far.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +21,10 @@ from torch.nn import functional as F
 
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32, is_out_of_memory
+from ebm.support.interruption import Interruption
 from ebm.support.progress import Progress
 from ebm.support.sharing import ShareOut, compute_all, derive_seed
-from ebm.tasks.attacks import Attack, Restriction, ascend_loss, draw_offset, restrict_to_ball, restrict_to_bounds
+from ebm.tasks.attacks import Attack, Restriction, ascend_loss, restrict_to_ball, restrict_to_bounds
 from ebm.training.distributed import Workers, work_alone
 from models import EnergyNetwork, PreparedEnergy, compute_class_logits, freeze_energy
 from sampling import langevin
@@ -60,7 +59,8 @@ class ExaminedModel:
     num_steps, step_lr, proj_norm, noise_std: of one round, which is a Langevin chain, see `sampling.langevin`. rescale:
     the model was trained on images in [0, rescale]. batch_size: images that the network processes at once, fewer if
     memory is short. precision: the number type of chains; energies, logits and attacks on logits are computed in
-    float32. workers: those that share the batches.
+    float32. workers: those that share the batches. unfinished: computations that a signal has ended: their name -> how
+    many images were done.
     """
 
     model: EnergyNetwork
@@ -74,6 +74,7 @@ class ExaminedModel:
     precision: str = "float32"
     workers: Workers = dataclasses.field(default_factory=work_alone)
     memory_limit: int | None = None  # images at once after memory was exhausted, None before
+    unfinished: dict[str, str] = dataclasses.field(default_factory=dict)
     energy: PreparedEnergy = dataclasses.field(init=False)
     chain_energy: PreparedEnergy = dataclasses.field(init=False)
 
@@ -107,14 +108,15 @@ class ExaminedModel:
         progress: Progress,
         *,
         each: int = 1,
+        rounds: int = 1,
         share_out: ShareOut | None = None,
     ) -> Tensor:
-        """Return the concatenated results of function(part) for consecutive parts of `total` images.
+        """Return the concatenated results of function(part) for consecutive parts of `total` images, or the first ones.
 
         Each part draws random numbers of its own, so that the workers, who share the parts, get the results of one.
-        each: evaluations of the network per image; if more than 10, parts are smaller in proportion. share_out:
-        replaces that of the workers. Raises UsageError if memory cannot hold a single image, and for results that are
-        not finite.
+        each: evaluations of the network per image; if more than 10, parts are smaller in proportion. rounds: how often
+        progress counts an image; the function counts all but the last. share_out: replaces that of the workers. Raises
+        UsageError if memory cannot hold a single image, and for results that are not finite.
         """
         size, before = choose_size(self.batch_size, each), progress.done
         parts = [slice(start, min(start + size, total)) for start in range(0, total, size)]
@@ -125,14 +127,22 @@ class ExaminedModel:
             self.generator.manual_seed(derive_seed(seed, part.start))
             result = self.compute_in_pieces(function, part, each, progress)
             done = progress.done + (part.stop - part.start) * self.workers.size
-            progress.update(min(done, before + total))
+            progress.update(min(done, before + rounds * total))
             return result
 
         results = (share_out or self.workers.share_out)(parts, compute_part)
         self.generator.set_state(noise)
-        if progress.done < before + total:  # the last part was another worker's
-            progress.update(before + total)
+        if len(results) < len(parts):
+            self.unfinished[progress.what] = f"{parts[len(results)].start} of {total}"
+        elif progress.done < before + rounds * total:  # the last part was another worker's
+            progress.update(before + rounds * total)
         return torch.cat([result.to(self.device) for result in results])
+
+    def require_all(self) -> None:
+        """Raise Interruption if a signal has ended a computation before all of its images were done."""
+        if self.unfinished:
+            assert self.workers.signal is not None, "only a signal leaves images undone"
+            raise Interruption(self.workers.signal)
 
     def compute_in_pieces(
         self, function: Callable[[slice], Tensor], part: slice, each: int, progress: Progress
@@ -228,7 +238,11 @@ class ExaminedModel:
     def attack_batch(
         self, x: Tensor, classes: Tensor, attack: Attack, offset: Tensor, refine: float | None = None
     ) -> Tensor:
-        """Return adversarial images of a batch, see `attack`. offset: added to x before the first step."""
+        """Return adversarial images of a batch, which have a high cross-entropy for their true classes (n,).
+
+        offset: added to x before the first step. With attack.draws > 0 the attack is adaptive: it follows gradients
+        through the Langevin steps of the refinement, see `classify_batch`.
+        """
         adaptive = attack.draws > 0
 
         def loss(x: Tensor) -> Tensor:
@@ -261,29 +275,36 @@ class ExaminedModel:
             return self.compute_logits(images, progress=progress).amax(1)
         return -self.compute_energies(images, images.new_zeros(len(images), 0), progress=progress)
 
-    def attack(
-        self,
-        images: Tensor,
-        classes: Tensor,
-        attack: Attack,
-        refine: float | None = None,
-        *,
-        progress: Progress | str = "attack",
-    ) -> Tensor:
-        """Return adversarial images (N, C, H, W), which have a high cross-entropy for their true classes (N,).
-
-        With attack.draws > 0 the attack is adaptive: it follows gradients through the Langevin steps of the refinement.
-        """
-        if not attack.steps:
-            return images
-
-        def move(part: slice) -> Tensor:
-            offset = draw_offset(images[part], attack, self.generator)
-            return self.attack_batch(images[part], classes[part], attack, offset, refine)
-
-        return self.compute_in_batches(move, len(images), show_progress(progress, len(images)), each=self.classes)
-
     def run_stages(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        rounds: int,
+        restrict: Restriction = restrict_to_bounds,
+        progress: str = "chain",
+    ) -> Iterator[Tensor]:
+        """Yield all images at the start of a chain and after each of its rounds, see `run_round`.
+
+        After a signal, the round that is not complete is left out; Interruption is raised in the first one.
+        """
+        start, bar = x, Progress(rounds * len(x), what=progress)
+        yield x
+        for k in range(rounds):
+
+            def one_round(part: slice, x: Tensor = x) -> Tensor:
+                return self.run_round(x[part], labels[part], start[part], restrict)
+
+            try:
+                x = self.compute_in_batches(one_round, len(x), bar)
+                self.require_all()
+            except Interruption:
+                if k == 0:
+                    raise
+                return
+            yield x
+
+    def run_chain(
         self,
         x: Tensor,
         labels: Tensor,
@@ -293,23 +314,20 @@ class ExaminedModel:
         pull: float = 1.0,
         noise: Tensor | float = 1.0,
         progress: Progress | str = "chain",
-    ) -> Iterator[Tensor]:
-        """Yield the images at the start of a chain and after each of its rounds, see `run_round`."""
-        start, bar = x, show_progress(progress, rounds * len(x))
-        yield x
-        for _ in range(rounds):
+    ) -> Tensor:
+        """Return the images after all rounds of a chain, see `run_round`; a batch ends before the next one begins."""
 
-            def one_round(part: slice, x: Tensor = x) -> Tensor:
-                return self.run_round(x[part], labels[part], start[part], restrict, pull=pull, noise=noise)
+        bar = show_progress(progress, rounds * len(x))
 
-            x = self.compute_in_batches(one_round, len(x), bar)
-            yield x
+        def run_rounds(part: slice) -> Tensor:
+            y = x[part]
+            for k in range(rounds):
+                if k:
+                    bar.advance(len(y) * self.workers.size)
+                y = self.run_round(y, labels[part], x[part], restrict, pull=pull, noise=noise)
+            return y
 
-    def run_chain(self, x: Tensor, labels: Tensor, **settings: Any) -> Tensor:
-        """Return the images after all rounds of a chain; settings: those of `run_stages`."""
-        for stage in self.run_stages(x, labels, **settings):
-            x = stage
-        return x
+        return self.compute_in_batches(run_rounds, len(x), bar, rounds=rounds)
 
     def finetune(self, images: Tensor, labels: Tensor, *, lr: float = 1e-3) -> float:
         """Train the network for one epoch on the cross-entropy of the class logits; return the mean loss of an image.

@@ -185,7 +185,7 @@ def bound_log_z_of_classes(
             device=workers.device,
             progress=progress,
             parts=workers.size,
-            share_out=workers.share_out,
+            share_out=workers.share_out_all,
         )
         for k, (name, energy) in enumerate(target.energies.items())
     }

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ RESTART_SHARE = 0.01  # share of the chains of a round that restart from noise
 RELABEL_SHARE = 0.1  # share of the chains of a round that get a new label
 # Data set -> the split that the reference compares samples with.
 REFERENCES = {"cifar10": "both", "imagenet": "test", "imagenetfull": "test"}
+COMPARED = "of at most 10,000 images"
 SPACING = 300  # iterations between the checkpoints of the reference's ensemble
 
 # (Data set, conditional) -> published figures (Du & Mordatch 2019, as later papers quote them; "?": not verified).
@@ -166,8 +168,8 @@ def draw_pool(
 def draw_from_pools(draw: Callable[[int], Tensor], number: int, share_out: ShareOut = compute_all) -> Tensor:
     """Return this many images, uint8 (number, C, H, W) on the CPU: the first 1,000 of each of so many pools.
 
-    draw: returns the images of a pool by its number from 0, see `draw_pool`. share_out: distributes the pools. Raises
-    UsageError if a chain diverges.
+    draw: returns the images of a pool by its number from 0, see `draw_pool`. share_out: distributes the pools; it may
+    return those of the first ones. Raises UsageError if a chain diverges.
     """
 
     def draw_bytes(pool: int) -> Tensor:
@@ -198,7 +200,7 @@ def draw_fresh_images(
     The result is uint8 (N, C, H, W) on the CPU. The chain of image i draws its start and its noise from a generator of
     its own, seeded by (seed, i) on the device of the labels. On one kind of device the noise of an image therefore does
     not depend on the batch size and the number of images, and its pixels differ by rounding only. progress: counts the
-    Langevin steps of each batch. share_out: distributes the batches.
+    Langevin steps of each batch. share_out: distributes the batches; it may return those of the first ones.
     """
 
     def draw_batch(numbers: Tensor) -> Tensor:
@@ -302,6 +304,22 @@ def load_extractor(
     return classifier
 
 
+def describe_quality_settings(
+    settings: InceptionSettings,
+    trained: TrainedModel,
+    reference: RealImages,
+    extractor: Inception | Classifier,
+) -> dict[str, Any]:
+    """Return the settings, by name, that determine the figures besides the checkpoints."""
+    chain_names = ("im_number", "num_steps", "proj_norm", "noise_scale", "batch_size", "repeat_scale", "nomix")
+    described = {name: getattr(settings, name) for name in (*chain_names, "seed", "ema", "precision")}
+    described |= {"step_lr": trained.choose_step_lr(settings.step_lr)}
+    described |= {"reference": str(reference), "features": extractor.name, "weights": extractor.identity}
+    if isinstance(extractor, Classifier):
+        return described | {"accuracy": extractor.network.accuracy, "precision and recall": COMPARED}
+    return described | {"splits": settings.splits, "KID, precision and recall": COMPARED}
+
+
 def check_pool(settings: PoolSettings) -> None:
     """Raise UsageError if the rounds of a pool do not fill it."""
     if settings.rounds * settings.round_size < settings.pool_size:
@@ -316,11 +334,15 @@ def draw_samples(
 ) -> Tensor:
     """Return `im_number` images, uint8 (N, C, H, W), sampled from the ensemble of these checkpoints.
 
-    Each worker runs its share of the pools, and every one receives all images.
+    Each worker runs its share of the pools, and every one receives all images; after a signal, those of the first
+    pools.
     """
     load = functools.partial(checkpoint.load_energy, ema=settings.ema, device=workers.device, **settings.unrecorded)
     ensemble, rescale = list(map(load, paths)), trained.rescale
-    progress = Progress(settings.rounds * workers.count_share(-(-settings.im_number // POOL)), what="round")
+    pools = -(-settings.im_number // POOL)
+    chains = f"{settings.rounds} rounds of {settings.round_size} chains of {settings.num_steps} Langevin steps"
+    print(f"work: {settings.im_number:,} images from {pools} pools, for each {chains}", flush=True)
+    progress = Progress(settings.rounds * workers.count_share(pools), what="round")
     draw = functools.partial(
         draw_pool,
         energies=[freeze_energy(model, precision=settings.precision, rescale=rescale) for model in ensemble],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from ebm.settings import SandboxSettings
 from ebm.support import metrics, pictures
 from ebm.support.errors import UsageError
 from ebm.support.files import write_file
+from ebm.support.interruption import Interruption, keep_what_is_done
 from ebm.support.progress import Progress
 from ebm.tasks.analysis import (
     add_salt_and_pepper,
@@ -28,9 +30,9 @@ from ebm.tasks.analysis import (
     fit_images,
     read_images,
 )
-from ebm.tasks.attacks import SHADES, Attack, restrict_to_ball, restrict_to_lower_half
+from ebm.tasks.attacks import SHADES, Attack, draw_offset, restrict_to_ball, restrict_to_lower_half
 from ebm.tasks.examined_model import ExaminedModel, count_most_images
-from ebm.training.ownership import own_folder
+from ebm.training.ownership import Results
 from models import ModelConfig, draw_noise_images
 
 ROWS = 20  # rows of a picture
@@ -77,12 +79,12 @@ class Report(NamedTuple):
 
 @dataclasses.dataclass
 class SandboxRun:
-    """One task on one model, with its data sets and the folder for its files.
+    """One task on one model, with its data sets and its results.
 
     load: returns the model's data set for a split, "train" or "test". mixes: names of out-of-distribution sets:
-    "random", "interpolation", or a name that load_mix accepts. folder: for files, which `files` lists. names: of the
-    classes, from the checkpoint; if empty, the names come from the data set. used: a description of the images that
-    the task has examined.
+    "random", "interpolation", or a name that load_mix accepts. results: the files. names: of the classes, from the
+    checkpoint; if empty, the names come from the data set. used: a description of the images that the task has
+    examined.
     """
 
     model: ExaminedModel
@@ -90,9 +92,8 @@ class SandboxRun:
     load: Callable[[str], Dataset]
     load_mix: Callable[[str], Dataset]
     mixes: Sequence[str]
-    folder: Path
+    results: Results
     names: tuple[str, ...] = ()
-    files: list[Path] = dataclasses.field(default_factory=list)
     used: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -113,6 +114,16 @@ class SandboxRun:
         if self.settings.most_images:
             return self.settings.most_images
         return count_most_images(self.config.image_shape) if usual is None else usual
+
+    def count_images(self, split: str, number: int) -> int:
+        """Return how many images of a split there are to examine, if `number` are wanted."""
+        return min(number, len(self.load(split)))
+
+    def announce(self, work: str, rounds: int = 0) -> None:
+        """Print how much work the task does. rounds: of each chain; 0 if no chain runs."""
+        steps = f"{self.model.num_steps} Langevin steps of {self.model.step_lr:g}"
+        chain = f", for each {rounds} round{'s' * (rounds > 1)} of {steps}" if rounds else ""
+        print(f"work: {work}{chain}", flush=True)
 
     def draw_index(self, dataset: Dataset, number: int, what: str) -> Tensor:
         """Return the indices of `number` random images; the same seed gives the same indices.
@@ -171,9 +182,8 @@ class SandboxRun:
     # ------------------------------------------------------------------------------------------ files
 
     def add_file(self, name: str) -> Path:
-        """Return the path of a file in the task's folder, and add it to `files`."""
-        self.files.append(self.model.workers.choose_folder(self.folder) / name)
-        return self.files[-1]
+        """Return the path of a file of the results, which is about to be written."""
+        return self.results.add_file(name)
 
     def write_panel(self, name: str, columns: Mapping[str, Tensor]) -> None:
         """Write a picture with a titled column per batch of images and a row per image; small images are enlarged."""
@@ -207,41 +217,45 @@ def classify_images(run: SandboxRun) -> Report:
 def finetune_classifier(run: SandboxRun) -> Report:
     """Train the model for one epoch as a classifier, or load it with `train`=False, then classify as task label."""
     run.require_class_names("labelfinetune")
-    model, path = run.model, run.folder / "model_supervised.pt"
+    model, path = run.model, run.results.folder / "model_supervised.pt"
     if not run.settings.train:
         if not path.exists():
             raise UsageError(f"`train`=False loads {path}, which is missing; run once with `train`")
-        if "bias" in checkpoint.load(path):
+        contents = checkpoint.load(path)
+        if "bias" in contents:
             raise UsageError(f"{path} is of an earlier version, which trained a bias, too; run again with `train`")
         finetuned = checkpoint.load_energy(path, device=model.device)
         checkpoint.check_config(finetuned.config, model.model.config, path)
         run.model = dataclasses.replace(model, model=finetuned)
-        return classify_test_images(run)
-    with own_folder(run.folder, model.workers):
-        loss = model.finetune(*run.draw_examples("train", run.choose_number()))
-        contents = {"config": dataclasses.asdict(model.model.config), "model": model.model.state_dict(), "iteration": 0}
-        checkpoint.save(run.add_file(path.name), contents)
+        report = classify_test_images(run)
+        checkpoint.save(run.add_file(path.name), contents)  # the earlier results, with their copy, are now elsewhere
+        return report
+    number = run.count_images("train", run.choose_number())
+    run.announce(f"one epoch of {number:,} training images under each of {model.classes} classes")
+    loss = model.finetune(*run.draw_examples("train", run.choose_number()))
+    contents = {"config": dataclasses.asdict(model.model.config), "model": model.model.state_dict(), "iteration": 0}
+    checkpoint.save(run.add_file(path.name), contents)
     return Report({"mean loss of the epoch": loss, **classify_test_images(run).figures})
 
 
 def classify_test_images(run: SandboxRun) -> Report:
     """Measure the accuracy on test images, with and without refinement, and the same after the attack."""
     examples = run.draw_examples("test", run.choose_number())
-    images, classes = examples.images, examples.classes
     attack = choose_attack(run.settings)
-    attacked = run.model.attack(images, classes, attack, run.refine)
-    figures: dict[str, object] = {"attack": str(attack), "refinement": describe_refinement(run)}
-    figures |= measure_accuracies(run, "clean", images, classes)
-    if attack.steps:
-        figures |= measure_accuracies(run, "attacked", attacked, classes)
+    announce_classification(run, f"{len(examples.images):,} test images", attack)
+    progress = Progress(len(examples.images), what="classify")
+    accuracies, attacked = measure_accuracies(run, examples, attack, progress, is_clean_measured=True)
+    figures: dict[str, object] = {"attack": str(attack), "refinement": describe_refinement(run), **accuracies}
 
-    rows, moved = examples.first(ROWS), attacked[:ROWS]
-    ball = functools.partial(restrict_to_ball, radius=run.refine)
-    refined = run.model.run_chain(moved, rows.labels, rounds=1, restrict=ball, progress="images to show")
-    change = refined - rows.images
-    contrast = 0.5 + 0.5 * change / change.abs().amax().clamp(min=1e-12)
-    columns = {"real": rows.images} | ({"attacked": moved} if attack.steps else {})
-    run.write_panel("images", columns | {"refined": refined, "change": contrast})
+    rows = examples.first(min(ROWS, len(attacked)))
+    columns = {"real": rows.images} | ({"attacked": attacked[:ROWS]} if attack.steps else {})
+    with contextlib.suppress(Interruption):
+        ball = functools.partial(restrict_to_ball, radius=run.refine)
+        refined = run.model.run_chain(attacked[:ROWS], rows.labels, rounds=1, restrict=ball, progress="images to show")
+        run.model.require_all()
+        change = refined - rows.images
+        columns |= {"refined": refined, "change": 0.5 + 0.5 * change / change.abs().amax().clamp(min=1e-12)}
+    run.write_panel("images", columns)
     return Report(figures, run.get_published({"clean": PAPER_ACCURACY}))
 
 
@@ -250,14 +264,17 @@ def classify_in_balls(run: SandboxRun) -> Report:
     if not run.settings.pgd:
         raise UsageError("`labelgrid` needs an attack; give its number of steps with `pgd`")
     examples = run.draw_examples("test", run.choose_number())
-    images, classes = examples.images, examples.classes
     radii = list(range(31) if run.settings.lnorm == "-1" else range(0, 100, 5))
-    passes = 3 if run.model.num_steps else 2
-    progress = Progress(passes * len(radii) * len(images), what="grid")
-    rows = {}
-    for radius in radii:
-        attacked = run.model.attack(images, classes, choose_attack(run.settings, radius), run.refine, progress=progress)
-        rows[f"{radius}/255"] = measure_accuracies(run, "attacked", attacked, classes, progress)
+    several = f"{len(examples.images):,} test images, attacked in balls of {len(radii)} radii"
+    announce_classification(run, several, choose_attack(run.settings, radii[-1]))
+    progress = Progress(len(radii) * len(examples.images), what="images under attacks of growing radius")
+    rows: dict[str, dict[str, float]] = {}
+    with keep_what_is_done(rows):
+        for radius in radii:
+            accuracies, _ = measure_accuracies(run, examples, choose_attack(run.settings, radius), progress)
+            run.model.require_all()
+            rows[f"{radius}/255"] = accuracies
+    radii = radii[: len(rows)]
     curves = {name: [row[name] for row in rows.values()] for name in rows["0/255"]}
     run.write_array("accuracies", torch.tensor([radii, *curves.values()]))
     lines = {name: (radii, values) for name, values in curves.items()}
@@ -276,6 +293,12 @@ def choose_attack(settings: SandboxSettings, radius: float | None = None) -> Att
     return Attack(norm, radius, settings.pgd, settings.adaptive, settings.l2_per_step)
 
 
+def announce_classification(run: SandboxRun, images: str, attack: Attack) -> None:
+    """Print how much work a classification of these images is."""
+    refinement = describe_refinement(run)
+    run.announce(f"{images}, under each of {run.model.classes} classes; attack: {attack}; refinement: {refinement}")
+
+
 def describe_refinement(run: SandboxRun) -> str:
     """Return a description of the refinement before classification."""
     steps = run.model.num_steps
@@ -283,17 +306,33 @@ def describe_refinement(run: SandboxRun) -> str:
 
 
 def measure_accuracies(
-    run: SandboxRun, name: str, images: Tensor, classes: Tensor, progress: Progress | None = None
-) -> dict[str, float]:
-    """Return the accuracy on images of these classes (N,), and that after refinement if `num_steps` is not 0.
+    run: SandboxRun, examples: Examples, attack: Attack, progress: Progress, *, is_clean_measured: bool = False
+) -> tuple[dict[str, float], Tensor]:
+    """Return the accuracies on images after an attack, also after refinement if `num_steps` is not 0, and the images.
 
-    name: of the images, which is the key of the result.
+    is_clean_measured: measure the images as they are, too, and only these if the attack has no steps. Each batch is
+    attacked and classified before the next one, so that after a signal the figures are those of the images done so far.
     """
-    refined = f"{name}, refined"
-    logits = {name: run.model.compute_logits(images, progress=progress or f"classify {name}")}
-    if run.model.num_steps:
-        logits[refined] = run.model.compute_logits(images, run.refine, progress=progress or f"classify {refined}")
-    return {name: (values.argmax(1) == classes).double().mean().item() for name, values in logits.items()}
+    model, (images, classes) = run.model, (examples.images, examples.classes)
+    kinds = ["clean"] * is_clean_measured + ["attacked"] * (attack.steps > 0 or not is_clean_measured)
+    refinements = {"": None} | ({", refined": run.refine} if model.num_steps else {})
+
+    @torch.no_grad()
+    def examine(part: slice) -> Tensor:
+        moved = images[part]
+        if attack.steps:
+            offset = draw_offset(moved, attack, model.generator)
+            moved = model.attack_batch(moved, classes[part], attack, offset, run.refine)
+        batches = {"clean": images[part], "attacked": moved}
+        logits = [model.classify_batch(batches[kind], radius) for kind in kinds for radius in refinements.values()]
+        return torch.cat([moved.flatten(1), *logits], 1)
+
+    found = model.compute_in_batches(examine, len(images), progress, each=model.classes)
+    attacked, *logits = found.split([images[0].numel()] + [model.classes] * len(kinds) * len(refinements), 1)
+    names = [kind + words for kind in kinds for words in refinements]
+    rights = {name: values.argmax(1) == classes[: len(found)] for name, values in zip(names, logits, strict=True)}
+    accuracies = {name: right.double().mean().item() for name, right in rights.items()}
+    return accuracies, attacked.view(-1, *images.shape[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,27 +343,35 @@ def compare_energies(run: SandboxRun) -> Report:
     """Compare the energies of training and test images: a model that generalises does not separate them."""
     energies: dict[str, np.ndarray] = {}
     figures: dict[str, object] = {}
-    for split in ("train", "test"):
-        values = run.model.compute_energies(
-            *run.draw_examples(split, run.choose_number()), progress=f"energies of {split}"
-        )
-        energies[split] = run.write_array(f"energies_{split}", values)
-        figures |= {f"{split} mean": values.mean().item(), f"{split} std": values.std(correction=0).item()}
-    auroc, verdict = measure_memorisation(run, -energies["train"], -energies["test"])
+    run.announce("energies of " + describe_splits(run, run.choose_number()))
+    with keep_what_is_done(energies):
+        for split in ("train", "test"):
+            examples = run.draw_examples(split, run.choose_number())
+            values = run.model.compute_energies(*examples, progress=f"energies of {split}")
+            energies[split] = run.write_array(f"energies_{split}", values)
+            figures |= {f"{split} mean": values.mean().item(), f"{split} std": values.std(correction=0).item()}
+    auroc, verdict = measure_memorisation(run, energies)
     pictures.plot_histograms(energies, run.add_file("energies.png"), xlabel="energy", title=verdict)
     return Report({**figures, "AUROC train/test": auroc, "verdict": verdict})
 
 
-def measure_memorisation(
-    run: SandboxRun, train_scores: np.ndarray, test_scores: np.ndarray
-) -> tuple[float | None, str]:
-    """Return how well scores separate training from test images, as an AUROC and in words.
+def describe_splits(run: SandboxRun, number: int) -> str:
+    """Return a phrase for the training and the test images of a task, of each `number` or all there are."""
+    train, test = (run.count_images(split, number) for split in ("train", "test"))
+    return f"{train:,} training and {test:,} test images"
 
-    A high score means that an image resembles the training images. The AUROC is None if both splits are the same.
+
+def measure_memorisation(run: SandboxRun, values: Mapping[str, np.ndarray]) -> tuple[float | None, str]:
+    """Return how well values, by split, separate training from test images, as an AUROC and in words.
+
+    A low value means that an image resembles the training images. The AUROC is None if both splits are the same, or if
+    one is missing because a signal has ended the work.
     """
+    if "test" not in values:
+        return None, "stopped before the test images"
     if have_same_images(run.load("train"), run.load("test")):
         return None, "train and test are the same images: this data set has no split"
-    auroc = metrics.auroc(train_scores, test_scores)
+    auroc = metrics.auroc(-values["train"], -values["test"])
     return auroc, f"AUROC of train against test {auroc:.3f} (0.5: alike, 1: memorised)"
 
 
@@ -350,15 +397,18 @@ def follow_chains(run: SandboxRun, start: Tensor, labels: Tensor, name: str) -> 
     quiet = Progress(0, what="energies", quiet=True)
     for k, x in enumerate(run.model.run_stages(start, labels, rounds=LONG, progress=f"chains from {name}")):
         energies.append(run.model.compute_energies(x, labels, progress=quiet))
+        run.model.require_all()  # chains of unlike lengths cannot be compared
         moved.append((x - start).abs().mean().item())
         if k in SHOWN_ROUNDS:
             shown[k] = x[:ROWS]
+    run.model.require_all()
     return ChainRecord(torch.stack(energies), moved, shown)
 
 
 def diagnose_chains(run: SandboxRun) -> Report:
     """Follow chains of 50 rounds from noise and from test images: their energies, and how far they move."""
     examples = run.draw_examples("test", run.choose_number(100))
+    run.announce(f"{2 * len(examples.images):,} chains, from noise and from test images", LONG)
     starts = {"noise": run.draw_noise(len(examples.images)), "images": examples.images}
     chains = {name: follow_chains(run, start, examples.labels, name) for name, start in starts.items()}
     for name, followed in chains.items():
@@ -411,20 +461,27 @@ def detect_outliers(run: SandboxRun) -> Report:
     if run.model.classes:
         run.require_class_names("mixenergy")
     images = run.draw_examples("test", run.choose_number()).images
+    classes = f", under each of {run.model.classes} classes" if run.model.classes else ""
+    run.announce(f"energies of {len(images):,} test images, and of as many of {', '.join(run.mixes)}{classes}")
     in_scores = run.write_array("scores_in_distribution", run.model.compute_scores(images, progress="scores of test"))
-    scores, figures = {}, {}
-    for name, outsiders in load_outliers(run, images):
-        scores[name] = run.write_array(
-            f"scores_{name}", run.model.compute_scores(outsiders, progress=f"scores of {name}")
-        )
-        figures[name] = {
-            "images": len(outsiders),
-            "AUROC": metrics.auroc(in_scores, scores[name]),
-            "AUPR": metrics.aupr(in_scores, scores[name]),
-            "FPR at 95 % TPR": metrics.fpr_at_95_tpr(in_scores, scores[name]),
+    scores: dict[str, np.ndarray] = {}
+    with contextlib.suppress(Interruption):
+        for name, outsiders in load_outliers(run, images):
+            found = run.model.compute_scores(outsiders, progress=f"scores of {name}")
+            scores[name] = run.write_array(f"scores_{name}", found)
+    figures = {
+        name: {
+            "images": len(out_scores),
+            "AUROC": metrics.auroc(in_scores, out_scores),
+            "AUPR": metrics.aupr(in_scores, out_scores),
+            "FPR at 95 % TPR": metrics.fpr_at_95_tpr(in_scores, out_scores),
         }
+        for name, out_scores in scores.items()
+    }
     pictures.plot_histograms({"in distribution": in_scores, **scores}, run.add_file("scores.png"), xlabel="−E")
-    pictures.plot_roc({name: (in_scores, out_scores) for name, out_scores in scores.items()}, run.add_file("roc.png"))
+    if scores:
+        curves = {name: (in_scores, out_scores) for name, out_scores in scores.items()}
+        pictures.plot_roc(curves, run.add_file("roc.png"))
     return Report(figures, run.get_published({} if run.model.classes else PAPER_AUROC))
 
 
@@ -457,13 +514,13 @@ def measure_mean_squares(images: Tensor, real: Tensor) -> Tensor:
 def denoise_images(run: SandboxRun) -> Report:
     """Remove salt-and-pepper noise from test images by 5 rounds of Langevin steps."""
     real, labels = run.draw_examples("test", run.choose_number(ROWS))
+    run.announce(f"{len(real):,} test images", ROUNDS["anticorrupt"])
     corrupt = add_salt_and_pepper(real, run.model.generator)
     restored = run.model.run_chain(corrupt, labels, rounds=ROUNDS["anticorrupt"], progress="anticorrupt")
-    columns = {"corrupt": corrupt, "restored": restored, "real": real}
+    columns = {"corrupt": corrupt[: len(restored)], "restored": restored, "real": real[: len(restored)]}
     run.write_panel("restored", {name: images[:ROWS] for name, images in columns.items()})
-    return Report(
-        {f"MSE {name}": measure_mean_squares(columns[name], real).mean().item() for name in ("corrupt", "restored")}
-    )
+    errors = {name: measure_mean_squares(columns[name], columns["real"]) for name in ("corrupt", "restored")}
+    return Report({f"MSE {name}": values.mean().item() for name, values in errors.items()})
 
 
 def inpaint_images(run: SandboxRun) -> Report:
@@ -474,29 +531,33 @@ def inpaint_images(run: SandboxRun) -> Report:
     errors: dict[str, np.ndarray] = {}
     columns: dict[str, Tensor] = {}
     figures: dict[str, object] = {}
-    for split in ("train", "test"):
-        real, labels = run.draw_examples(split, run.choose_number(10_000))
-        half = real.shape[2] // 2
-        is_lower = (torch.arange(real.shape[2], device=real.device) >= half).float()[:, None]
-        corrupt = torch.cat([real[:, :, :half], run.draw_noise(len(real))[:, :, half:]], 2)
-        restored = run.model.run_chain(
-            corrupt,
-            labels,
-            rounds=ROUNDS["boxcorrupt"],
-            restrict=restrict_to_lower_half,
-            noise=is_lower,  # as in the reference, gradients are taken at the upper half as it is
-            progress=f"inpaint {split}",
-        )
-        values = measure_mean_squares(restored, real)
-        errors[split] = run.write_array(f"mse_{split}", values)
-        figures |= {f"{split} MSE mean": values.mean().item(), f"{split} MSE std": values.std(correction=0).item()}
-        lower = measure_mean_squares(restored[:, :, half:], real[:, :, half:])
-        figures[f"{split} MSE of the lower half"] = lower.mean().item()
-        batches = {"start": corrupt, "restored": restored, "real": real}
-        columns |= {f"{split} {name}": images[:ROWS] for name, images in batches.items()}
-    auroc, verdict = measure_memorisation(run, -errors["train"], -errors["test"])
+    run.announce(describe_splits(run, run.choose_number(10_000)), ROUNDS["boxcorrupt"])
+    with keep_what_is_done(errors):
+        for split in ("train", "test"):
+            real, labels = run.draw_examples(split, run.choose_number(10_000))
+            half = real.shape[2] // 2
+            is_lower = (torch.arange(real.shape[2], device=real.device) >= half).float()[:, None]
+            corrupt = torch.cat([real[:, :, :half], run.draw_noise(len(real))[:, :, half:]], 2)
+            restored = run.model.run_chain(
+                corrupt,
+                labels,
+                rounds=ROUNDS["boxcorrupt"],
+                restrict=restrict_to_lower_half,
+                noise=is_lower,  # as in the reference, gradients are taken at the upper half as it is
+                progress=f"inpaint {split}",
+            )
+            real = real[: len(restored)]
+            values = measure_mean_squares(restored, real)
+            errors[split] = run.write_array(f"mse_{split}", values)
+            figures |= {f"{split} MSE mean": values.mean().item(), f"{split} MSE std": values.std(correction=0).item()}
+            lower = measure_mean_squares(restored[:, :, half:], real[:, :, half:])
+            figures[f"{split} MSE of the lower half"] = lower.mean().item()
+            batches = {"start": corrupt, "restored": restored, "real": real}
+            columns |= {f"{split} {name}": images for name, images in batches.items()}
+    auroc, verdict = measure_memorisation(run, errors)
     pictures.plot_histograms(errors, run.add_file("mse.png"), xlabel="MSE", title=verdict)
-    run.write_panel("restored", columns)
+    rows = min(ROWS, *map(len, errors.values()))
+    run.write_panel("restored", {name: images[:rows] for name, images in columns.items()})
     return Report({**figures, "AUROC train/test": auroc, "verdict": verdict})
 
 
@@ -507,18 +568,21 @@ def inpaint_images(run: SandboxRun) -> Report:
 def measure_recognition(run: SandboxRun, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the share of images whose class of lowest energy is that of their label.
 
-    Returns no figure if the model is not conditioned on classes.
+    Returns no figure if the model is not conditioned on classes, or if a signal has come before.
     """
-    if not run.find_class_names():
-        return {}
-    classes = run.model.compute_logits(images, progress="recognise").argmax(1)
-    return {"recognised as the class": (classes == labels.argmax(1)).double().mean().item()}
+    with contextlib.suppress(Interruption):
+        if run.find_class_names():
+            classes = run.model.compute_logits(images, progress="recognise").argmax(1)
+            is_right = classes == labels[: len(classes)].argmax(1)
+            return {"recognised as the class": is_right.double().mean().item()}
+    return {}
 
 
 def change_classes(run: SandboxRun) -> Report:
     """Turn test images into another class: 10 rounds of Langevin steps from one image under the label of the next."""
     run.require_class_names("crossclass")
     target = run.draw_examples("test", run.choose_number(ROWS))
+    run.announce(f"{len(target.images):,} test images", ROUNDS["crossclass"])
     start = target.images.roll(1, 0)
     stages = list(run.model.run_stages(start, target.labels, rounds=ROUNDS["crossclass"], progress="crossclass"))
     run.write_panel("crossclass", number_stages(run, stages) | {"class": target.images})
@@ -533,6 +597,7 @@ def number_stages(run: SandboxRun, stages: Sequence[Tensor]) -> dict[str, Tensor
 def sample_stages(run: SandboxRun) -> Report:
     """Sample from noise by 20 rounds of Langevin steps under the labels of test images; show all rounds and images."""
     real = run.draw_examples("test", run.choose_number(100))
+    run.announce(f"{len(real.images):,} images from noise", ROUNDS["cycleclass"])
     start = run.draw_noise(len(real.images))
     stages = list(run.model.run_stages(start, real.labels, rounds=ROUNDS["cycleclass"], progress="cycleclass"))
     run.write_panel("cycleclass", number_stages(run, stages) | {"real": real.images})
@@ -545,8 +610,10 @@ def sample_classes(run: SandboxRun) -> Report:
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(run.settings.seed))
     classes = order[:10].sort().values
     labels = torch.eye(len(names))[classes.repeat_interleave(5)].to(run.model.device)
+    run.announce(f"{len(labels)} images from noise", ROUNDS["democlass"])
     noise = run.draw_noise(len(labels))
     samples = run.model.run_chain(noise, labels, rounds=ROUNDS["democlass"], progress="democlass")
+    run.model.require_all()
     run.write_panel("democlass", {names[k]: five for k, five in zip(classes.tolist(), samples.split(5), strict=True)})
     return Report(measure_recognition(run, samples, labels))
 
@@ -554,8 +621,11 @@ def sample_classes(run: SandboxRun) -> Report:
 def find_training_neighbours(run: SandboxRun) -> Report:
     """Sample 10 images and find the 5 nearest training images of each in L2; do the same for test images."""
     train, rows = run.load("train"), run.choose_number(10)
+    search = f"the nearest of {len(train):,} training images to each and to as many test images"
+    run.announce(f"{search}; {rows} samples from noise", ROUNDS["nearestneighbor"])
     noise, labels = run.draw_noise(rows), run.sample_labels(rows)
     samples = run.model.run_chain(noise, labels, rounds=ROUNDS["nearestneighbor"], progress="nearestneighbor")
+    run.model.require_all()
     distances, indices = find_neighbours(torch.cat([samples, run.draw_examples("test", rows).images]), train, 5)
     neighbours = read_images(train, indices[:rows].flatten()).view(rows, -1, *train.image_shape)
     columns = {f"nearest {k + 1}": neighbours[:, k] for k in range(neighbours.shape[1])}
@@ -572,6 +642,9 @@ def traverse_directions(run: SandboxRun) -> Report:
     """
     images, labels = run.draw_examples("test", run.choose_number(1))
     x, labels = images.repeat_interleave(2 * DIRECTIONS, 0), labels.repeat_interleave(2 * DIRECTIONS, 0)
+    kind = "the energy's Hessian" if run.settings.hessian else "the features' Jacobian"
+    directions_and_moves = f"{2 * DIRECTIONS * len(images)} rows of {MOVES} moves along directions of {kind}"
+    run.announce(f"{directions_and_moves}, each followed by {run.model.num_steps} Langevin steps")
     progress = Progress(len(images) + (2 * MOVES - 1) * len(x), what="latent")
     values, vectors = find_directions(run, images, labels[:: 2 * DIRECTIONS], progress)
     directions = vectors.repeat_interleave(2, 1).flatten(0, 1)  # (N, 3, C, H, W) -> (6·N, C, H, W)
@@ -610,6 +683,7 @@ def find_directions(run: SandboxRun, images: Tensor, labels: Tensor, progress: P
         return torch.stack(rows)
 
     found = model.compute_in_batches(find, len(images), progress, each=1000)  # one image at a time
+    model.require_all()
     return found[..., 0], found[..., 1:].reshape(-1, DIRECTIONS, *images.shape[1:])
 
 
@@ -629,7 +703,10 @@ def move_images(
     """
     signs = torch.tensor([-1.0, 1.0], device=x.device).repeat(len(x) // 2).view(-1, 1, 1, 1)
     start = x + signs * directions
-    return run.model.run_chain(start.clamp(0, 1) if bounded else start, labels, rounds=1, pull=4.0, progress=progress)
+    start = start.clamp(0, 1) if bounded else start
+    moved = run.model.run_chain(start, labels, rounds=1, pull=4.0, progress=progress)
+    run.model.require_all()
+    return moved
 
 
 TASKS: dict[str, Callable[[SandboxRun], Report]] = {

@@ -30,9 +30,9 @@ from ebm.settings import CombineSettings, TrainSettings
 from ebm.support import pictures
 from ebm.support.files import write_file
 from ebm.support.hardware import LOSS_PRECISIONS, allow_tf32
+from ebm.support.interruption import Interruption
 from ebm.support.progress import Progress
 from ebm.tasks.concepts import ROWS, ConceptRun, Figures, compute_share, judge_latents
-from ebm.training.ownership import own_folder
 from models import PreparedEnergy, draw_noise_images, freeze_energy
 from sampling import Energy, check_finite, compute_input_gradient, draw_noise, langevin
 from train import contrastive_loss, kl_loss
@@ -209,8 +209,8 @@ def count_iterations(settings: CombineSettings, images: int, passes: int, defaul
     return min(in_passes, settings.break_steps or default or in_passes)
 
 
-def train_product(run: ConceptRun, product: ProductNetwork, training: Tensor, other: str) -> None:
-    """Train the networks of a product together by contrastive divergence with the KL term.
+def train_product(run: ConceptRun, product: ProductNetwork, training: Tensor, other: str) -> int:
+    """Train the networks of a product together by contrastive divergence with the KL term; return the last iteration.
 
     5 % of the chains start from end points of earlier ones. training: indices of sprites. other: the other concept.
     """
@@ -219,8 +219,10 @@ def train_product(run: ConceptRun, product: ProductNetwork, training: Tensor, ot
     batches = data.Batches(len(training), settings.batch_size, settings.seed, device=device)
     replay = torch.empty(0, *product.config.image_shape, device=device)
     total = count_iterations(settings, len(training), GENTEST_PASSES, GENTEST_STEPS)
+    steps = f"{settings.num_steps} rounds of Langevin steps"
+    print(f"work: {total:,} training iterations of {settings.batch_size} images and {steps}", flush=True)
     progress = Progress(total, what="training of the energy")
-    for iteration in range(1, total + 1):
+    for iteration in run.workers.until_signal(range(1, total + 1)):
         index = training[batches.next()]
         images, labels = run.render_images(index), join_labels(run.sprites.latents[index], other)
         start = draw_starts(product.config, len(index), replay, run.generator)
@@ -232,6 +234,8 @@ def train_product(run: ConceptRun, product: ProductNetwork, training: Tensor, ot
             off = measure_squared_error(step.samples, images)
             progress.text = f"off {off:.4f} e_pos {step.e_pos.mean():+.4f} e_neg {step.e_neg.mean():+.4f}"
         progress.update(iteration)
+    run.note_part("training iterations", progress.done, total)
+    return progress.done
 
 
 def draw_starts(config: models.ModelConfig, number: int, replay: Tensor, generator: torch.Generator) -> Tensor:
@@ -270,34 +274,47 @@ def build_product_sampler(run: ConceptRun, product: ProductNetwork, other: str) 
     return sample
 
 
-def load_or_train_product(run: ConceptRun, training: Tensor, other: str) -> ProductNetwork:
-    """Return the trained networks: load those of an earlier run, or train them now and save them as checkpoints.
+Checkpoints = dict[str, dict[str, Any]]  # file below the folder of results -> its contents
 
-    Rank 0 trains while the other workers wait for its weights. training: indices of sprites. other: the other concept.
-    Raises UsageError if another process is training them in this folder.
+
+def load_product(run: ConceptRun, training: Tensor, other: str) -> tuple[ProductNetwork, Checkpoints] | None:
+    """Return the networks that an earlier call trained for so many iterations, and their checkpoints.
+
+    Returns None if there are none, or if the setting `train` asks for new ones. training: indices of sprites. other:
+    the other concept.
     """
     iteration = count_iterations(run.settings, len(training), GENTEST_PASSES, GENTEST_STEPS)
-    paths = [run.folder / concept / f"model_{iteration}.pt" for concept in ("pos", other)]
+    names = [f"{concept}/model_{iteration}.pt" for concept in ("pos", other)]
+    paths = [run.results.folder / name for name in names]
     is_trained = run.workers.rank == 0 and not run.settings.train and all(path.exists() for path in paths)
-    if run.workers.any(is_trained):
-        print(f"trained before, with the settings of that time: {', '.join(map(str, paths))}; train=True trains anew")
-        networks = [checkpoint.load_energy(path, device=run.generator.device) for path in paths]
-        for path, network, built in zip(paths, networks, build_product(run, other).networks, strict=True):
-            checkpoint.check_config(network.config, built.config, path)
-        return ProductNetwork(networks)
-    product = build_product(run, other)
-    with own_folder(run.folder, run.workers, setting=run.settings.results_setting):
-        if run.workers.rank == 0:
-            train_product(run, product, training, other)
-        run.workers.broadcast(product.state_dict().values())
-        if run.workers.rank > 0:
-            return product
-        for concept, path, network in zip(("pos", other), paths, product.networks, strict=True):
-            contents = {"config": dataclasses.asdict(network.config), "model": network.state_dict()}
-            flags = {"dataset": "dsprites", f"cond_{concept}": True, "step_lr": run.settings.step_lr}
-            checkpoint.save(path, contents | {"iteration": iteration, "flags": flags})
-            run.files.append(path)
-    return product
+    if not run.workers.any(is_trained):
+        return None
+    print(f"trained before, with the settings of that time: {', '.join(map(str, paths))}; train=True trains anew")
+    networks = [checkpoint.load_energy(path, device=run.generator.device) for path in paths]
+    for path, network, built in zip(paths, networks, build_product(run, other).networks, strict=True):
+        checkpoint.check_config(network.config, built.config, path)
+    return ProductNetwork(networks), dict(zip(names, map(checkpoint.load, paths), strict=True))
+
+
+def train_new_product(run: ConceptRun, training: Tensor, other: str) -> tuple[ProductNetwork, Checkpoints]:
+    """Train the networks and save them, also after a signal; return them, and no checkpoints that are to be saved.
+
+    Rank 0 trains while the other workers wait for its weights. training: indices of sprites. other: the other concept.
+    Raises Interruption after a signal.
+    """
+    product, workers, iteration = build_product(run, other), run.workers, 0
+    if workers.rank == 0:
+        iteration = train_product(run, product, training, other)
+    workers.broadcast(product.state_dict().values())
+    iteration = workers.share(iteration)[0]
+    for concept, network in zip(("pos", other), product.networks, strict=True):
+        contents = {"config": dataclasses.asdict(network.config), "model": network.state_dict(), "iteration": iteration}
+        flags = {"dataset": "dsprites", f"cond_{concept}": True, "step_lr": run.settings.step_lr}
+        if iteration:
+            checkpoint.save(run.add_file(f"{concept}/model_{iteration}.pt"), contents | {"flags": flags})
+    if workers.is_asked_to_end() and workers.signal:
+        raise Interruption(workers.signal)
+    return product, {}
 
 
 # ---- feed-forward generator ----
@@ -355,8 +372,8 @@ def build_generator_of_size(label_size: int, count: int, seed: int) -> SpriteGen
         return SpriteGenerator(label_size, width)
 
 
-def train_generator(run: ConceptRun, training: Tensor, other: str) -> SpriteGenerator:
-    """Return a generator that was trained on sprites by mean squared error.
+def train_generator(run: ConceptRun, training: Tensor, other: str) -> tuple[SpriteGenerator, Progress]:
+    """Return a generator that was trained on sprites by mean squared error, and how much of the training was done.
 
     training: indices of the sprites. other: the other concept.
     """
@@ -364,8 +381,9 @@ def train_generator(run: ConceptRun, training: Tensor, other: str) -> SpriteGene
     optimizer = ClippedAdam(generator.parameters(), lr=LEARNING_RATE, betas=GENERATOR_BETAS)
     batches = data.Batches(len(training), run.settings.batch_size, run.settings.seed, device=training.device)
     total = count_iterations(run.settings, len(training), GENBASELINE_PASSES)
+    print(f"work: {total:,} training iterations of {run.settings.batch_size} images", flush=True)
     progress = Progress(total, what="training of the generator")
-    for iteration in range(1, total + 1):
+    for iteration in run.workers.until_signal(range(1, total + 1)):
         index = training[batches.next()]
         images = generator(join_labels(run.sprites.latents[index], other))
         loss = nn.functional.mse_loss(images, run.render_images(index))
@@ -375,7 +393,7 @@ def train_generator(run: ConceptRun, training: Tensor, other: str) -> SpriteGene
         if iteration % 10 == 0:
             progress.text = f"loss {loss.item():.5f}"
         progress.update(iteration)
-    return generator
+    return generator, progress
 
 
 def build_generator_sampler(generator: SpriteGenerator, other: str) -> SpriteSampler:
@@ -402,7 +420,9 @@ def measure_samplers(run: ConceptRun, samplers: Mapping[str, SpriteSampler], sli
     limit = run.settings.limit
     unseen, seen = shuffle_index(run, slices.unseen)[:limit], shuffle_index(run, slices.training)
     sets = {"unseen": unseen, "seen": seen[: limit or run.settings.batch_size]}
-    progress = Progress(len(samplers) * sum(map(len, sets.values())), what="images")
+    total = len(samplers) * sum(map(len, sets.values()))
+    print(f"work: {total:,} samples for the test, and a search for the sprite nearest to each", flush=True)
+    progress = Progress(total, what="images")
 
     def sample_part(part: tuple[SpriteSampler, Tensor]) -> Tensor:
         sampler, index = part
@@ -411,23 +431,28 @@ def measure_samplers(run: ConceptRun, samplers: Mapping[str, SpriteSampler], sli
 
     wanted = {(name, kind): (samplers[name], index) for name in samplers for kind, index in sets.items()}
     parts = [(sampler, part) for sampler, index in wanted.values() for part in index.split(run.settings.batch_size)]
-    images = torch.cat(run.share_parts(parts, sample_part)).split([len(index) for _, index in wanted.values()])
-    samples = dict(zip(wanted, images, strict=True))
-    columns = {name: samples[name, "unseen"][:ROWS] for name in samplers}
-    true = run.render_images(unseen[:ROWS])
-    pictures.save_panel(columns | {"true": true}, run.add_file("unseen.png"), scale=2)
-
-    nearest, _ = dsprites.find_nearest_sprites(torch.cat(list(samples.values())))
-    parts_by_set = nearest.split([len(images) for images in samples.values()])
+    images = torch.cat(run.share_parts(parts, sample_part))
+    nearest, _ = dsprites.find_nearest_sprites(images)
     figures: Figures = {}
-    for ((name, kind), images), latents in zip(samples.items(), parts_by_set, strict=True):
-        truths = judge_latents(latents, run.sprites.latents[sets[kind]])
+    columns, start = {}, 0
+    for (name, kind), (_, index) in wanted.items():
+        samples, latents = images[start : start + len(index)], nearest[start : start + len(index)]
+        run.note_part(f"samples of {name}, {kind}", len(samples), len(index))
+        start, index = start + len(index), index[: len(samples)]
+        if not len(samples):
+            break
+        if kind == "unseen":
+            columns[name] = samples[:ROWS]
+        truths = judge_latents(latents, run.sprites.latents[index])
         figures[f"{name}, {kind}"] = {
-            "MSE": measure_squared_error(images, run.render_images(sets[kind])),
+            "MSE": measure_squared_error(samples, run.render_images(index)),
             "pos right": compute_share(truths["pos"]),
             f"{other} right": compute_share(truths[other]),
             "jointly": compute_share(truths["pos"] & truths[other]),
         }
+    rows = min(map(len, columns.values()))
+    columns = {name: samples[:rows] for name, samples in columns.items()}
+    pictures.save_panel(columns | {"true": run.render_images(unseen[:rows])}, run.add_file("unseen.png"), scale=2)
     return figures
 
 
@@ -447,8 +472,11 @@ def measure_product(run: ConceptRun) -> Figures:
     """Train two energy models together on two slices, and measure their samples of unseen combinations."""
     other = choose_other_concept(run.settings)
     slices = select_slices(run.sprites.latents, other, run.settings.balance)
-    product = load_or_train_product(run, slices.training, other)
+    loaded = load_product(run, slices.training, other)
+    product, checkpoints = loaded or train_new_product(run, slices.training, other)
     figures = measure_samplers(run, {"energy": build_product_sampler(run, product, other)}, slices, other)
+    for name, contents in checkpoints.items():  # the results that they were among are now elsewhere
+        checkpoint.save(run.add_file(name), contents)
     true = run.render_images(shuffle_index(run, slices.unseen)[: run.settings.limit])
     figures["MSE of black images"] = true.square().mean().item()
     is_trained_on = torch.isin(slices.unseen, slices.training)
@@ -468,25 +496,31 @@ def measure_generator(run: ConceptRun) -> Figures:
     others = shuffle_index(run, slices.others)
     fractions = FRACTIONS if run.settings.plot_curve else (run.settings.frac,)
 
-    def train_on(fraction: float) -> dict[str, Tensor]:
+    def train_on(fraction: float) -> tuple[dict[str, Tensor], int, int]:
         training = torch.cat([slices.training, others[: int(fraction * len(others))]])
-        return train_generator(run, training, other).state_dict()
+        generator, progress = train_generator(run, training, other)
+        return generator.state_dict(), progress.done, progress.total
 
     samplers = {}
-    for fraction, weights in zip(fractions, run.workers.share_out(fractions, train_on), strict=True):
+    trained = run.workers.share_out(fractions, train_on)
+    run.note_part("shares", len(trained), len(fractions))
+    for fraction, (weights, iterations, wanted) in zip(fractions, trained, strict=False):
         generator = build_generator(run, other)
         generator.load_state_dict(weights)
         samplers[f"{fraction:.0%}"] = build_generator_sampler(generator, other)
-    figures = measure_samplers(run, samplers, slices, other)
+        run.note_part(f"training iterations at {fraction:.0%}", iterations, wanted)
+    with run.workers.finish_results():
+        figures = measure_samplers(run, samplers, slices, other)
     energy = read_energy_figures(run)
     if run.settings.plot_curve:
-        plot_curve(run, fractions, figures, energy)
+        plot_curve(run, fractions[: len(trained)], figures, energy)
     return figures | energy
 
 
 def read_energy_figures(run: ConceptRun) -> Figures:
     """Return the figures of the energy models from gentest.json for the same slices; none if gentest has not run."""
-    path = run.folder.parents[1] / "gentest" / run.folder.name / "gentest.json"
+    folder = run.results.folder
+    path = folder.parents[1] / "gentest" / folder.name / "gentest.json"
     if not path.exists():
         print(f"note: the energy models are not compared, because {path} is missing; task=gentest writes it")
         return {}

@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import importlib.util
 import io
+import itertools
 import os
 import pathlib
 import socket
@@ -36,11 +37,13 @@ import torch.distributed.nn.functional
 from torch import Tensor
 
 from ebm.support.errors import UsageError
+from ebm.support.interruption import Interruption, announce_end
 from ebm.support.launch import Launch, describe_remedy, find_address, find_launch
-from ebm.support.sharing import compute_all
+from ebm.training.stopping import StopSignals
 from ebm.training.watch import Watch, find_host
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 BACKENDS = ("auto", "horovod", "torch", "none")
 ARRIVALS = 3.0  # times the timeout in which all workers have to arrive: some load PyTorch from a cold disk
@@ -349,8 +352,9 @@ class Workers:
     """The processes that train together, seen from one of them. `join_workers` returns one.
 
     launch: how this worker was started. rank, size: its place. engine: "horovod", "torch" or "none". why: a clause with
-    the reason for the engine. device: where this worker computes. All workers must call every method that sends
-    something, in the same order: all but `print`, `print_once`, `busy`, `choose_folder` and `count_share`.
+    the reason for the engine. device: where this worker computes. signal: the signal after which an evaluation ends
+    with the results so far; None before. All workers must call every method that sends something, in the same order:
+    all but `print`, `print_once`, `busy`, `choose_folder`, `count_share`, `keep_results` and `until_signal`.
     """
 
     def __init__(self, launch: Launch, engine: str, why: str, device: torch.device, timeout: float):
@@ -365,6 +369,11 @@ class Workers:
         )
         self._watch = Watch(launch, timeout, self._engine.broadcast) if launch.size > 1 else None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self.signal: int | None = None
+        # Whether a signal interrupts this worker where it is. Of several workers each would be elsewhere, so that they
+        # are interrupted only in their shares of a computation.
+        self._is_interruptible = launch.size == 1
+        self._has_results = False  # whether something has been computed that a signal should not destroy
 
     def print(self, *words: object) -> None:
         """Print on rank 0 only."""
@@ -464,13 +473,101 @@ class Workers:
         """Return compute(item) for all items, in order, on all workers; each worker computes its share of them.
 
         The results are as in `gather`: with several workers their tensors arrive on the CPU. All workers must have the
-        same items. For `compute` see `ebm.support.sharing`.
+        same items. For `compute` see `ebm.support.sharing`. Within `keep_results`, a signal ends the computation of
+        items: it returns the results of the first ones then, and raises Interruption if there are none.
         """
-        if self.size == 1:
-            return compute_all(items, compute)
+        results: list[Any] = []
         with self.busy():
-            results = self.share([compute(item) for item in items[self.rank :: self.size]])
-        return [results[i % self.size][i // self.size] for i in range(len(items))]
+            try:
+                with self._let_signals_interrupt(True):
+                    for item in items[self.rank :: self.size]:
+                        if self.signal is not None:
+                            break
+                        results.append(compute(item))
+            except Interruption:
+                if self.signal is None:  # not within `keep_results`
+                    raise
+                if results or self._has_results:
+                    self._announce_end()
+            self._has_results |= bool(results)
+            if self.size > 1:
+                shares = self.share(results)
+                self.is_asked_to_end()
+                places = (divmod(i, self.size) for i in range(len(items)))
+                done = itertools.takewhile(lambda place: place[0] < len(shares[place[1]]), places)
+                results = [shares[rank][number] for number, rank in done]
+        if items and not results:
+            assert self.signal is not None, "only a signal leaves all items undone"
+            raise Interruption(self.signal)
+        return results
+
+    def share_out_all(self, items: Sequence[Any], compute: Callable[[Any], Any]) -> list[Any]:
+        """Return the results of `share_out` for all items; raise Interruption if a signal has come before."""
+        results = self.share_out(items, compute)
+        if len(results) < len(items) and self.signal is not None:
+            raise Interruption(self.signal)
+        return results
+
+    def until_signal(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items; within `keep_results`, end after the one during whose work a signal arrives."""
+        with self._let_signals_interrupt(False):
+            for item in items:
+                if self.signal is not None:
+                    break
+                yield item
+
+    def is_asked_to_end(self) -> bool:
+        """Return, on all workers, whether a signal has asked one of them to end; see `keep_results`."""
+        self.signal = next(filter(None, self.share(self.signal)), None)
+        return self.signal is not None
+
+    @contextlib.contextmanager
+    def finish_results(self) -> Iterator[None]:
+        """Inside the block, share out work although a signal has come: work that is short, and makes results whole."""
+        earlier, self.signal = self.signal, None
+        try:
+            yield
+        finally:
+            self.signal = self.signal or earlier
+
+    @contextlib.contextmanager
+    def keep_results(self) -> Iterator[None]:
+        """Inside the block, let a signal end the work with the results so far, and the same signal again end at once.
+
+        A single worker that is not computing results is interrupted where it is. After the block, when all workers
+        have arrived there, this one leaves the group, and raises Interruption if there was a signal.
+        """
+        self.signal, self._has_results = None, False
+        signals = StopSignals(self.launch, self._handle_signal)
+        try:
+            yield
+            self.barrier()
+        finally:
+            signals.restore()  # the launcher goes on if it was halted, which Horovod waits for
+        self.close()
+        if self.signal is not None:
+            raise Interruption(self.signal)
+
+    def _handle_signal(self, number: int) -> None:
+        if self.signal is not None:
+            return
+        self.signal = number
+        if self._is_interruptible:
+            raise Interruption(number)
+        self._announce_end()
+
+    def _announce_end(self) -> None:
+        if self.rank == 0 and self.signal is not None:
+            announce_end(self.signal)
+
+    @contextlib.contextmanager
+    def _let_signals_interrupt(self, is_interruptible: bool) -> Iterator[None]:
+        """Inside the block, let a signal interrupt this worker where it is, or only be noted."""
+        before, self._is_interruptible = self._is_interruptible, is_interruptible
+        try:
+            yield
+        finally:
+            self._is_interruptible = before
 
     def any(self, flag: bool) -> bool:
         """Return on all workers whether the flag is true on at least one of them."""
@@ -542,14 +639,14 @@ def work_alone(device: torch.device | str = "cpu") -> Workers:
 def share_evaluation(device: str) -> Iterator[Workers]:
     """Join the workers that evaluate a model together; inside the block all but rank 0 print nothing.
 
-    device: as in `join_workers`. A worker may compute for as long as it takes.
+    device: as in `join_workers`. A worker may compute for as long as it takes. A signal ends the work with the results
+    so far, see `Workers.keep_results`.
     """
     workers = join_workers(device=device)
     if workers.rank > 0:
         os.environ["TQDM_DISABLE"] = "1"  # progress bars
-    with workers.print_once(), workers.busy():
+    with workers.keep_results(), workers.print_once(), workers.busy():
         yield workers
-        workers.close()
 
 
 class GradientAverager:

@@ -33,7 +33,7 @@ def hold_launcher(pid: int, name: str) -> None:
             os.kill(pid, signal.SIGSTOP)
         if not is_held and signal.SIGTERM in numbers:
             is_held = True
-            tell_user(pid, f"note: {name} halts until the run has saved after its iteration; then the job ends")
+            tell_user(pid, f"note: {name} halts until what was done is saved; then the job ends")
     if is_held:
         os.kill(pid, signal.SIGCONT)
 

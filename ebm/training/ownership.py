@@ -1,9 +1,12 @@
-"""The ownership of an experiment's folder: one run at a time writes to it, and nothing that others wrote is lost.
+"""The ownership of a folder: one run, or one call of another script, writes to it at a time, and nothing is lost.
 
     with own_folder(settings.folder, workers, check) as owner:    # refused while another run owns the folder
         ...                                                       # all that can be refused
         owner.start_afresh()                                      # a new run: an earlier one is set aside
         ...
+
+    with own_results(settings.results_folder / "label", workers, "logdir") as results:
+        path = results.add_file("samples.png")                    # the first file: an earlier call's are set aside
 
 The owner holds a lock of the operating system on a file in the folder. The kernel, or the server of a network file
 system, releases it when the process ends, however it ends. A file system without such locks gets a file that the owner
@@ -24,7 +27,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import checkpoint
@@ -160,7 +163,9 @@ def refuse_folder(path: pathlib.Path) -> UsageError:
         time.sleep(0.02)
     named = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}" if owner else "another process"
     since = f" since {owner['since']}" if "since" in owner else ""
-    return UsageError(f"{path.parent} is in use by {named}{since}; wait until it ends, or choose another `exp`")
+    return UsageError(
+        f"{path.parent} is in use by {named}{since}; wait until it ends, or choose another `exp` or `logdir`"
+    )
 
 
 # ---- the owner ----
@@ -215,9 +220,11 @@ class FolderOwner:
 
     def start_afresh(self) -> None:
         """Rename the folder if it holds an earlier run, so that a new one has it for itself and nothing is lost."""
-        self.workers.call_first(self._set_aside)
+        remedy = " (resume_iter=latest would have gone on)" if checkpoint.list_iterations(self.folder) else ""
+        self.workers.call_first(lambda: self.set_aside(f"{self.folder} held an earlier run; it is now", remedy))
 
-    def _set_aside(self) -> None:
+    def set_aside(self, words: str, remedy: str = "") -> None:
+        """On rank 0, rename the folder if it holds anything, and note that: the words, the new name, the remedy."""
         if self._lock is None or {path.name for path in self.folder.iterdir()} <= {LOCK_NAME}:
             return
         with self.report_unwritable():
@@ -228,8 +235,7 @@ class FolderOwner:
             earlier.release()
             self._made.insert(0, self.folder)
             self._lock = self._take()
-        remedy = " (resume_iter=latest would have gone on)" if checkpoint.list_iterations(aside) else ""
-        print(f"note: {self.folder} held an earlier run; it is now {aside}{remedy}")
+        print(f"note: {words} {aside}{remedy}")
 
     def release(self) -> None:
         """Give the folder up. Folders that were made for it and are empty are removed."""
@@ -256,6 +262,49 @@ def own_folder(
         yield owner
     finally:
         owner.release()
+
+
+class Results:
+    """The files of one call of a script. The first one sets aside what the folder holds of an earlier call.
+
+    owner: of the folder; None if nothing in it needs to be set aside. files: the paths so far. All workers but rank 0
+    write to a folder that is deleted.
+    """
+
+    def __init__(self, folder: pathlib.Path, workers: Workers, owner: FolderOwner | None = None):
+        self.folder, self.workers, self.owner = folder, workers, owner
+        self.files: list[pathlib.Path] = []
+
+    def add_file(self, name: str) -> pathlib.Path:
+        """Return the path of a file that is about to be written, perhaps again, and add it to `files`."""
+        if self.owner is not None and not self.files:
+            self.owner.set_aside("the results of an earlier call are now in")
+        path = self.workers.choose_folder(self.folder) / name
+        self.files += [path] if path not in self.files else []
+        return path
+
+    def describe_state(self, unfinished: Mapping[str, str]) -> dict[str, Any]:
+        """Return for the report whether all the work was done, and else how much of it; print that, too.
+
+        unfinished: name of a computation that a signal has ended -> the part that is done, such as "320 of 1000".
+        """
+        if self.workers.signal is None:
+            return {"complete": True}
+        done = ", ".join(f"{part} ({name})" for name, part in unfinished.items())
+        print(f"stopped early: these are the results so far{f'; done: {done}' if done else ''}")
+        return {"complete": False, "done": dict(unfinished)}
+
+
+@contextlib.contextmanager
+def own_results(folder: pathlib.Path, workers: Workers, setting: str) -> Iterator[Results]:
+    """Own a folder for the results of a call inside the block, see `own_folder`; a training run's folder is refused."""
+
+    def check() -> None:
+        if checkpoint.list_iterations(folder) or (folder / "config.json").exists():
+            raise UsageError(f"{folder} is the folder of a training run; choose another `{setting}`")
+
+    with own_folder(folder, workers, check, setting) as owner:
+        yield Results(folder, workers, owner)
 
 
 def find_free_path(prefix: pathlib.Path) -> pathlib.Path:
