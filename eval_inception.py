@@ -125,8 +125,8 @@ class QualityReport:
     def add(self, paths: Sequence[pathlib.Path], images: Tensor) -> None:
         """Measure the images uint8 (N, C, H, W) of an ensemble of checkpoints; write them as a grid, and the report."""
         iteration = paths[0].stem.removeprefix("model_")
-        grid, scale = images[:100] / 255, max(1, 64 // images.shape[3])
-        print(f"wrote {pictures.save_grid(grid, self.folder / f'samples_{iteration}.png', columns=10, scale=scale)}")
+        grid = pictures.save_grid(images[:100] / 255, self.folder / f"samples_{iteration}.png", columns=10)
+        print(f"wrote {grid}")
         figures = features.measure_quality(self.extractor, images, self.real, splits=self.settings.splits)
         result = {"iteration": iteration, "ensemble": list(map(str, paths)), "figures": figures}
         self.contents["results"].append(result)
@@ -139,11 +139,11 @@ class QualityReport:
         results = self.contents["results"]
         if len(results) > 1:
             iterations = [int(result["iteration"]) for result in results]
-            curves = {
-                name: {name: (iterations, [result["figures"][name] for result in results])}
-                for name in results[0]["figures"]
-            }
-            print(f"wrote {pictures.plot_lines(curves, self.folder / 'curve.png', xlabel='iteration')}")
+            names, path = list(results[0]["figures"]), self.folder / "curve.png"
+            curves = {name: {name: (iterations, [result["figures"][name] for result in results])} for name in names}
+            log = [name for name in names if name == "FID" or "distance" in name]
+            shares = [name for name in names if name.endswith(("precision", "recall"))]
+            print(f"wrote {pictures.plot_lines(curves, path, xlabel='iteration', log=log, shares=shares)}")
 
 
 if __name__ == "__main__":

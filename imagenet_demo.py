@@ -1,4 +1,4 @@
-"""Show how a trained model samples: make a GIF of Langevin chains from noise, one frame per step.
+"""Show how a trained model samples: make a GIF of Langevin chains, the noise they start from and a frame per step.
 
     python imagenet_demo.py --exp=imagenet128_cond --resume_iter=2238000 --swish_act
     python imagenet_demo.py --exp=imagenet128_cond --resume_iter=latest --classes=153,207 --every=5 --seed=3
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+from data import name_classes
 from ebm.readers.bounded import describe_failure, read_text
 from ebm.settings import DemoSettings
 from ebm.support import cli, pictures
@@ -36,8 +37,6 @@ from ebm.tasks.trained_models import TrainedModel, find_class, note_contradictio
 from ebm.training.distributed import Workers, share_evaluation
 from models import draw_noise_images, freeze_energy
 from sampling import check_finite, langevin
-
-FPS = 20  # frames per second
 
 
 def read_names(path: pathlib.Path, classes: int) -> list[str]:
@@ -85,33 +84,32 @@ def show_chains(settings: DemoSettings, workers: Workers) -> None:
     folder = prepare_folder(settings.results_folder, "savedir")
 
     columns = math.ceil(math.sqrt(settings.batch_size))
-    labels = choose_labels(settings, trained, columns)
+    labels, titles = choose_labels(settings, trained)
+    for row in range(0, len(titles), columns):
+        print(f"row {row // columns + 1}: {', '.join(titles[row : row + columns])}")
     shares = torch.arange(settings.batch_size).chunk(workers.size)
     parts = workers.share_out(
         shares, lambda numbers: record_frames(settings, trained, labels, numbers, workers.rank > 0)
     )
     if workers.rank > 0:
         return
-    frames = [pictures.make_grid(images / 255, columns=columns, padding=0) for images in torch.cat(parts, 1)]
-    print(f"{len(frames)} frames: {pictures.save_gif(frames, folder / 'sample.gif', fps=FPS)}")
+    frames = [pictures.make_grid(images / 255, columns=columns, titles=titles) for images in torch.cat(parts, 1)]
+    print(f"{len(frames)} frames, the first is the noise: {pictures.save_gif(frames, folder / 'sample.gif')}")
     print(f"the last one: {pictures.save_pixels(frames[-1], folder / 'sample.png')}")
-    if film := pictures.save_film(frames, folder / "sample.mp4", fps=FPS):
+    if film := pictures.save_film(frames, folder / "sample.mp4"):
         print(f"the film: {film}")
 
 
-def choose_labels(settings: DemoSettings, trained: TrainedModel, columns: int) -> Tensor:
-    """Return the labels (batch_size, label_size) of the images, and print the classes of each row of the picture."""
+def choose_labels(settings: DemoSettings, trained: TrainedModel) -> tuple[Tensor, list[str]]:
+    """Return the labels (batch_size, label_size) of the images, and their names; [] for an unconditional model."""
     classes = trained.model.config.label_size
     if not classes:
-        return torch.zeros(settings.batch_size, 0)
+        return torch.zeros(settings.batch_size, 0), []
     names: Sequence[str] = trained.class_names
     if settings.class_names:
         names = read_names(pathlib.Path(settings.class_names), classes)
     numbers = choose_classes(settings, names, classes)
-    for row in range(0, settings.batch_size, columns):
-        titles = [f"{number} {names[number]}" if names else str(number) for number in numbers[row : row + columns]]
-        print(f"classes of row {row // columns + 1}: {', '.join(titles)}")
-    return torch.nn.functional.one_hot(torch.tensor(numbers), classes).float()
+    return torch.nn.functional.one_hot(torch.tensor(numbers), classes).float(), name_classes(numbers, names)
 
 
 def record_frames(
@@ -119,12 +117,14 @@ def record_frames(
 ) -> Tensor:
     """Return the frames of the chains with these numbers (n,), as bytes (frames, n, C, H, W) on the CPU.
 
-    labels: of all images. The noise of an image depends on `seed` and its number alone. quiet: print no progress.
+    The first frame is the noise that they start from, which depends on `seed` and the number of the image alone.
+    labels: of all images. quiet: print no progress.
     """
     device = next(trained.model.parameters()).device
     energy = freeze_energy(trained.model, precision=settings.precision, rescale=trained.rescale)
     generators = [torch.Generator(device).manual_seed(derive_seed(settings.seed, i)) for i in numbers.tolist()]
-    progress, frames = Progress(settings.num_steps, what="Langevin step", quiet=quiet), []
+    noise = torch.cat([draw_noise_images(trained.model.config, 1, generator) for generator in generators])
+    progress, frames = Progress(settings.num_steps, what="Langevin step", quiet=quiet), [to_bytes(noise).cpu()]
 
     def add_frame(images: Tensor) -> None:
         progress.advance()
@@ -134,7 +134,7 @@ def record_frames(
     with allow_tf32(settings.precision):
         end = langevin(
             energy.under(labels[numbers].to(device)),
-            torch.cat([draw_noise_images(trained.model.config, 1, generator) for generator in generators]),
+            noise,
             num_steps=settings.num_steps,
             step_lr=settings.step_lr / trained.rescale,  # for images in [0, 1] the gradient is `rescale` times larger
             generator=generators,

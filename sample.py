@@ -18,12 +18,14 @@ if __name__ == "__main__":
     interruption.guard_start()  # first of all, because importing PyTorch takes seconds
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data import name_classes
 from ebm.settings import SampleSettings
 from ebm.support import cli, pictures
 from ebm.support.files import prepare_folder, write_file
@@ -85,22 +87,21 @@ def sample_images(settings: SampleSettings, workers: Workers) -> None:
         )
     progress.close()
     if workers.rank == 0:
-        write_images(settings, images, numbers, classes, folder)
+        write_images(settings, images, numbers if classes else None, trained.class_names, folder)
 
 
-def write_images(settings: SampleSettings, images: Tensor, numbers: Tensor, classes: int, folder: pathlib.Path) -> None:
+def write_images(
+    settings: SampleSettings, images: Tensor, numbers: Tensor | None, names: Sequence[str], folder: pathlib.Path
+) -> None:
     """Write images uint8 (N, C, H, W) to a folder as a grid, as an .npz file and, if asked for, as single files.
 
-    numbers: their classes (N,). classes: how many the model has, 0 if it is unconditional.
+    numbers: their classes (N,), None of an unconditional model. names: of all classes, empty if they are not known.
     """
-    grid, columns = (
-        images[:GRID] / 255,
-        10 if classes == 10 else min(20, max(1, round(min(settings.num, GRID) ** 0.5))),
-    )
-    scale = max(1, 64 // images.shape[3])
-    print(f"wrote {pictures.save_grid(grid, folder / 'samples.png', columns=columns, scale=scale)}")
+    titles = [] if numbers is None else name_classes(numbers[:GRID].tolist(), names)
+    grid, columns = images[:GRID] / 255, pictures.choose_columns(min(settings.num, GRID), len(set(titles)))
+    print(f"wrote {pictures.save_grid(grid, folder / 'samples.png', columns=columns, titles=titles)}")
     pixels = images.permute(0, 2, 3, 1).numpy()
-    arrays: dict[str, Any] = {"images": pixels} | ({"labels": numbers.numpy()} if classes else {})
+    arrays: dict[str, Any] = {"images": pixels} | ({} if numbers is None else {"labels": numbers.numpy()})
     print(f"wrote {write_file(folder / 'samples.npz', lambda file: np.savez_compressed(file, **arrays))}")
     if settings.folder:
         for path in (folder / "images").glob("[0-9]*.png"):  # an earlier run may have written more

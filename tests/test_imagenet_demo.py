@@ -151,7 +151,7 @@ def test_commands_work(results, case) -> None:
 
 
 def expected_pixels(exp: str, classes: list[int], rescale: float) -> np.ndarray:
-    """The end of the chain that QUICK asks for, in a grid of 2 columns."""
+    """The end of the chain that QUICK asks for, in a grid of 2 columns, without titles."""
     config, _ = MODELS[exp]
     model = make_model(config, seed=3).eval()
     generators = [make_generator(i) for i in range(3)]
@@ -166,7 +166,7 @@ def expected_pixels(exp: str, classes: list[int], rescale: float) -> np.ndarray:
         bounds=(0, rescale),
         generator=generators,
     )
-    return pictures.make_grid(to_bytes(x / rescale) / 255, columns=2, padding=0).squeeze()
+    return pictures.make_grid(to_bytes(x / rescale) / 255, columns=2).squeeze()
 
 
 def close(one: np.ndarray, other: np.ndarray) -> bool:

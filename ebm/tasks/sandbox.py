@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from data import Dataset
+from data import Dataset, describe_labels, name_classes
 from ebm.settings import SandboxSettings
 from ebm.support import metrics, pictures
 from ebm.support.errors import UsageError
@@ -38,6 +38,7 @@ LONG = 50  # rounds of a long chain, 1,000 steps by default
 SHOWN_ROUNDS = (0, 1, LONG // 10, LONG // 2, LONG)  # rounds after which figures and pictures are reported
 ROUNDS = {"anticorrupt": 5, "boxcorrupt": 10, "crossclass": 10, "cycleclass": 20, "democlass": 1, "nearestneighbor": 10}
 DIRECTIONS = 3  # number of directions in which task latent moves an image
+STAGES_NOTE = "columns: Langevin steps"
 MOVES = 7  # of task latent: from the image itself, then six from where the last one led
 
 # The paper's figures for CIFAR-10, as later papers quote them: the accuracy of a conditional model, and the AUROC of an
@@ -160,6 +161,12 @@ class SandboxRun:
         labels = self.draw_examples("test", number).labels
         return labels[place % len(labels)]
 
+    def describe_labels(self, labels: Tensor) -> list[str]:
+        """Return labels (n, label_size) in words, such as the names of classes; [] for an unconditional model."""
+        if names := self.find_class_names():
+            return name_classes(labels.argmax(1).tolist(), names)
+        return describe_labels(labels, self.load("test")) if self.model.classes else []
+
     def draw_noise(self, number: int) -> Tensor:
         """Return images of noise, from which chains start."""
         return draw_noise_images(self.config, number, self.model.generator)
@@ -175,11 +182,9 @@ class SandboxRun:
         self.files.append(self.model.workers.choose_folder(self.folder) / name)
         return self.files[-1]
 
-    def write_panel(self, name: str, columns: Mapping[str, Tensor]) -> None:
-        """Write a picture with a titled column per batch of images and a row per image; small images are enlarged."""
-        side = max(self.config.image_shape[1:])
-        scale = max(1, min(96, 1800 // len(columns)) // side)
-        pictures.save_panel(columns, self.add_file(f"{name}.png"), scale=scale)
+    def write_panel(self, name: str, columns: Mapping[str, Tensor], rows: Sequence[str] = (), note: str = "") -> None:
+        """Write a picture with a titled column per batch of images and a row per image, see `pictures.make_panel`."""
+        pictures.save_panel(columns, self.add_file(f"{name}.png"), rows=rows, note=note)
 
     def write_array(self, name: str, values: Tensor | list[float]) -> np.ndarray:
         """Write numbers to an .npy file and return them as an array."""
@@ -231,9 +236,10 @@ def classify_test_images(run: SandboxRun) -> Report:
     attack = choose_attack(run.settings)
     attacked = run.model.attack(images, classes, attack, run.refine)
     figures: dict[str, object] = {"attack": str(attack), "refinement": describe_refinement(run)}
-    figures |= measure_accuracies(run, "clean", images, classes)
+    predictions = predict_classes(run, "clean", images)
     if attack.steps:
-        figures |= measure_accuracies(run, "attacked", attacked, classes)
+        predictions |= predict_classes(run, "attacked", attacked)
+    figures |= measure_accuracies(predictions, classes)
 
     rows, moved = examples.first(ROWS), attacked[:ROWS]
     ball = functools.partial(restrict_to_ball, radius=run.refine)
@@ -241,7 +247,13 @@ def classify_test_images(run: SandboxRun) -> Report:
     change = refined - rows.images
     contrast = 0.5 + 0.5 * change / change.abs().amax().clamp(min=1e-12)
     columns = {"real": rows.images} | ({"attacked": moved} if attack.steps else {})
-    run.write_panel("images", columns | {"refined": refined, "change": contrast})
+    columns |= {"refined": refined} if run.model.num_steps else {}
+    true = run.describe_labels(rows.labels)
+    last, predicted = list(predictions.items())[-1]
+    names = name_classes(predicted[:ROWS].tolist(), run.find_class_names())
+    titles = [f"{one} → {other}" for one, other in zip(true, names, strict=True)]
+    note = f"class → prediction for the image ({last}); change: from the real image, in units of the largest one"
+    run.write_panel("images", columns | {"change": contrast}, titles, note)
     return Report(figures, run.get_published({"clean": PAPER_ACCURACY}))
 
 
@@ -257,12 +269,12 @@ def classify_in_balls(run: SandboxRun) -> Report:
     rows = {}
     for radius in radii:
         attacked = run.model.attack(images, classes, choose_attack(run.settings, radius), run.refine, progress=progress)
-        rows[f"{radius}/255"] = measure_accuracies(run, "attacked", attacked, classes, progress)
+        rows[f"{radius}/255"] = measure_accuracies(predict_classes(run, "attacked", attacked, progress), classes)
     curves = {name: [row[name] for row in rows.values()] for name in rows["0/255"]}
     run.write_array("accuracies", torch.tensor([radii, *curves.values()]))
     lines = {name: (radii, values) for name, values in curves.items()}
     xlabel = f"radius of the {'L∞' if run.settings.lnorm == '-1' else 'L2'} ball / (1/255)"
-    pictures.plot_lines({"accuracy": lines}, run.add_file("accuracies.png"), xlabel=xlabel)
+    pictures.plot_lines({"accuracy": lines}, run.add_file("accuracies.png"), xlabel=xlabel, shares=["accuracy"])
     largest = {"attack in the largest ball": str(choose_attack(run.settings, radii[-1]))}
     return Report({**largest, "refinement": describe_refinement(run), **rows})
 
@@ -282,10 +294,8 @@ def describe_refinement(run: SandboxRun) -> str:
     return f"{steps} Langevin steps under each class, L∞ ball of {run.settings.refine:g}/255" if steps else "none"
 
 
-def measure_accuracies(
-    run: SandboxRun, name: str, images: Tensor, classes: Tensor, progress: Progress | None = None
-) -> dict[str, float]:
-    """Return the accuracy on images of these classes (N,), and that after refinement if `num_steps` is not 0.
+def predict_classes(run: SandboxRun, name: str, images: Tensor, progress: Progress | None = None) -> dict[str, Tensor]:
+    """Return the classes (N,) predicted for images, and those after refinement if `num_steps` is not 0.
 
     name: of the images, which is the key of the result.
     """
@@ -293,7 +303,12 @@ def measure_accuracies(
     logits = {name: run.model.compute_logits(images, progress=progress or f"classify {name}")}
     if run.model.num_steps:
         logits[refined] = run.model.compute_logits(images, run.refine, progress=progress or f"classify {refined}")
-    return {name: (values.argmax(1) == classes).double().mean().item() for name, values in logits.items()}
+    return {name: values.argmax(1) for name, values in logits.items()}
+
+
+def measure_accuracies(predictions: Mapping[str, Tensor], classes: Tensor) -> dict[str, float]:
+    """Return the share of each set of predictions (N,) that are the true classes (N,)."""
+    return {name: (predicted == classes).double().mean().item() for name, predicted in predictions.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,6 +383,11 @@ def diagnose_chains(run: SandboxRun) -> Report:
     of_noise = chains["noise"].energies
     within = ((low <= of_noise) & (of_noise <= high)).double().mean(1).tolist()
     plot_chains(run, chains, (low, high), within)
+    columns = {
+        f"{name}, {k * run.model.num_steps}": x for name, followed in chains.items() for k, x in followed.shown.items()
+    }
+    titles = run.describe_labels(examples.first(ROWS).labels)
+    run.write_panel("images", columns, titles, "chains from noise and from test images, after so many Langevin steps")
     rows = {
         f"step {k * run.model.num_steps}": {
             **{f"E from {name}": followed.energies[k].mean().item() for name, followed in chains.items()},
@@ -383,7 +403,7 @@ def diagnose_chains(run: SandboxRun) -> Report:
 def plot_chains(
     run: SandboxRun, chains: Mapping[str, ChainRecord], data_range: tuple[float, float], within: Sequence[float]
 ) -> None:
-    """Plot energies and distances over Langevin steps, and histograms of energies; draw the images.
+    """Plot energies and distances over Langevin steps, and histograms of energies.
 
     data_range: the middle 90 % of the data's energies. within: share of the chains from noise inside this range, after
     each round.
@@ -391,19 +411,19 @@ def plot_chains(
     steps = [k * run.model.num_steps for k in range(LONG + 1)]
     lines = {f"from {name}": (steps, followed.energies.mean(1).cpu()) for name, followed in chains.items()}
     band = {
-        f"data, {name}": (steps, [edge] * len(steps)) for name, edge in zip(("5 %", "95 %"), data_range, strict=True)
+        f"{name} of the data": (steps, [edge] * len(steps))
+        for name, edge in zip(("lowest 5 %", "highest 5 %"), data_range, strict=True)
     }
+    share = "share of chains within\nthe data's middle 90 %"
     panels: dict[str, Any] = {
         "mean energy": lines | band,
-        "mean |x − start|": {f"from {name}": (steps, followed.moved) for name, followed in chains.items()},
-        "share within": {"from noise": (steps, within)},
+        "mean pixel change": {f"from {name}": (steps, followed.moved) for name, followed in chains.items()},
+        share: {"from noise": (steps, within)},
     }
-    pictures.plot_lines(panels, run.add_file("chains.png"), xlabel="Langevin steps")
+    pictures.plot_lines(panels, run.add_file("chains.png"), xlabel="Langevin steps", shares=[share])
     ends = {f"noise, {steps[k]} steps": chains["noise"].energies[k].cpu() for k in (1, LONG)}
     of_data = chains["images"].energies[0].cpu()
     pictures.plot_histograms({"data": of_data, **ends}, run.add_file("energies.png"), xlabel="energy")
-    columns = {f"{name}, {steps[k]}": x for name, followed in chains.items() for k, x in followed.shown.items()}
-    run.write_panel("images", columns)
 
 
 def detect_outliers(run: SandboxRun) -> Report:
@@ -423,7 +443,8 @@ def detect_outliers(run: SandboxRun) -> Report:
             "AUPR": metrics.aupr(in_scores, scores[name]),
             "FPR at 95 % TPR": metrics.fpr_at_95_tpr(in_scores, scores[name]),
         }
-    pictures.plot_histograms({"in distribution": in_scores, **scores}, run.add_file("scores.png"), xlabel="−E")
+    xlabel = "score −E (higher: more like the data of training)"
+    pictures.plot_histograms({"in distribution": in_scores, **scores}, run.add_file("scores.png"), xlabel=xlabel)
     pictures.plot_roc({name: (in_scores, out_scores) for name, out_scores in scores.items()}, run.add_file("roc.png"))
     return Report(figures, run.get_published({} if run.model.classes else PAPER_AUROC))
 
@@ -460,7 +481,7 @@ def denoise_images(run: SandboxRun) -> Report:
     corrupt = add_salt_and_pepper(real, run.model.generator)
     restored = run.model.run_chain(corrupt, labels, rounds=ROUNDS["anticorrupt"], progress="anticorrupt")
     columns = {"corrupt": corrupt, "restored": restored, "real": real}
-    run.write_panel("restored", {name: images[:ROWS] for name, images in columns.items()})
+    run.write_panel("restored", {name: images[:ROWS] for name, images in columns.items()}, run.describe_labels(labels))
     return Report(
         {f"MSE {name}": measure_mean_squares(columns[name], real).mean().item() for name in ("corrupt", "restored")}
     )
@@ -495,7 +516,8 @@ def inpaint_images(run: SandboxRun) -> Report:
         batches = {"start": corrupt, "restored": restored, "real": real}
         columns |= {f"{split} {name}": images[:ROWS] for name, images in batches.items()}
     auroc, verdict = measure_memorisation(run, -errors["train"], -errors["test"])
-    pictures.plot_histograms(errors, run.add_file("mse.png"), xlabel="MSE", title=verdict)
+    xlabel = "mean squared error of the restored image"
+    pictures.plot_histograms(errors, run.add_file("mse.png"), xlabel=xlabel, title=verdict)
     run.write_panel("restored", columns)
     return Report({**figures, "AUROC train/test": auroc, "verdict": verdict})
 
@@ -521,7 +543,9 @@ def change_classes(run: SandboxRun) -> Report:
     target = run.draw_examples("test", run.choose_number(ROWS))
     start = target.images.roll(1, 0)
     stages = list(run.model.run_stages(start, target.labels, rounds=ROUNDS["crossclass"], progress="crossclass"))
-    run.write_panel("crossclass", number_stages(run, stages) | {"class": target.images})
+    names = run.describe_labels(target.labels)
+    titles = [f"{start} → {end}" for start, end in zip(names[-1:] + names[:-1], names, strict=True)]
+    run.write_panel("crossclass", number_stages(run, stages) | {"real": target.images}, titles, STAGES_NOTE)
     return Report(measure_recognition(run, stages[-1], target.labels))
 
 
@@ -535,7 +559,8 @@ def sample_stages(run: SandboxRun) -> Report:
     real = run.draw_examples("test", run.choose_number(100))
     start = run.draw_noise(len(real.images))
     stages = list(run.model.run_stages(start, real.labels, rounds=ROUNDS["cycleclass"], progress="cycleclass"))
-    run.write_panel("cycleclass", number_stages(run, stages) | {"real": real.images})
+    columns = number_stages(run, stages) | {"real": real.images}
+    run.write_panel("cycleclass", columns, run.describe_labels(real.labels), STAGES_NOTE)
     return Report(measure_recognition(run, stages[-1], real.labels))
 
 
@@ -547,7 +572,8 @@ def sample_classes(run: SandboxRun) -> Report:
     labels = torch.eye(len(names))[classes.repeat_interleave(5)].to(run.model.device)
     noise = run.draw_noise(len(labels))
     samples = run.model.run_chain(noise, labels, rounds=ROUNDS["democlass"], progress="democlass")
-    run.write_panel("democlass", {names[k]: five for k, five in zip(classes.tolist(), samples.split(5), strict=True)})
+    titles = name_classes(classes.tolist(), names)
+    run.write_panel("democlass", dict(zip(titles, samples.split(5), strict=True)))
     return Report(measure_recognition(run, samples, labels))
 
 
@@ -559,7 +585,7 @@ def find_training_neighbours(run: SandboxRun) -> Report:
     distances, indices = find_neighbours(torch.cat([samples, run.draw_examples("test", rows).images]), train, 5)
     neighbours = read_images(train, indices[:rows].flatten()).view(rows, -1, *train.image_shape)
     columns = {f"nearest {k + 1}": neighbours[:, k] for k in range(neighbours.shape[1])}
-    run.write_panel("neighbours", {"sample": samples, **columns})
+    run.write_panel("neighbours", {"sample": samples, **columns}, run.describe_labels(labels))
     closest = {"samples": distances[:rows, 0], "test images": distances[rows:, 0]}
     return Report({f"L2 distance of {name} to the nearest": value.mean().item() for name, value in closest.items()})
 
@@ -575,14 +601,19 @@ def traverse_directions(run: SandboxRun) -> Report:
     progress = Progress(len(images) + (2 * MOVES - 1) * len(x), what="latent")
     values, vectors = find_directions(run, images, labels[:: 2 * DIRECTIONS], progress)
     directions = vectors.repeat_interleave(2, 1).flatten(0, 1)  # (N, 3, C, H, W) -> (6·N, C, H, W)
-    columns = {"0": x, "1": move_images(run, x, labels, directions, progress)}
+    columns = {"image": x, "move 1": move_images(run, x, labels, directions, progress)}
     rows = torch.arange(len(x), device=x.device)
     for move in range(2, MOVES + 1):
-        x = columns[str(move - 1)]
+        x = columns[f"move {move - 1}"]
         _, vectors = find_directions(run, x, labels, progress)
         directions = align_signs(vectors[rows, rows // 2 % DIRECTIONS], directions)
-        columns[str(move)] = move_images(run, x, labels, directions, progress, bounded=True)
-    run.write_panel("traversals", columns)
+        columns[f"move {move}"] = move_images(run, x, labels, directions, progress, bounded=True)
+    kind = (
+        "curvature (eigenvalue of the energy's Hessian)" if run.settings.hessian else "singular value of the features"
+    )
+    titles = [f"{sign}{k + 1}: {value:.3g}" for row in values.tolist() for k, value in enumerate(row) for sign in "−+"]
+    note = f"−k, +k: backwards and forwards along direction k, with its {kind} at the image"
+    run.write_panel("traversals", columns, titles, note)
     figures = {
         f"image {i + 1}": {f"value {k + 1}": v for k, v in enumerate(row)} for i, row in enumerate(values.tolist())
     }
