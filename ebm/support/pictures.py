@@ -213,7 +213,8 @@ def draw_texts(
 def draw_note(note: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return lines of text for below a picture of a shape (height, width, C): uint8 (lines, width, C)."""
     font = load_font(FONT_SIZES[-2])
-    lines = textwrap.wrap(make_drawable(note), max(10, int(shape[1] / font.getlength("n"))))
+    note = make_drawable(note)
+    lines = textwrap.wrap(note, max(10, int(0.95 * len(note) * shape[1] / font.getlength(note))))
     places = [(0, round((i + 0.5) * LINE)) for i in range(len(lines))]
     return draw_texts(lines, (len(lines) * LINE, *shape[1:]), places, shape[1], font, anchor="lm")
 
@@ -315,7 +316,7 @@ def plot_lines(
                 axis.plot(x, y, color=look["color"], alpha=0.25, linewidth=0.6)
                 y, has_means = smooth_values(y, x.size // 40), True
             axis.plot(x, y, label=escape_text(name), marker=marker, **look)
-        is_log = ylabel in log and all((y > 0).all() for _, y in arrays.values())
+        is_log = ylabel in log and not any((y <= 0).any() for _, y in arrays.values())
         axis.set(ylabel=ylabel, yscale="log" if is_log else "linear")
         if ylabel in shares:
             axis.set_ylim(-0.03, 1.03)

@@ -252,7 +252,7 @@ def classify_test_images(run: SandboxRun) -> Report:
     last, predicted = list(predictions.items())[-1]
     names = name_classes(predicted[:ROWS].tolist(), run.find_class_names())
     titles = [f"{one} → {other}" for one, other in zip(true, names, strict=True)]
-    note = f"class → prediction for the image ({last}); change: from the real image, in units of the largest one"
+    note = f"class → prediction ({last}); change: from the real image, the largest one black or white"
     run.write_panel("images", columns | {"change": contrast}, titles, note)
     return Report(figures, run.get_published({"clean": PAPER_ACCURACY}))
 
@@ -608,11 +608,10 @@ def traverse_directions(run: SandboxRun) -> Report:
         _, vectors = find_directions(run, x, labels, progress)
         directions = align_signs(vectors[rows, rows // 2 % DIRECTIONS], directions)
         columns[f"move {move}"] = move_images(run, x, labels, directions, progress, bounded=True)
-    kind = (
-        "curvature (eigenvalue of the energy's Hessian)" if run.settings.hessian else "singular value of the features"
-    )
-    titles = [f"{sign}{k + 1}: {value:.3g}" for row in values.tolist() for k, value in enumerate(row) for sign in "−+"]
-    note = f"−k, +k: backwards and forwards along direction k, with its {kind} at the image"
+    kind = "the eigenvalue of the energy's Hessian" if run.settings.hessian else "the singular value of the features"
+    pairs = [(k, value) for row in values.tolist() for k, value in enumerate(row, 1)]
+    titles = [f"{arrow} {k} ({value:.3g})" for k, value in pairs for arrow in "←→"]
+    note = f"← k, → k: backwards and forwards along direction k; in brackets {kind} at the image"
     run.write_panel("traversals", columns, titles, note)
     figures = {
         f"image {i + 1}": {f"value {k + 1}": v for k, v in enumerate(row)} for i, row in enumerate(values.tolist())
