@@ -21,11 +21,11 @@ def make_greys(number: int, size: tuple[int, int]) -> torch.Tensor:
 
 def test_grid_places_every_pixel(tmp_path) -> None:
     """Red if rows and columns, the scale, the gap or the unfilled place are off by one; five 2x3 images of one grey."""
-    pixels = pictures.make_grid(make_greys(5, (2, 3)), columns=3, padding=1, scale=2)
+    pixels = pictures.make_grid(make_greys(5, (2, 3)), columns=3, scale=2)
     path = pictures.save_pixels(pixels, tmp_path / "new" / "grid.png")
-    expected = np.full((2 * 4 + 1, 3 * 6 + 2), 255)
+    expected = np.full((2 * 4 + 2, 3 * 6 + 2 * 2), 255)
     for i, level in enumerate((0, 51, 102, 153, 204)):
-        top, left = i // 3 * 5, i % 3 * 7
+        top, left = i // 3 * 6, i % 3 * 8
         expected[top : top + 4, left : left + 6] = level
     assert path == tmp_path / "new" / "grid.png"
     assert np.array_equal(read(path), expected)
@@ -41,16 +41,19 @@ def test_grid_keeps_colour_and_orientation(tmp_path) -> None:
     assert written.sum() == 255 + 128
 
 
-def test_grid_without_gaps_has_the_size_of_its_images() -> None:
-    """Red if an outer border is added: imagenet_demo's 4x4 frames of 128x128 are 512x512."""
-    assert pictures.make_grid(torch.rand(16, 3, 128, 128), columns=4, padding=0).shape == (512, 512, 3)
+def test_large_images_are_shrunk_by_averaging() -> None:
+    """Red if 20 images of 128x128 side by side are wider than a picture, or lose every second line."""
+    checkers = (torch.arange(128)[:, None] + torch.arange(128)).remainder(2).float().expand(20, 1, 128, 128)
+    grid = pictures.make_grid(checkers, columns=20)
+    assert 1900 < grid.shape[1] < 2100
+    assert grid[5:-5, 5:90].min() > 64 and grid[5:-5, 5:90].max() < 192
 
 
 def test_panel_is_a_row_per_image_under_the_names(tmp_path) -> None:
     """Red if rows and columns are swapped, or the names missing or in the images."""
     start, real = torch.tensor([0.0, 0.2]), torch.tensor([0.6, 0.8])
     stages = {name: v.view(2, 1, 1, 1).expand(2, 1, 30, 30) for name, v in {"start": start, "real": real}.items()}
-    written = pictures.make_panel(stages, padding=2, scale=1).squeeze()
+    written = pictures.make_panel(stages, scale=1).squeeze()
     titles, images = written[: pictures.LINE], written[pictures.LINE :]
     assert images.shape == (62, 62)
     assert images[[15, 47]][:, [15, 47]].tolist() == [[0, 153], [51, 204]]
@@ -98,7 +101,7 @@ def test_many_rows_stand_in_blocks() -> None:
     titles = ["", "", "", "", "", "", "title"]
     panel = pictures.make_panel(stages, rows=titles, scale=1).squeeze()
     assert panel.shape[0] == pictures.LINE + 4 * 52 - 2  # two blocks: of four rows and of three
-    second = panel[:, panel.shape[1] // 2 + pictures.GAP // 2 :]
+    second = panel[:, panel.shape[1] // 2 + pictures.BLOCK_GAP // 2 :]
     left = second.shape[1] - 102  # where its images begin
     assert find_texts(second[: pictures.LINE], range(left, left + 104, 52), 50) == [True, True]
     rows = [second[pictures.LINE + 52 * i :][:50] for i in range(4)]

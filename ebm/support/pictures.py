@@ -38,7 +38,8 @@ WHITE = 255
 SIDE = 2_000  # longest side of a picture of images, about, in pixels
 LEAST_SIDE = 400  # and of a small one
 CELL, LEAST_CELL = 64, 48  # side from which on an image is not enlarged, and side that rows are left out to keep
-LINE, GAP = 18, 16  # height of a line of text, and space between blocks
+GAP, BLOCK_GAP = 2, 16  # space between images, and between blocks of them
+LINE = 18  # height of a line of text
 TITLE_WIDTH = 140  # of a row at most
 FONT_SIZES = (10, 11, 12, 13)
 FIRST_PAUSE, LAST_PAUSE = 0.5, 2.0  # seconds that a GIF rests on its first and on its last frame
@@ -50,43 +51,36 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 # ---- images ----
 
 
-def make_grid(
-    images: Tensor, *, columns: int, titles: Sequence[str] = (), padding: int = 2, scale: float | None = None
-) -> np.ndarray:
+def make_grid(images: Tensor, *, columns: int, titles: Sequence[str] = (), scale: float | None = None) -> np.ndarray:
     """Return a grid of images with white gaps, filled row by row: uint8 (height, width, C).
 
     `save_gif` and TensorBoard's HWC format take this array. titles: one above each image; if every row has those of the
-    first, they stand above the first alone. padding: the gap, in pixels of the grid. scale: the size of an image in the
-    grid, as a factor; by default it is chosen for a picture, see `choose_scale`.
+    first, they stand above the first alone. scale: the size of an image in the grid, as a factor; by default it is
+    chosen for a picture, see `choose_scale`.
     """
     rows = -(-len(images) // columns)  # the last one may be incomplete
     pixels = scale_pixels(images, choose_scale(images.shape[2:], columns, rows) if scale is None else scale)
     _, height, width, channels = pixels.shape
-    right = width + padding
-    strip = (LINE, columns * right - padding, channels)
+    step = width + GAP
+    strip = (LINE, columns * step - GAP, channels)
     font = fit_font(titles, width)
     is_head = all(title == titles[i % columns] for i, title in enumerate(titles))
     parts: list[np.ndarray] = []
-    for row in range(0, len(images), columns):
-        if titles and (row == 0 or not is_head):
-            places = [(i * right + width // 2, LINE // 2) for i in range(columns)]
-            parts.append(draw_texts(titles[row : row + columns], strip, places, width, font, anchor="mm"))
-        elif row:
-            parts.append(np.full((padding, *strip[1:]), WHITE, np.uint8))
+    for start in range(0, len(images), columns):
+        if titles and (start == 0 or not is_head):
+            places = [(i * step + width // 2, LINE // 2) for i in range(columns)]
+            parts.append(draw_texts(titles[start : start + columns], strip, places, width, font, anchor="mm"))
+        elif start:
+            parts.append(np.full((GAP, *strip[1:]), WHITE, np.uint8))
         line = np.full((height, *strip[1:]), WHITE, np.uint8)
-        for i, image in enumerate(pixels[row : row + columns]):
-            line[:, i * right : i * right + width] = image
+        for i, image in enumerate(pixels[start : start + columns]):
+            line[:, i * step : i * step + width] = image
         parts.append(line)
     return np.concatenate(parts)
 
 
 def make_panel(
-    stages: Mapping[str, Tensor],
-    *,
-    rows: Sequence[str] = (),
-    note: str = "",
-    padding: int = 2,
-    scale: float | None = None,
+    stages: Mapping[str, Tensor], *, rows: Sequence[str] = (), note: str = "", scale: float | None = None
 ) -> np.ndarray:
     """Return a picture with a titled column per batch, such as {"start": ..., "sample": ..., "real": ...}.
 
@@ -101,29 +95,22 @@ def make_panel(
     images = torch.stack([batch[:most].cpu() for batch in stages.values()], 1)  # (rows, columns, C, H, W)
     if most < count:
         note = f"the first {most} of {count} rows" + "; " * bool(note) + note
-    title_columns = 1 if rows else 0  # the width of the titles, about
-    blocks = choose_blocks(len(images), columns + title_columns)
-    size = -(-len(images) // blocks)
-    if scale is None:
-        scale = choose_scale(images.shape[3:], blocks * (columns + title_columns), size)
+    places = columns + bool(rows)  # titles take about as much room as an image
+    number = choose_blocks(len(images), places)
+    size = -(-len(images) // number)
+    scale = choose_scale(images.shape[3:], number * places, size) if scale is None else scale
     font = fit_font(rows, TITLE_WIDTH)
     title_width = min(TITLE_WIDTH, math.ceil(max(map(font.getlength, map(make_drawable, rows)), default=0)))
-    parts: list[np.ndarray] = []
-    for first in range(0, len(images), size):
-        part = images[first : first + size]
-        grid = make_grid(
-            part.flatten(0, 1), columns=columns, titles=[*stages] * len(part), padding=padding, scale=scale
-        )
-        if rows:
-            step = (len(grid) - LINE + padding) / len(part)
-            places = [(title_width, round(LINE + (i + 0.5) * step - padding / 2)) for i in range(len(part))]
-            shape = (len(grid), title_width + GAP // 2, grid.shape[2])
-            titles = draw_texts(rows[first : first + size], shape, places, title_width, font, anchor="rm")
-            grid = np.concatenate([titles, grid], 1)
-        missing = np.full((len(parts[0]) - len(grid) if parts else 0, *grid.shape[1:]), WHITE, np.uint8)
-        gap = np.full((len(grid) + len(missing), GAP if parts else 0, grid.shape[2]), WHITE, np.uint8)
-        parts += [gap, np.concatenate([grid, missing])]
-    picture = np.concatenate(parts, 1)
+    blocks: list[np.ndarray] = []
+    for start in range(0, len(images), size):
+        part, titles = images[start : start + size], rows[start : start + size]
+        block = make_grid(part.flatten(0, 1), columns=columns, titles=[*stages] * len(part), scale=scale)
+        if titles:
+            block = np.concatenate([draw_row_titles(titles, block.shape, title_width, font), block], 1)
+        missing = len(blocks[0]) - len(block) if blocks else 0  # pixels; the last block may have fewer rows
+        around = (0, missing), (BLOCK_GAP if blocks else 0, 0), (0, 0)
+        blocks.append(np.pad(block, around, constant_values=WHITE))
+    picture = np.concatenate(blocks, 1)
     return np.concatenate([picture, draw_note(note, picture.shape)]) if note else picture
 
 
@@ -208,6 +195,15 @@ def draw_texts(
             shown = shown[:-2] + "…"
         ImageDraw.Draw(picture).text(place, shown, fill=0, font=font, anchor=anchor)
     return np.repeat(np.asarray(picture)[..., None], shape[2], axis=2)
+
+
+def draw_row_titles(
+    titles: Sequence[str], shape: tuple[int, ...], width: int, font: ImageFont.FreeTypeFont
+) -> np.ndarray:
+    """Return a title for each row of a grid of a shape (height, width, C) with titled columns, for its left side."""
+    step = (shape[0] - LINE + GAP) / len(titles)
+    places = [(width, round(LINE + (i + 0.5) * step - GAP / 2)) for i in range(len(titles))]
+    return draw_texts(titles, (shape[0], width + BLOCK_GAP // 2, shape[2]), places, width, font, anchor="rm")
 
 
 def draw_note(note: str, shape: tuple[int, ...]) -> np.ndarray:
