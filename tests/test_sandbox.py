@@ -418,6 +418,28 @@ def test_directions_are_taken_anew(tmp_path, monkeypatch):
 # ---- tasks ----
 
 
+def test_rows_say_what_they_show(tmp_path, monkeypatch):
+    """Breaks when a row of a picture is named after another image, or a prediction is not that of the row's image."""
+    rows = {}
+    monkeypatch.setattr(sandbox.pictures, "plot_histograms", lambda *_, **__: None)
+    for task in ("crossclass", "cycleclass", "label", "nearestneighbor"):
+        examined = planted(
+            lambda x, y: 0 * x.flatten(1).sum(1) - y[:, 2], label_size=3, num_steps=1
+        )  # 2 has the lowest energy
+        run = make_sandbox_run(examined, tmp_path, limit=4)
+        run.names = ("tench, Tinca tinca", "hen", "crane")
+        run.write_panel = lambda name, columns, titles, *_, task=task: rows.update({task: list(titles)})
+        names = ["tench" if k == 0 else run.names[k] for k in run.draw_examples("test", 4).classes.tolist()]
+        sandbox.TASKS[task](run)
+        expected = {
+            "crossclass": [f"{start} → {end}" for start, end in zip(names[-1:] + names[:3], names, strict=True)],
+            "cycleclass": names,
+            "label": [f"{name} → crane" for name in names],
+            "nearestneighbor": ["tench", "tench", "hen", "crane"],
+        }
+        assert rows[task] == expected[task]
+
+
 def test_rounds_of_tasks(tmp_path):
     """Breaks when a task without golden results runs other rounds than the reference: 1, 5 or 10."""
     shown = {}
