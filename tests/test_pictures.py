@@ -110,11 +110,12 @@ def test_many_rows_stand_in_blocks() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (1, 64, 64), (1, 128, 128)])
-@pytest.mark.parametrize(("rows", "columns"), [(20, 3), (100, 22), (900, 40), (20, 6), (10, 2), (6, 8), (1, 2)])
-def test_panels_are_no_ribbons(shape: tuple[int, int, int], rows: int, columns: int) -> None:
+@pytest.mark.parametrize(("rows", "columns"), [(20, 3), (100, 22), (900, 40), (20, 6), (10, 2), (6, 8), (8, 3)])
+@pytest.mark.parametrize("title", ["7", "a title of several words and numbers"])
+def test_panels_are_no_ribbons(shape: tuple[int, int, int], rows: int, columns: int, title: str) -> None:
     """Red if a picture is far longer than wide or too large to look at, with few or many images of any size."""
     images = torch.zeros(1, 1, 1, 1).expand(rows, *shape)
-    panel = pictures.make_panel(dict.fromkeys(map(str, range(columns)), images), rows=["title"] * rows)
+    panel = pictures.make_panel(dict.fromkeys(map(str, range(columns)), images), rows=[title] * rows)
     height, width = panel.shape[:2]
     assert max(height, width) <= 1.2 * pictures.SIDE
     assert max(height, width) >= 0.75 * pictures.LEAST_SIDE

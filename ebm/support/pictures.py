@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 WHITE = 255
 SIDE = 2_000  # longest side of a picture of images, about, in pixels
 LEAST_SIDE = 400  # and of a small one
-CELL, LEAST_CELL = 64, 48  # side from which on an image is not enlarged, and side that rows are left out to keep
+CELL, LEAST_CELL = 96, 48  # side from which on an image is not enlarged, and side that rows are left out to keep
 GAP, BLOCK_GAP = 2, 16  # space between images, and between blocks of them
 LINE = 18  # height of a line of text
-TITLE_WIDTH = 140  # of a row at most
+TITLE_WIDTH = 210  # of a row at most
 FONT_SIZES = (10, 11, 12, 13)
 FIRST_PAUSE, LAST_PAUSE = 0.5, 2.0  # seconds that a GIF rests on its first and on its last frame
 LINE_STYLES = ("-", "--", "-.", ":")
@@ -90,17 +90,17 @@ def make_panel(
     (height, width, C).
     """
     count, columns = len(next(iter(stages.values()))), len(stages)
+    font = fit_font(rows, TITLE_WIDTH)
+    title_width = min(TITLE_WIDTH, math.ceil(max(map(font.getlength, map(make_drawable, rows)), default=0)))
+    places = columns + math.ceil(title_width / CELL)  # of a row; titles take the room of images
     across = SIDE // LEAST_CELL  # images that have room beside or below each other
-    most = across * max(1, across // columns)
+    most = across * max(1, across // places)
     images = torch.stack([batch[:most].cpu() for batch in stages.values()], 1)  # (rows, columns, C, H, W)
     if most < count:
         note = f"the first {most} of {count} rows" + "; " * bool(note) + note
-    places = columns + bool(rows)  # titles take about as much room as an image
     number = choose_blocks(len(images), places)
     size = -(-len(images) // number)
     scale = choose_scale(images.shape[3:], number * places, size) if scale is None else scale
-    font = fit_font(rows, TITLE_WIDTH)
-    title_width = min(TITLE_WIDTH, math.ceil(max(map(font.getlength, map(make_drawable, rows)), default=0)))
     blocks: list[np.ndarray] = []
     for start in range(0, len(images), size):
         part, titles = images[start : start + size], rows[start : start + size]
@@ -126,7 +126,7 @@ def choose_scale(shape: Sequence[int], columns: int, rows: int) -> float:
 
 def choose_blocks(rows: int, columns: int) -> int:
     """Return in how many blocks side by side rows of images make the picture that is nearest to a square."""
-    return min(range(1, rows + 1), key=lambda blocks: (max(blocks * columns, math.ceil(rows / blocks)), blocks))
+    return min(range(1, rows + 1), key=lambda blocks: (max(blocks * columns, math.ceil(rows / blocks)), -blocks))
 
 
 def choose_columns(number: int, classes: int = 0) -> int:
