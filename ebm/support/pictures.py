@@ -32,6 +32,7 @@ from ebm.support.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 WHITE = 255
@@ -312,12 +313,15 @@ def plot_lines(
                 axis.plot(x, y, color=look["color"], alpha=0.25, linewidth=0.6)
                 y, has_means = smooth_values(y, x.size // 40), True
             axis.plot(x, y, label=escape_text(name), marker=marker, **look)
-        is_log = ylabel in log and not any((y <= 0).any() for _, y in arrays.values())
-        axis.set(ylabel=ylabel, yscale="log" if is_log else "linear")
+        axis.set_ylabel(ylabel)
+        if ylabel in log and not any((y <= 0).any() for _, y in arrays.values()):
+            axis.set_yscale("log")
+            set_plain_ticks(axis.yaxis)
         if ylabel in shares:
             axis.set_ylim(-0.03, 1.03)
         if xlabel in log:
             axis.set_xscale("log")
+            set_plain_ticks(axis.xaxis)
         elif all(np.issubdtype(x.dtype, np.integer) for x, _ in arrays.values()):
             axis.locator_params(axis="x", integer=True)  # integers, such as iterations, get integer ticks
         if [*arrays] != [ylabel]:
@@ -325,6 +329,14 @@ def plot_lines(
     means = "\npale: every value; strong: mean over a twentieth of them"
     axes[-1].set_xlabel(xlabel + means * has_means)
     return save_figure(figure, path)
+
+
+def set_plain_ticks(axis: Axis) -> None:
+    """Write the numbers of a logarithmic axis as 130 or 4e-05, not as powers of 10."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())
 
 
 def choose_line_look(place: int) -> dict[str, Any]:
