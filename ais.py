@@ -23,7 +23,6 @@ from ebm.support import interruption
 if __name__ == "__main__":
     interruption.guard_start()  # first of all, because importing PyTorch takes seconds
 
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,13 +51,16 @@ def describe_target(settings: AisSettings, target: Target) -> dict[str, Any]:
 
 def plot_bounds(contents: Mapping[str, Any], numbers: Sequence[int], path: pathlib.Path) -> pathlib.Path:
     """Plot the bounds of log Z and the shares of accepted moves over the number of distributions; return the path."""
-    rows, x = list(contents["bounds"].values()), [math.log10(number) for number in numbers]
-    lines = {name: (x, [row[name] for row in rows]) for name in ("log Z ≤", "log Z ≥")}
+    rows, xlabel = list(contents["bounds"].values()), "number of distributions"
+    bounds = {"upper bound": "log Z ≤", "lower bound": "log Z ≥"}
+    lines = {title: (numbers, [row[name] for row in rows]) for title, name in bounds.items()}
     if "log Z" in contents:
-        lines["exact"] = (x, [contents["log Z"]] * len(x))
-    accepted = {name: (x, [row[name] for row in rows]) for name in ("accepted", "back")}
-    xlabel = "log₁₀ of the number of distributions"
-    return pictures.plot_lines({"nats": lines, "moves": accepted}, path, xlabel=xlabel)
+        lines["exact"] = (numbers, [contents["log Z"]] * len(numbers))
+    ways = {"from box to model": "accepted", "from model to box": "back"}
+    accepted = {title: (numbers, [row[name] for row in rows]) for title, name in ways.items()}
+    return pictures.plot_lines(
+        {"log Z / nats": lines, "share of accepted moves": accepted}, path, xlabel=xlabel, log=[xlabel]
+    )
 
 
 def main(settings: AisSettings) -> None:

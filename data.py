@@ -57,6 +57,10 @@ class Dataset(Protocol):
         """The names of the classes; empty if the labels are not classes."""
 
     @property
+    def concept(self) -> str | None:
+        """The latent of sprites that labels describe which are not classes; None for other labels."""
+
+    @property
     def noise(self) -> str:
         """The kind of noise by which bytes become values in [0, 1], see `StoredImages`."""
 
@@ -98,6 +102,7 @@ class StoredImages:
     labels: Tensor | None
     class_names: tuple[str, ...] = ()
     noise: str = "steps"
+    concept: str | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -302,7 +307,7 @@ def load_sprites(request: Request) -> Dataset:
     labels = dsprites.compute_labels(latents, condition)
     if subset == condition == "pos":
         labels = labels + 0.5  # as the reference labels this subset
-    return StoredImages("dsprites", sprites, labels, noise="none")
+    return StoredImages("dsprites", sprites, labels, noise="none", concept=condition)
 
 
 # The arguments: the module torchvision.datasets, the folder for the files, the split.
@@ -392,6 +397,23 @@ DATASETS = {
 
 
 # ---- classes by name ----
+
+
+def name_classes(classes: Sequence[int], names: Sequence[str]) -> list[str]:
+    """Return a short name for each class, for pictures: the first of its synonyms, which commas separate.
+
+    names: of all classes; if it is empty, the name of a class is its number.
+    """
+    return [names[number].split(",")[0] if names else str(number) for number in classes]
+
+
+def describe_labels(labels: Tensor | None, dataset: Dataset) -> list[str]:
+    """Return the label vectors (n, label_size) of a data set in words; an empty list if there are none."""
+    if labels is None or not labels.shape[1]:
+        return []
+    if dataset.concept:
+        return dsprites.describe_labels(labels, dataset.concept)
+    return name_classes(labels.argmax(1).tolist(), dataset.class_names)
 
 
 def match_classes(dataset: Dataset, known: tuple[str, ...]) -> Dataset:

@@ -113,8 +113,7 @@ class QualityReport:
     def add(self, paths: Sequence[pathlib.Path], images: Tensor) -> None:
         """Measure the images uint8 (N, C, H, W) of an ensemble of checkpoints; write them as a grid, and the report."""
         iteration = paths[0].stem.removeprefix("model_")
-        grid, scale = images[:100] / 255, max(1, 64 // images.shape[3])
-        pictures.save_grid(grid, self.results.add_file(f"samples_{iteration}.png"), columns=10, scale=scale)
+        pictures.save_grid(images[:100] / 255, self.results.add_file(f"samples_{iteration}.png"), columns=10)
         figures = features.measure_quality(self.extractor, images, self.real, splits=self.settings.splits)
         result = {"iteration": iteration, "ensemble": list(map(str, paths)), "figures": figures}
         self.contents["results"].append(result | {"images": len(images)})
@@ -133,11 +132,11 @@ class QualityReport:
         results = self.contents["results"]
         if len(results) > 1:
             iterations = [int(result["iteration"]) for result in results]
-            curves = {
-                name: {name: (iterations, [result["figures"][name] for result in results])}
-                for name in results[0]["figures"]
-            }
-            pictures.plot_lines(curves, self.results.add_file("curve.png"), xlabel="iteration")
+            names, path = list(results[0]["figures"]), self.results.add_file("curve.png")
+            curves = {name: {name: (iterations, [result["figures"][name] for result in results])} for name in names}
+            log = [name for name in names if name == "FID" or "distance" in name]
+            shares = [name for name in names if name.endswith(("precision", "recall"))]
+            pictures.plot_lines(curves, path, xlabel="iteration", log=log, shares=shares)
         for path in self.results.files:
             print(f"wrote {path}")
 

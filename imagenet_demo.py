@@ -1,4 +1,4 @@
-"""Show how a trained model samples: make a GIF of Langevin chains from noise, one frame per step.
+"""Show how a trained model samples: make a GIF of Langevin chains, the noise they start from and a frame per step.
 
     python imagenet_demo.py --exp=imagenet128_cond --resume_iter=2238000 --swish_act
     python imagenet_demo.py --exp=imagenet128_cond --resume_iter=latest --classes=153,207 --every=5 --seed=3
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from data import name_classes
 from ebm.settings import DemoSettings
 from ebm.support import cli, pictures
 from ebm.support.errors import UsageError
@@ -42,8 +43,6 @@ from ebm.training.distributed import Workers, share_evaluation
 from ebm.training.ownership import Results, own_results
 from models import draw_noise_images, freeze_energy
 from sampling import check_finite, langevin
-
-FPS = 20  # frames per second
 
 
 def choose_classes(settings: DemoSettings, names: Sequence[str], classes: int) -> list[int]:
@@ -80,33 +79,32 @@ def show_chains(settings: DemoSettings, workers: Workers, results: Results) -> N
     print(f"model: {trained.path}; {settings.batch_size} images, {settings.num_steps} Langevin steps of {step_lr:g}")
 
     columns = math.ceil(math.sqrt(settings.batch_size))
-    labels = choose_labels(settings, trained, columns)
+    labels, titles = choose_labels(settings, trained)
+    for row in range(0, len(titles), columns):
+        print(f"row {row // columns + 1}: {', '.join(titles[row : row + columns])}")
     shares = torch.arange(settings.batch_size).chunk(workers.size)
     parts = workers.share_out(
         shares, lambda numbers: record_frames(settings, trained, labels, numbers, step_lr, workers.rank > 0)
     )
     if workers.rank > 0:
         return
-    frames = [pictures.make_grid(images / 255, columns=columns, padding=0) for images in torch.cat(parts, 1)]
-    print(f"{len(frames)} frames: {pictures.save_gif(frames, results.add_file('sample.gif'), fps=FPS)}")
+    frames = [pictures.make_grid(images / 255, columns=columns, titles=titles) for images in torch.cat(parts, 1)]
+    print(f"{len(frames)} frames, the first is the noise: {pictures.save_gif(frames, results.add_file('sample.gif'))}")
     print(f"the last one: {pictures.save_pixels(frames[-1], results.add_file('sample.png'))}")
-    if film := pictures.save_film(frames, results.add_file("sample.mp4"), fps=FPS):
+    if film := pictures.save_film(frames, results.add_file("sample.mp4")):
         print(f"the film: {film}")
 
 
-def choose_labels(settings: DemoSettings, trained: TrainedModel, columns: int) -> Tensor:
-    """Return the labels (batch_size, label_size) of the images, and print the classes of each row of the picture."""
+def choose_labels(settings: DemoSettings, trained: TrainedModel) -> tuple[Tensor, list[str]]:
+    """Return the labels (batch_size, label_size) of the images, and their names; [] for an unconditional model."""
     classes = trained.model.config.label_size
     if not classes:
-        return torch.zeros(settings.batch_size, 0)
+        return torch.zeros(settings.batch_size, 0), []
     names: Sequence[str] = trained.class_names
     if settings.class_names:
         names = read_names(pathlib.Path(settings.class_names), classes)
     numbers = choose_classes(settings, names, classes)
-    for row in range(0, settings.batch_size, columns):
-        titles = [f"{number} {names[number]}" if names else str(number) for number in numbers[row : row + columns]]
-        print(f"classes of row {row // columns + 1}: {', '.join(titles)}")
-    return torch.nn.functional.one_hot(torch.tensor(numbers), classes).float()
+    return torch.nn.functional.one_hot(torch.tensor(numbers), classes).float(), name_classes(numbers, names)
 
 
 def record_frames(
@@ -114,13 +112,14 @@ def record_frames(
 ) -> Tensor:
     """Return the frames of the chains with these numbers (n,), as bytes (frames, n, C, H, W) on the CPU.
 
-    labels: of all images. step_lr: the step size. The noise of an image depends on `seed` and its number alone. quiet:
-    print no progress.
+    The first frame is the noise that they start from, which depends on `seed` and the number of the image alone.
+    labels: of all images. step_lr: the step size. quiet: print no progress.
     """
     device = next(trained.model.parameters()).device
     energy = freeze_energy(trained.model, precision=settings.precision, rescale=trained.rescale)
     generators = [torch.Generator(device).manual_seed(derive_seed(settings.seed, i)) for i in numbers.tolist()]
-    progress, frames = Progress(settings.num_steps, what="Langevin step", quiet=quiet), []
+    noise = torch.cat([draw_noise_images(trained.model.config, 1, generator) for generator in generators])
+    progress, frames = Progress(settings.num_steps, what="Langevin step", quiet=quiet), [to_bytes(noise).cpu()]
 
     def add_frame(images: Tensor) -> None:
         progress.advance()
@@ -130,7 +129,7 @@ def record_frames(
     with allow_tf32(settings.precision):
         end = langevin(
             energy.under(labels[numbers].to(device)),
-            torch.cat([draw_noise_images(trained.model.config, 1, generator) for generator in generators]),
+            noise,
             num_steps=settings.num_steps,
             step_lr=step_lr / trained.rescale,  # for images in [0, 1] the gradient is `rescale` times larger
             generator=generators,

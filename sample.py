@@ -17,12 +17,14 @@ from ebm.support import interruption
 if __name__ == "__main__":
     interruption.guard_start()  # first of all, because importing PyTorch takes seconds
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data import name_classes
 from ebm.settings import SampleSettings
 from ebm.support import cli, pictures
 from ebm.support.files import write_file
@@ -89,22 +91,22 @@ def sample_images(settings: SampleSettings, workers: Workers, results: Results) 
     if workers.rank == 0:
         if len(images) < settings.num:
             print(f"stopped early: {len(images)} of {settings.num} images are done")
-        write_images(settings, images, numbers[: len(images)], classes, results)
+        done = numbers[: len(images)] if classes else None
+        write_images(settings, images, done, trained.class_names, results)
 
 
-def write_images(settings: SampleSettings, images: Tensor, numbers: Tensor, classes: int, results: Results) -> None:
+def write_images(
+    settings: SampleSettings, images: Tensor, numbers: Tensor | None, names: Sequence[str], results: Results
+) -> None:
     """Write images uint8 (N, C, H, W) as a grid, as an .npz file and, if asked for, as single files.
 
-    numbers: their classes (N,). classes: how many the model has, 0 if it is unconditional.
+    numbers: their classes (N,), None of an unconditional model. names: of all classes, empty if they are not known.
     """
-    grid, columns = (
-        images[:GRID] / 255,
-        10 if classes == 10 else min(20, max(1, round(min(settings.num, GRID) ** 0.5))),
-    )
-    scale = max(1, 64 // images.shape[3])
-    print(f"wrote {pictures.save_grid(grid, results.add_file('samples.png'), columns=columns, scale=scale)}")
+    titles = [] if numbers is None else name_classes(numbers[:GRID].tolist(), names)
+    grid, columns = images[:GRID] / 255, pictures.choose_columns(min(settings.num, GRID), len(set(titles)))
+    print(f"wrote {pictures.save_grid(grid, results.add_file('samples.png'), columns=columns, titles=titles)}")
     pixels = images.permute(0, 2, 3, 1).numpy()
-    arrays: dict[str, Any] = {"images": pixels} | ({"labels": numbers.numpy()} if classes else {})
+    arrays: dict[str, Any] = {"images": pixels} | ({} if numbers is None else {"labels": numbers.numpy()})
     print(f"wrote {write_file(results.add_file('samples.npz'), lambda file: np.savez_compressed(file, **arrays))}")
     if settings.folder:
         folder = results.add_file("images")

@@ -123,7 +123,7 @@ def main(settings: Settings) -> None:
             label: {name: join_series(folders, key) for name, folders in runs.items()} for key, label in PANELS.items()
         }
         title = f"{settings.preset} {settings.train_flags}"
-        plot = pictures.plot_lines(curves, path.with_suffix(".png"), xlabel="iteration", title=title, log=True)
+        plot = pictures.plot_lines(curves, path.with_suffix(".png"), xlabel="iteration", title=title, log=list(curves))
         print(f"wrote {path} and {plot}")
 
 

@@ -98,6 +98,18 @@ def test_label_vectors():
         assert torch.allclose(dsprites.compute_labels(latents, condition), torch.tensor([label]), atol=1e-6)
 
 
+def test_labels_in_words():
+    """Breaks when a picture of sprites has another label in its title, or one in numbers that nobody reads."""
+    latents = torch.tensor([[1, 0.5, 0.0, 0, 1], [3, 0.7, 1.5 * np.pi, 0.25, 0.5]])
+    words = {name: dsprites.describe_labels(dsprites.compute_labels(latents, name), name) for name in dsprites.CONCEPTS}
+    assert words == {
+        "size": ["size 0.5", "size 0.7"],
+        "shape": ["square", "heart"],
+        "pos": ["(0.00, 1.00)", "(0.25, 0.50)"],
+        "rot": ["0°", "270°"],
+    }
+
+
 def test_published_file(tmp_path):
     """Breaks if rows and latents get out of step, also over the parts the file is read in, or metadata is unpickled."""
     path = tmp_path / "dsprites.npz"

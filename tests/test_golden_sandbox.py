@@ -59,7 +59,7 @@ class GoldenRun(SandboxRun):
     def draw_noise(self, number):
         return self.noise.pop(0)
 
-    def write_panel(self, name, columns):
+    def write_panel(self, name, columns, rows=(), note=""):
         self.panels[name] = dict(columns)
 
 

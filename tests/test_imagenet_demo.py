@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -100,6 +101,10 @@ class Result(NamedTuple):
     def pixels(self) -> np.ndarray:
         return np.asarray(Image.open(self.folder / "sample.png"))
 
+    def titles(self) -> list[str]:
+        """The printed classes of the images."""
+        return [title for row in re.findall("row .: (.*)", self.out) for title in row.split(", ")]
+
     def frames(self) -> list[tuple[int, int, int]]:
         """Width, height and milliseconds of each frame of the GIF."""
         with Image.open(self.folder / "sample.gif") as gif:
@@ -151,8 +156,10 @@ def test_commands_work(results, case) -> None:
         assert (result.folder / name).stat().st_size > 0
 
 
-def expected_pixels(exp: str, classes: list[int], rescale: float) -> np.ndarray:
-    """The end of the chain that QUICK asks for, in a grid of 2 columns."""
+def expected_pixels(
+    exp: str, classes: list[int], rescale: float, titles: Sequence[str] = (), steps: int = 4
+) -> np.ndarray:
+    """The end of the chain that QUICK asks for, or of one of other steps, in a grid of 2 columns."""
     config, _ = MODELS[exp]
     model = make_model(config, seed=3).eval()
     generators = [make_generator(i) for i in range(3)]
@@ -161,13 +168,13 @@ def expected_pixels(exp: str, classes: list[int], rescale: float) -> np.ndarray:
     x = sampling.langevin(
         lambda x: model(x, labels),
         x,
-        num_steps=4,
+        num_steps=steps,
         step_lr=100 * rescale,
         noise_std=0.005 * rescale,
         bounds=(0, rescale),
         generator=generators,
     )
-    return pictures.make_grid(to_bytes(x / rescale) / 255, columns=2, padding=0).squeeze()
+    return pictures.make_grid(to_bytes(x / rescale) / 255, columns=2, titles=titles).squeeze()
 
 
 def close(one: np.ndarray, other: np.ndarray) -> bool:
@@ -177,13 +184,12 @@ def close(one: np.ndarray, other: np.ndarray) -> bool:
 
 def test_frames_are_those_of_one_chain(results) -> None:
     """Red if the noise, the step or the range is another than the spec's, or frames are not steps of one chain."""
-    rows, other_rows = (re.findall("classes of row .: (.*)", results[case].out) for case in ("whole", "other_seed"))
-    classes = [int(number) for row in rows for number in row.split(", ")]
-    assert close(results["whole"].pixels(), expected_pixels("digits", classes, 1.0))
+    titles, other_titles = (results[case].titles() for case in ("whole", "other_seed"))
+    assert close(results["whole"].pixels(), expected_pixels("digits", list(map(int, titles)), 1.0, titles))
     assert close(results["rescaled"].pixels(), expected_pixels("rescaled", [], 8.0))
     assert np.array_equal(results["whole"].pixels(), results["thinned"].pixels())
     assert not np.array_equal(results["whole"].pixels(), results["other_seed"].pixels())
-    assert rows != other_rows
+    assert titles != other_titles
     changes = [
         abs(results["whole"].pixels().astype(int) - results[case].pixels()).mean() for case in ("bf16", "other_seed")
     ]
@@ -198,20 +204,31 @@ def test_step_size(results) -> None:
 
 def test_chosen_classes(results) -> None:
     """Red if --classes conditions on others, is not repeated, or names are not found, shown and matched in any case."""
-    assert close(results["chosen"].pixels(), expected_pixels("digits", [4, 0, 4], 1.0))
-    assert "classes of row 1: 4, 0\nclasses of row 2: 4\n" in results["chosen"].out
-    assert close(results["names"].pixels(), expected_pixels("named", [2, 4, 1], 1.0))
-    assert "row 1: 2 Maltese dog, Maltese terrier, 4 hen\nclasses of row 2: 1 crane\n" in results["names"].out
-    assert "row 1: 0 cock, 2 ostrich\nclasses of row 2: 0 cock\n" in results["file"].out
+    assert close(results["chosen"].pixels(), expected_pixels("digits", [4, 0, 4], 1.0, ["4", "0", "4"]))
+    assert "row 1: 4, 0\nrow 2: 4\n" in results["chosen"].out
+    assert close(results["names"].pixels(), expected_pixels("named", [2, 4, 1], 1.0, ["Maltese dog", "hen", "crane"]))
+    assert "row 1: Maltese dog, hen\nrow 2: crane\n" in results["names"].out
+    assert "row 1: cock, ostrich\nrow 2: cock\n" in results["file"].out
 
 
 @pytest.mark.parametrize(
-    ("case", "steps", "side"), [("whole", 4, 56), ("thinned", 2, 56), ("rescaled", 4, 64), ("large", 2, 256)]
+    ("case", "steps", "width"), [("whole", 4, 450), ("thinned", 2, 450), ("rescaled", 4, 450), ("large", 2, 514)]
 )
-def test_gif(results, case, steps, side) -> None:
-    """Red if frames are lost, the grid is not that of the network's images, or the speed is another."""
-    assert results[case].frames() == [(side, side, 50)] * steps
-    assert results[case].pixels().shape[:2] == (side, side)
+def test_gif(results, case, steps, width) -> None:
+    """Red if frames are lost or too small to see, it has no pause at its end, or the speed is another."""
+    height = results[case].pixels().shape[0]
+    assert results[case].pixels().shape[1] == width and 0 <= height - width <= 2 * pictures.LINE
+    pauses = [500, *[50] * (steps - 1), 2000]
+    assert results[case].frames() == [(width, height, pause) for pause in pauses]
+
+
+def test_gif_begins_with_the_noise(results) -> None:
+    """Red if the first frame is one after a step, or the last frame is another than the picture."""
+    with Image.open(results["rescaled"].folder / "sample.gif") as gif:
+        shown = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(gif)]
+    noise, end = (expected_pixels("rescaled", [], 8.0, steps=steps) for steps in (0, 4))
+    errors = [[abs(frame - pixels).mean() for frame in (shown[0], shown[-1])] for pixels in (noise, end)]  # of colours
+    assert errors[0][0] < errors[0][1] and errors[1][1] < errors[1][0]
 
 
 def test_flags_of_old_commands(results) -> None:
@@ -224,8 +241,8 @@ def test_film(results) -> None:
     """Red if ffmpeg is not given all frames as they are, or its absence or failure ends the command."""
     assert "the film: " in results["film"].out
     words, size = ast.literal_eval((results["film"].folder / "sample.mp4").read_text())
-    assert size == 4 * 64 * 64 * 3
-    assert words[words.index("-s") + 1] == "64x64"
+    assert size == (10 + 3 + 40) * 450 * 450 * 3  # it begins and ends with a pause
+    assert words[words.index("-s") + 1] == "450x450"
     assert words[words.index("-pix_fmt") + 1] == "rgb24"
     assert "no sample.mp4, ffmpeg is not installed" in results["whole"].out
     assert "no sample.mp4, ffmpeg failed (no such encoder)" in results["no_film"].out

@@ -373,7 +373,9 @@ def test_directions_of_linear_features():
 
 
 def test_traversals_go_on_in_their_direction(tmp_path):
-    """Breaks when a row turns round at a move, whose eigenvector has any sign, or its moves are not 7 of length 1."""
+    """Breaks when a row turns round at a move, whose eigenvector has any sign, its moves are not 7 of length 1, or its
+    title is that of another direction.
+    """
     from scipy.linalg import hadamard
 
     basis = torch.from_numpy(hadamard(256)).float() / 16
@@ -384,12 +386,14 @@ def test_traversals_go_on_in_their_direction(tmp_path):
     grey = torch.full((1, 1, 16, 16), 128, dtype=torch.uint8)
     run.load = lambda split: data.StoredImages("grey", grey, None, noise="floor")
     panels = {}
-    run.write_panel = lambda name, columns: panels.update(columns)
+    titles = []
+    run.write_panel = lambda name, columns, rows, note: (panels.update(columns), titles.extend(rows))
     report = sandbox.traverse_directions(run)
     assert list(report.figures["image 1"].values()) == pytest.approx([-3, -2, -1], rel=1e-3)
-    assert list(panels) == list("01234567")
+    assert list(panels) == ["image", *(f"move {k}" for k in range(1, 8))]
+    assert titles == ["← 1 (-3)", "→ 1 (-3)", "← 2 (-2)", "→ 2 (-2)", "← 3 (-1)", "→ 3 (-1)"]
     for move in range(1, 8):
-        way = (panels[str(move)] - 0.5).flatten(1) @ basis
+        way = (panels[f"move {move}"] - 0.5).flatten(1) @ basis
         moved = way[range(6), [9, 9, 5, 5, 11, 11]]
         torch.testing.assert_close(moved.abs(), torch.full((6,), float(move)), rtol=1e-3, atol=0)
         assert (moved[::2] * moved[1::2] < 0).all()
@@ -411,7 +415,7 @@ def test_directions_are_taken_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "find_directions", find_directions)
     monkeypatch.setattr(sandbox, "move_images", move_images)
     run = make_sandbox_run(planted(None, (1, 8, 8)), tmp_path, classes=0)
-    run.write_panel = lambda name, columns: None
+    run.write_panel = lambda *_: None
     sandbox.traverse_directions(run)
     assert steps[0] == [100, 100, 101, 101, 102, 102] and len(steps) == len(taken) == 7
     for move in range(1, 7):
@@ -422,6 +426,28 @@ def test_directions_are_taken_anew(tmp_path, monkeypatch):
 # ---- tasks ----
 
 
+def test_rows_say_what_they_show(tmp_path, monkeypatch):
+    """Breaks when a row of a picture is named after another image, or a prediction is not that of the row's image."""
+    rows = {}
+    monkeypatch.setattr(sandbox.pictures, "plot_histograms", lambda *_, **__: None)
+    for task in ("crossclass", "cycleclass", "label", "nearestneighbor"):
+        examined = planted(
+            lambda x, y: 0 * x.flatten(1).sum(1) - y[:, 2], label_size=3, num_steps=1
+        )  # 2 has the lowest energy
+        run = make_sandbox_run(examined, tmp_path, limit=4)
+        run.names = ("tench, Tinca tinca", "hen", "crane")
+        run.write_panel = lambda name, columns, titles, *_, task=task: rows.update({task: list(titles)})
+        names = ["tench" if k == 0 else run.names[k] for k in run.draw_examples("test", 4).classes.tolist()]
+        sandbox.TASKS[task](run)
+        expected = {
+            "crossclass": [f"{start} → {end}" for start, end in zip(names[-1:] + names[:3], names, strict=True)],
+            "cycleclass": names,
+            "label": [f"{name} → crane" for name in names],
+            "nearestneighbor": ["tench", "tench", "hen", "crane"],
+        }
+        assert rows[task] == expected[task]
+
+
 def test_rounds_of_tasks(tmp_path):
     """Breaks when a task without golden results runs other rounds than the reference: 1, 5 or 10."""
     shown = {}
@@ -429,7 +455,7 @@ def test_rounds_of_tasks(tmp_path):
         examined = planted(lambda x, y: x.flatten(1).sum(1), label_size=3, num_steps=1, step_lr=0.01, noise_std=0.0)
         run = make_sandbox_run(examined, tmp_path)
         run.draw_noise = lambda number: torch.full((number, 1, 4, 4), 0.5)
-        run.write_panel = lambda name, columns: shown.update(columns)
+        run.write_panel = lambda name, columns, *_: shown.update(columns)
         sandbox.TASKS[task](run)
         if task == "anticorrupt":
             moved = (shown["corrupt"] - shown["restored"]).max()

@@ -57,6 +57,20 @@ def test_what_a_run_leaves_behind(run):
     assert config["flags"]["lr"] == 1e-3 and config["network"]["label_size"] == 10
 
 
+def test_tensorboard_shows_the_run(run):
+    """Breaks when TensorBoard lacks the settings of a run, or the pictures of a test or of the end."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logdir, _ = run
+    board = EventAccumulator(str(logdir / "whole/tensorboard"))
+    board.Reload()
+    assert "| batch_size | 16 |" in board.Tensors("settings")[0].tensor_proto.string_val[0].decode().split("\n")
+    shown = {name: [event.step for event in board.Images(name)] for name in board.Tags()["images"]}
+    assert shown == {"train_gen": [12, 24], "val_gen": [12, 24], "samples": [24]}
+    last = (logdir / "whole/samples_24.png").read_bytes()
+    assert board.Images("samples")[0].encoded_image_string == last
+
+
 def test_resume_is_bit_for_bit(run):
     """Breaks when any setting, random stream, the optimizer, the buffer, the place in the epoch or the log is lost."""
     logdir, _ = run

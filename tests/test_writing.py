@@ -304,8 +304,12 @@ def test_tensorboard_shows_the_log(tmp_path):
         log.write_scalars(int(value), {"e_neg": value})
     log.write_picture(3, "noise", pictures.save_pixels(NOISE, tmp_path / "noise.png"))
     log.write_histogram(3, "energies", np.array([0.5, 2.0, 2.5]), np.arange(4.0))
+    log.write_table(3, "settings", {"lr": 0.1, "exp": "a|b"})
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
+    assert board.SummaryMetadata("settings").plugin_data.plugin_name == "text"
+    (text,) = board.Tensors("settings")[0].tensor_proto.string_val
+    assert text.decode().split("\n")[2:] == ["| lr | 0.1 |", "| exp | a\\|b |"]
     assert [(event.step, event.value) for event in board.Scalars("e_pos")] == [(2, 2.0)]
     (picture,) = board.Images("noise")
     assert (picture.width, picture.height) == (60, 60)

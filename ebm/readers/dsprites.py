@@ -100,6 +100,17 @@ def compute_labels(latents: Tensor, condition: str) -> Tensor:
     return torch.stack({"size": [scale], "pos": [x, y], "rot": [orientation.cos(), orientation.sin()]}[condition], 1)
 
 
+def describe_labels(labels: Tensor, condition: str) -> list[str]:
+    """Return labels (N, label_size), see `compute_labels`, in words, such as heart, size 0.7, 90° or (0.20, 0.80)."""
+    if condition == "shape":
+        return [SHAPES[number] for number in labels.argmax(1).tolist()]
+    if condition == "rot":
+        return [f"{round(math.degrees(math.atan2(sine, cosine))) % 360}°" for cosine, sine in labels.tolist()]
+    if condition == "size":
+        return [f"size {size:.2g}" for (size,) in labels.tolist()]
+    return [f"({x:.2f}, {y:.2f})" for x, y in labels.tolist()]
+
+
 class Sprites:
     """Sprites that are drawn when indexed, like a tensor of images uint8 (N, 1, 64, 64) with values 0 and 255.
 

@@ -211,6 +211,7 @@ class StreamedImages:
     name = "imagenetfull"
     image_shape = (3, SIDE, SIDE)
     labels: Tensor | None = None  # labels are on the disk
+    concept: str | None = None
     noise = "steps"
     index_device = torch.device("cpu")  # reading an index from a GPU would wait for all its work
 

@@ -10,7 +10,7 @@ import pathlib
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -135,6 +135,10 @@ class RunLog:
         """Add a PNG file to TensorBoard."""
         self.append(self.board, encode_values(iteration, {name: describe_picture(path)}))
 
+    def write_table(self, iteration: int, name: str, values: Mapping[str, Any]) -> None:
+        """Add a table of values by name to TensorBoard, which shows it among its texts."""
+        self.append(self.board, encode_values(iteration, {name: describe_table(values)}))
+
     def write_histogram(self, iteration: int, name: str, values: np.ndarray, edges: np.ndarray) -> None:
         """Write how many values are in each bin between the edges to TensorBoard."""
         self.append(self.board, encode_values(iteration, {name: describe_histogram(values, edges)}))
@@ -179,6 +183,19 @@ def describe_picture(path: pathlib.Path) -> dict[str, Any]:
     with Image.open(path) as image:
         sizes = {"width": image.width, "height": image.height, "colorspace": len(image.getbands())}
     return {"image": sizes | {"encoded_image_string": path.read_bytes()}}
+
+
+def describe_table(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a table of values by name, which TensorBoard reads as Markdown."""
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+    rows = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in values.items()]
+    text = "\n".join(["| name | value |", "| --- | --- |", *rows])
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+    tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode(errors="backslashreplace")], tensor_shape=shape)
+    return {"tensor": tensor, "metadata": {"plugin_data": {"plugin_name": "text"}}}
 
 
 def describe_histogram(values: np.ndarray, edges: np.ndarray) -> dict[str, Any]:

@@ -315,10 +315,24 @@ def combine_concepts(run: ConceptRun) -> Figures:
         columns = {
             "target" if k == 0 else f"target {k + 1}": run.render_images(row[:ROWS]) for k, row in enumerate(index)
         }
-    pictures.save_panel({"generated": generated[:ROWS]} | columns, run.add_file(name_picture(run)), scale=2)
+    titles = describe_targets(run, targets[:, :ROWS])
+    pictures.save_panel({"generated": generated[:ROWS]} | columns, run.add_file(name_picture(run)), rows=titles)
     if not has_concepts:
         return {"images": number}
     return judge_samples(run, samples, plans, targets, run.render_images(index[0]))
+
+
+def describe_targets(run: ConceptRun, targets: Tensor) -> list[str]:
+    """Return in words what each sample is to show; an empty list if no model has a concept.
+
+    targets: latents (count, N, 5).
+    """
+    words = [
+        dsprites.describe_labels(labels, concept.condition)
+        for name, concept in run.concepts.items()
+        if concept.condition and (labels := run.compute_labels(name, targets)) is not None
+    ]
+    return [", ".join(row) for row in zip(*words, strict=True)]
 
 
 def name_picture(run: ConceptRun) -> str:
@@ -440,8 +454,8 @@ def plot_joint(run: ConceptRun, figures: Figures) -> None:
         counts = sorted({1, *range(entered, len(names) + 1)})
         titles = [" & ".join(names[:count]) if count > 1 or column == "jointly" else column for count in counts]
         lines[column] = counts, [figures[f"right, {title}"][column] for title in titles]
-    xlabel = f"concepts combined: {', '.join(names)}"
-    pictures.plot_lines({"share right": lines}, run.add_file("accuracy.png"), xlabel=xlabel)
+    xlabel, share = f"concepts combined: {', '.join(names)}", "share of right images"
+    pictures.plot_lines({share: lines}, run.add_file("accuracy.png"), xlabel=xlabel, shares=[share])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,7 +486,8 @@ def discover_labels(run: ConceptRun) -> Figures:
             errors = [measure_label_errors(label, done, condition) for label in labels]
             true = dsprites.compute_labels(done, condition)
             title = f"{name} / {CONCEPTS[condition].unit}"
-            panels[title] = {name: (range(len(errors)), [error.mean().item() for error in errors])}
+            ylabel = f"mean error of the inferred\n{title}"
+            panels[ylabel] = {ylabel: (range(len(errors)), [error.mean().item() for error in errors])}
             figures[title] = {
                 "mean error": errors[-1].mean().item(),
                 "at the start": errors[0].mean().item(),
@@ -486,7 +501,7 @@ def discover_labels(run: ConceptRun) -> Figures:
                 truths = is_within_tolerance(measure_label_errors(lowest, done, condition), condition)
                 judged[f"{name}, lowest energy"] = {"right": compute_share(truths), **split_by_shape(truths, done)}
                 run.note_part(f"search for labels of {name}", len(done), number)
-    pictures.plot_lines(panels, run.add_file("errors.png"), xlabel="steps on the label")
+    pictures.plot_lines(panels, run.add_file("errors.png"), xlabel="Langevin steps on the label")
     return figures | judged
 
 

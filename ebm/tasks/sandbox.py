@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from data import Dataset
+from data import Dataset, describe_labels, name_classes
 from ebm.settings import SandboxSettings
 from ebm.support import metrics, pictures
 from ebm.support.errors import UsageError
@@ -40,6 +40,7 @@ LONG = 50  # rounds of a long chain, 1,000 steps by default
 SHOWN_ROUNDS = (0, 1, LONG // 10, LONG // 2, LONG)  # rounds after which figures and pictures are reported
 ROUNDS = {"anticorrupt": 5, "boxcorrupt": 10, "crossclass": 10, "cycleclass": 20, "democlass": 1, "nearestneighbor": 10}
 DIRECTIONS = 3  # number of directions in which task latent moves an image
+STAGES_NOTE = "columns: Langevin steps"
 MOVES = 7  # of task latent: from the image itself, then six from where the last one led
 
 # The paper's figures for CIFAR-10, as later papers quote them: the accuracy of a conditional model, and the AUROC of an
@@ -171,6 +172,12 @@ class SandboxRun:
         labels = self.draw_examples("test", number).labels
         return labels[place % len(labels)]
 
+    def describe_labels(self, labels: Tensor) -> list[str]:
+        """Return labels (n, label_size) in words, such as the names of classes; [] for an unconditional model."""
+        if names := self.find_class_names():
+            return name_classes(labels.argmax(1).tolist(), names)
+        return describe_labels(labels, self.load("test")) if self.model.classes else []
+
     def draw_noise(self, number: int) -> Tensor:
         """Return images of noise, from which chains start."""
         return draw_noise_images(self.config, number, self.model.generator)
@@ -185,11 +192,9 @@ class SandboxRun:
         """Return the path of a file of the results, which is about to be written."""
         return self.results.add_file(name)
 
-    def write_panel(self, name: str, columns: Mapping[str, Tensor]) -> None:
-        """Write a picture with a titled column per batch of images and a row per image; small images are enlarged."""
-        side = max(self.config.image_shape[1:])
-        scale = max(1, min(96, 1800 // len(columns)) // side)
-        pictures.save_panel(columns, self.add_file(f"{name}.png"), scale=scale)
+    def write_panel(self, name: str, columns: Mapping[str, Tensor], rows: Sequence[str] = (), note: str = "") -> None:
+        """Write a picture with a titled column per batch of images and a row per image, see `pictures.make_panel`."""
+        pictures.save_panel(columns, self.add_file(f"{name}.png"), rows=rows, note=note)
 
     def write_array(self, name: str, values: Tensor | list[float]) -> np.ndarray:
         """Write numbers to an .npy file and return them as an array."""
@@ -244,8 +249,9 @@ def classify_test_images(run: SandboxRun) -> Report:
     attack = choose_attack(run.settings)
     announce_classification(run, f"{len(examples.images):,} test images", attack)
     progress = Progress(len(examples.images), what="classify")
-    accuracies, attacked = measure_accuracies(run, examples, attack, progress, is_clean_measured=True)
-    figures: dict[str, object] = {"attack": str(attack), "refinement": describe_refinement(run), **accuracies}
+    predictions, attacked = predict_under_attack(run, examples, attack, progress, is_clean_measured=True)
+    figures: dict[str, object] = {"attack": str(attack), "refinement": describe_refinement(run)}
+    figures |= measure_accuracies(predictions, examples.classes)
 
     rows = examples.first(min(ROWS, len(attacked)))
     columns = {"real": rows.images} | ({"attacked": attacked[:ROWS]} if attack.steps else {})
@@ -254,8 +260,15 @@ def classify_test_images(run: SandboxRun) -> Report:
         refined = run.model.run_chain(attacked[:ROWS], rows.labels, rounds=1, restrict=ball, progress="images to show")
         run.model.require_all()
         change = refined - rows.images
-        columns |= {"refined": refined, "change": 0.5 + 0.5 * change / change.abs().amax().clamp(min=1e-12)}
-    run.write_panel("images", columns)
+        columns |= {"refined": refined} if run.model.num_steps else {}
+        columns |= {"change": 0.5 + 0.5 * change / change.abs().amax().clamp(min=1e-12)}
+    true = run.describe_labels(rows.labels)
+    last, predicted = list(predictions.items())[-1]
+    names = name_classes(predicted[:ROWS].tolist(), run.find_class_names())
+    titles = [f"{one} → {other}" for one, other in zip(true, names, strict=True)]
+    note = f"class → prediction ({last})"
+    note += "; change: from the real image, the largest one black or white" * ("change" in columns)
+    run.write_panel("images", columns, titles, note)
     return Report(figures, run.get_published({"clean": PAPER_ACCURACY}))
 
 
@@ -271,15 +284,15 @@ def classify_in_balls(run: SandboxRun) -> Report:
     rows: dict[str, dict[str, float]] = {}
     with keep_what_is_done(rows):
         for radius in radii:
-            accuracies, _ = measure_accuracies(run, examples, choose_attack(run.settings, radius), progress)
+            predictions, _ = predict_under_attack(run, examples, choose_attack(run.settings, radius), progress)
             run.model.require_all()
-            rows[f"{radius}/255"] = accuracies
+            rows[f"{radius}/255"] = measure_accuracies(predictions, examples.classes)
     radii = radii[: len(rows)]
     curves = {name: [row[name] for row in rows.values()] for name in rows["0/255"]}
     run.write_array("accuracies", torch.tensor([radii, *curves.values()]))
     lines = {name: (radii, values) for name, values in curves.items()}
     xlabel = f"radius of the {'L∞' if run.settings.lnorm == '-1' else 'L2'} ball / (1/255)"
-    pictures.plot_lines({"accuracy": lines}, run.add_file("accuracies.png"), xlabel=xlabel)
+    pictures.plot_lines({"accuracy": lines}, run.add_file("accuracies.png"), xlabel=xlabel, shares=["accuracy"])
     largest = {"attack in the largest ball": str(choose_attack(run.settings, radii[-1]))}
     return Report({**largest, "refinement": describe_refinement(run), **rows})
 
@@ -305,11 +318,12 @@ def describe_refinement(run: SandboxRun) -> str:
     return f"{steps} Langevin steps under each class, L∞ ball of {run.settings.refine:g}/255" if steps else "none"
 
 
-def measure_accuracies(
+def predict_under_attack(
     run: SandboxRun, examples: Examples, attack: Attack, progress: Progress, *, is_clean_measured: bool = False
-) -> tuple[dict[str, float], Tensor]:
-    """Return the accuracies on images after an attack, also after refinement if `num_steps` is not 0, and the images.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the classes (N,) predicted for images after an attack, also after refinement, and these images.
 
+    The refinement is left out if `num_steps` is 0.
     is_clean_measured: measure the images as they are, too, and only these if the attack has no steps. Each batch is
     attacked and classified before the next one, so that after a signal the figures are those of the images done so far.
     """
@@ -330,9 +344,18 @@ def measure_accuracies(
     found = model.compute_in_batches(examine, len(images), progress, each=model.classes)
     attacked, *logits = found.split([images[0].numel()] + [model.classes] * len(kinds) * len(refinements), 1)
     names = [kind + words for kind in kinds for words in refinements]
-    rights = {name: values.argmax(1) == classes[: len(found)] for name, values in zip(names, logits, strict=True)}
-    accuracies = {name: right.double().mean().item() for name, right in rights.items()}
-    return accuracies, attacked.view(-1, *images.shape[1:])
+    predictions = {name: values.argmax(1) for name, values in zip(names, logits, strict=True)}
+    return predictions, attacked.view(-1, *images.shape[1:])
+
+
+def measure_accuracies(predictions: Mapping[str, Tensor], classes: Tensor) -> dict[str, float]:
+    """Return the share of each set of predictions (n,) that are the true classes of the first n images.
+
+    classes: of all images, (N,).
+    """
+    return {
+        name: (predicted == classes[: len(predicted)]).double().mean().item() for name, predicted in predictions.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,6 +441,11 @@ def diagnose_chains(run: SandboxRun) -> Report:
     of_noise = chains["noise"].energies
     within = ((low <= of_noise) & (of_noise <= high)).double().mean(1).tolist()
     plot_chains(run, chains, (low, high), within)
+    columns = {
+        f"{name}, {k * run.model.num_steps}": x for name, followed in chains.items() for k, x in followed.shown.items()
+    }
+    titles = run.describe_labels(examples.first(ROWS).labels)
+    run.write_panel("images", columns, titles, "chains from noise and from test images, after so many Langevin steps")
     rows = {
         f"step {k * run.model.num_steps}": {
             **{f"E from {name}": followed.energies[k].mean().item() for name, followed in chains.items()},
@@ -433,7 +461,7 @@ def diagnose_chains(run: SandboxRun) -> Report:
 def plot_chains(
     run: SandboxRun, chains: Mapping[str, ChainRecord], data_range: tuple[float, float], within: Sequence[float]
 ) -> None:
-    """Plot energies and distances over Langevin steps, and histograms of energies; draw the images.
+    """Plot energies and distances over Langevin steps, and histograms of energies.
 
     data_range: the middle 90 % of the data's energies. within: share of the chains from noise inside this range, after
     each round.
@@ -441,19 +469,19 @@ def plot_chains(
     steps = [k * run.model.num_steps for k in range(LONG + 1)]
     lines = {f"from {name}": (steps, followed.energies.mean(1).cpu()) for name, followed in chains.items()}
     band = {
-        f"data, {name}": (steps, [edge] * len(steps)) for name, edge in zip(("5 %", "95 %"), data_range, strict=True)
+        f"{name} of the data": (steps, [edge] * len(steps))
+        for name, edge in zip(("lowest 5 %", "highest 5 %"), data_range, strict=True)
     }
+    share = "share of chains within\nthe data's middle 90 %"
     panels: dict[str, Any] = {
         "mean energy": lines | band,
-        "mean |x − start|": {f"from {name}": (steps, followed.moved) for name, followed in chains.items()},
-        "share within": {"from noise": (steps, within)},
+        "mean pixel change": {f"from {name}": (steps, followed.moved) for name, followed in chains.items()},
+        share: {"from noise": (steps, within)},
     }
-    pictures.plot_lines(panels, run.add_file("chains.png"), xlabel="Langevin steps")
+    pictures.plot_lines(panels, run.add_file("chains.png"), xlabel="Langevin steps", shares=[share])
     ends = {f"noise, {steps[k]} steps": chains["noise"].energies[k].cpu() for k in (1, LONG)}
     of_data = chains["images"].energies[0].cpu()
     pictures.plot_histograms({"data": of_data, **ends}, run.add_file("energies.png"), xlabel="energy")
-    columns = {f"{name}, {steps[k]}": x for name, followed in chains.items() for k, x in followed.shown.items()}
-    run.write_panel("images", columns)
 
 
 def detect_outliers(run: SandboxRun) -> Report:
@@ -478,7 +506,8 @@ def detect_outliers(run: SandboxRun) -> Report:
         }
         for name, out_scores in scores.items()
     }
-    pictures.plot_histograms({"in distribution": in_scores, **scores}, run.add_file("scores.png"), xlabel="−E")
+    xlabel = "score −E (higher: more like the data of training)"
+    pictures.plot_histograms({"in distribution": in_scores, **scores}, run.add_file("scores.png"), xlabel=xlabel)
     if scores:
         curves = {name: (in_scores, out_scores) for name, out_scores in scores.items()}
         pictures.plot_roc(curves, run.add_file("roc.png"))
@@ -518,7 +547,8 @@ def denoise_images(run: SandboxRun) -> Report:
     corrupt = add_salt_and_pepper(real, run.model.generator)
     restored = run.model.run_chain(corrupt, labels, rounds=ROUNDS["anticorrupt"], progress="anticorrupt")
     columns = {"corrupt": corrupt[: len(restored)], "restored": restored, "real": real[: len(restored)]}
-    run.write_panel("restored", {name: images[:ROWS] for name, images in columns.items()})
+    titles = run.describe_labels(labels[: min(ROWS, len(restored))])
+    run.write_panel("restored", {name: images[:ROWS] for name, images in columns.items()}, titles)
     errors = {name: measure_mean_squares(columns[name], columns["real"]) for name in ("corrupt", "restored")}
     return Report({f"MSE {name}": values.mean().item() for name, values in errors.items()})
 
@@ -555,7 +585,8 @@ def inpaint_images(run: SandboxRun) -> Report:
             batches = {"start": corrupt, "restored": restored, "real": real}
             columns |= {f"{split} {name}": images for name, images in batches.items()}
     auroc, verdict = measure_memorisation(run, errors)
-    pictures.plot_histograms(errors, run.add_file("mse.png"), xlabel="MSE", title=verdict)
+    xlabel = "mean squared error of the restored image"
+    pictures.plot_histograms(errors, run.add_file("mse.png"), xlabel=xlabel, title=verdict)
     rows = min(ROWS, *map(len, errors.values()))
     run.write_panel("restored", {name: images[:rows] for name, images in columns.items()})
     return Report({**figures, "AUROC train/test": auroc, "verdict": verdict})
@@ -585,7 +616,9 @@ def change_classes(run: SandboxRun) -> Report:
     run.announce(f"{len(target.images):,} test images", ROUNDS["crossclass"])
     start = target.images.roll(1, 0)
     stages = list(run.model.run_stages(start, target.labels, rounds=ROUNDS["crossclass"], progress="crossclass"))
-    run.write_panel("crossclass", number_stages(run, stages) | {"class": target.images})
+    names = run.describe_labels(target.labels)
+    titles = [f"{start} → {end}" for start, end in zip(names[-1:] + names[:-1], names, strict=True)]
+    run.write_panel("crossclass", number_stages(run, stages) | {"real": target.images}, titles, STAGES_NOTE)
     return Report(measure_recognition(run, stages[-1], target.labels))
 
 
@@ -600,7 +633,8 @@ def sample_stages(run: SandboxRun) -> Report:
     run.announce(f"{len(real.images):,} images from noise", ROUNDS["cycleclass"])
     start = run.draw_noise(len(real.images))
     stages = list(run.model.run_stages(start, real.labels, rounds=ROUNDS["cycleclass"], progress="cycleclass"))
-    run.write_panel("cycleclass", number_stages(run, stages) | {"real": real.images})
+    columns = number_stages(run, stages) | {"real": real.images}
+    run.write_panel("cycleclass", columns, run.describe_labels(real.labels), STAGES_NOTE)
     return Report(measure_recognition(run, stages[-1], real.labels))
 
 
@@ -614,7 +648,8 @@ def sample_classes(run: SandboxRun) -> Report:
     noise = run.draw_noise(len(labels))
     samples = run.model.run_chain(noise, labels, rounds=ROUNDS["democlass"], progress="democlass")
     run.model.require_all()
-    run.write_panel("democlass", {names[k]: five for k, five in zip(classes.tolist(), samples.split(5), strict=True)})
+    titles = name_classes(classes.tolist(), names)
+    run.write_panel("democlass", dict(zip(titles, samples.split(5), strict=True)))
     return Report(measure_recognition(run, samples, labels))
 
 
@@ -629,7 +664,7 @@ def find_training_neighbours(run: SandboxRun) -> Report:
     distances, indices = find_neighbours(torch.cat([samples, run.draw_examples("test", rows).images]), train, 5)
     neighbours = read_images(train, indices[:rows].flatten()).view(rows, -1, *train.image_shape)
     columns = {f"nearest {k + 1}": neighbours[:, k] for k in range(neighbours.shape[1])}
-    run.write_panel("neighbours", {"sample": samples, **columns})
+    run.write_panel("neighbours", {"sample": samples, **columns}, run.describe_labels(labels))
     closest = {"samples": distances[:rows, 0], "test images": distances[rows:, 0]}
     return Report({f"L2 distance of {name} to the nearest": value.mean().item() for name, value in closest.items()})
 
@@ -648,14 +683,18 @@ def traverse_directions(run: SandboxRun) -> Report:
     progress = Progress(len(images) + (2 * MOVES - 1) * len(x), what="latent")
     values, vectors = find_directions(run, images, labels[:: 2 * DIRECTIONS], progress)
     directions = vectors.repeat_interleave(2, 1).flatten(0, 1)  # (N, 3, C, H, W) -> (6·N, C, H, W)
-    columns = {"0": x, "1": move_images(run, x, labels, directions, progress)}
+    columns = {"image": x, "move 1": move_images(run, x, labels, directions, progress)}
     rows = torch.arange(len(x), device=x.device)
     for move in range(2, MOVES + 1):
-        x = columns[str(move - 1)]
+        x = columns[f"move {move - 1}"]
         _, vectors = find_directions(run, x, labels, progress)
         directions = align_signs(vectors[rows, rows // 2 % DIRECTIONS], directions)
-        columns[str(move)] = move_images(run, x, labels, directions, progress, bounded=True)
-    run.write_panel("traversals", columns)
+        columns[f"move {move}"] = move_images(run, x, labels, directions, progress, bounded=True)
+    kind = "the eigenvalue of the energy's Hessian" if run.settings.hessian else "the singular value of the features"
+    pairs = [(k, value) for row in values.tolist() for k, value in enumerate(row, 1)]
+    titles = [f"{arrow} {k} ({value:.3g})" for k, value in pairs for arrow in "←→"]
+    note = f"← k, → k: backwards and forwards along direction k; in brackets {kind} at the image"
+    run.write_panel("traversals", columns, titles, note)
     figures = {
         f"image {i + 1}": {f"value {k + 1}": v for k, v in enumerate(row)} for i, row in enumerate(values.tolist())
     }

@@ -452,7 +452,9 @@ def measure_samplers(run: ConceptRun, samplers: Mapping[str, SpriteSampler], sli
         }
     rows = min(map(len, columns.values()))
     columns = {name: samples[:rows] for name, samples in columns.items()}
-    pictures.save_panel(columns | {"true": run.render_images(unseen[:rows])}, run.add_file("unseen.png"), scale=2)
+    columns["true"] = run.render_images(unseen[:rows])
+    note = "percentages: the share of the other combinations that the generator was trained on" * (len(samplers) > 1)
+    pictures.save_panel(columns, run.add_file("unseen.png"), note=note)
     return figures
 
 
@@ -539,11 +541,12 @@ def plot_curve(run: ConceptRun, fractions: Sequence[float], figures: Figures, en
     energy: the figures of the energy models, which become horizontal lines.
     """
     rows = [figures[f"{fraction:.0%}, unseen"] for fraction in fractions]
-    panels = {}
-    for name in ("MSE", "jointly"):
-        panels[name] = {"generator": (fractions, [row[name] for row in rows])}
+    titles, panels = {"MSE": "mean squared error", "jointly": "share right in both concepts"}, {}
+    for name, title in titles.items():
+        panels[title] = {"generator": (fractions, [row[name] for row in rows])}
         if energy:
-            panels[name]["energy, 0"] = (fractions, [energy["energy, unseen"][name]] * len(fractions))
-    pictures.plot_lines(panels, run.add_file("curve.png"), xlabel="share of the other combinations that is trained on")
-    curve = np.array([fractions, *(panels[name]["generator"][1] for name in panels)])
+            panels[title]["energy models, share 0"] = (fractions, [energy["energy, unseen"][name]] * len(fractions))
+    xlabel = "share of the other combinations that is trained on"
+    pictures.plot_lines(panels, run.add_file("curve.png"), xlabel=xlabel, shares=[titles["jointly"]])
+    curve = np.array([fractions, *([row[name] for row in rows] for name in titles)])
     write_file(run.add_file("curve.npy"), lambda file: np.save(file, curve))

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import data
 from checkpoint import to_tf_name
 from ebm.measures.features import DISTANCE, IMAGES_PER_SPLIT, SampleMeasure
 from ebm.settings import TrainSettings
-from ebm.support import pictures
+from ebm.support import cli, pictures
 from ebm.support.logs import RunLog, read_series
 from ebm.support.progress import Progress
 from ebm.support.reports import write_json
@@ -20,7 +21,18 @@ from ebm.training.samples import FreshChains, Sampler, choose_test_number
 from ebm.training.state import State, Step
 from sampling import compute_input_gradient
 
+# The panels of curves.png: y label -> {line: name of the figure in the log}. docs/figures.md explains them.
+CURVES = {
+    "energy": {"energy of data": "e_pos", "energy of samples": "e_neg"},
+    "energy gap": {"data − samples": "e_diff"},
+    "mean pixel difference": {"pixel change by the chain": "x_moved", "from sample to data": "x_off"},
+    "mean energy gradient": {"where chains start": "x_grad_first", "where chains end": "x_grad"},
+}
+INCEPTION_CURVES = {"Inception score": {"Inception score": "inception_score"}, "FID": {"FID": "fid"}}
+DISTANCE_CURVE = {DISTANCE: {DISTANCE: "feature_distance"}}
+LOG_AXES = ("mean energy gradient", "FID", DISTANCE)
 PANELS = 20  # rows of start | sample | real
+GRID = 200  # images of the picture of samples, at most
 BINS = 40  # of the histograms of energies in the log
 MAX_HISTOGRAM_ENERGY = 1e9  # the size of energies from which on no histogram is made
 
@@ -68,11 +80,6 @@ def compute_statistics(state: State, settings: TrainSettings, step: Step) -> dic
     return dict(zip(figures, values, strict=True)) | {"temp": float(settings.temperature)}
 
 
-def choose_zoom(state: State) -> int:
-    """Return the factor by which images are enlarged in pictures; it is more than 1 for small images."""
-    return max(1, 64 // max(state.model.config.image_shape[1:]))
-
-
 class Recorder:
     """The writer of a run's log and pictures, on its first worker.
 
@@ -93,6 +100,7 @@ class Recorder:
         self.folder = settings.folder
         self.progress = Progress(stop, state.iteration, what="iteration")
         self.log = RunLog(self.folder, state.iteration, is_branch=is_branch, say=self.progress.say)
+        self.log.write_table(state.iteration, "settings", cli.to_dict(settings))
 
     def record_step(self, step: Step) -> None:
         """Write the figures of an iteration to the log and the console."""
@@ -108,13 +116,17 @@ class Recorder:
         self.progress.update(iteration)
         self.log.write_event(iteration, {"rollback_from": failed, "cause": cause, "lr": lr})
 
-    def draw_panel(self, name: str, columns: Mapping[str, Tensor]) -> None:
-        """Save a picture of images (N, C, H, W) in [0, 1], a column for each name."""
+    def draw_panel(self, name: str, columns: Mapping[str, Tensor], labels: Tensor | None, note: str = "") -> None:
+        """Save a picture of images (N, C, H, W) in [0, 1], a column for each name.
+
+        labels: (N, label_size), which title the rows, None for an unconditional model. note: about these titles.
+        """
         iteration = self.state.iteration
         rows = min(PANELS, *map(len, columns.values()))
         shown = {title: images[:rows] for title, images in columns.items()}
         path = self.folder / "pictures" / f"{name}_{iteration}.png"
-        pictures.save_panel(shown, path, scale=choose_zoom(self.state))
+        titles = data.describe_labels(None if labels is None else labels[:rows], self.sampler.dataset)
+        pictures.save_panel(shown, path, rows=titles, note=note if titles else "")
         self.log.write_picture(iteration, name, path)
         self.progress.say(f"pictures: {path}")
 
@@ -122,8 +134,11 @@ class Recorder:
         """Save a picture of training's chains and one of fresh chains: their starts, their ends and real images."""
         rescale = self.settings.rescale
         real, chains = step.images / rescale, self.draw_fresh_chains()
-        self.draw_panel("train_gen", {"start": step.start / rescale, "sample": step.samples / rescale, "real": real})
-        self.draw_panel("val_gen", {"start": chains.start, "sample": chains.images, "real": real})
+        shown = {"start": step.start / rescale, "sample": step.samples / rescale, "real": real}
+        self.draw_panel("train_gen", shown, step.chain_labels)
+        shown = {"start": chains.start, "sample": chains.images, "real": real}
+        note = "The titles are the labels of the samples, not of the real images."
+        self.draw_panel("val_gen", shown, chains.labels, note)
 
     def draw_fresh_chains(self) -> FreshChains:
         """Return the fresh chains of this test: as many as are measured, or as a picture shows."""
@@ -164,15 +179,15 @@ class Recorder:
         self.progress.close()
 
 
-def write_samples(settings: TrainSettings, sampler: Sampler, images: Tensor, class_names: tuple[str, ...]) -> None:
-    """Save a picture of samples (N, C, H, W), float in [0, 1] or uint8, and print its path."""
-    state, folder = sampler.state, settings.folder
-    is_conditional = state.model.config.label_size and class_names
-    columns = min(len(class_names), 20) if is_conditional else 10
-    path = folder / f"samples_{state.iteration}.png"
-    grid = images[: 10 * columns]
-    grid = grid if grid.is_floating_point() else grid / 255
-    pictures.save_grid(grid, path, columns=columns, scale=choose_zoom(state))
+def write_samples(settings: TrainSettings, sampler: Sampler, images: Tensor, log: RunLog | None) -> None:
+    """Save a picture of samples (N, C, H, W), float in [0, 1] or uint8, add it to a log, and print its path."""
+    state, path = sampler.state, settings.folder / f"samples_{sampler.state.iteration}.png"
+    grid = images[:GRID] if images.is_floating_point() else images[:GRID] / 255
+    titles = sampler.describe_labels(len(grid))
+    columns = pictures.choose_columns(len(grid), len(set(titles)))
+    pictures.save_grid(grid, path, columns=columns, titles=titles)
+    if log is not None:
+        log.write_picture(state.iteration, "samples", path)
     print(f"samples from noise, {sampler.num_steps} Langevin steps: {path}")
 
 
@@ -195,17 +210,13 @@ def report_quality(settings: TrainSettings, sampler: Sampler, images: Tensor, me
 
 
 def draw_curves(settings: TrainSettings, measure: SampleMeasure | None) -> None:
-    """Plot the logged figures of a whole run, and print the path of the picture."""
-    folder = settings.folder
+    """Plot the logged figures of a whole run, see docs/figures.md, and print the path of the picture."""
+    panels = CURVES
+    if measure is not None:
+        panels = panels | (INCEPTION_CURVES if measure.has_inception else DISTANCE_CURVE)
     curves = {
-        "energy": {name: read_series(folder, name) for name in ("e_pos", "e_neg")},
-        "gap": {"e_pos − e_neg": read_series(folder, "e_diff")},
-        "mean |Δx|": {name: read_series(folder, name) for name in ("x_moved", "x_off")},
-        "mean |∂E/∂x|": {name: read_series(folder, name) for name in ("x_grad_first", "x_grad")},
+        ylabel: {title: read_series(settings.folder, name) for title, name in lines.items()}
+        for ylabel, lines in panels.items()
     }
-    if measure is not None and measure.has_inception:
-        curves["Inception score"] = {"score": read_series(folder, "inception_score")}
-        curves["FID"] = {"FID": read_series(folder, "fid")}
-    elif measure is not None:
-        curves["distance"] = {DISTANCE: read_series(folder, "feature_distance")}
-    print(f"training curves: {pictures.plot_lines(curves, folder / 'curves.png', xlabel='iteration')}")
+    path = settings.folder / "curves.png"
+    print(f"training curves: {pictures.plot_lines(curves, path, xlabel='iteration', log=LOG_AXES, smooth=True)}")

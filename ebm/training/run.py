@@ -258,7 +258,8 @@ class Run:
         """Write and print the final report on samples (N, C, H, W); what cannot be written does not stop the rest."""
         self.unwritten.clear()
         with self.survive_write_errors("the picture of samples"):
-            write_samples(self.settings, self.sampler, images, self.dataset.class_names)
+            log = None if self.recorder is None else self.recorder.log
+            write_samples(self.settings, self.sampler, images, log)
         with self.survive_write_errors("the figures of samples"):
             report_quality(self.settings, self.sampler, images, self.measure)
         with self.survive_write_errors("the training curves"):

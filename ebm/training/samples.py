@@ -49,6 +49,7 @@ class FreshChains(NamedTuple):
 
     iteration: int
     part: int  # the number of the draw
+    labels: Tensor | None  # (N, label_size), None for an unconditional model
     start: Tensor  # the noise (N, C, H, W) that the chains start from, in [0, 1]
     images: Tensor  # the end points (N, C, H, W) in [0, 1]
     energies: Tensor  # the energies (N,) of the end points
@@ -105,7 +106,8 @@ class Sampler:
                     energies.append(energy(end, batch_labels))
         images, start = torch.cat(ends)[:number] / settings.rescale, noise[:number] / settings.rescale
         moved = (images - start).abs().mean().item()
-        self.latest = FreshChains(state.iteration, part, start, images, torch.cat(energies)[:number], moved)
+        labels = None if labels is None else labels[:number]
+        self.latest = FreshChains(state.iteration, part, labels, start, images, torch.cat(energies)[:number], moved)
         return self.latest
 
     def draw_bytes(self, number: int, workers: Workers) -> Tensor:
@@ -131,6 +133,14 @@ class Sampler:
             return F.one_hot(torch.arange(number, device=generator.device) % classes, label_size).float()
         index = torch.randint(len(self.dataset), (number,), generator=generator, device=generator.device)
         return self.dataset.batch(index, generator)[1]
+
+    def describe_labels(self, number: int) -> list[str]:
+        """Return the labels of the first `number` images of the latest draw in words; [] for an unconditional model."""
+        names = self.dataset.class_names
+        if self.state.model.config.label_size and names:
+            return data.name_classes([place % len(names) for place in range(number)], names)
+        labels = None if self.latest is None else self.latest.labels
+        return data.describe_labels(None if labels is None else labels[:number], self.dataset)
 
     @contextlib.contextmanager
     def freeze_model(self) -> Iterator[PreparedEnergy]:
