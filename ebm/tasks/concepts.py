@@ -38,6 +38,7 @@ SAME_AFTER = (90.0, 180.0, 360.0)  # symmetry of square, ellipse and heart: degr
 LABEL_NOISE = 0.03  # standard deviation of the noise in a Langevin step on a label
 ROWS = 10  # rows of a picture
 LABEL_BATCH = 16  # images whose energies under all labels are computed at once
+CHANCE_PAIRS = 1 << 20  # pairs of a target and a random sprite, of which the share that is right by chance is counted
 
 Figures = dict[str, Any]  # figures, or rows of figures, by name
 
@@ -156,6 +157,11 @@ class ConceptRun:
         return candidates[
             torch.randint(len(candidates), (number,), generator=self.sprite_generator).to(candidates.device)
         ]
+
+    def draw_by_chance(self, number: int) -> Tensor:
+        """Draw the latents (M, 5) of random sprites: as few as make CHANCE_PAIRS, a multiple M of `number` targets."""
+        index = torch.arange(len(self.sprites), device=self.sprites.device)
+        return self.sprites.latents[self.draw_candidates(index, number * -(-CHANCE_PAIRS // number))]
 
     def draw_targets(self, count: int, number: int) -> Tensor:
         """Draw the target sprites, whose latents become the labels of the models: their indices (count, number).
@@ -319,6 +325,10 @@ class Judge:
     conditions: Mapping[str, str]
     targets: Mapping[str, Tensor]
 
+    def repeat(self, times: int) -> Judge:
+        """Return a judge of `times` as many images, with the same targets again and again."""
+        return Judge(self.conditions, {name: latents.repeat(times, 1) for name, latents in self.targets.items()})
+
     def judge_names(self, latents: Tensor) -> dict[str, Tensor]:
         """Return which images, with latents (N, 5), show the target of each name: name -> (N,) bool."""
         return {
@@ -361,7 +371,7 @@ def judge_samples(
     judge = Judge(conditions, {name: targets[split_name(name)[1] - 1] for name in conditions})
 
     first = next(iter(plans.values()))
-    figures = tabulate_errors(judge, first, sample_latents[0])
+    figures = tabulate_errors(judge, first, sample_latents[0], run.draw_by_chance(len(real)))
     for place, (title, plan) in enumerate(plans.items()):
         names = {name for expression in plan for name in expression.names}
         truths = judge.judge_names(sample_latents[place])
@@ -379,13 +389,15 @@ def judge_samples(
     return figures
 
 
-def tabulate_errors(judge: Judge, plan: Sequence[Expression], latents: Tensor) -> Figures:
+def tabulate_errors(judge: Judge, plan: Sequence[Expression], latents: Tensor, drawn: Tensor) -> Figures:
     """Return a row of errors for each concept of images with latents (N, 5), and a row for the whole plan.
 
-    The column "by chance" compares each target with another image: the share that is right without the target.
+    drawn: latents (M, 5) of random sprites, N or a multiple of it. The column "by chance" is the share of them that is
+    right for the same targets.
     """
-    others, figures = latents.roll(1, 0), {}
-    truths, by_chance = judge.judge_names(latents), judge.judge_names(others)
+    figures: Figures = {}
+    chance = judge.repeat(len(drawn) // len(latents))
+    truths, by_chance = judge.judge_names(latents), chance.judge_names(drawn)
     for name, condition in judge.conditions.items():
         error = measure_errors(latents, judge.targets[name])[condition]
         figures[f"{name} / {CONCEPTS[condition].unit}"] = {
@@ -394,7 +406,7 @@ def tabulate_errors(judge: Judge, plan: Sequence[Expression], latents: Tensor) -
             "right": compute_share(truths[name]),
             "by chance": compute_share(by_chance[name]),
         }
-    joint = {"right": judge.share_of_plan(plan, latents), "by chance": judge.share_of_plan(plan, others)}
+    joint = {"right": judge.share_of_plan(plan, latents), "by chance": chance.share_of_plan(plan, drawn)}
     return figures | {"jointly": {"mean error": None, "median": None} | joint}
 
 
@@ -436,7 +448,8 @@ def discover_labels(run: ConceptRun) -> Figures:
     """
     number = run.settings.limit or 30 * run.settings.batch_size
     index = run.draw_targets(1, number)[0]
-    latents = run.sprites.latents[index]
+    latents, drawn = run.sprites.latents[index], run.draw_by_chance(number)
+    repeats = len(drawn) // number
     searches = sum(concept.condition != "pos" for concept in run.concepts.values())
     progress = Progress((len(run.concepts) + searches) * number, what="labels")
     figures, judged, panels = {}, {}, {}
@@ -447,15 +460,17 @@ def discover_labels(run: ConceptRun) -> Figures:
         errors = [measure_label_errors(label, latents, condition) for label in labels]
         true = dsprites.compute_labels(latents, condition)
         title = f"{name} / {CONCEPTS[condition].unit}"
+        by_chance = judge_labels(dsprites.compute_labels(drawn, condition), latents.repeat(repeats, 1), condition)
         figures[title] = {
             "mean error": errors[-1].mean().item(),
             "at the start": errors[0].mean().item(),
             "right": compute_share(is_within_tolerance(errors[-1], condition)),
+            "by chance": compute_share(by_chance),
             "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
         }
         if condition != "pos":
             lowest = find_lowest_labels(run, concept, index, progress)
-            truths = is_within_tolerance(measure_label_errors(lowest, latents, condition), condition)
+            truths = judge_labels(lowest, latents, condition)
             judged[f"{name}, lowest energy"] = {"right": compute_share(truths), **split_by_shape(truths, latents)}
         panels[title] = {name: (range(len(errors)), [error.mean().item() for error in errors])}
     pictures.plot_lines(panels, run.add_file("errors.png"), xlabel="steps on the label")
@@ -534,3 +549,8 @@ def measure_label_errors(labels: Tensor, latents: Tensor, condition: str) -> Ten
         labels = torch.atan2(labels[:, 1:], labels[:, :1])
     inferred[:, list(CONCEPTS[condition].columns)] = labels
     return measure_errors(inferred, latents)[condition]
+
+
+def judge_labels(labels: Tensor, latents: Tensor, condition: str) -> Tensor:
+    """Return which labels (N, label_size) of a concept are right for latents (N, 5), (N,) bool."""
+    return is_within_tolerance(measure_label_errors(labels, latents, condition), condition)
