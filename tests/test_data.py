@@ -645,7 +645,7 @@ def test_no_network(tmp_path, monkeypatch):
         raise OSError("Name or service\nnot known")
 
     monkeypatch.setattr(data, "import_torchvision", lambda: stand_in_torchvision(FashionMNIST=fail))
-    wanted = r"train-images-idx3-ubyte is missing and cannot be downloaded \(Name or service not known\); .*`datadir`"
+    wanted = r"train-images-idx3-ubyte is missing and cannot be downloaded \(Name or service not known\); .*http://fashion-mnist.*`datadir`"
     with pytest.raises(UsageError, match=wanted):
         data.load_dataset("fashion_mnist", root=tmp_path)
 
