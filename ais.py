@@ -55,7 +55,7 @@ def plot_bounds(contents: Mapping[str, Any], numbers: Sequence[int], path: pathl
     lines = {name: (x, [row[name] for row in rows]) for name in ("log Z ≤", "log Z ≥")}
     if "log Z" in contents:
         lines["exact"] = (x, [contents["log Z"]] * len(x))
-    accepted = {name: (x, [row[name] for row in rows]) for name in ("accepted", "back")}
+    accepted = {name: (x, [row[name] for row in rows]) for name in ("accepted", "accepted back")}
     xlabel = "log₁₀ of the number of distributions"
     return pictures.plot_lines({"nats": lines, "moves": accepted}, path, xlabel=xlabel)
 
@@ -92,7 +92,7 @@ def measure_likelihood(settings: AisSettings, workers: Workers) -> None:
             "note: log Z ≤, log p ≥ and bits/dim ≤ assume that the chains reached the model: trust them only if they do"
         )
         print("not change with ten times the --pdist; the other bounds always hold")
-    least = min(figures["accepted"], figures["back"])
+    least = min(figures["accepted"], figures["accepted back"])
     if least < 0.5:
         print(f"note: only {least:.0%} of the moves were accepted; try a smaller --alr than {target.alr:g}")
     print(f"wrote {folder / 'ais.json'}")

@@ -425,14 +425,14 @@ def match_classes(dataset: Dataset, known: tuple[str, ...]) -> Dataset:
     if unknown is not None:
         some = ", ".join(known[:5]) + ", …" * (len(known) > 5)
         raise UsageError(
-            f"`dataset`={dataset.name} has the class {unknown!r}, which is none of {some}; choose "
+            f"`dataset`={dataset.name} has the class {unknown!r}, which is not one of {some}; choose "
             "images of these classes, or rename the class"
         )
     numbers = [known.index(match) for match in matches.values() if match is not None]
     if twice := next((known[number] for number in numbers if numbers.count(number) > 1), None):
         raise UsageError(f"`dataset`={dataset.name} has several classes that could be {twice!r}; rename them")
     if respelt := [f"{name} is {match}" for name, match in matches.items() if name != match]:
-        print(f"note: classes of {dataset.name} are taken for others: {', '.join(respelt)}")
+        print(f"note: classes of {dataset.name} that are spelt differently are matched: {', '.join(respelt)}")
     return dataset.with_classes(known, torch.tensor(numbers))
 
 

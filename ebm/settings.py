@@ -63,8 +63,8 @@ class DataFiles:
     download: bool = flag(True, "download files that are missing, such as data sets")
     data_path: str | None = flag(
         None,
-        "folder of images for --dataset=folder; if it has subfolders, each of them is a class, but train beside val "
-        "or test are splits",
+        "folder of images for --dataset=folder; its subfolders, if it has any, are the classes, or the splits if they "
+        "are called train and val or test",
         only_with="dataset=folder",
         is_path=True,
     )
@@ -213,7 +213,7 @@ class InceptionWeights:
 
 @dataclasses.dataclass(frozen=True)
 class UnrecordedNetwork:
-    """Network, as far as a TensorFlow checkpoint does not store it (other checkpoints do)"""
+    """Network, for TensorFlow checkpoints, which do not store this (other checkpoints do)"""
 
     swish_act: bool | None = flag(None, "swish activations")
     spec_iter: int | None = flag(
@@ -225,7 +225,7 @@ class UnrecordedNetwork:
     downsample: bool | None = flag(None, "in networks for grey images: average pooling instead of stride 2")
     spec_eval: bool = flag(
         True,
-        "the vectors of the power iteration stay as they are in the checkpoint whenever it is evaluated",
+        "evaluation never changes the vectors of the power iteration",
         inert=True,
     )
 
@@ -321,8 +321,8 @@ class TrainingData(DataFiles):
     )
     antialias: bool = flag(
         False,
-        "for --dataset=imagenetfull: resize images with antialiasing, a better picture; else by TensorFlow's old "
-        "bilinear rule, as the published models were trained",
+        "for --dataset=imagenetfull: resize images with antialiasing, which looks better; default: by TensorFlow's old "
+        "bilinear rule, with which the published models were trained",
         only_with="dataset=imagenetfull",
     )
     data_workers: int = flag(
@@ -485,8 +485,8 @@ class NetworkSettings:
     cclass: bool = flag(False, "condition the network on class labels")
     model_cclass: bool = flag(
         False,
-        "condition the network on classes, which it infers itself for the chains; energies of data are averaged over "
-        "all classes",
+        "condition the network on classes without using labels: it infers the classes of the chains itself, and "
+        "energies of data are averaged over all classes",
     )
     num_filters: int | None = flag(
         None,
@@ -538,9 +538,8 @@ class OutputSettings(InceptionWeights):
     )
     quality: bool | None = flag(
         None,
-        "measure samples at each test and at the end: by Inception for colour images if its weights are at hand, else "
-        "by their distance to the data in the features of a small classifier; default: on for cifar10, imagenet and "
-        "imagenetfull",
+        "measure the quality of samples at each test and at the end: by Inception for colour images if its weights are "
+        "available, else by a small classifier of the data; default: on for cifar10, imagenet and imagenetfull",
     )
     sample_steps: int | None = flag(
         None,
@@ -656,8 +655,8 @@ class ClassificationSettings:
     )
     adaptive: int = flag(
         0,
-        "attack through the refinement, and average the gradient over this many draws of its noise; 0: the attack "
-        "ignores the refinement",
+        "number of draws of the refinement's noise over which the attack averages gradients through the refinement; "
+        "0: the attack ignores the refinement",
         at_least=0,
         only_with="pgd",
     )
@@ -1078,7 +1077,7 @@ class PoolSettings(ChainPrecision):
         at_most=MOST_AT_ONCE,
     )
     repeat_scale: int = flag(
-        100, "half the number of rounds per 1,000 images, those in which the pool is filled included", at_least=1
+        100, "half the number of rounds of a pool of 1,000 images; the rounds that fill it count", at_least=1
     )
     nomix: int = flag(10, "number of rounds at the end in which no chain restarts or gets a new label", at_least=0)
 
@@ -1124,12 +1123,19 @@ class MeasureSettings(InceptionWeights):
 
 
 @dataclasses.dataclass(frozen=True)
-class InceptionSettings(ModelChoice, EnsembleChoice, PoolSettings, MeasureSettings, TestData, CheckedNetwork):
-    """All settings of eval_inception.py."""
+class ReleasedInceptionFlags:
+    """Other flags of the release"""
 
     scaled: bool = flag(True, "the noise is that of --noise_scale in all steps", inert=True)
     single: bool = flag(False, "--ensemble chooses how many checkpoints take turns", inert=True)
     datasource: str = flag("random", "chains start from noise", inert=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class InceptionSettings(
+    ModelChoice, EnsembleChoice, PoolSettings, MeasureSettings, TestData, CheckedNetwork, ReleasedInceptionFlags
+):
+    """All settings of eval_inception.py."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1145,13 +1151,14 @@ class AnnealingSettings:
     )
     pdist: tuple[int, ...] = flag(
         (10,),
-        "number of distributions from the box to the model; several numbers, such as 10,100,1000, are compared",
+        "number of distributions on the way from the box, where chains start, to the model; several numbers, such as "
+        "10,100,1000, are compared",
         at_least=1,
         at_most=10**8,
     )
     alr: float | None = flag(
         None,
-        "step size of HMC at the box, falling towards a 56th of it at the model; default: 0.0065 for grey images, "
+        "step size of HMC at the box; it falls to a 56th of this at the model; default: 0.0065 for grey images, "
         "0.0045 for colour (0.0085 with --rescale=8), 0.0085 for gauss, 0.0045 for 2d",
         at_least=0,
     )
@@ -1176,13 +1183,21 @@ class AnnealingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class AisSettings(ModelChoice, AnnealingSettings, TestData, CheckedNetwork):
-    """All settings of ais.py."""
+class ReleasedAisFlags:
+    """Other flags of the release"""
 
     num_filters: int | None = flag(
-        None, "number of filters, the width of the network", at_least=1, at_most=MOST_FILTERS
+        None,
+        "number of filters, the width of the network; only compared with the checkpoint",
+        at_least=1,
+        at_most=MOST_FILTERS,
     )
     max_pool: bool = flag(False, "no network of this project has max pooling", inert=True)
     single: bool = flag(False, "--limit chooses how many test images are measured", inert=True)
     datasource: str = flag("random", "chains start from noise in the box", inert=True)
     proposal_debug: bool = flag(False, "the shares of accepted moves are always reported", inert=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class AisSettings(ModelChoice, AnnealingSettings, TestData, CheckedNetwork, ReleasedAisFlags):
+    """All settings of ais.py."""

@@ -271,8 +271,8 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
         assert figures[f"right, {name}"][name] == figures[f"right, {name}"]["jointly"] == 1.0
         assert figures["right, real sprites"][name] == 1.0
     assert figures["right, real sprites"]["jointly"] == 1.0
-    assert figures["right, real sprites"]["off sprites"] == 0.0
-    assert figures["right, pos"]["off sprites"] == pytest.approx(0.005**2 / 2, rel=0.2)  # noise, half of it clipped
+    assert figures["right, real sprites"]["MSE to sprite"] == 0.0
+    assert figures["right, pos"]["MSE to sprite"] == pytest.approx(0.005**2 / 2, rel=0.2)  # noise, half of it clipped
     assert figures["rot / degrees"]["right"] == 1.0  # the last step is on the rotation's energy
     assert figures["pos / pixels"]["right"] < 0.5 and figures["jointly"]["right"] < 0.5
     assert figures["right, size & shape"]["pos"] is None
@@ -752,7 +752,7 @@ def test_published_command(commands):
     reports = [
         json.loads((root / f"out/{exp}/conceptcombine/conceptcombine.json").read_text()) for exp in ("two", "bf16")
     ]
-    full, half = (report["figures"]["right, shape & pos"]["off sprites"] for report in reports)
+    full, half = (report["figures"]["right, shape & pos"]["MSE to sprite"] for report in reports)
     assert full != half == pytest.approx(full, rel=1e-3)
 
 

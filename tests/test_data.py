@@ -512,12 +512,12 @@ def damage(root, kind):
     if kind == "foreign":
         write_mnist(mnist)
         (mnist / "train-images-idx3-ubyte").write_bytes(b"<html>not found</html>")
-        return {"name": "mnist"}, "no IDX file of bytes"
+        return {"name": "mnist"}, "not an IDX file of bytes"
     if kind == "two bytes per value":
         write_mnist(mnist)
         path = mnist / "train-images-idx3-ubyte"
         path.write_bytes(path.read_bytes().replace(b"\x08", b"\x0b", 1))
-        return {"name": "mnist"}, "no IDX file of bytes"
+        return {"name": "mnist"}, "not an IDX file of bytes"
     if kind == "class 10":
         write_mnist(mnist)
         (mnist / "train-labels-idx1-ubyte").write_bytes(encode_idx(torch.arange(4, 11, dtype=torch.uint8)))

@@ -213,7 +213,9 @@ class ConceptRun:
         except ValueError:
             numbers = []
         if len(numbers) != size or not all(map(math.isfinite, numbers)):
-            raise UsageError(f"`labels`={name}={text or '…'}: give a class below {size}, or {size} numbers with commas")
+            raise UsageError(
+                f"`labels`={name}={text or '…'}: give a class below {size}, or {size} numbers separated by commas"
+            )
         return torch.tensor(numbers, device=targets.device).expand(targets.shape[1], -1)
 
     def build_energy(self, expression: Expression, targets: Tensor) -> Energy:
@@ -361,7 +363,7 @@ def judge_samples(
 
     samples: title -> images (N, 1, 64, 64). plans: title -> the plan that they were sampled from, that of all concepts
     first. targets: latents (count, N, 5). real: the sprites of the first target, which are measured like the samples.
-    The column "off sprites" is the mean squared error to the nearest sprite, because even the nearest sprite of noise
+    The column "MSE to sprite" is the mean squared error to the nearest sprite, because even the nearest sprite of noise
     can be right.
     """
     latents, distances = dsprites.find_nearest_sprites(torch.cat([*samples.values(), real]))
@@ -377,11 +379,11 @@ def judge_samples(
         truths = judge.judge_names(sample_latents[place])
         row = {name: compute_share(truth) if name in names else None for name, truth in truths.items()}
         joint = judge.share_of_plan(plan, sample_latents[place])
-        figures[f"right, {title}"] = row | {"jointly": joint, "off sprites": sample_errors[place]}
+        figures[f"right, {title}"] = row | {"jointly": joint, "MSE to sprite": sample_errors[place]}
     if len(targets) == 1:
         row = {name: compute_share(truth) for name, truth in judge.judge_names(real_latents).items()}
         joint = judge.share_of_plan(first, real_latents)
-        figures["right, real sprites"] = row | {"jointly": joint, "off sprites": real_error}
+        figures["right, real sprites"] = row | {"jointly": joint, "MSE to sprite": real_error}
         if (fulfilled := judge.judge_plan(first, sample_latents[0])) is not None:
             figures["jointly, by the target's shape"] = split_by_shape(fulfilled, targets[0])
     if len(plans) > 1:
