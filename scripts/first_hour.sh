@@ -42,29 +42,21 @@ step "3 Train on digits" "^iteration [0-9]" \
     "python train.py --preset=digits_cpu --exp=digits --logdir=$runs --max_iter=150"
 
 cat > "$out/draw_shapes.py" <<'END'
-"""Draw 300 colour images of circles, squares and triangles, in a folder for each class."""
-
-import pathlib
-import random
-import sys
-
+"""Draw 300 small colour images of circles, squares and triangles, in a folder for each class."""
+import pathlib, random, sys
 from PIL import Image, ImageDraw
 
+KINDS = {"circle": (24, (230, 80, 60)), "square": (4, (70, 200, 90)), "triangle": (3, (90, 120, 240))}  # sides, colour
 random.seed(0)
-for number in range(300):
-    name = ("circle", "square", "triangle")[number % 3]
-    image = Image.new("RGB", (32, 32), tuple(random.choices(range(60), k=3)))
-    colour, x, y, r = tuple(random.choices(range(120, 256), k=3)), *random.choices(range(10, 22), k=2), 8
-    corners = {"square": [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]}
-    corners["triangle"] = [(x, y - r), (x + r, y + r), (x - r, y + r)]
-    if name == "circle":
-        ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), fill=colour)
-    else:
-        ImageDraw.Draw(image).polygon(corners[name], fill=colour)
+for name, (sides, colour) in KINDS.items():
     folder = pathlib.Path(sys.argv[1], name)
-    folder.mkdir(parents=True, exist_ok=True)
-    image.save(folder / f"{number:03}.png")
-print(f"300 images, such as {folder}/{number:03}.png")
+    folder.mkdir(parents=True)
+    for number in range(100):
+        image = Image.new("RGB", (32, 32), (random.randrange(60),) * 3)
+        place = random.randint(12, 19), random.randint(12, 19), 9
+        ImageDraw.Draw(image).regular_polygon(place, sides, fill=colour)
+        image.save(folder / f"{number:03}.png")
+    print(f"100 images of a {name}, such as {folder}/{number:03}.png")
 END
 step "4 Make images of one's own" "images" "python $place/draw_shapes.py $place/images"
 
