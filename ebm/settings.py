@@ -446,7 +446,9 @@ class LossSettings:
         choices=("cd", "logsumexp", "softplus"),
         not_with=SAMPLES_ONLY,
     )
-    zero_kl: bool = flag(False, "leave out the KL term, whose gradient flows through the whole chain")
+    zero_kl: bool = flag(
+        False, "leave out the KL term, whose gradient flows through the whole chain and takes much memory and time"
+    )
     ml_coeff: float = flag(1.0, "weight of the likelihood term of the loss", not_with=SAMPLES_ONLY)
     l2_coeff: float = flag(
         1.0, "weight of the mean squared energies, the regulariser of the loss", at_least=0, not_with=SAMPLES_ONLY
@@ -904,8 +906,8 @@ class CombineTraining:
     )
     balance: bool = flag(
         True,
-        "gentest, genbaseline: train on as many images in which the other concept varies as of those in which the "
-        "position does; --nobalance: on each of the former once, as the release",
+        "gentest, genbaseline: repeat the few images in which the other concept varies until they are as many as those "
+        "in which the position does; --nobalance: use each once, as the release",
         only_with="task=gentest|genbaseline",
     )
     break_steps: int | None = flag(
@@ -918,7 +920,7 @@ class CombineTraining:
     lr: float = flag(1e-3, "gentest: learning rate of the energy models", at_least=0, only_with="task=gentest")
     frac: float = flag(
         0.0,
-        "genbaseline: share of the other combinations to train on, 0 to 1",
+        "genbaseline: share of the sprites with both concepts varied that is trained on as well, 0 to 1",
         at_least=0,
         at_most=1,
         only_with="task=genbaseline",

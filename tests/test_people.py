@@ -311,7 +311,7 @@ def test_other_layouts(tmp_path, capsys):
     assert capsys.readouterr().out.count("left out: training_set\n") == 2
     save(tmp_path / "outer/Images/cat/0.png")
     assert load_folder(tmp_path / "outer").class_names == ("Images",)
-    assert "all images are of the class Images; if it is its" in capsys.readouterr().out
+    assert "all images are of the class Images; if its subfolders" in capsys.readouterr().out
     save(tmp_path / "half/val/cat/0.png")
     with pytest.raises(UsageError, match="has no folder train"):
         load_folder(tmp_path / "half")

@@ -511,6 +511,8 @@ def plot_curve(run: ConceptRun, fractions: Sequence[float], figures: Figures, en
         panels[name] = {"generator": (fractions, [row[name] for row in rows])}
         if energy:
             panels[name]["energy, 0"] = (fractions, [energy["energy, unseen"][name]] * len(fractions))
-    pictures.plot_lines(panels, run.add_file("curve.png"), xlabel="share of the other combinations that is trained on")
+    pictures.plot_lines(
+        panels, run.add_file("curve.png"), xlabel="share of the sprites with both concepts varied that is trained on"
+    )
     curve = np.array([fractions, *(panels[name]["generator"][1] for name in panels)])
     write_file(run.add_file("curve.npy"), lambda file: np.save(file, curve))
