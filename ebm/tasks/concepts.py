@@ -450,8 +450,7 @@ def discover_labels(run: ConceptRun) -> Figures:
     """
     number = run.settings.limit or 30 * run.settings.batch_size
     index = run.draw_targets(1, number)[0]
-    latents, drawn = run.sprites.latents[index], run.draw_by_chance(number)
-    repeats = len(drawn) // number
+    latents = run.sprites.latents[index]
     searches = sum(concept.condition != "pos" for concept in run.concepts.values())
     progress = Progress((len(run.concepts) + searches) * number, what="labels")
     figures, judged, panels = {}, {}, {}
@@ -462,17 +461,16 @@ def discover_labels(run: ConceptRun) -> Figures:
         errors = [measure_label_errors(label, latents, condition) for label in labels]
         true = dsprites.compute_labels(latents, condition)
         title = f"{name} / {CONCEPTS[condition].unit}"
-        by_chance = judge_labels(dsprites.compute_labels(drawn, condition), latents.repeat(repeats, 1), condition)
         figures[title] = {
             "mean error": errors[-1].mean().item(),
             "at the start": errors[0].mean().item(),
             "right": compute_share(is_within_tolerance(errors[-1], condition)),
-            "by chance": compute_share(by_chance),
+            "by chance": share_by_chance(run, latents, condition),
             "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
         }
         if condition != "pos":
             lowest = find_lowest_labels(run, concept, index, progress)
-            truths = judge_labels(lowest, latents, condition)
+            truths = is_within_tolerance(measure_label_errors(lowest, latents, condition), condition)
             judged[f"{name}, lowest energy"] = {"right": compute_share(truths), **split_by_shape(truths, latents)}
         panels[title] = {name: (range(len(errors)), [error.mean().item() for error in errors])}
     pictures.plot_lines(panels, run.add_file("errors.png"), xlabel="steps on the label")
@@ -553,6 +551,9 @@ def measure_label_errors(labels: Tensor, latents: Tensor, condition: str) -> Ten
     return measure_errors(inferred, latents)[condition]
 
 
-def judge_labels(labels: Tensor, latents: Tensor, condition: str) -> Tensor:
-    """Return which labels (N, label_size) of a concept are right for latents (N, 5), (N,) bool."""
-    return is_within_tolerance(measure_label_errors(labels, latents, condition), condition)
+def share_by_chance(run: ConceptRun, latents: Tensor, condition: str) -> float:
+    """Return the share of random sprites whose label of a concept is right for the latents (N, 5) of others."""
+    drawn = run.draw_by_chance(len(latents))
+    targets = latents.repeat(len(drawn) // len(latents), 1)
+    errors = measure_label_errors(dsprites.compute_labels(drawn, condition), targets, condition)
+    return compute_share(is_within_tolerance(errors, condition))
