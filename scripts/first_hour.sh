@@ -6,9 +6,12 @@
 #
 # It needs no GPU and no internet. docs/first_hour.md explains the steps.
 set -euo pipefail
+
+out=${1:-$(mktemp -d)/first_hour}
+[[ ! -e $out ]] || { echo "error: $out exists; name a folder that does not exist yet" >&2; exit 2; }
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
-[[ ! -e ${1:-} ]] || { echo "error: $1 exists; name a folder that does not exist yet" >&2; exit 2; }
-out=$(mkdir -p "${1:-$(mktemp -d)/first_hour}" && cd "${1:-$_}" && pwd)
 export PATH="$PWD/.venv/bin:$PATH" PYTHONUNBUFFERED=1
 printf -v place %q "$out"  # as it is written in a command
 runs=$place/runs results=$place/results
@@ -34,12 +37,12 @@ echo "everything goes to $out"
 
 step "1 Help" "^Run:" "python train.py --help"
 
-step "2 Combine shipped models of concepts" "rounds" \
-    "python ebm_combine.py --weights=pos=3,rot=1.5 --num_steps=100 --step_lr=50 --first_step_lr=400 --first_noise=0.1 \
+step "2 Combine shipped models of concepts" "[0-9]/[0-9]" \
+    "python ebm_combine.py --weights=pos=3,rot=1.5 --num_steps=200 --step_lr=50 --first_step_lr=400 --first_noise=0.1 \
 --limit=10 --savedir=$results"
 
 step "3 Train on digits" "^iteration [0-9]" \
-    "python train.py --preset=digits_cpu --exp=digits --logdir=$runs --max_iter=150"
+    "python train.py --preset=digits_cpu --exp=digits --logdir=$runs --max_iter=250"
 
 cat > "$out/draw_shapes.py" <<'END'
 """Draw 300 small colour images of circles, squares and triangles, in a folder for each class."""
@@ -70,7 +73,7 @@ step "6 Resume the run" "^iteration [0-9]" \
 step "7 Detect images of other kinds" "AUROC" \
     "python ebm_sandbox.py --task=mixenergy --exp=shapes --randommix --mixset=digits --modeldir=$runs --logdir=$results"
 
-step "8 Combine concepts by an expression" "rounds" \
+step "8 Combine concepts by an expression" "[0-9]/[0-9]" \
     "python ebm_combine.py --combine='shape & 3*pos & size' --labels=shape=ellipse,pos=0.5,0.5 --num_steps=100 \
 --step_lr=50 --limit=10 --exp=expression --savedir=$results"
 

@@ -18,7 +18,7 @@ COMMANDS = re.findall(r'"python (\w+)\.py ([^"]*)"', SCRIPT.read_text().replace(
 PYTHON = """#!/usr/bin/env bash
 trap 'kill $!; exit 143' TERM
 echo "$@" >> commands
-echo "Run:"; echo "rounds"; echo "iteration 3/9"; echo "AUROC"; echo "images"; echo "frames"
+echo "Run:"; echo "iteration 3/9"; echo "AUROC"; echo "images"; echo "frames"
 [[ "$*" != *--data_path* ]] || { sleep 50 & wait; }
 echo "wrote $FOLDER/picture.png, and more"
 """
@@ -43,7 +43,8 @@ def test_the_hour(tmp_path):
 
     def run():
         settings = {"PATH": "/usr/bin:/bin", "FOLDER": str(folder)}
-        return subprocess.run(["bash", script, folder], env=settings, capture_output=True, text=True, timeout=60)
+        command = ["bash", script, folder.name]
+        return subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=60)
 
     python.write_text(PYTHON)
     python.chmod(0o755)
