@@ -56,7 +56,7 @@ def plot_bounds(contents: Mapping[str, Any], numbers: Sequence[int], path: pathl
     lines = {title: (numbers, [row[name] for row in rows]) for title, name in bounds.items()}
     if "log Z" in contents:
         lines["exact"] = (numbers, [contents["log Z"]] * len(numbers))
-    ways = {"from box to model": "accepted", "from model to box": "back"}
+    ways = {"from box to model": "accepted", "from model to box": "accepted back"}
     accepted = {title: (numbers, [row[name] for row in rows]) for title, name in ways.items()}
     return pictures.plot_lines(
         {"log Z / nats": lines, "share of accepted moves": accepted}, path, xlabel=xlabel, log=[xlabel]
@@ -103,7 +103,7 @@ def measure_likelihood(settings: AisSettings, workers: Workers, results: Results
             "note: log Z ≤, log p ≥ and bits/dim ≤ assume that the chains reached the model: trust them only if they do"
         )
         print("not change with ten times the --pdist; the other bounds always hold")
-    least = min(rows[-1]["accepted"], rows[-1]["back"])
+    least = min(rows[-1]["accepted"], rows[-1]["accepted back"])
     if least < 0.5:
         print(f"note: only {least:.0%} of the moves were accepted; try a smaller --alr than {target.alr:g}")
     if len(rows) > 1:

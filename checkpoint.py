@@ -124,7 +124,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     if not odd and config.has_classes and len(state.get("class_names", ())) not in (0, config.label_size):
         odd = "class_names"
     if odd:
-        raise UsageError(f"{path} holds something else than it should as its {odd}; use an earlier checkpoint")
+        raise UsageError(f"{path} has an invalid entry {odd}; use an earlier checkpoint")
     if "class_names" in state:
         state["class_names"] = [make_printable(name) for name in state["class_names"]]
     return state
@@ -299,7 +299,7 @@ def from_tf_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Tenso
     array: a kernel in HWIO, a matrix (in, out) or a vector. Raises UsageError if its shape does not fit.
     """
     if array.dtype.kind != "f":
-        raise UsageError(f"{to_tf_name(name)} holds {array.dtype}, no weights")
+        raise UsageError(f"{to_tf_name(name)} holds {array.dtype}, which cannot be weights")
     if array.shape != to_tf_shape(name, shape):
         raise UsageError(f"{to_tf_name(name)} has shape {array.shape}, the network's {name} has {shape}")
     if name.endswith(".weight"):

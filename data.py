@@ -319,15 +319,19 @@ def load_torchvision(
     *,
     read: Callable[[pathlib.Path, str, int], image_files.Contents],
     download: Download,
+    address: str,
     noise: str = "steps",
 ) -> Dataset:
-    """Load one of torchvision's data sets; download its files if they are missing and `download` is set."""
+    """Load one of torchvision's data sets; download its files if they are missing and `download` is set.
+
+    address: where they are published, for the message if they cannot be downloaded.
+    """
     arguments = request.root, request.split, request.workers
     try:
         return make_dataset(request, read(*arguments), noise)
     except FileNotFoundError as error:
         missing = f"`dataset`={request.name}: {error.filename} is missing"
-    remedy = "put the files there, or set `datadir` to where they are"
+    remedy = f"put the files of {address} there (see docs/data.md), or set `datadir` to where they are"
     if not request.download:
         raise UsageError(f"{missing}; {remedy}")
     try:
@@ -348,11 +352,12 @@ def download_into(folder: pathlib.Path, download: Callable[[], object]) -> None:
 def make_torchvision_source(
     read: Callable[[pathlib.Path, str, int], image_files.Contents],
     download: Download,
+    address: str,
     noise: str = "steps",
     label_breakers: tuple[str, ...] = (),
 ) -> Source:
     """Return the source of one of torchvision's data sets."""
-    load = functools.partial(load_torchvision, read=read, download=download, noise=noise)
+    load = functools.partial(load_torchvision, read=read, download=download, address=address, noise=noise)
     return Source(load, label_breakers=label_breakers)
 
 
@@ -363,16 +368,19 @@ DATASETS = {
     "mnist": make_torchvision_source(
         image_files.read_mnist,
         lambda sets, root, _: sets.MNIST(root, download=True),
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
         label_breakers=("augment", "cutout"),
     ),
     "fashion_mnist": make_torchvision_source(
         image_files.read_fashion_mnist,
         lambda sets, root, _: sets.FashionMNIST(root, download=True),
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         label_breakers=("cutout",),
     ),
     "cifar10": make_torchvision_source(
         image_files.read_cifar10,
         lambda sets, root, _: download_into(root / "cifar-10-batches-py", lambda: sets.CIFAR10(root, download=True)),
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     ),
     "celeba": Source(load_celeba),
     "imagenet": Source(load_imagenet32, "imagenet_path"),
@@ -382,16 +390,21 @@ DATASETS = {
     "svhn": make_torchvision_source(
         image_files.read_svhn,
         lambda sets, root, split: sets.SVHN(root, split=split, download=True),
+        "http://ufldl.stanford.edu/housenumbers/",
         "centred",
         label_breakers=("augment",),
     ),
     "cifar100": make_torchvision_source(
         image_files.read_cifar100,
         lambda sets, root, _: download_into(root / "cifar-100-python", lambda: sets.CIFAR100(root, download=True)),
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
         "centred",
     ),
     "textures": make_torchvision_source(
-        folders.read_textures, lambda sets, root, _: sets.DTD(root, download=True), "centred"
+        folders.read_textures,
+        lambda sets, root, _: sets.DTD(root, download=True),
+        "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
+        "centred",
     ),
 }
 
@@ -434,14 +447,14 @@ def match_classes(dataset: Dataset, known: tuple[str, ...]) -> Dataset:
     if unknown is not None:
         some = ", ".join(known[:5]) + ", …" * (len(known) > 5)
         raise UsageError(
-            f"`dataset`={dataset.name} has the class {unknown!r}, which is none of {some}; choose "
+            f"`dataset`={dataset.name} has the class {unknown!r}, which is not one of {some}; choose "
             "images of these classes, or rename the class"
         )
     numbers = [known.index(match) for match in matches.values() if match is not None]
     if twice := next((known[number] for number in numbers if numbers.count(number) > 1), None):
         raise UsageError(f"`dataset`={dataset.name} has several classes that could be {twice!r}; rename them")
     if respelt := [f"{name} is {match}" for name, match in matches.items() if name != match]:
-        print(f"note: classes of {dataset.name} are taken for others: {', '.join(respelt)}")
+        print(f"note: classes of {dataset.name} that are spelt differently are matched: {', '.join(respelt)}")
     return dataset.with_classes(known, torch.tensor(numbers))
 
 

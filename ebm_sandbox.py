@@ -5,8 +5,8 @@
     python ebm_sandbox.py --task=mixenergy --exp=cifar10_large_model_uncond --svhnmix --cifar100mix --randommix
     python ebm_sandbox.py --task=boxcorrupt --exp=digits --limit=100
 
-A round is a Langevin chain of --num_steps steps. As in the reference, images that training dequantises are bytes/256
-without noise, and those of SVHN, CIFAR-100, ImageNet and the textures have their own noise. Pictures, arrays and
+A round is a Langevin chain of --num_steps steps. As in the reference, images are examined without the noise that
+training adds to them, but for those of SVHN, CIFAR-100, ImageNet and the textures. Pictures, arrays and
 <task>.json go to <logdir>/<exp>/<task>/.
 """
 
@@ -79,7 +79,8 @@ def examine_model(settings: Settings, workers: Workers, results: Results) -> Non
         results=results,
         names=trained.class_names,
     )
-    kind = f"conditioned on labels of width {config.label_size}" if config.label_size else "unconditional"
+    labels = f"{config.label_size} classes" if config.has_classes else f"labels of width {config.label_size}"
+    kind = f"conditioned on {labels}" if config.label_size else "unconditional"
     print(f"model: {trained.path}, {config.network} with {config.num_filters} filters, {kind}, on {device}")
     print(f"task: {settings.task}")
     report = Report({})

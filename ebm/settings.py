@@ -63,8 +63,8 @@ class DataFiles:
     download: bool = flag(True, "download files that are missing, such as data sets")
     data_path: str | None = flag(
         None,
-        "folder of images for --dataset=folder; if it has subfolders, each of them is a class, but train beside val "
-        "or test are splits",
+        "folder of images for --dataset=folder; its subfolders, if it has any, are the classes, or the splits if they "
+        "are called train and val or test",
         only_with="dataset=folder",
         is_path=True,
     )
@@ -254,7 +254,7 @@ class InceptionWeights:
 
 @dataclasses.dataclass(frozen=True)
 class UnrecordedNetwork:
-    """Network, as far as a TensorFlow checkpoint does not store it (other checkpoints do)"""
+    """Network, for TensorFlow checkpoints, which do not store this (other checkpoints do)"""
 
     swish_act: bool | None = flag(None, "swish activations")
     spec_iter: int | None = flag(
@@ -266,7 +266,7 @@ class UnrecordedNetwork:
     downsample: bool | None = flag(None, "in networks for grey images: average pooling instead of stride 2")
     spec_eval: bool = flag(
         True,
-        "the vectors of the power iteration stay as they are in the checkpoint whenever it is evaluated",
+        "evaluation never changes the vectors of the power iteration",
         inert=True,
     )
 
@@ -371,8 +371,8 @@ class TrainingData(DataFiles):
     )
     antialias: bool = flag(
         False,
-        "for --dataset=imagenetfull: resize images with antialiasing, a better picture; else by TensorFlow's old "
-        "bilinear rule, as the published models were trained",
+        "for --dataset=imagenetfull: resize images with antialiasing, which looks better; default: by TensorFlow's old "
+        "bilinear rule, with which the published models were trained",
         only_with="dataset=imagenetfull",
     )
     data_workers: int = flag(
@@ -496,7 +496,9 @@ class LossSettings:
         choices=("cd", "logsumexp", "softplus"),
         not_with=SAMPLES_ONLY,
     )
-    zero_kl: bool = flag(False, "leave out the KL term, whose gradient flows through the whole chain")
+    zero_kl: bool = flag(
+        False, "leave out the KL term, whose gradient flows through the whole chain and takes much memory and time"
+    )
     ml_coeff: float = flag(1.0, "weight of the likelihood term of the loss", not_with=SAMPLES_ONLY)
     l2_coeff: float = flag(
         1.0, "weight of the mean squared energies, the regulariser of the loss", at_least=0, not_with=SAMPLES_ONLY
@@ -535,8 +537,8 @@ class NetworkSettings:
     cclass: bool = flag(False, "condition the network on class labels")
     model_cclass: bool = flag(
         False,
-        "condition the network on classes, which it infers itself for the chains; energies of data are averaged over "
-        "all classes",
+        "condition the network on classes without using labels: it infers the classes of the chains itself, and "
+        "energies of data are averaged over all classes",
     )
     num_filters: int | None = flag(
         None,
@@ -588,9 +590,8 @@ class OutputSettings(InceptionWeights):
     )
     quality: bool | None = flag(
         None,
-        "measure samples at each test and at the end: by Inception for colour images if its weights are at hand, else "
-        "by their distance to the data in the features of a small classifier; default: on for cifar10, imagenet and "
-        "imagenetfull",
+        "measure the quality of samples at each test and at the end: by Inception for colour images if its weights are "
+        "available, else by a small classifier of the data; default: on for cifar10, imagenet and imagenetfull",
     )
     sample_steps: int | None = flag(
         None,
@@ -706,8 +707,8 @@ class ClassificationSettings:
     )
     adaptive: int = flag(
         0,
-        "attack through the refinement, and average the gradient over this many draws of its noise; 0: the attack "
-        "ignores the refinement",
+        "number of draws of the refinement's noise over which the attack averages gradients through the refinement; "
+        "0: the attack ignores the refinement",
         at_least=0,
         only_with="pgd",
     )
@@ -946,8 +947,8 @@ class CombineTraining:
     )
     balance: bool = flag(
         True,
-        "gentest, genbaseline: train on as many images in which the other concept varies as of those in which the "
-        "position does; --nobalance: on each of the former once, as the release",
+        "gentest, genbaseline: repeat the few images in which the other concept varies until they are as many as those "
+        "in which the position does; --nobalance: use each once, as the release",
         only_with="task=gentest|genbaseline",
     )
     break_steps: int | None = flag(
@@ -960,7 +961,7 @@ class CombineTraining:
     lr: float = flag(1e-3, "gentest: learning rate of the energy models", at_least=0, only_with="task=gentest")
     frac: float = flag(
         0.0,
-        "genbaseline: share of the other combinations to train on, 0 to 1",
+        "genbaseline: share of the sprites with both concepts varied that is trained on as well, 0 to 1",
         at_least=0,
         at_most=1,
         only_with="task=genbaseline",
@@ -1105,7 +1106,7 @@ class PoolSettings(ChainPrecision):
         at_most=MOST_AT_ONCE,
     )
     repeat_scale: int = flag(
-        100, "half the number of rounds per 1,000 images, those in which the pool is filled included", at_least=1
+        100, "half the number of rounds of a pool of 1,000 images; the rounds that fill it count", at_least=1
     )
     nomix: int = flag(10, "number of rounds at the end in which no chain restarts or gets a new label", at_least=0)
 
@@ -1151,12 +1152,19 @@ class MeasureSettings(InceptionWeights):
 
 
 @dataclasses.dataclass(frozen=True)
-class InceptionSettings(ModelChoice, EnsembleChoice, PoolSettings, MeasureSettings, TestData, CheckedNetwork):
-    """All settings of eval_inception.py."""
+class ReleasedInceptionFlags:
+    """Other flags of the release"""
 
     scaled: bool = flag(True, "the noise is that of --noise_scale in all steps", inert=True)
     single: bool = flag(False, "--ensemble chooses how many checkpoints take turns", inert=True)
     datasource: str = flag("random", "chains start from noise", inert=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class InceptionSettings(
+    ModelChoice, EnsembleChoice, PoolSettings, MeasureSettings, TestData, CheckedNetwork, ReleasedInceptionFlags
+):
+    """All settings of eval_inception.py."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1172,13 +1180,14 @@ class AnnealingSettings:
     )
     pdist: tuple[int, ...] = flag(
         (10,),
-        "number of distributions from the box to the model; several numbers, such as 10,100,1000, are compared",
+        "number of distributions on the way from the box, where chains start, to the model; several numbers, such as "
+        "10,100,1000, are compared",
         at_least=1,
         at_most=10**8,
     )
     alr: float | None = flag(
         None,
-        "step size of HMC at the box, falling towards a 56th of it at the model; default: 0.0065 for grey images, "
+        "step size of HMC at the box; it falls to a 56th of this at the model; default: 0.0065 for grey images, "
         "0.0045 for colour (0.0085 with --rescale=8), 0.0085 for gauss, 0.0045 for 2d",
         at_least=0,
     )
@@ -1203,13 +1212,21 @@ class AnnealingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class AisSettings(ModelChoice, AnnealingSettings, TestData, CheckedNetwork):
-    """All settings of ais.py."""
+class ReleasedAisFlags:
+    """Other flags of the release"""
 
     num_filters: int | None = flag(
-        None, "number of filters, the width of the network", at_least=1, at_most=MOST_FILTERS
+        None,
+        "number of filters, the width of the network; only compared with the checkpoint",
+        at_least=1,
+        at_most=MOST_FILTERS,
     )
     max_pool: bool = flag(False, "no network of this project has max pooling", inert=True)
     single: bool = flag(False, "--limit chooses how many test images are measured", inert=True)
     datasource: str = flag("random", "chains start from noise in the box", inert=True)
     proposal_debug: bool = flag(False, "the shares of accepted moves are always reported", inert=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class AisSettings(ModelChoice, AnnealingSettings, TestData, CheckedNetwork, ReleasedAisFlags):
+    """All settings of ais.py."""

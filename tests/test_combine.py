@@ -276,8 +276,8 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
         assert figures[f"right, {name}"][name] == figures[f"right, {name}"]["jointly"] == 1.0
         assert figures["right, real sprites"][name] == 1.0
     assert figures["right, real sprites"]["jointly"] == 1.0
-    assert figures["right, real sprites"]["off sprites"] == 0.0
-    assert figures["right, pos"]["off sprites"] == pytest.approx(0.005**2 / 2, rel=0.2)  # noise, half of it clipped
+    assert figures["right, real sprites"]["MSE to sprite"] == 0.0
+    assert figures["right, pos"]["MSE to sprite"] == pytest.approx(0.005**2 / 2, rel=0.2)  # noise, half of it clipped
     assert figures["rot / degrees"]["right"] == 1.0  # the last step is on the rotation's energy
     assert figures["pos / pixels"]["right"] < 0.5 and figures["jointly"]["right"] < 0.5
     assert figures["right, size & shape"]["pos"] is None
@@ -289,7 +289,26 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
     )
     assert {path.name for path in run.results.files} == {"im_condscale_condshape_condpos_condrot.png", "accuracy.png"}
     assert all(path.stat().st_size for path in run.results.files)
+    assert figures["shape / share wrong"]["by chance"] == pytest.approx(1 / 3, rel=0.01)
     json.dumps(figures, allow_nan=False)
+
+
+def test_chance_is_that_of_random_sprites(small_grid, tmp_path):
+    """Breaks when chance depends on the images or on targets that are alike, or counts a concept without the others.
+
+    The target is a heart of the smallest size, not turned, in a corner of 3x3 places. Of 6 sizes 2 are right. Of 40
+    turns 10 are right for squares, 6 for ellipses and 4 for hearts (the last turn is the first one).
+    """
+    run = run_on({}, small_grid, tmp_path)
+    target = torch.tensor([[3.0, 0.5, 0.0, 0.0, 0.0]]).repeat(5, 1)
+    judge = concepts.Judge({name: name for name in SIZES}, dict.fromkeys(SIZES, target))
+    plan = [parse_expression(" & ".join(SIZES))]
+    figures = concepts.tabulate_errors(judge, plan, target, run.draw_by_chance(5))
+    chances = {name.split(" / ")[0]: row["by chance"] for name, row in figures.items()}
+    assert chances["jointly"] == pytest.approx(2 / 6 / 3 / 9 * 4 / 40, rel=0.15)
+    expected = {"size": 2 / 6, "shape": 1 / 3, "pos": 1 / 9, "rot": 20 / 120}
+    assert {name: chances[name] for name in SIZES} == pytest.approx(expected, rel=0.01)
+    assert all(row["right"] == 1.0 for row in figures.values())
 
 
 def test_steps_fall_from_the_first_rounds_to_the_last():
@@ -462,6 +481,8 @@ def test_labeldiscover_finds_labels(small_grid, tmp_path):
         row = figures[f"{name} / {CONCEPTS[name].unit}"]
         assert row["right"] == 1.0 and row["error of the label"] < 1e-5, name
         assert row["mean error"] < 0.1 <= row["at the start"], name
+        chance = {"shape": 1 / 3, "pos": 1 / 9}.get(name, row["by chance"])
+        assert row["by chance"] == pytest.approx(chance, rel=0.01), name
         if name != "pos":
             row = figures[f"{name}, lowest energy"]
             shapes = {shape: 1.0 if k in latents[:, 0] else None for k, shape in enumerate(dsprites.SHAPES, 1)}
@@ -743,7 +764,7 @@ def test_published_command(commands):
     reports = [
         json.loads((root / f"out/{exp}/conceptcombine/conceptcombine.json").read_text()) for exp in ("two", "bf16")
     ]
-    full, half = (report["figures"]["right, shape & pos"]["off sprites"] for report in reports)
+    full, half = (report["figures"]["right, shape & pos"]["MSE to sprite"] for report in reports)
     assert full != half == pytest.approx(full, rel=1e-3)
 
 

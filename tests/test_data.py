@@ -512,12 +512,12 @@ def damage(root, kind):
     if kind == "foreign":
         write_mnist(mnist)
         (mnist / "train-images-idx3-ubyte").write_bytes(b"<html>not found</html>")
-        return {"name": "mnist"}, "no IDX file of bytes"
+        return {"name": "mnist"}, "not an IDX file of bytes"
     if kind == "two bytes per value":
         write_mnist(mnist)
         path = mnist / "train-images-idx3-ubyte"
         path.write_bytes(path.read_bytes().replace(b"\x08", b"\x0b", 1))
-        return {"name": "mnist"}, "no IDX file of bytes"
+        return {"name": "mnist"}, "not an IDX file of bytes"
     if kind == "class 10":
         write_mnist(mnist)
         (mnist / "train-labels-idx1-ubyte").write_bytes(encode_idx(torch.arange(4, 11, dtype=torch.uint8)))
@@ -645,7 +645,7 @@ def test_no_network(tmp_path, monkeypatch):
         raise OSError("Name or service\nnot known")
 
     monkeypatch.setattr(data, "import_torchvision", lambda: stand_in_torchvision(FashionMNIST=fail))
-    wanted = r"train-images-idx3-ubyte is missing and cannot be downloaded \(Name or service not known\); .*`datadir`"
+    wanted = r"train-images-idx3-ubyte is missing and cannot be downloaded \(Name or service not known\); .*http://fashion-mnist.*`datadir`"
     with pytest.raises(UsageError, match=wanted):
         data.load_dataset("fashion_mnist", root=tmp_path)
 

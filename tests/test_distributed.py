@@ -105,12 +105,12 @@ def test_launch_is_read_from_the_environment(environment: dict[str, str], launch
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many is no number; unset it"),
-        ({"RANK": "-1"}, "RANK=-1 is no number"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many is not a number; unset it"),
+        ({"RANK": "-1"}, "RANK=-1 is not a number"),
         ({"RANK": "2"}, "RANK=2 does not go with WORLD_SIZE=2.* unset RANK"),
         ({"LOCAL_RANK": "3"}, "LOCAL_RANK=3 does not go with LOCAL_WORLD_SIZE=2"),
         ({"LOCAL_RANK": ""}, "WORLD_SIZE=2 .* MASTER_ADDR is not set; start all workers with torchrun, or unset RANK"),
-        ({"LOCAL_RANK": "x", "LOCAL_WORLD_SIZE": "", "MASTER_ADDR": "pod-0"}, "LOCAL_RANK=x is no number"),
+        ({"LOCAL_RANK": "x", "LOCAL_WORLD_SIZE": "", "MASTER_ADDR": "pod-0"}, "LOCAL_RANK=x is not a number"),
         ({"WORLD_SIZE": "", "PMI_RANK": "0", "PMI_SIZE": "2"}, "MPI_LOCALRANKID is not set; .* unset PMI_RANK"),
         ({"WORLD_SIZE": "", **STEP, "SLURM_PROCID": "4"}, "SLURM_PROCID=4 .* unset SLURM_PROCID"),
     ],
@@ -130,7 +130,7 @@ def test_workers_of_srun_have_an_address() -> None:
     assert find_address(srun, STEP | {"SLURM_JOB_ID": "78"})[1] != port
     assert find_address(srun, STEP | {"MASTER_ADDR": "a", "MASTER_PORT": "29500"}) == ("a", 29500)
     assert find_address(srun._replace(local_size=4), STEP)[0] == "127.0.0.1"
-    with pytest.raises(UsageError, match="MASTER_PORT=x is no port"):
+    with pytest.raises(UsageError, match="MASTER_PORT=x is not a port"):
         find_address(TORCHRUN, {"MASTER_ADDR": "a", "MASTER_PORT": "x"})
     with pytest.raises(UsageError, match="MASTER_ADDR is not set; start all workers with torchrun, or unset RANK"):
         find_address(TORCHRUN, TORCHRUN_INSIDE)

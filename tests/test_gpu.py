@@ -237,7 +237,7 @@ def test_a_checkpoint_moves_to_a_gpu_and_back(tmp_path):
     run(tmp_path, "--exp=moves", "--device=cpu", "--max_iter=2")
     for device, last in (("cuda", 4), ("cpu", 6)):
         flags = [f"--device={device}", f"--max_iter={last}", "--nocompile", "--resume_iter=latest"]
-        assert "noise starts afresh" in run(tmp_path, "--exp=moves", *flags)
+        assert "the noise starts anew" in run(tmp_path, "--exp=moves", *flags)
     assert load_state(tmp_path / "moves" / "model_6.pt")["iteration"] == 6
 
 

@@ -639,7 +639,7 @@ def test_odd_entries(tmp_path):
                 torch.save({"config": dataclasses.asdict(CONFIG), "model": {}, "iteration": 1} | {name: value}, path)
             else:
                 write_checkpoint(path, **{name: value})
-            with pytest.raises(UsageError, match=f"holds something else than it should as its {name}"):
+            with pytest.raises(UsageError, match=f"has an invalid entry {name}"):
                 checkpoint.load(path)
 
 

@@ -297,7 +297,7 @@ def test_a_damaged_record_is_named_and_replaced(records, capsys) -> None:
     ("record", "message"),
     [
         (encode_example(encode_noise(0), 1001), "class label 1001"),
-        (encode_example(b"\xff\xd8\xff\xe0 no JPEG", 1), "is no image"),
+        (encode_example(b"\xff\xd8\xff\xe0 no JPEG", 1), "cannot be decoded"),
         (encode_example(encode_noise(0, "JPEG")[:-2000], 1), "truncated"),
         (encode_field(1, b""), "holds no image/encoded"),
         (encode_example(encode_noise(0), None), "holds no image/class/label"),
@@ -317,7 +317,7 @@ def test_too_many_bad_records_end_the_run(records, monkeypatch) -> None:
     broken = [encode_example(b"", i) for i in range(1, 5)]
     write_records(records / "train-00001-of-00003", broken)
     monkeypatch.setattr(streaming, "MAX_BAD", 3)
-    with pytest.raises(UsageError, match=r"train-00001-of-00003 at byte \d+ is no image.*image number 4 of 9"):
+    with pytest.raises(UsageError, match=r"train-00001-of-00003 at byte \d+ cannot be decoded.*image number 4 of 9"):
         open_imagenet(records, "train", workers=0).batch(torch.tensor([3]), None)
     monkeypatch.setattr(streaming, "MAX_BAD", 100)
     for file, count in enumerate(COUNTS):
@@ -360,7 +360,7 @@ def test_damaged_index(records, text) -> None:
 def test_index_without_the_split(records) -> None:
     """Red if an index that lists no training files, or only paths out of its folder, gives an empty data set."""
     (records / "index.json").write_text('{"record_counts": {"../train-00000-of-00003": 3}}')
-    with pytest.raises(UsageError, match=r"index\.json knows no files train-"):
+    with pytest.raises(UsageError, match=r"index\.json lists no files train-"):
         open_imagenet(records, "train", workers=0)
 
 

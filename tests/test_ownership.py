@@ -288,7 +288,7 @@ def test_folders_that_are_no_runs(tmp_path):
     check_new_folder(tmp_path / "data")
     check_new_folder(tmp_path / "none")
     (tmp_path / "data" / "notes.txt").write_text("precious")
-    with pytest.raises(UsageError, match=r"data is no run's folder, it holds notes\.txt"):
+    with pytest.raises(UsageError, match=r"data is not the folder of a run, it holds notes\.txt"):
         check_new_folder(tmp_path / "data")
     (tmp_path / "data" / "config.json").write_text("{}")
     check_new_folder(tmp_path / "data")
@@ -383,7 +383,7 @@ def test_an_earlier_iteration_is_resumed(tmp_path, monkeypatch, capsys):
     }
     capsys.readouterr()
     go_on(folder, "2", 6, lr=1e-4)
-    assert capsys.readouterr().out.count("went on from iteration 2; what it had of later ones is in") == 1
+    assert capsys.readouterr().out.count("went on from iteration 2; its later files are now in") == 1
     assert checkpoint.list_iterations(folder) == [2, 4, 6] and not (folder / "model_best.pt").exists()
     assert load_state(checkpoint.find(folder, "latest"))["flags"]["lr"] == 1e-4
     names = {"model_8.pt", "model_10.pt", "model_best.pt", "samples_10.png", LOG_NAME}
@@ -537,7 +537,7 @@ def test_other_classes(tmp_path):
     settings = TrainSettings(dataset="folder", data_path=str(tmp_path), cclass=True, data_workers=1)
     dataset = open_dataset(settings, work_alone(), ["dog", "bird", "cat"])
     assert dataset.labels is not None and dataset.labels.tolist() == [2, 2, 0] and dataset.label_size == 3
-    with pytest.raises(UsageError, match="has the class 'dog', which is none of cat, bird"):
+    with pytest.raises(UsageError, match="has the class 'dog', which is not one of cat, bird"):
         open_dataset(settings, work_alone(), ["cat", "bird"])
     assert open_dataset(dataclasses.replace(settings, cclass=False), work_alone(), ["bird"]).class_names == (
         "cat",

@@ -208,7 +208,7 @@ def test_the_rest_of_what_people_have(tmp_path, capsys):
     assert load_folder(tmp_path / "bits").raw(torch.tensor([0]))[0, 0].tolist() == (255 * (SHADES > 127)).tolist()
     save(tmp_path / "bits/1.png", red)
     assert load_folder(tmp_path / "bits").image_shape == (1, 8, 8)
-    assert "1 images of" in (said := capsys.readouterr().out) and "become grey like the first; channels=3" in said
+    assert "1 image(s) of" in (said := capsys.readouterr().out) and "become grey like the first; channels=3" in said
 
 
 # ---- floods of pixels ----
@@ -311,7 +311,7 @@ def test_other_layouts(tmp_path, capsys):
     assert capsys.readouterr().out.count("left out: training_set\n") == 2
     save(tmp_path / "outer/Images/cat/0.png")
     assert load_folder(tmp_path / "outer").class_names == ("Images",)
-    assert "all images are of the class Images; if it is its" in capsys.readouterr().out
+    assert "all images are of the class Images; if its subfolders" in capsys.readouterr().out
     save(tmp_path / "half/val/cat/0.png")
     with pytest.raises(UsageError, match="has no folder train"):
         load_folder(tmp_path / "half")
@@ -391,7 +391,7 @@ def test_links_that_lead_nowhere(tmp_path, read):
     save(tmp_path / "a/0.png")
     for link, target in ((tmp_path / "b", "nowhere"), (tmp_path / "a/more", "more")):
         link.symlink_to(target)
-        with pytest.raises(UsageError, match=f"{link.name} is a link that leads nowhere; mend or remove it"):
+        with pytest.raises(UsageError, match=f"{link.name} is a broken link; repair or remove it"):
             read(tmp_path)
         link.unlink()
     (tmp_path / "a/1.png").symlink_to("nowhere.png")
@@ -493,7 +493,7 @@ def test_a_class_is_found_by_its_name():
 def test_other_classes_are_refused(tmp_path):
     """Breaks when images of classes that a model does not know get labels of those that it knows."""
     write_classes(tmp_path / "a", "cat", "dog")
-    with pytest.raises(UsageError, match="has the class 'dog', which is none of cat, frog"):
+    with pytest.raises(UsageError, match="has the class 'dog', which is not one of cat, frog"):
         examine(tmp_path / "a", ("cat", "frog"))
     write_classes(tmp_path / "b", "Dog", "DOG")
     with pytest.raises(UsageError, match="several classes that could be 'dog'"):
@@ -570,7 +570,7 @@ def test_files_of_records_that_are_missing(tmp_path, capsys):
     write_records(tmp_path / "train-00001-of-00004", [encode_example(encode_noise(1), 1)])
     path = tmp_path / "train-00002-of-00004"
     path.symlink_to(path.name)
-    with pytest.raises(UsageError, match="train-00002-of-00004 is a link that leads nowhere"):
+    with pytest.raises(UsageError, match="train-00002-of-00004 is a broken link"):
         imagenet.open_imagenet(tmp_path, "train", workers=0)
     path.unlink()
     os.mkfifo(path)
@@ -581,7 +581,7 @@ def test_files_of_records_that_are_missing(tmp_path, capsys):
     dataset = imagenet.open_imagenet(tmp_path, "train", workers=0)
     dataset.raw(torch.tensor([2]))
     said = capsys.readouterr().out
-    assert "missing" not in said and "is no image that can be decoded (of no known format)" in said
+    assert "missing" not in said and "cannot be decoded as an image (of no known format)" in said
 
 
 def test_an_index_with_paths_and_a_byte_order_mark(tmp_path):

@@ -295,7 +295,7 @@ def test_statistics_are_computed_once(tmp_path, capsys):
         path.write_bytes(b"damaged")
     capsys.readouterr()
     features.load_or_compute_statistics(extractor, toy(images), tmp_path)
-    assert extractor.calls == 4 and "is damaged and made again" in capsys.readouterr().out
+    assert extractor.calls == 4 and "is damaged and is computed again" in capsys.readouterr().out
 
 
 def test_reference_keeps_images_with_their_classes():

@@ -344,8 +344,8 @@ def test_wrong_files(tmp_path):
     index, data = tmp_path / "model_1.index", tmp_path / "model_1.data-00000-of-00001"
     for content, expected in (
         (None, "is missing"),
-        (b"", "is no index"),
-        (b"x" * 1000, "is no index"),
+        (b"", "is not the index"),
+        (b"x" * 1000, "is not the index"),
         (b"x" * (2 << 20), "has more than"),
     ):
         if content is not None:

@@ -93,7 +93,7 @@ def test_resume_on_another_kind_of_device(run, tmp_path):
     torch.save(contents, tmp_path / "gpu" / "model_24.pt")
     result = train(tmp_path, "--exp=gpu", "--max_iter=25", "--resume_iter=latest")
     assert result.returncode == 0, result.stderr
-    assert "written on another kind of device: noise starts afresh" in result.stdout
+    assert "written on another kind of device: the noise starts anew" in result.stdout
     last = load_state(tmp_path / "gpu" / "model_25.pt")
     assert torch.equal(last["workers"][0]["buffer"]["images"][:384], contents["workers"][0]["buffer"]["images"])
 

@@ -158,7 +158,7 @@ def test_what_is_no_file_stays(tmp_path):
     with pytest.raises(WriteError, match="no file"):
         write_file(tmp_path / "pipe", lambda file: file.write(b"new"))
     assert (tmp_path / "pipe").is_fifo()
-    with pytest.raises(UsageError, match=r"`output`: .*pipe is no file"):
+    with pytest.raises(UsageError, match=r"`output`: .*pipe is not a file"):
         prepare_file(tmp_path / "pipe", "output")
 
 
@@ -185,7 +185,7 @@ def test_folders_that_cannot_be_written(tmp_path):
     """Breaks when a file in the way, a place without folders or a full disk is found after the work, or unnamed."""
     (tmp_path / "file").write_text("precious")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UsageError, match=r"`logdir`: cannot make .*is no folder"):
+        with pytest.raises(UsageError, match=r"`logdir`: cannot make .*is not a folder"):
             prepare_folder(folder, "logdir")
     with pytest.raises(UsageError, match="`logdir`: cannot make /proc/nowhere"):
         prepare_folder(ROOT / "/proc/nowhere/below", "logdir")

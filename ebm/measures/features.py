@@ -282,7 +282,7 @@ def load_or_compute(
         if contents.get("settings") == settings:
             return build(contents)
     except Exception as error:  # a damaged file can cause any error
-        print(f"note: {path} is damaged and made again ({describe_failure(error)})")
+        print(f"note: {path} is damaged and is computed again ({describe_failure(error)})")
     contents = make() | {"settings": dict(settings)}
     try:
         checkpoint.save(path, contents)

@@ -33,10 +33,10 @@ def read_npy_header(stream: io.BufferedIOBase) -> tuple[np.dtype, tuple[int, ...
     magic = stream.read(8)
     width = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4, b"\x93NUMPY\x03\x00": 4}.get(magic)
     if width is None:
-        raise ValueError("no array of numpy")
+        raise ValueError("not a numpy array")
     header = NPY_HEADER.fullmatch(stream.read(min(int.from_bytes(stream.read(width), "little"), 10_000)))
     if header is None:
-        raise ValueError("no array of numbers; pickled objects are not read, because they could run code")
+        raise ValueError("not an array of numbers; pickled objects are not read, because they could run code")
     kind, is_fortran, sizes = header.groups()
     shape = tuple(int(size.rstrip(b"L ")) for size in sizes.split(b",") if size.strip())
     return np.dtype(kind.decode()), shape, "F" if is_fortran == b"True" else "C"
@@ -65,7 +65,7 @@ def read_matlab(path: PathLike, names: Sequence[str]) -> list[np.ndarray]:
     """
     contents = read_file(path)
     if contents[124:128] != b"\x00\x01IM":
-        raise ValueError("no MATLAB file of version 5")
+        raise ValueError("not a MATLAB file of version 5")
     arrays, budget = {}, limit_inflated(len(contents))
     for kind, element in read_elements(memoryview(contents)[128:]):
         if kind == COMPRESSED:

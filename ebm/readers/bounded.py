@@ -89,7 +89,7 @@ def read_file(path: PathLike, limit: int | None = None) -> bytes:
 def check_size(size: int, limit: int | None, what: str) -> None:
     """Raise ValueError if `size` bytes are more than the limit. what: names whose size it is."""
     if limit is not None and size > limit:
-        raise ValueError(f"{what} has {size:,} bytes, more than the {limit:,} of the largest honest one")
+        raise ValueError(f"{what} has {size:,} bytes, more than the {limit:,} of the largest valid one")
 
 
 def read_text(path: PathLike, limit: int) -> str:
@@ -97,7 +97,7 @@ def read_text(path: PathLike, limit: int) -> str:
     try:
         return read_file(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError("it is no text in UTF-8") from None
+        raise ValueError("it is not UTF-8 text") from None
 
 
 def read_json(path: PathLike, limit: int) -> object:

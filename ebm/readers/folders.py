@@ -82,7 +82,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
     """
     if entry.is_symlink() and not os.path.exists(entry):
         if not entry.name.lower().endswith(IMAGE_SUFFIXES):
-            raise UsageError(f"{make_printable(entry.path)} is a link that leads nowhere; mend or remove it")
+            raise UsageError(f"{make_printable(entry.path)} is a broken link; repair or remove it")
         return False
     return entry.is_dir()
 
@@ -130,15 +130,13 @@ def list_folder(folder: pathlib.Path) -> FoundImages:
     check_classes(folder, direct, by_class)
     if others:
         print(
-            f"note: {len(others):,} files below {folder} have names of no images ({' '.join(IMAGE_SUFFIXES)}) and are "
-            f"left out, such as {make_printable(others[0])}"
+            f"note: {len(others):,} files below {folder} are skipped, such as {make_printable(others[0])}: "
+            f"the names of images end in {' '.join(IMAGE_SUFFIXES)}"
         )
     paths = direct or [path for paths in by_class.values() for path in paths]
     if len(by_class) == 1 and all(path.count("/") > 1 for path in paths):
         name = make_printable(*by_class)
-        print(
-            f"note: all images are of the class {name}; if it is its subfolders that are classes, give {folder / name}"
-        )
+        print(f"note: all images are of the class {name}; if its subfolders are the classes, give {folder / name}")
     encoded = np.array([os.fsencode(path) for path in paths])
     if direct:
         return FoundImages(folder, encoded, None, ())
@@ -222,8 +220,8 @@ def read_folder(
     contents = decode_files(found, "L" if is_grey_wanted else "RGB", size, fit, workers)
     if has_grey and channels is None and contents.colours:
         print(
-            f"note: {contents.colours:,} images of {folder} have colours and become grey like the first; channels=3 "
-            "keeps them"
+            f"note: {contents.colours:,} image(s) of {folder} are in colour and become grey like the first; "
+            "channels=3 keeps the colours"
         )
     return contents.images, contents.classes, found.class_names
 
@@ -235,7 +233,7 @@ def find_folder_split(folder: pathlib.Path, split: str) -> pathlib.Path:
         return place
     if split == "train" or (place := find_split(folder, "train")) is None:
         raise UsageError(f"`data_path`={folder} is divided into splits, but has no folder train; add or rename it")
-    print(f"note: {folder} has no folder of test images ({', '.join(TEST_NAMES)}); those of {place} stand in")
+    print(f"note: {folder} has no folder of test images ({', '.join(TEST_NAMES)}); those of {place} are used")
     return place
 
 

@@ -116,7 +116,7 @@ def read_idx(path: pathlib.Path) -> Tensor:
     with report_unreadable_file(path):
         contents = inflate(read_file(path)) if path.suffix == ".gz" else read_file(path)
         if contents[:3] != b"\0\0\x08":
-            raise ValueError("no IDX file of bytes")
+            raise ValueError("not an IDX file of bytes")
         axes = contents[3]
         shape = np.frombuffer(contents, ">u4", axes, offset=4).tolist()
         return torch.from_numpy(np.frombuffer(contents, np.uint8, offset=4 + 4 * axes).reshape(shape).copy())
@@ -137,7 +137,7 @@ def read_cifar(folder: pathlib.Path, files: list[str], meta: str, label_key: str
             rows, labels = read_pickle(folder / file, ["data", label_key])
             numbers = to_whole_numbers(labels)
             if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or not len(numbers):
-                raise ValueError("no images of bytes")
+                raise ValueError("its images are not bytes")
             if rows.shape not in [(len(numbers), 3 * 32 * 32), (len(numbers), 3, 32, 32)]:
                 raise ValueError(
                     f"data is {rows.shape}, not {(len(numbers), 3 * 32 * 32)}, the colours one after another"

@@ -54,7 +54,7 @@ def read_imagenet32(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor, t
         raise UsageError(f"`imagenet_path`={folder} holds no {names[0]} or {names[0]}.npz; unpack the archives there")
     if len(paths) < len(names):
         missing = ", ".join(name for name, path in files.items() if path is None)
-        print(f"note: imagenet_path={folder} lacks {missing}; the data set consists of the other files")
+        print(f"note: imagenet_path={folder} lacks {missing}; the other files are used")
     parts = [read_imagenet32_file(path) for path in paths]
     widths = {rows.shape[1]: path for path, (rows, _) in zip(paths, parts, strict=True)}
     if len(widths) > 1:
@@ -89,7 +89,7 @@ def read_imagenet32_file(path: pathlib.Path) -> tuple[np.ndarray, Tensor]:
         if not len(labels) or not 1 <= labels.min() <= labels.max() <= CLASSES:
             raise ValueError(f"labels are not whole numbers from 1 to {CLASSES}")
         if not isinstance(rows, np.ndarray):
-            raise ValueError("data is no array")
+            raise ValueError("data is not an array")
         if rows.dtype != np.uint8 or rows.shape not in [(len(labels), 3 * side * side) for side in SIDES]:
             expected = f"uint8 {(len(labels), 3 * 32 * 32)}, or so for another side of {SIDES}"
             raise ValueError(f"data is {rows.dtype} {rows.shape}, not {expected}")
@@ -285,7 +285,7 @@ def find_record_files(folder: pathlib.Path, split: str) -> dict[str, int | None]
     if names and split == "train" and not any(list_words(name) & {*TRAIN_NAMES, *HELD_OUT_NAMES} for name in names):
         return {locate_record_file(folder, name): names[name] for name in names}
     prefix = "train" if split == "train" else "validation"
-    raise UsageError(f"{source} knows no files {prefix}-NNNNN-of-NNNNN; set `imagenet_datadir` to where they are")
+    raise UsageError(f"{source} lists no files {prefix}-NNNNN-of-NNNNN; set `imagenet_datadir` to where they are")
 
 
 def list_record_files(folder: pathlib.Path) -> list[str]:
@@ -301,7 +301,7 @@ def note_missing_files(paths: Iterable[str]) -> None:
             numbers.setdefault(int(match[2]), set()).add(int(match[1]))
     for total, found in numbers.items():
         if len(found) < total:
-            print(f"note: {total - len(found):,} of {total:,} TFRecord files are missing; the others are the data set")
+            print(f"note: {total - len(found):,} of {total:,} TFRecord files are missing; the others are used")
 
 
 def list_words(path: str) -> set[str]:

@@ -40,7 +40,7 @@ def read_pickle(path: PathLike, keys: Sequence[str]) -> list[Any]:
     """
     contents = PlainUnpickler(io.BytesIO(read_file(path))).load()
     if not isinstance(contents, dict):
-        raise ValueError("no dictionary")
+        raise ValueError("not a dictionary")
     by_name = {decode_text(key): value for key, value in contents.items()}
     if missing := [key for key in keys if key not in by_name]:
         raise ValueError(f"no entry {missing[0]!r}")
@@ -66,7 +66,7 @@ def to_texts(value: Any) -> tuple[str, ...]:
     """Return a value of a pickle as printable texts; raise ValueError unless it is a list of texts."""
     texts = tuple(map(decode_text, value)) if isinstance(value, list | tuple) else ()
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError("names are no texts")
+        raise ValueError("names are not text")
     return tuple(map(make_printable, texts))
 
 

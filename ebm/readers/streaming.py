@@ -87,7 +87,7 @@ def decode_image(place: Place, antialias: bool) -> Decoded:
     except Fault as fault:
         return str(fault)
     except Exception as error:  # Pillow raises many types for damaged files
-        return f"is no image that can be decoded ({describe_failure(error)})"
+        return f"cannot be decoded as an image ({describe_failure(error)})"
 
 
 def read_antialiased_pixels(encoded: bytes, remarks: set[str] | None = None) -> np.ndarray:
@@ -173,7 +173,7 @@ class DecodeWorker:
         except (EOFError, OSError) as error:
             reason = f"{str(error) or 'it ended at once'}, temporary files in {os.environ.get('TMPDIR', '/tmp')}"
             raise UsageError(
-                f"a process that decodes images cannot be started ({reason}); `data_workers`=0 does without"
+                f"a process that decodes images cannot be started ({reason}); `data_workers`=0 needs none"
             ) from None
         self.process = process
 

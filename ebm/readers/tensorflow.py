@@ -139,7 +139,7 @@ def read_table(table: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yield all (key, value) pairs of a table; raise Fault unless the keys increase."""
     footer = table[-FOOTER_SIZE:]
     if not footer.endswith(MAGIC):
-        raise Fault("is no index of a TensorFlow checkpoint, or its end is missing")
+        raise Fault("is not the index of a TensorFlow checkpoint, or its end is missing")
     position = read_varint(footer, read_varint(footer, 0)[1])[1]  # after the place of a block of metadata
     last = None
     for _, place in read_block(table, footer[position:]):

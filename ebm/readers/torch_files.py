@@ -53,7 +53,7 @@ class TensorUnpickler(PlainUnpickler):
     def __init__(self, archive: Archive):
         names = [name for name in archive.members if name.endswith("/data.pkl")]
         if len(names) != 1:
-            raise ValueError("no file of torch.save")
+            raise ValueError("not a file of torch.save")
         super().__init__(io.BytesIO(archive.read(names[0], MAX_PICKLE)))
         self.archive, self.folder = archive, names[0].removesuffix("data.pkl")
         byte_order = f"{self.folder}byteorder"

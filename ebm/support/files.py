@@ -85,7 +85,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise OSError(errno.ENOTDIR, f"{folder} is no folder") from None
+        raise OSError(errno.ENOTDIR, f"{folder} is not a folder") from None
 
 
 def write_temporary(path: Path, write: Callable[[BinaryIO], object], sync: bool) -> None:
@@ -181,5 +181,5 @@ def prepare_file(path: Path, setting: str) -> Path:
     """
     prepare_folder(path.parent, setting)
     if path.exists() and not path.is_file():
-        raise UsageError(f"`{setting}`: {path} is no file; choose another name")
+        raise UsageError(f"`{setting}`: {path} is not a file; choose another name")
     return path

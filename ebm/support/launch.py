@@ -84,7 +84,7 @@ def read_number(name: str, given: Mapping[str, str]) -> int:
     """Return the value of a variable, a whole number of at least 0. Raises UsageError if it is anything else."""
     value = given[name].strip()
     if not (value.isascii() and value.isdigit() and len(value) < 10):
-        raise UsageError(f"the environment variable {name}={value} is no number; unset it, or let a launcher set it")
+        raise UsageError(f"the environment variable {name}={value} is not a number; unset it, or let a launcher set it")
     return int(value)
 
 
@@ -182,5 +182,5 @@ def find_address(launch: Launch, environment: Mapping[str, str] = os.environ) ->
             remedy = describe_remedy(launch.launcher, given)
             raise UsageError(f"this is one of {launch.size} workers, but {name} is not set; {remedy}")
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
-        raise UsageError(f"the environment variable MASTER_PORT={port} is no port; unset it, or give 1024 to 65535")
+        raise UsageError(f"the environment variable MASTER_PORT={port} is not a port; unset it, or give 1024 to 65535")
     return host, int(port)

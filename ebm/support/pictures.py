@@ -421,7 +421,7 @@ def import_figure() -> type[Figure]:
             from matplotlib.figure import Figure
         except UnicodeDecodeError:
             raise UsageError(
-                "matplotlib cannot read matplotlibrc in the working directory; mend or remove it"
+                "matplotlib cannot read matplotlibrc in the working directory; correct or remove it"
             ) from None
     rcdefaults()
     return Figure

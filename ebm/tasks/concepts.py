@@ -40,6 +40,7 @@ SAME_AFTER = (90.0, 180.0, 360.0)  # symmetry of square, ellipse and heart: degr
 LABEL_NOISE = 0.03  # standard deviation of the noise in a Langevin step on a label
 ROWS = 10  # rows of a picture
 LABEL_BATCH = 16  # images whose energies under all labels are computed at once
+CHANCE_PAIRS = 1 << 20  # pairs of a target and a random sprite, of which the share that is right by chance is counted
 
 Figures = dict[str, Any]  # figures, or rows of figures, by name
 
@@ -167,6 +168,11 @@ class ConceptRun:
             torch.randint(len(candidates), (number,), generator=self.sprite_generator).to(candidates.device)
         ]
 
+    def draw_by_chance(self, number: int) -> Tensor:
+        """Draw the latents (M, 5) of random sprites: as few as make CHANCE_PAIRS, a multiple M of `number` targets."""
+        index = torch.arange(len(self.sprites), device=self.sprites.device)
+        return self.sprites.latents[self.draw_candidates(index, number * -(-CHANCE_PAIRS // number))]
+
     def draw_targets(self, count: int, number: int) -> Tensor:
         """Draw the target sprites, whose latents become the labels of the models: their indices (count, number).
 
@@ -217,7 +223,9 @@ class ConceptRun:
         except ValueError:
             numbers = []
         if len(numbers) != size or not all(map(math.isfinite, numbers)):
-            raise UsageError(f"`labels`={name}={text or '…'}: give a class below {size}, or {size} numbers with commas")
+            raise UsageError(
+                f"`labels`={name}={text or '…'}: give a class below {size}, or {size} numbers separated by commas"
+            )
         return torch.tensor(numbers, device=targets.device).expand(targets.shape[1], -1)
 
     def build_energy(self, expression: Expression, targets: Tensor) -> Energy:
@@ -352,6 +360,10 @@ class Judge:
     conditions: Mapping[str, str]
     targets: Mapping[str, Tensor]
 
+    def repeat(self, times: int) -> Judge:
+        """Return a judge of `times` as many images, with the same targets again and again."""
+        return Judge(self.conditions, {name: latents.repeat(times, 1) for name, latents in self.targets.items()})
+
     def judge_names(self, latents: Tensor) -> dict[str, Tensor]:
         """Return which images, with latents (N, 5), show the target of each name: name -> (N,) bool."""
         return {
@@ -384,7 +396,7 @@ def judge_samples(
 
     samples: title -> images (N, 1, 64, 64), perhaps not of all plans. plans: title -> the plan that they were sampled
     from, that of all concepts first. targets: latents (count, N, 5). real: the sprites of the first target, which are
-    measured like the samples. The column "off sprites" is the mean squared error to the nearest sprite, because even
+    measured like the samples. The column "MSE to sprite" is the mean squared error to the nearest sprite, because even
     the nearest sprite of noise can be right.
     """
     latents, distances = dsprites.find_nearest_sprites(torch.cat([*samples.values(), real]))
@@ -394,18 +406,18 @@ def judge_samples(
     judge = Judge(conditions, {name: targets[split_name(name)[1] - 1] for name in conditions})
 
     first = next(iter(plans.values()))
-    figures = tabulate_errors(judge, first, sample_latents[0])
+    figures = tabulate_errors(judge, first, sample_latents[0], run.draw_by_chance(len(real)))
     for place, title in enumerate(samples):
         plan = plans[title]
         names = {name for expression in plan for name in expression.names}
         truths = judge.judge_names(sample_latents[place])
         row = {name: compute_share(truth) if name in names else None for name, truth in truths.items()}
         joint = judge.share_of_plan(plan, sample_latents[place])
-        figures[f"right, {title}"] = row | {"jointly": joint, "off sprites": sample_errors[place]}
+        figures[f"right, {title}"] = row | {"jointly": joint, "MSE to sprite": sample_errors[place]}
     if len(targets) == 1:
         row = {name: compute_share(truth) for name, truth in judge.judge_names(real_latents).items()}
         joint = judge.share_of_plan(first, real_latents)
-        figures["right, real sprites"] = row | {"jointly": joint, "off sprites": real_error}
+        figures["right, real sprites"] = row | {"jointly": joint, "MSE to sprite": real_error}
         if (fulfilled := judge.judge_plan(first, sample_latents[0])) is not None:
             figures["jointly, by the target's shape"] = split_by_shape(fulfilled, targets[0])
     if len(samples) == len(plans) > 1:
@@ -413,13 +425,15 @@ def judge_samples(
     return figures
 
 
-def tabulate_errors(judge: Judge, plan: Sequence[Expression], latents: Tensor) -> Figures:
+def tabulate_errors(judge: Judge, plan: Sequence[Expression], latents: Tensor, drawn: Tensor) -> Figures:
     """Return a row of errors for each concept of images with latents (N, 5), and a row for the whole plan.
 
-    The column "by chance" compares each target with another image: the share that is right without the target.
+    drawn: latents (M, 5) of random sprites, N or a multiple of it. The column "by chance" is the share of them that is
+    right for the same targets.
     """
-    others, figures = latents.roll(1, 0), {}
-    truths, by_chance = judge.judge_names(latents), judge.judge_names(others)
+    figures: Figures = {}
+    chance = judge.repeat(len(drawn) // len(latents))
+    truths, by_chance = judge.judge_names(latents), chance.judge_names(drawn)
     for name, condition in judge.conditions.items():
         error = measure_errors(latents, judge.targets[name])[condition]
         figures[f"{name} / {CONCEPTS[condition].unit}"] = {
@@ -428,7 +442,7 @@ def tabulate_errors(judge: Judge, plan: Sequence[Expression], latents: Tensor) -
             "right": compute_share(truths[name]),
             "by chance": compute_share(by_chance[name]),
         }
-    joint = {"right": judge.share_of_plan(plan, latents), "by chance": judge.share_of_plan(plan, others)}
+    joint = {"right": judge.share_of_plan(plan, latents), "by chance": chance.share_of_plan(plan, drawn)}
     return figures | {"jointly": {"mean error": None, "median": None} | joint}
 
 
@@ -492,6 +506,7 @@ def discover_labels(run: ConceptRun) -> Figures:
                 "mean error": errors[-1].mean().item(),
                 "at the start": errors[0].mean().item(),
                 "right": compute_share(is_within_tolerance(errors[-1], condition)),
+                "by chance": share_by_chance(run, done, condition),
                 "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
             }
             run.note_part(f"labels of {name}", len(done), number)
@@ -577,3 +592,11 @@ def measure_label_errors(labels: Tensor, latents: Tensor, condition: str) -> Ten
         labels = torch.atan2(labels[:, 1:], labels[:, :1])
     inferred[:, list(CONCEPTS[condition].columns)] = labels
     return measure_errors(inferred, latents)[condition]
+
+
+def share_by_chance(run: ConceptRun, latents: Tensor, condition: str) -> float:
+    """Return the share of random sprites whose label of a concept is right for the latents (N, 5) of others."""
+    drawn = run.draw_by_chance(len(latents))
+    targets = latents.repeat(len(drawn) // len(latents), 1)
+    errors = measure_label_errors(dsprites.compute_labels(drawn, condition), targets, condition)
+    return compute_share(is_within_tolerance(errors, condition))

@@ -217,7 +217,7 @@ def compute_figures(target: Target, bounds_by_class: dict[str, LogZBounds]) -> d
         sum(getattr(b, name).mean().item() for b in bounds_by_class.values()) / len(bounds_by_class)
         for name in ACCEPTANCES
     ]
-    figures |= dict(zip(("accepted", "back"), accepted, strict=True))
+    figures |= dict(zip(("accepted", "accepted back"), accepted, strict=True))
     if not all(map(math.isfinite, figures.values())):
         raise UsageError("energies are not finite: this model has diverged; use an earlier checkpoint")
     return figures

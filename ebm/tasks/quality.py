@@ -244,7 +244,7 @@ def choose_iterations(settings: InceptionSettings, folder: pathlib.Path) -> list
         return [str(iteration) for iteration in checkpoint.list_iterations(folder)] or ["latest"]
     for word in settings.iterations:
         if not word.isdecimal():
-            raise UsageError(f"`iterations`={word} is no iteration; give numbers separated by commas, or all")
+            raise UsageError(f"`iterations`={word} is not an iteration; give numbers separated by commas, or all")
     return list(settings.iterations) or [settings.resume_iter]
 
 

@@ -153,10 +153,8 @@ class SandboxRun:
         """
         names = self.find_class_names()
         if not names:
-            condition = "on other labels" if self.model.classes else "on nothing"
-            raise UsageError(
-                f"`task`={needed_by} needs a model conditioned on classes, this one is conditioned {condition}"
-            )
+            kind = "conditioned on other labels" if self.model.classes else "unconditional"
+            raise UsageError(f"`task`={needed_by} needs a model conditioned on classes, this one is {kind}")
         return names
 
     def sample_labels(self, number: int) -> Tensor:

@@ -289,7 +289,8 @@ def load_product(run: ConceptRun, training: Tensor, other: str) -> tuple[Product
     is_trained = run.workers.rank == 0 and not run.settings.train and all(path.exists() for path in paths)
     if not run.workers.any(is_trained):
         return None
-    print(f"trained before, with the settings of that time: {', '.join(map(str, paths))}; train=True trains anew")
+    trained = ", ".join(map(str, paths))
+    print(f"models of an earlier run, trained with its settings: {trained}; train=True trains new ones")
     networks = [checkpoint.load_energy(path, device=run.generator.device) for path in paths]
     for path, network, built in zip(paths, networks, build_product(run, other).networks, strict=True):
         checkpoint.check_config(network.config, built.config, path)
@@ -471,7 +472,7 @@ def build_generator(run: ConceptRun, other: str) -> SpriteGenerator:
 
 
 def measure_product(run: ConceptRun) -> Figures:
-    """Train two energy models together on two slices, and measure their samples of unseen combinations."""
+    """Train two energies together on sprites in which only one of two concepts varies; measure samples of both."""
     other = choose_other_concept(run.settings)
     slices = select_slices(run.sprites.latents, other, run.settings.balance)
     loaded = load_product(run, slices.training, other)
@@ -488,7 +489,7 @@ def measure_product(run: ConceptRun) -> Figures:
 
 
 def measure_generator(run: ConceptRun) -> Figures:
-    """Measure the generator after training on the slices and on a share of the other combinations (`frac`).
+    """Do the same with a generator network, which is also trained on a share of the other combinations (`frac`).
 
     With `plot_curve` the shares from 0 to 1 follow one another. As in the release, the combinations that are measured
     are the same for every share, so that a part of them was then trained on.
@@ -531,7 +532,7 @@ def read_energy_figures(run: ConceptRun) -> Figures:
         rows = {name: row for name, row in figures["figures"].items() if name.startswith("energy, ")}
         numbers = [number for row in (rows["energy, unseen"], *rows.values()) for number in row.values()]
         if not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError("a figure is no number")
+            raise ValueError("a figure is not a number")
     return rows
 
 
@@ -546,7 +547,7 @@ def plot_curve(run: ConceptRun, fractions: Sequence[float], figures: Figures, en
         panels[title] = {"generator": (fractions, [row[name] for row in rows])}
         if energy:
             panels[title]["energy models, share 0"] = (fractions, [energy["energy, unseen"][name]] * len(fractions))
-    xlabel = "share of the other combinations that is trained on"
+    xlabel = "share of the sprites with both concepts varied that is trained on"
     pictures.plot_lines(panels, run.add_file("curve.png"), xlabel=xlabel, shares=[titles["jointly"]])
     curve = np.array([fractions, *([row[name] for row in rows] for name in titles)])
     write_file(run.add_file("curve.npy"), lambda file: np.save(file, curve))

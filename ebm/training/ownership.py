@@ -321,7 +321,7 @@ def check_new_folder(folder: pathlib.Path) -> None:
     is_run = bool(checkpoint.list_iterations(folder)) or any(mark in names for mark in MARKS)
     if names and not is_run:
         shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
-        raise UsageError(f"{folder} is no run's folder, it holds {shown}; choose another `exp`")
+        raise UsageError(f"{folder} is not the folder of a run, it holds {shown}; choose another `exp`")
     for path in folder.glob(f"*/**/{LOCK_NAME}"):
         if is_locked(path):
             raise refuse_folder(path)

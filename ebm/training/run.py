@@ -351,9 +351,7 @@ class Run:
         folder = self.settings.folder
         aside = set_aside_branch(folder, self.branch_point, is_resumed=self.is_resumed)
         if aside is not None:
-            self.say(
-                f"note: the run went on from iteration {self.branch_point}; what it had of later ones is in {aside}"
-            )
+            self.say(f"note: the run went on from iteration {self.branch_point}; its later files are now in {aside}")
         if self.recorder is not None:
             self.recorder.log.publish()
         self.branch_point, self.is_resumed = None, False
@@ -401,7 +399,7 @@ class Run:
         kept = sum(len(worker_state["buffer"]["images"]) for worker_state in worker_states)
         if kept and not self.settings.replay_batch:
             workers.print(
-                f"note: {path} has a replay buffer of {kept:,} images, which this run drops for want of replay_batch"
+                f"note: {path} has a replay buffer of {kept:,} images, which this run drops, since replay_batch is off"
             )
         self.resume_worker(path, worker_states)
 
@@ -413,16 +411,16 @@ class Run:
             with report_unreadable_file(path):
                 has_same_generators = state.load_worker_state(worker_state)
             if not has_same_generators:
-                workers.print(f"note: {path} was written on another kind of device: noise starts afresh")
+                workers.print(f"note: {path} was written on another kind of device: the noise starts anew")
             if self.guard is not None and "guard" in worker_state:
                 self.guard.load_state_dict(worker_state["guard"])
             return
         if not worker_states:
-            workers.print(f"note: {path} holds no replay buffer and no state of generators: both start afresh")
+            workers.print(f"note: {path} holds no replay buffer and no random generators: both start anew")
         else:
             workers.print(
-                f"note: {path} holds the state of {len(worker_states)} workers and this run has {workers.size}: "
-                "replay buffers are dealt out anew, noise starts afresh"
+                f"note: {path} was saved by a run of {len(worker_states)} worker(s), and this run has {workers.size}: "
+                "its replay buffers are redistributed, and the noise starts anew"
             )
             buffers = torch.cat([worker_state["buffer"]["images"] for worker_state in worker_states])
             state.buffer.load_state_dict({"images": buffers[workers.rank :: workers.size], "position": 0})

@@ -278,8 +278,10 @@ def announce_run(
     if dataset.class_names and not config.label_size:
         print(cli.name_flags(f"labels: {list_some(dataset.class_names)} (`cclass` conditions on them)", type(settings)))
     print(f"network: {config.network}, {parameters:,} parameters, {config.num_filters} filters")
-    print(f"workers: {workers.size}, {workers.engine} ({workers.why}), on {workers.device}")
-    print(f"energies in {state.acceleration}; images and parameters in float32")
+    team = (
+        f"{workers.size} workers, connected by {workers.engine} ({workers.why})" if workers.size > 1 else "one worker"
+    )
+    print(f"device: {workers.device}, {team}; energies in {state.acceleration}, images and parameters in float32")
     if state.acceleration.compiled:
         print("the Langevin step is compiled when it first runs, which can take a minute; torch keeps the result")
     print(f"iterations: {state.iteration} to {stop}; everything goes to {settings.folder}/")
