@@ -86,7 +86,7 @@ labels = torch.eye(3).repeat_interleave(4, 0)
 noise = models.draw_noise_images(model.config, len(labels), torch.Generator().manual_seed(0))
 energy = models.freeze_energy(model).under(labels)
 images = sampling.langevin(energy, noise, num_steps=200, step_lr=model.settings["step_lr"])
-path = pictures.save_grid(images, "$out/five_lines.png", columns=4, scale=4)
+path = pictures.save_grid(images, "$out/five_lines.png", columns=4)
 print(f"four images of each of {', '.join(model.class_names)}: {path}")
 END
 step "9 Five lines of Python" "images" "python - < $place/five_lines.py"
