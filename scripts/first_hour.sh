@@ -65,7 +65,7 @@ step "4 Make images of one's own" "images" "python $place/draw_shapes.py $place/
 
 step "5 Train on them, and interrupt the run" "^iteration [0-9]" \
     "python train.py --preset=colour_cpu --dataset=folder --data_path=$place/images --cclass --exp=shapes --logdir=$runs \
---max_iter=200" "^iteration [0-9]"
+--max_iter=400" "^iteration [0-9]"
 
 step "6 Resume the run" "^iteration [0-9]" \
     "python train.py --exp=shapes --logdir=$runs --resume_iter=latest"
@@ -78,12 +78,15 @@ step "8 Combine concepts by an expression" "[0-9]/[0-9]" \
 --step_lr=50 --limit=10 --exp=expression --savedir=$results"
 
 cat > "$out/five_lines.py" <<END
-import torch, checkpoint, sampling, ebm.support.pictures
+import torch, checkpoint, models, sampling
+from ebm.support import pictures
 
 model = checkpoint.load_energy("$out/runs/shapes")
-labels, noise = torch.eye(3).repeat_interleave(4, 0), torch.rand(12, 3, 32, 32)
-images = sampling.langevin(lambda x: model(x, labels), noise, num_steps=200, step_lr=model.settings["step_lr"])
-path = ebm.support.pictures.save_grid(images, "$out/five_lines.png", columns=4, scale=4)
+labels = torch.eye(3).repeat_interleave(4, 0)
+noise = models.draw_noise_images(model.config, len(labels), torch.Generator().manual_seed(0))
+energy = models.freeze_energy(model).under(labels)
+images = sampling.langevin(energy, noise, num_steps=200, step_lr=model.settings["step_lr"])
+path = pictures.save_grid(images, "$out/five_lines.png", columns=4)
 print(f"four images of each of {', '.join(model.class_names)}: {path}")
 END
 step "9 Five lines of Python" "images" "python - < $place/five_lines.py"
