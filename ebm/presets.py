@@ -1,7 +1,7 @@
 """The flags of published and shipped training runs by name, for `python train.py --preset=NAME`.
 
 Flags on the command line override those of the preset. The first rows are the published commands. The presets that end
-in _cpu train in minutes on two CPU cores; the models in `cachedir/` were trained with them.
+in _cpu train in minutes on two CPU cores. The shipped models were trained with them; there is none of colour_cpu.
 """
 
 from __future__ import annotations
