@@ -125,6 +125,11 @@ class MemoryHistory(TorchDispatchMode):
         self.total = 0
         self.living: set[int] = set()  # addresses of storages
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: nothing is compiled here, and PyTorch need not load its compiler, which takes two seconds."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         earlier = {tensor.untyped_storage()._cdata for tensor in list_tensors((args, kwargs))}
@@ -172,7 +177,7 @@ def measure_snapshot(state: State) -> int:
 def describe_cost(cost: Cost, iterations: int) -> str:
     """Return a line about an iteration, and about so many of them."""
     line = f"one iteration: about {describe_duration(cost.seconds)} and {describe_size(cost.memory)} of memory"
-    return f"{line}; {iterations:,} iterations: about {describe_duration(iterations * cost.seconds)}"
+    return f"{line}; all {iterations:,}: about {describe_duration(iterations * cost.seconds)}"
 
 
 def describe_size(size: int) -> str:
