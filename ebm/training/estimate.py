@@ -110,7 +110,8 @@ class Trial:
         chains, num_steps = self.chains, self.settings.num_steps
         single = self.step(1, 1)
         count = min(chains, max(2, int(TIMED / single)))
-        self.step(count, 1)  # a GPU chooses its kernels for each shape
+        if self.state.generator.device.type == "cuda":
+            self.step(count, 1)  # a GPU chooses its kernels for each shape
         one, two = self.step(count, 1), self.step(count, 2)
         per_step, per_chain = max(two - one, 0), max(one - single, 0) / max(count - 1, 1)
         return one + (chains - count) * per_chain + (num_steps - 1) * per_step * chains / count
