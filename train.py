@@ -39,7 +39,7 @@ from models import PreparedEnergy
 def train(run: Run) -> None:
     """Train until the last iteration, or until a signal asks the run to end."""
     for images, labels in run.batches():
-        with run.let_break(), allow_tf32(run.state.acceleration.precision):
+        with run.surround_iteration(), allow_tf32(run.state.acceleration.precision):
             start = start_chains(run.state, run.settings, images)
             step = train_step(run.state, run.settings, images, labels, start, run.average_gradients)
         run.after(step)  # divergence guard, log, pictures, checkpoint, signals
@@ -77,7 +77,7 @@ def train_step(
     loss_wrong, e_wrong = mismatch_loss(energy, e_data, images, labels, settings)
     loss = loss_ml + regulariser + loss_kl + loss_wrong
 
-    # Update: Adam on the mean gradient over workers. Up to here a signal can break off the iteration (Run.let_break).
+    # Update: Adam on the mean gradient over workers.
     state.optimizer.zero_grad()
     loss.backward()
     average_gradients()

@@ -1,8 +1,8 @@
 """The flags of published and shipped training runs by name, for `python train.py --preset=NAME`.
 
 Flags on the command line override those of the preset. The first rows are the published commands. The presets that end
-in _cpu train in minutes on two CPU cores; the models in `pretrained/` were trained with them. Their runs have the names
-of the presets, not of the shipped models.
+in _cpu train in minutes on two CPU cores; the models in `pretrained/` were trained with them, but for colour_cpu. Their
+runs have the names of the presets, not of the shipped models.
 """
 
 from __future__ import annotations

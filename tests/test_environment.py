@@ -246,10 +246,16 @@ def test_compiler_cache_that_cannot_be_written(monkeypatch, capsys, tmp_path):
 
 def test_errors_of_the_machine():
     """Breaks when a lack of memory or an unreadable file is a traceback, or a fault of the program a mistake."""
-    shortages = [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 80 bytes"), RuntimeError("x")]
+    shortages = [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 80 bytes"),
+        RuntimeError("could not create a primitive"),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("could not create a primitive descriptor for a convolution forward propagation primitive"),
+    ]
     assert [cli.describe_error(error, TrainSettings) for error in shortages] == [
         "the memory does not hold what these settings ask for; lower `batch_size` or `num_filters` or `num_samples`"
-    ] * 2 + [None]
+    ] * 4 + [None]
     full = OSError(28, "No space left on device", "a.png")
     assert cli.describe_error(full, TrainSettings).startswith("no room for a.png")
     assert cli.describe_error(OSError(13, "Permission denied", "a.png"), TrainSettings) == "a.png: Permission denied"

@@ -29,6 +29,8 @@ from conftest import (
     write_pickle,
     write_records,
 )
+from ebm.settings import TrainSettings
+from ebm.support import cli
 from ebm.tasks import sandbox
 
 pytestmark = pytest.mark.slow
@@ -143,10 +145,11 @@ def run(place, command):
 def test_training_command(place, command):
     """Breaks when a training command is refused, or a spelling of it does not take effect."""
     printed = run(place, command)
-    settings = dict(word.split("=", 1) for word in re.search(r"^settings: (.*)", printed, re.MULTILINE)[1].split())
-    assert (place / "trained" / settings["exp"] / "model_2.pt").exists()
+    words = shlex.split(re.search(r"^settings: (.*)", printed, re.MULTILINE)[1])
+    settings = cli.parse(["train.py", *words], TrainSettings)
+    assert (place / "trained" / settings.exp / "model_2.pt").exists()
     for name, value in re.findall(r"(step_lr|dataset|exp|preset)=(\S+)", command):
-        assert settings[name] == value or float(settings[name]) == float(value)
+        assert str(getattr(settings, name)) == value or float(getattr(settings, name)) == float(value)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "train.py" not in command])

@@ -61,7 +61,7 @@ def test_estimate_of_memory(settings):
     images = torch.rand(48, 1, 28, 28)
     with MemoryHistory() as history:
         train_step(state, chosen, images, None, images[: chosen.num_chains].clone(), lambda: None)
-    found = estimate.HEAP * max(history.sizes)
+    found = estimate.estimate_heap(chosen) * max(history.sizes)
     assert found == pytest.approx(expected, rel=0.1)
 
 
@@ -94,7 +94,7 @@ def test_remedies(monkeypatch):
     monkeypatch.setattr(estimate, "find_free_memory", lambda: 10**10)
     state, large, small = make_colour_state(), TrainSettings(), TrainSettings(zero_kl=True, batch_size=16, num_steps=5)
     lines = check(state, large, is_new=True).splitlines()
-    assert lines[0] == "one iteration: about 100 s and 3 GB of memory; 7 iterations: about 12 min"
+    assert lines[0] == "one iteration: about 100 s and 3 GB of memory; all 7: about 12 min"
     assert lines[1].startswith("note: less time and memory: --zero_kl (") and "--batch_size below 256" in lines[1]
     assert "--preset=colour_cpu" in lines[1] and "--preset" not in check(state, large, is_new=False)
     assert "zero_kl" not in check(state, small, is_new=True) and "batch_size" not in check(state, small, is_new=True)
@@ -215,6 +215,18 @@ def test_a_broken_iteration_follows_a_diverged_one(tmp_path):
     with pytest.raises(SystemExit, match="143"):
         train(run)
     assert load_state(checkpoint.find(tmp_path / "x", "latest"))["rollbacks"] == 1
+
+
+def test_an_iteration_without_memory(tmp_path):
+    """Breaks when a lack of memory in the middle of a training is a traceback, or names no remedy."""
+    run = make_run(make_state(), tmp_path / "x", max_iter=9, batch_size=8)
+
+    def fail():
+        raise RuntimeError("could not create a primitive")
+
+    run.state.batches, run.state.optimizer.step = Batches(24, 8, seed=0), fail
+    with pytest.raises(UsageError, match="the memory does not hold iteration 1; try `zero_kl`"):
+        train(run)
 
 
 def test_presets_of_cpus_are_small():

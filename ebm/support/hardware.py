@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import errno
 import getpass
 import os
 import pathlib
@@ -25,6 +26,10 @@ PRECISIONS = {
 }
 # For energies whose gradients reach the weights: these would underflow in fp16, whose smallest number is 6e-8.
 LOSS_PRECISIONS = PRECISIONS | {"fp16": torch.float32}
+# Words in the errors of PyTorch, its libraries for GPUs, and Python's threads.
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "can't start new thread")
+# All that oneDNN says about it; where it cannot compute something, it says more.
+NO_MEMORY_OF_ONEDNN = ("could not create a primitive", "could not execute a primitive", "could not create a memory")
 
 
 def set_tf32(allowed: bool) -> None:
@@ -117,8 +122,11 @@ def provide_compiler_cache() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that the memory of a GPU or of the CPU is exhausted."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    message = str(error)
+    is_told = message in NO_MEMORY_OF_ONEDNN or any(words in message for words in NO_MEMORY)
+    return isinstance(error, MemoryError) or is_told
 
 
 def set_up_process() -> None:

@@ -20,10 +20,11 @@ from ebm.readers.bounded import report_unreadable_file
 from ebm.settings import TrainSettings
 from ebm.support import cli, interruption
 from ebm.support.errors import UsageError
-from ebm.support.hardware import allow_tf32
+from ebm.support.hardware import allow_tf32, is_out_of_memory
 from ebm.support.interruption import Break
 from ebm.support.sharing import fold_seed
 from ebm.training.distributed import GradientAverager, Workers
+from ebm.training.estimate import list_remedies
 from ebm.training.guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
 from ebm.training.ownership import FolderOwner, list_branch_files, set_aside_branch
 from ebm.training.records import Recorder, draw_curves, report_quality, write_samples
@@ -447,11 +448,12 @@ class Run:
         self.raise_break()
 
     @contextlib.contextmanager
-    def let_break(self) -> Iterator[None]:
+    def surround_iteration(self) -> Iterator[None]:
         """Inside the block, until `average_gradients`, let a signal break off the iteration of a run of one worker.
 
         The state is then that of the last whole iteration, and is saved. Several workers go on to the end of an
-        iteration, because they would have to break it off at the same place.
+        iteration, because they would have to break it off at the same place. Raises UsageError with remedies if the
+        memory does not hold the iteration.
         """
         try:
             self.can_break = self.workers.size == 1
@@ -461,6 +463,11 @@ class Run:
             self.state.undo_draws(self.draws)
             self.check_last_step()
             self.end_early()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            remedies = " or ".join(list_remedies(self.settings, self.state, is_new=self.state.iteration == 0))
+            raise UsageError(f"the memory does not hold iteration {self.state.iteration + 1}; try {remedies}") from None
         finally:
             self.can_break = False
 
