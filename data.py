@@ -425,7 +425,7 @@ def describe_labels(labels: Tensor | None, dataset: Dataset) -> list[str]:
     if labels is None or not labels.shape[1]:
         return []
     if dataset.concept:
-        return dsprites.describe_labels(labels, dataset.concept)
+        return dsprites.describe_sprite_labels(labels, dataset.concept)
     return name_classes(labels.argmax(1).tolist(), dataset.class_names)
 
 

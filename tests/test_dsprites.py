@@ -101,7 +101,10 @@ def test_label_vectors():
 def test_labels_in_words():
     """Breaks when a picture of sprites has another label in its title, or one in numbers that nobody reads."""
     latents = torch.tensor([[1, 0.5, 0.0, 0, 1], [3, 0.7, 1.5 * np.pi, 0.25, 0.5]])
-    words = {name: dsprites.describe_labels(dsprites.compute_labels(latents, name), name) for name in dsprites.CONCEPTS}
+    words = {
+        name: dsprites.describe_sprite_labels(dsprites.compute_labels(latents, name), name)
+        for name in dsprites.CONCEPTS
+    }
     assert words == {
         "size": ["size 0.5", "size 0.7"],
         "shape": ["square", "heart"],

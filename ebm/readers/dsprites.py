@@ -100,7 +100,7 @@ def compute_labels(latents: Tensor, condition: str) -> Tensor:
     return torch.stack({"size": [scale], "pos": [x, y], "rot": [orientation.cos(), orientation.sin()]}[condition], 1)
 
 
-def describe_labels(labels: Tensor, condition: str) -> list[str]:
+def describe_sprite_labels(labels: Tensor, condition: str) -> list[str]:
     """Return labels (N, label_size), see `compute_labels`, in words, such as heart, size 0.7, 90° or (0.20, 0.80)."""
     if condition == "shape":
         return [SHAPES[number] for number in labels.argmax(1).tolist()]

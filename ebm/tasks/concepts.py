@@ -336,7 +336,7 @@ def describe_targets(run: ConceptRun, targets: Tensor) -> list[str]:
     targets: latents (count, N, 5).
     """
     words = [
-        dsprites.describe_labels(labels, concept.condition)
+        dsprites.describe_sprite_labels(labels, concept.condition)
         for name, concept in run.concepts.items()
         if concept.condition and (labels := run.compute_labels(name, targets)) is not None
     ]
