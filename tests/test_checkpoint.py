@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import pickle
 
 import pytest
@@ -11,6 +12,12 @@ import checkpoint
 import models
 from conftest import CONFIG, Bomb, flip_bit, make_model, write_checkpoint
 from ebm.support.errors import UsageError
+from ebm.support.experiments import (
+    SHIPPED,
+    find_model_folder,
+    find_output_folder,
+    report_missing_experiment,
+)
 from utils import ReplayBuffer
 
 
@@ -21,6 +28,54 @@ def test_round_trip(tmp_path):
     images = torch.rand(2, 1, 28, 28)
     assert torch.equal(loaded(images), model.eval()(images))
     assert loaded.config == CONFIG and not loaded.training
+
+
+def test_names_of_models(tmp_path, monkeypatch, capsys):
+    """Breaks when Python finds another model by a name than scripts do, or old paths of shipped models lead nowhere."""
+    monkeypatch.chdir(tmp_path)
+    shipped = SHIPPED / "digits_cond/model_400.pt"
+    old = ("cachedir/digits_cond/model_400", "cachedir/digits_cond/model_400.pt", "pretrained/digits_cond")
+    for name in ("digits_cond", SHIPPED / "digits_cond", *old):
+        assert checkpoint.locate(pathlib.Path(name)).with_suffix(".pt") == shipped
+    (tmp_path / "cachedir/digits_cond").mkdir(parents=True)
+    assert checkpoint.locate(pathlib.Path("digits_cond")) == shipped
+    assert "note: cachedir/digits_cond holds no checkpoint yet; the model is the shipped one" in capsys.readouterr().out
+    for iteration in (5, 10):
+        contents = {"flags": {"step_lr": 7.0}, "class_names": ["a", "b", "c"]} if iteration == 10 else {}
+        model = make_model(dataclasses.replace(CONFIG, label_size=3)) if iteration == 10 else make_model()
+        write_checkpoint(pathlib.Path(f"cachedir/digits_cond/model_{iteration}.pt"), model, iteration, **contents)
+    for name in ("digits_cond", "cachedir/digits_cond"):
+        loaded = checkpoint.load_energy(name)
+        assert loaded.settings == {"step_lr": 7.0} and loaded.class_names == ("a", "b", "c")
+    assert f"modeldir={SHIPPED} takes the shipped one" in capsys.readouterr().out
+    assert checkpoint.load_energy("cachedir/digits_cond/model_5").settings == {}
+    with pytest.raises(
+        UsageError, match=r"no experiment folder cachedir/digit_cond; cachedir has digits_cond; .*fashion"
+    ):
+        checkpoint.load_energy("digit_cond")
+    with pytest.raises(UsageError, match=r"cachedir/digits_cond/model_400\.pt cannot be read"):
+        checkpoint.load_energy("cachedir/digits_cond/model_400")
+
+
+def test_names_of_experiments(tmp_path, capsys):
+    """Breaks when a missing experiment is not answered with those there are, or results go among shipped models."""
+    for number in range(12):
+        write_checkpoint(tmp_path / f"study/run{number}/model_1.pt")
+    write_checkpoint(tmp_path / "mine/abandoned_1/model_1.pt")
+    write_checkpoint(tmp_path / "mine/model_1.pt")
+    roots = (str(tmp_path / "empty"), str(tmp_path))
+    assert find_model_folder("mine", roots) == tmp_path / "mine" and not capsys.readouterr().out
+    assert find_model_folder("fashion_cond", (str(SHIPPED),)).resolve() == SHIPPED / "fashion_cond"
+    with pytest.raises(
+        UsageError, match=r"empty/study/ru or .*/study/ru; .* has study/run\d, .* and 5 more; .*: choose"
+    ):
+        find_model_folder("study/ru", roots)
+    assert "abandoned" not in str(report_missing_experiment("mane", roots))
+    assert "train a model first" in str(report_missing_experiment("mine", (tmp_path / "empty",)))
+    (tmp_path / "link").symlink_to(SHIPPED)
+    for root in (SHIPPED, tmp_path / "link"):
+        with pytest.raises(UsageError, match=r"`logdir`=.*is kept for the shipped models"):
+            find_output_folder(root, "new")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

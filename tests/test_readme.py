@@ -1,4 +1,4 @@
-"""Every command in the README and docs/ runs as written: on tiny data, with tiny networks or those in pretrained/."""
+"""Every command in the README and in docs/ runs as written: on tiny data, with tiny networks or the shipped ones."""
 
 import math
 import re
@@ -181,6 +181,17 @@ def test_snippets(tmp_path):
         exec(task, vars(sandbox).copy())
         report = sandbox.TASKS["brightness"](make_sandbox_run(box, tmp_path, classes=0))
     assert len(report.figures) == 3 and all(map(math.isfinite, report.figures.values()))
+
+
+def test_python(tmp_path, monkeypatch):
+    """Breaks when the README's lines of Python no longer run, or their samples are all alike, noise or flat."""
+    (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(lines, names := {})
+    images, trouser = names["images"], names["model"].class_names.index("trouser")
+    corners, middle = images[trouser::10, :, :8, :4], images[trouser::10, :, :8, 11:17]
+    assert corners.mean() < 0.1 and middle.mean() > 0.4  # dark beside the waistband
+    assert (tmp_path / "garments.png").exists()
 
 
 def test_the_commands_are_there():

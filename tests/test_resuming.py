@@ -69,7 +69,7 @@ def test_presets(capsys):
         "fashion_mnist",
         20,
         1250,
-        "fashion_cond",
+        "fashion_cpu",
     )
     assert recall(flags=stored | {"preset": ["of another version"]}).preset is None
     with pytest.raises(UsageError, match=r"dataset: digits → dsprites.*; leave out `preset`, or add `change`"):
