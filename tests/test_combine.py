@@ -802,7 +802,7 @@ def test_mistakes_on_the_command_line(commands):
         "weight of 0": "--weights=size=0: expected a number above 0, at most 1e+18",
         "weights twice": "--weights is for --combine=alternate and sum",
         "steps that rise": "--first_step_lr=50 cannot fall to --step_lr=400",
-        "unwritable": "--savedir: cannot make /dev/null/combine/genbaseline",
+        "unwritable": "--savedir: cannot write /dev/null/combine/genbaseline",
     }
     for name, message in expected.items():
         assert message in (results[name][1] or ""), name
