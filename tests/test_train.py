@@ -14,6 +14,7 @@ import torch
 
 from conftest import ENVIRONMENT, GOLDEN, ROOT, SMALL_RUN, is_same_state, load_state, run_commands, run_python
 from ebm.readers.tensorflow import read_tf_checkpoint
+from ebm.support.experiments import SHIPPED
 
 
 def train(logdir, *flags):
@@ -164,6 +165,8 @@ MISTAKES = {
     "--dataset=mnist --datadir=nothing --nodownload": "nothing",
     "--train=False": "--resume_iter",
     "--resume_iter=latest --exp=none": "no experiment folder",
+    "--resume_iter=latest --exp=digits_cond": "digits_cond is a shipped model, weights without the state of a run",
+    f"--logdir={SHIPPED}": "is kept for the shipped models",
 }
 
 
