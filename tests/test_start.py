@@ -18,7 +18,6 @@ from ebm.presets import PRESETS
 from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
-from ebm.support.progress import describe_duration
 from ebm.training import estimate, setup
 from ebm.training.distributed import work_alone
 from ebm.training.estimate import MemoryHistory, check_cost, estimate_cost
@@ -104,20 +103,6 @@ def test_remedies(monkeypatch):
         check(state, large, is_new=True)
     state.iteration = 7
     assert check(state, large, is_new=False) == ""
-
-
-def test_durations():
-    """Breaks when a duration has a unit that people do not count it in."""
-    seconds = {
-        0.123: "0.12 s",
-        9.6: "9.6 s",
-        60: "60 s",
-        150: "2.5 min",
-        840: "14 min",
-        9000: "2.5 h",
-        10**6: "12 days",
-    }
-    assert [describe_duration(each) for each in seconds] == list(seconds.values())
 
 
 # ---- settings and labels ----

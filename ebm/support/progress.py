@@ -23,7 +23,7 @@ def describe_time(seconds: float) -> str:
     if minutes < 24 * 60:
         return f"{minutes // 60} h {minutes % 60} min"
     hours = round(seconds / 3600)
-    return f"{hours // 24} d {hours % 24} h"
+    return f"{hours // 24:,} d {hours % 24} h"
 
 
 class Progress:
@@ -88,12 +88,3 @@ class Progress:
         """End the bar; later output goes below it."""
         if self.bar is not None:
             self.bar.close()
-
-
-def describe_duration(seconds: float) -> str:
-    """Return a duration as people say it, with two digits: 0.12 s, 45 s, 14 min, 3.5 h, 12 days."""
-    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * size:
-            value = seconds / size
-            return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"

@@ -27,7 +27,7 @@ from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32, find_free_memory
-from ebm.support.progress import describe_duration
+from ebm.support.progress import describe_time
 from ebm.training.acceleration import Acceleration
 from ebm.training.distributed import Workers
 from ebm.training.guard import SNAPSHOTS
@@ -177,8 +177,8 @@ def measure_snapshot(state: State) -> int:
 
 def describe_cost(cost: Cost, iterations: int) -> str:
     """Return a line about an iteration, and about so many of them."""
-    line = f"one iteration: about {describe_duration(cost.seconds)} and {describe_size(cost.memory)} of memory"
-    return f"{line}; all {iterations:,}: about {describe_duration(iterations * cost.seconds)}"
+    line = f"one iteration: about {describe_time(cost.seconds)} and {describe_size(cost.memory)} of memory"
+    return f"{line}; all {iterations:,}: about {describe_time(iterations * cost.seconds)}"
 
 
 def describe_size(size: int) -> str:
