@@ -452,6 +452,7 @@ def make_figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
         axis.grid(color="0.9", linewidth=0.8)
         axis.set_axisbelow(True)
     axes[0].set_title(escape_text(title), loc="left")
+    figure.align_ylabels(axes)
     return figure, axes
 
 
