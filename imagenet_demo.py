@@ -76,7 +76,8 @@ def show_chains(settings: DemoSettings, workers: Workers, results: Results) -> N
     if settings.classes and not trained.model.config.label_size:
         raise UsageError(f"`classes`: {trained.path} has no classes; leave it out")
     step_lr = trained.choose_step_lr(settings.step_lr, published=180.0)
-    print(f"model: {trained.path}; {settings.batch_size} images, {settings.num_steps} Langevin steps of {step_lr:g}")
+    steps = f"{settings.num_steps} Langevin steps with step_lr {step_lr:g}"
+    print(f"model: {trained.path}; {settings.batch_size} images, {steps}")
 
     columns = math.ceil(math.sqrt(settings.batch_size))
     labels, titles = choose_labels(settings, trained)

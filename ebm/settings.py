@@ -301,7 +301,8 @@ class RunSettings(DeviceChoice, IncompleteSettings):
 
     preset: str | None = flag(
         None,
-        "use the flags of a published or shipped run; flags given on the command line override them",
+        "use the flags of a published command, of a shipped model, or for colour images on a CPU (colour_cpu); "
+        "flags given on the command line override them",
         presets=PRESETS,
     )
     exp: str = flag("default", "name of the experiment; its files go to <logdir>/<exp>/")

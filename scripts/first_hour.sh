@@ -39,7 +39,7 @@ step "1 Help" "^Run:" "python train.py --help"
 
 step "2 Combine shipped models of concepts" "[0-9]/[0-9]" \
     "python ebm_combine.py --weights=pos=3,rot=1.5 --num_steps=200 --step_lr=50 --first_step_lr=400 --first_noise=0.1 \
---limit=10 --savedir=$results"
+--limit=10 --logdir=$results"
 
 step "3 Train on digits" "^iteration [0-9]" \
     "python train.py --preset=digits_cpu --exp=digits --logdir=$runs --max_iter=250"
@@ -75,7 +75,7 @@ step "7 Detect images of other kinds" "AUROC" \
 
 step "8 Combine concepts by an expression" "[0-9]/[0-9]" \
     "python ebm_combine.py --combine='shape & 3*pos & size' --labels=shape=ellipse,pos=0.5,0.5 --num_steps=100 \
---step_lr=50 --limit=10 --exp=expression --savedir=$results"
+--step_lr=50 --limit=10 --exp=expression --logdir=$results"
 
 cat > "$out/five_lines.py" <<END
 import torch, checkpoint, models, sampling
@@ -92,7 +92,7 @@ END
 step "9 Five lines of Python" "images" "python - < $place/five_lines.py"
 
 step "10 A GIF of sampling" "frames" \
-    "python imagenet_demo.py --exp=shapes --num_steps=200 --every=4 --batch_size=9 --logdir=$runs --savedir=$results"
+    "python imagenet_demo.py --exp=shapes --num_steps=200 --every=4 --batch_size=9 --modeldir=$runs --logdir=$results"
 
 printf '\n%-42s %6s %6s   %s\n' "step" "first" "all" "look at (seconds to the first output, and in all)"
 printf '%s\n' "${table[@]}"

@@ -198,8 +198,8 @@ def test_frames_are_those_of_one_chain(results) -> None:
 
 def test_step_size(results) -> None:
     """Red if the step size is not that of training, or without one another than the published 180."""
-    assert "1 images, 1 Langevin steps of 50" in results["own_step"].out
-    assert "4 images, 2 Langevin steps of 180" in results["large"].out
+    assert "1 images, 1 Langevin steps with step_lr 50" in results["own_step"].out
+    assert "4 images, 2 Langevin steps with step_lr 180" in results["large"].out
 
 
 def test_chosen_classes(results) -> None:

@@ -72,7 +72,7 @@ def test_a_call_replaces_the_whole_set(tmp_path, capsys):
     assert len(np.load(folder / "scores_interpolation.npy")) == 5 and not (folder / "scores_random.npy").exists()
     assert len(np.load(tmp_path / "digits_cond" / "mixenergy.1" / "scores_random.npy")) > 100
     printed = capsys.readouterr().out
-    assert "energies of 5 test images, and of as many of interpolation, under each of 10 classes" in printed
+    assert "energies of 5 test images and as many for comparison (interpolation), under each of 10 classes" in printed
     assert "Langevin" not in printed
 
 

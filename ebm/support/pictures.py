@@ -93,13 +93,13 @@ def make_panel(
     count, columns = len(next(iter(stages.values()))), len(stages)
     font = fit_font(rows, TITLE_WIDTH)
     title_width = min(TITLE_WIDTH, math.ceil(max(map(font.getlength, map(make_drawable, rows)), default=0)))
-    places = columns + math.ceil(title_width / CELL)  # of a row; titles take the room of images
+    places = count_places(columns, title_width)
     across = SIDE // LEAST_CELL  # images that have room beside or below each other
     most = across * max(1, across // places)
     images = torch.stack([batch[:most].cpu() for batch in stages.values()], 1)  # (rows, columns, C, H, W)
     if most < count:
         note = f"the first {most} of {count} rows" + "; " * bool(note) + note
-    number = choose_blocks(len(images), places)
+    number = choose_blocks(len(images), columns, images.shape[3:], title_width)
     size = -(-len(images) // number)
     scale = choose_scale(images.shape[3:], number * places, size) if scale is None else scale
     blocks: list[np.ndarray] = []
@@ -125,9 +125,25 @@ def choose_scale(shape: Sequence[int], columns: int, rows: int) -> float:
     return min(wanted, SIDE // longest) if longest <= SIDE else SIDE / longest
 
 
-def choose_blocks(rows: int, columns: int) -> int:
-    """Return in how many blocks side by side rows of images make the picture that is nearest to a square."""
-    return min(range(1, rows + 1), key=lambda blocks: (max(blocks * columns, math.ceil(rows / blocks)), -blocks))
+def choose_blocks(rows: int, columns: int, shape: Sequence[int], title_width: int) -> int:
+    """Return in how many blocks side by side rows of images make the picture that is nearest to a square.
+
+    shape: (H, W) of an image. title_width: the room for the titles of a block's rows, in pixels.
+    """
+
+    def compute_ratio(blocks: int) -> float:
+        size = math.ceil(rows / blocks)
+        scale = choose_scale(shape, blocks * count_places(columns, title_width), size)
+        height = size * (scale * shape[0] + GAP)
+        width = blocks * (title_width + columns * (scale * shape[1] + GAP) + BLOCK_GAP)
+        return max(width / height, height / width)
+
+    return min(range(1, rows + 1), key=compute_ratio)
+
+
+def count_places(columns: int, title_width: int) -> int:
+    """Return the length of a row in images, if its title takes the room of some."""
+    return columns + math.ceil(title_width / CELL)
 
 
 def choose_columns(number: int, classes: int = 0) -> int:
@@ -436,6 +452,7 @@ def make_figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
         axis.grid(color="0.9", linewidth=0.8)
         axis.set_axisbelow(True)
     axes[0].set_title(escape_text(title), loc="left")
+    figure.align_ylabels(axes)
     return figure, axes
 
 

@@ -26,6 +26,11 @@ def describe_time(seconds: float) -> str:
     return f"{hours // 24:,} d {hours % 24} h"
 
 
+def describe_energies(of_data: float, of_samples: float) -> str:
+    """Return mean energies in words, for the text of a training's progress."""
+    return f"energy of data {of_data:+.4f}, of samples {of_samples:+.4f}"
+
+
 class Progress:
     """A progress bar with speed and time left on a terminal; elsewhere a plain line every `every` seconds.
 

@@ -307,7 +307,8 @@ def combine_concepts(run: ConceptRun) -> Figures:
     steps = f"{run.settings.num_steps} Langevin steps" + f", {run.settings.restarts} times" * (
         run.settings.restarts > 1
     )
-    print(f"work: {number:,} images for each of {len(plans)} combinations of concepts, {steps}", flush=True)
+    combinations = f"{len(plans)} combination{'s' * (len(plans) > 1)} of concepts"
+    print(f"work: {combinations}, {number:,} images of each, {steps}", flush=True)
     progress = Progress(rounds, what="Langevin step")
     images = torch.cat(run.share_parts(parts, lambda part: run.sample_images(part[0], part[1], progress)))
     run.note_part("images of the first combination", len(images), number)

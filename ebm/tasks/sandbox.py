@@ -122,7 +122,7 @@ class SandboxRun:
 
     def announce(self, work: str, rounds: int = 0) -> None:
         """Print how much work the task does. rounds: of each chain; 0 if no chain runs."""
-        steps = f"{self.model.num_steps} Langevin steps of {self.model.step_lr:g}"
+        steps = f"{self.model.num_steps} Langevin steps with step_lr {self.model.step_lr:g}"
         chain = f", for each {rounds} round{'s' * (rounds > 1)} of {steps}" if rounds else ""
         print(f"work: {work}{chain}", flush=True)
 
@@ -488,7 +488,8 @@ def detect_outliers(run: SandboxRun) -> Report:
         run.require_class_names("mixenergy")
     images = run.draw_examples("test", run.choose_number()).images
     classes = f", under each of {run.model.classes} classes" if run.model.classes else ""
-    run.announce(f"energies of {len(images):,} test images, and of as many of {', '.join(run.mixes)}{classes}")
+    others = f"as many for comparison ({', '.join(run.mixes)})"
+    run.announce(f"energies of {len(images):,} test images and {others}{classes}")
     in_scores = run.write_array("scores_in_distribution", run.model.compute_scores(images, progress="scores of test"))
     scores: dict[str, np.ndarray] = {}
     with contextlib.suppress(Interruption):
@@ -603,7 +604,7 @@ def measure_recognition(run: SandboxRun, images: Tensor, labels: Tensor) -> dict
         if run.find_class_names():
             classes = run.model.compute_logits(images, progress="recognise").argmax(1)
             is_right = classes == labels[: len(classes)].argmax(1)
-            return {"recognised as the class": is_right.double().mean().item()}
+            return {"recognised as their class": is_right.double().mean().item()}
     return {}
 
 
@@ -654,8 +655,8 @@ def sample_classes(run: SandboxRun) -> Report:
 def find_training_neighbours(run: SandboxRun) -> Report:
     """Sample 10 images and find the 5 nearest training images of each in L2; do the same for test images."""
     train, rows = run.load("train"), run.choose_number(10)
-    search = f"the nearest of {len(train):,} training images to each and to as many test images"
-    run.announce(f"{search}; {rows} samples from noise", ROUNDS["nearestneighbor"])
+    search = f"the nearest of {len(train):,} training images to {rows} test images and {rows} samples"
+    run.announce(f"{search}; these from noise", ROUNDS["nearestneighbor"])
     noise, labels = run.draw_noise(rows), run.sample_labels(rows)
     samples = run.model.run_chain(noise, labels, rounds=ROUNDS["nearestneighbor"], progress="nearestneighbor")
     run.model.require_all()

@@ -31,7 +31,7 @@ from ebm.support import pictures
 from ebm.support.files import write_file
 from ebm.support.hardware import LOSS_PRECISIONS, allow_tf32
 from ebm.support.interruption import Interruption
-from ebm.support.progress import Progress
+from ebm.support.progress import Progress, describe_energies
 from ebm.tasks.concepts import ROWS, ConceptRun, Figures, compute_share, judge_latents
 from models import PreparedEnergy, draw_noise_images, freeze_energy
 from sampling import Energy, check_finite, compute_input_gradient, draw_noise, langevin
@@ -231,8 +231,8 @@ def train_product(run: ConceptRun, product: ProductNetwork, training: Tensor, ot
         replay = torch.cat([replay, step.samples])[-REPLAY_SIZE:]
         if iteration % 10 == 0:
             check_finite(step.loss, "lower `step_lr` or `lr`")
-            off = measure_squared_error(step.samples, images)
-            progress.text = f"off {off:.4f} e_pos {step.e_pos.mean():+.4f} e_neg {step.e_neg.mean():+.4f}"
+            energies = describe_energies(step.e_pos.mean().item(), step.e_neg.mean().item())
+            progress.text = f"squared error {measure_squared_error(step.samples, images):.4f}, {energies}"
         progress.update(iteration)
     run.note_part("training iterations", progress.done, total)
     return progress.done

@@ -15,7 +15,7 @@ from ebm.measures.features import DISTANCE, IMAGES_PER_SPLIT, SampleMeasure
 from ebm.settings import TrainSettings
 from ebm.support import cli, pictures
 from ebm.support.logs import RunLog, read_series
-from ebm.support.progress import Progress
+from ebm.support.progress import Progress, describe_energies
 from ebm.support.reports import write_json
 from ebm.training.samples import FreshChains, Sampler, choose_test_number
 from ebm.training.state import State, Step
@@ -106,7 +106,7 @@ class Recorder:
         """Write the figures of an iteration to the log and the console."""
         figures = compute_statistics(self.state, self.settings, step)
         self.log.write_scalars(self.state.iteration, figures)
-        self.progress.text = f"e_pos {figures['e_pos']:+.4f} e_neg {figures['e_neg']:+.4f}"
+        self.progress.text = describe_energies(figures["e_pos"], figures["e_neg"])
 
     def record_rollback(self, failed: int, cause: str, lr: float) -> None:
         """Print and log that the run went back from a failed iteration to the one of the state."""
