@@ -144,13 +144,13 @@ def to_dict(settings: Any) -> dict[str, Any]:
 def write_flags(settings: Any) -> str:
     """Return the flags, as a shell takes them, of all settings that are not at their defaults, in the order of --help.
 
-    A command with these flags has the same settings.
+    Settings that a chosen preset sets are written, too. A command with these flags has the same settings.
     """
-    words: list[str] = []
+    words, of_preset = list[str](), list_preset_names(settings)
     for fields in list_groups(type(settings)).values():
         for field in fields:
             value, about = getattr(settings, field.name), field.metadata["flag"]
-            if value == field.default:
+            if value is None or (value == field.default and field.name not in of_preset):
                 continue
             if isinstance(value, bool):
                 words.append(f"--{field.name}" if value else f"--no{field.name}")
@@ -381,6 +381,12 @@ def split_words(words: Sequence[str], kind: type) -> list[tuple[str, str]]:
     switches = [name for name, target in names.items() if split_type(hints[target])[0] is bool]
     pairs = read_words(words, switches, [name for name in names if name not in switches])
     return [(names[name], value) for name, value in pairs]
+
+
+def list_preset_names(settings: Any) -> set[str]:
+    """Return the names of the settings that the chosen preset sets, also where a flag overrides it."""
+    presets = [about.presets.get(getattr(settings, name), "") for name, about in list_flags(settings).items()]
+    return {name for preset in presets for name, _ in split_words(shlex.split(preset), type(settings))}
 
 
 def convert_words(pairs: Sequence[tuple[str, str]], kind: type[Settings]) -> Settings:

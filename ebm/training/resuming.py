@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -125,7 +124,7 @@ def list_given_names(settings: TrainSettings, preset_before: object) -> set[str]
     """
     names = set(settings.given_names)
     if settings.preset and settings.preset != preset_before:
-        names |= {name for name, _ in cli.split_words(shlex.split(PRESETS[settings.preset]), TrainSettings)}
+        names |= cli.list_preset_names(settings)
     if "epoch_num" in names:  # both say where a run ends
         names.add("max_iter")
     return names - CALL_SETTINGS
