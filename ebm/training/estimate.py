@@ -3,8 +3,8 @@
     cost = estimate_cost(train_step, state, settings)  # Cost(seconds=850.0, memory=20_300_000_000)
 
 The real step runs on a copy of the state. Its time is that of the images and Langevin steps that it was measured on,
-extended to those of the settings. Its memory is followed operation by operation on one chain and on two: each operation
-adds to the memory in proportion to the images, and the largest sum is the peak.
+extended to those of the settings. Its memory is followed operation by operation on two chains and on three: each
+operation adds to the memory in proportion to the images, and the largest sum is the peak.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 import math
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -178,7 +178,7 @@ def measure_snapshot(state: State) -> int:
 def describe_cost(cost: Cost, iterations: int) -> str:
     """Return a line about an iteration, and about so many of them."""
     line = f"one iteration: about {describe_time(cost.seconds)} and {describe_size(cost.memory)} of memory"
-    return f"{line}; all {iterations:,}: about {describe_time(iterations * cost.seconds)}"
+    return line + f"; {iterations:,} iterations: about {describe_time(iterations * cost.seconds)}" * (iterations > 1)
 
 
 def describe_size(size: int) -> str:
@@ -207,6 +207,11 @@ def list_remedies(settings: TrainSettings, state: State, *, is_new: bool) -> lis
     return remedies
 
 
+def give_advice(remedies: Sequence[str]) -> str:
+    """Return a clause about what to do where an iteration does not fit into memory."""
+    return f"try {' or '.join(remedies)}" if remedies else "a machine with more memory would hold it"
+
+
 def check_cost(
     train_step: TrainStep, state: State, settings: TrainSettings, workers: Workers, stop: int, *, is_new: bool
 ) -> str:
@@ -228,7 +233,7 @@ def check_cost(
         several = f", {describe_size(need)} for {sharers} workers" if sharers > 1 else ""
         raise UsageError(
             f"an iteration with these settings takes about {describe_size(cost.memory)} of memory{several}, and "
-            f"{describe_size(free)} are free; try {' or '.join(remedies)}"
+            f"{describe_size(free)} are free; {give_advice(remedies)}"
         )
     line = describe_cost(cost, stop - state.iteration)
     if remedies and (cost.seconds > LONG or need > LARGE * free):

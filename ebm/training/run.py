@@ -24,7 +24,7 @@ from ebm.support.hardware import allow_tf32, is_out_of_memory
 from ebm.support.interruption import Break
 from ebm.support.sharing import fold_seed
 from ebm.training.distributed import GradientAverager, Workers
-from ebm.training.estimate import list_remedies
+from ebm.training.estimate import give_advice, list_remedies
 from ebm.training.guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
 from ebm.training.ownership import FolderOwner, list_branch_files, set_aside_branch
 from ebm.training.records import Recorder, draw_curves, report_quality, write_samples
@@ -466,15 +466,14 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            remedies = " or ".join(list_remedies(self.settings, self.state, is_new=self.state.iteration == 0))
-            raise UsageError(f"the memory does not hold iteration {self.state.iteration + 1}; try {remedies}") from None
+            advice = give_advice(list_remedies(self.settings, self.state, is_new=self.state.iteration == 0))
+            raise UsageError(f"the memory does not hold iteration {self.state.iteration + 1}; {advice}") from None
         finally:
             self.can_break = False
 
     def raise_break(self) -> None:
         """Raise Break if a signal has come, unless the iteration cannot be broken off any more."""
         if self.can_break and self.signal is not None:
-            self.can_break = False
             raise Break(self.signal)
 
     def check_last_step(self) -> None:
@@ -498,7 +497,7 @@ class Run:
         """Save, then end the process with the exit status that is usual for the signal."""
         number = self.signal = self.signal or signal.SIGTERM
         self.save()
-        self.say(f"stopped by {signal.Signals(number).name}; go on with {name_resumption(self.settings)}")
+        self.say(f"stopped by {interruption.name_signal(number)}; go on with {name_resumption(self.settings)}")
         self.workers.barrier()
         if self.stop_signals is not None:
             self.stop_signals.release_launcher()

@@ -285,7 +285,8 @@ def announce_run(
     if state.acceleration.compiled:
         print("the Langevin step is compiled when it first runs, which can take a minute; torch keeps the result")
     print(f"iterations: {state.iteration} to {stop}; everything goes to {settings.folder}/")
-    note_name_of_preset(settings)
+    if state.iteration == 0:
+        note_name_of_preset(settings)
     if cost:
         print(cost)
     print(f"settings: {cli.write_flags(settings)}")
