@@ -94,12 +94,15 @@ def test_remedies(monkeypatch):
     state, large, small = make_colour_state(), TrainSettings(), TrainSettings(zero_kl=True, batch_size=16, num_steps=5)
     lines = check(state, large, is_new=True).splitlines()
     assert lines[0] == "one iteration: about 2 min and 3 GB of memory; 7 iterations: about 12 min"
-    assert lines[1].startswith("note: less time and memory: --zero_kl (") and "--batch_size below 256" in lines[1]
-    assert "--preset=colour_cpu" in lines[1] and "--preset" not in check(state, large, is_new=False)
+    assert lines[1].startswith("note: less time and memory: --preset=colour_cpu (")
+    assert "--zero_kl (" in lines[1] and "--batch_size below 256" in lines[1]
+    assert "--preset" not in check(state, large, is_new=False)
     assert "zero_kl" not in check(state, small, is_new=True) and "batch_size" not in check(state, small, is_new=True)
     assert len(check(state, small, is_new=False).splitlines()) == 1
     monkeypatch.setattr(estimate, "find_free_memory", lambda: 2 * 10**9)
-    with pytest.raises(UsageError, match=r"takes about 3 GB of memory, and 2 GB are free; try `zero_kl`.* or "):
+    with pytest.raises(
+        UsageError, match=r"takes about 3 GB of memory, and 2 GB are free; try `preset`=colour_cpu.* or `zero_kl`.* or "
+    ):
         check(state, large, is_new=True)
     with pytest.raises(UsageError, match=r"2 GB are free; a machine with more memory would hold it$"):
         check(state, small, is_new=False)

@@ -187,11 +187,13 @@ def describe_size(size: int) -> str:
 
 
 def list_remedies(settings: TrainSettings, state: State, *, is_new: bool) -> list[str]:
-    """Return the settings that would make an iteration shorter and smaller, those in use left out.
+    """Return the settings that would make an iteration shorter and smaller, the surest first, those in use left out.
 
     is_new: the run begins, so that its network can be another one.
     """
     config, remedies = state.model.config, list[str]()
+    if is_new and config.image_shape[0] == 3 and state.generator.device.type == "cpu" and settings.preset is None:
+        remedies.append("`preset`=colour_cpu (settings that suit CPUs)")
     if not settings.zero_kl and settings.num_steps:
         remedies.append("`zero_kl` (no gradient through the chains)")
     if settings.batch_size > 16:
@@ -202,8 +204,6 @@ def list_remedies(settings: TrainSettings, state: State, *, is_new: bool) -> lis
         remedies.append("`image_size`=32")
     if settings.num_steps > 10:
         remedies.append(f"`num_steps` below {settings.num_steps}")
-    if is_new and config.image_shape[0] == 3 and state.generator.device.type == "cpu" and settings.preset is None:
-        remedies.append("`preset`=colour_cpu (settings that suit CPUs)")
     return remedies
 
 
