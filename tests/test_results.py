@@ -80,7 +80,9 @@ def test_a_call_replaces_the_whole_set(tmp_path, capsys):
 
 
 def test_results_so_far():
-    """Breaks when a signal destroys what was computed, lets more begin, is forgotten, or ends what must be finished."""
+    """Breaks when a signal destroys what was computed or written, lets more begin, is forgotten, or ends what must be
+    finished.
+    """
     workers, started = work_alone(), []
 
     def compute(item):
@@ -104,6 +106,10 @@ def test_results_so_far():
     with pytest.raises(Interruption), workers.keep_results():
         workers.share_out([2], compute)
         pytest.fail("there are no results")
+    with pytest.raises(Interruption), workers.keep_results():
+        workers.share_out([0], compute)
+        signal.raise_signal(signal.SIGTERM)  # while the results are written
+        assert not workers.is_cut_short
     with workers.keep_results():
         assert workers.share_out([], compute) == []
 
