@@ -33,11 +33,11 @@ from ebm.support.experiments import find_output_folder
 from ebm.support.hardware import set_up_process
 from ebm.support.interruption import keep_what_is_done
 from ebm.support.progress import Progress
-from ebm.support.reports import format_table, write_json
+from ebm.support.reports import format_table
 from ebm.tasks.likelihood import GAUSSIANS, Target, bound_log_z_of_classes, build_gauss, compute_figures, load_target
+from ebm.tasks.results import Results, own_results
 from ebm.tasks.trained_models import find_checkpoint, open_model
 from ebm.training.distributed import Workers, share_evaluation
-from ebm.training.ownership import Results, own_results
 
 
 def describe_target(settings: AisSettings, target: Target) -> dict[str, Any]:
@@ -89,10 +89,12 @@ def measure_likelihood(settings: AisSettings, workers: Workers, results: Results
                 name: bounds_of_class.to_dict() for name, bounds_of_class in bounds_by_class.items()
             }
             contents["bounds"][f"pdist {number}"] = compute_figures(target, bounds_by_class)
-            write_json(results.add_file("ais.json"), contents | {"complete": False})
+            results.write_report("ais.json", contents | {"complete": False})
     rows = list(contents["bounds"].values())
-    contents |= results.describe_state({"values of pdist": f"{len(rows)} of {len(numbers)}"})
-    write_json(results.add_file("ais.json"), contents)
+    workers.note_part("values of pdist", len(rows), len(numbers))
+    if len(rows) > 1:
+        plot_bounds(contents, numbers[: len(rows)], results.add_file("ais.png"))
+    results.write_report("ais.json", contents | results.describe_state())
     progress.close()
     figures_of_target = {
         name: contents[name] for name in ("log Z", "−T·E of test images", "its std") if name in contents
@@ -106,10 +108,7 @@ def measure_likelihood(settings: AisSettings, workers: Workers, results: Results
     least = min(rows[-1]["accepted"], rows[-1]["accepted back"])
     if least < 0.5:
         print(f"note: only {least:.0%} of the moves were accepted; try a smaller --alr than {target.alr:g}")
-    if len(rows) > 1:
-        plot_bounds(contents, numbers[: len(rows)], results.add_file("ais.png"))
-    for path in results.files:
-        print(f"wrote {path}")
+    results.print_paths()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from ebm.support.cli import flag
 from ebm.support.errors import UsageError
 from ebm.support.hardware import set_up_process
 from ebm.support.interruption import keep_what_is_done
-from ebm.support.reports import write_report
 from ebm.tasks import concepts, unseen
 from ebm.tasks.concept_models import (
     find_models,
@@ -45,8 +44,8 @@ from ebm.tasks.concept_models import (
     read_weights,
     train_models,
 )
+from ebm.tasks.results import Results, own_results
 from ebm.training.distributed import Workers, find_launch, share_evaluation
-from ebm.training.ownership import Results, own_results
 
 TASKS: dict[str, Callable[..., Any]] = {
     "train": train_models,
@@ -137,11 +136,11 @@ def run_task(settings: Settings, workers: Workers, results: Results) -> None:
         "task": settings.task,
         "checkpoints": {name: str(path) for name, path in paths.items()},
         "networks": {name: dataclasses.asdict(concept.config) for name, concept in run.concepts.items()},
-        **results.describe_state(run.unfinished),
+        **results.describe_state(),
         "settings": cli.to_dict(settings),
         "figures": figures,
     }
-    write_report(results.add_file(f"{settings.task}.json"), contents, results.files)
+    results.report_figures(f"{settings.task}.json", contents)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,12 @@ from ebm.support import cli
 from ebm.support.cli import flag
 from ebm.support.hardware import set_up_process
 from ebm.support.interruption import keep_what_is_done
-from ebm.support.reports import write_report
 from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.results import Results, own_results
 from ebm.tasks.sandbox import TASKS, Report, SandboxRun
 from ebm.tasks.sandbox_data import list_outliers, load_model_split, load_outlier_set
 from ebm.tasks.trained_models import check_network, find_checkpoint, open_model
 from ebm.training.distributed import Workers, share_evaluation
-from ebm.training.ownership import Results, own_results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +90,12 @@ def examine_model(settings: Settings, workers: Workers, results: Results) -> Non
         "checkpoint": str(trained.path),
         "network": dataclasses.asdict(config),
         "images": run.used,
-        **results.describe_state(model.unfinished),
+        **results.describe_state(),
         "settings": cli.to_dict(settings) | {"step_lr": model.step_lr, "batch_size": model.images_at_a_time},
         "figures": report.figures,
         "paper": report.paper,
     }
-    write_report(results.add_file(f"{settings.task}.json"), contents, results.files)
+    results.report_figures(f"{settings.task}.json", contents)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from ebm.settings import InceptionSettings
 from ebm.support import cli, pictures
 from ebm.support.hardware import set_up_process
 from ebm.support.interruption import keep_what_is_done
-from ebm.support.reports import format_table, write_json
+from ebm.support.reports import format_table
 from ebm.tasks.quality import (
     PAPER,
     check_pool,
@@ -42,9 +42,9 @@ from ebm.tasks.quality import (
     load_extractor,
     load_reference,
 )
+from ebm.tasks.results import Results, own_results
 from ebm.tasks.trained_models import TrainedModel, note_contradictions, open_model, refuse_concept_model
 from ebm.training.distributed import Workers, share_evaluation
-from ebm.training.ownership import Results, own_results
 
 
 def format_results(contents: dict[str, Any]) -> str:
@@ -86,6 +86,7 @@ def evaluate_samples(settings: InceptionSettings, workers: Workers, results: Res
             if report is not None:
                 report.add(paths, images)
             measured.append(paths[0].stem)
+    workers.note_part("iterations", len(measured), len(ensembles))
     if report is not None:
         report.finish()
 
@@ -117,18 +118,11 @@ class QualityReport:
         figures = features.measure_quality(self.extractor, images, self.real, splits=self.settings.splits)
         result = {"iteration": iteration, "ensemble": list(map(str, paths)), "figures": figures}
         self.contents["results"].append(result | {"images": len(images)})
-        write_json(self.results.add_file("eval_inception.json"), self.contents | {"complete": False})
+        self.results.write_report("eval_inception.json", self.contents | {"complete": False})
+        self.results.workers.note_part(f"images of iteration {iteration}", len(images), self.settings.im_number)
 
     def finish(self) -> None:
         """Write and print the report and the paths of all files; plot the figures if they are of several iterations."""
-        unfinished = {
-            f"images of iteration {result['iteration']}": f"{result['images']} of {self.settings.im_number}"
-            for result in self.contents["results"]
-            if result["images"] < self.settings.im_number
-        }
-        self.contents |= self.results.describe_state(unfinished)
-        write_json(self.results.add_file("eval_inception.json"), self.contents)
-        print(format_results(self.contents))
         results = self.contents["results"]
         if len(results) > 1:
             iterations = [int(result["iteration"]) for result in results]
@@ -137,8 +131,9 @@ class QualityReport:
             log = [name for name in names if name == "FID" or "distance" in name]
             shares = [name for name in names if name.endswith(("precision", "recall"))]
             pictures.plot_lines(curves, path, xlabel="iteration", log=log, shares=shares)
-        for path in self.results.files:
-            print(f"wrote {path}")
+        self.results.write_report("eval_inception.json", self.contents | self.results.describe_state())
+        print(format_results(self.contents))
+        self.results.print_paths()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
 from ebm.support.sharing import derive_seed
+from ebm.tasks.results import Results, own_results
 from ebm.tasks.trained_models import (
     TrainedModel,
     find_checkpoint,
@@ -40,7 +41,6 @@ from ebm.tasks.trained_models import (
     refuse_concept_model,
 )
 from ebm.training.distributed import Workers, share_evaluation
-from ebm.training.ownership import Results, own_results
 from models import draw_noise_images, freeze_energy
 from sampling import check_finite, langevin
 

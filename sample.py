@@ -31,6 +31,7 @@ from ebm.support.files import write_file
 from ebm.support.hardware import allow_tf32, set_up_process
 from ebm.support.progress import Progress
 from ebm.tasks.quality import draw_fresh_images, report_memory_shortage
+from ebm.tasks.results import Results, own_results
 from ebm.tasks.trained_models import (
     find_checkpoint,
     find_class,
@@ -39,7 +40,6 @@ from ebm.tasks.trained_models import (
     refuse_concept_model,
 )
 from ebm.training.distributed import Workers, share_evaluation
-from ebm.training.ownership import Results, own_results
 from models import freeze_energy
 
 GRID = 400  # largest number of images in the grid

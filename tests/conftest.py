@@ -34,10 +34,10 @@ from ebm.settings import SandboxSettings, TrainSettings
 from ebm.support.launch import Launch
 from ebm.support.progress import Progress
 from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.results import Results
 from ebm.tasks.sandbox import SandboxRun
 from ebm.training import distributed
 from ebm.training.acceleration import Acceleration
-from ebm.training.ownership import Results
 from ebm.training.run import Run
 from ebm.training.state import State, Step
 from train import start_chains, train_step

@@ -146,6 +146,7 @@ def test_script_on_gaussians(tmp_path):
         assert found["log Z"] == pytest.approx(compute_gauss_log_z(dimensions, 300.0, 1.0)) and found["alr"] == alr
         assert set(found["bounds"]) == {"pdist 3", "pdist 9"}
         assert all(row["log Z ≥"] < found["log Z"] < row["log Z ≤"] for row in found["bounds"].values())
+        assert found["files"] == ["ais.json", "ais.png"] and found["complete"]
         assert (tmp_path / f"out/{name}/ais/ais.png").exists() and f"{name}/ais/ais.png" in printed
 
 

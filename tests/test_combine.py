@@ -24,8 +24,8 @@ from ebm.tasks import concepts, unseen
 from ebm.tasks.concept_models import ConceptModel, find_starts, load_model
 from ebm.tasks.concepts import ConceptRun, anneal_linearly
 from ebm.tasks.expressions import parse_expression
+from ebm.tasks.results import Results
 from ebm.training.distributed import work_alone
-from ebm.training.ownership import Results
 from sampling import langevin
 from utils import ClippedAdam
 
@@ -784,7 +784,7 @@ def test_missing_models(commands):
         assert line.startswith(f"  {name}: no ")
         assert f"python train.py --preset=dsprites_{name} --exp={exp}" in line
     assert "(it has 5); choose one with --resume_size, or" in lines[0] and "model_6" in lines[0]
-    assert "choose with --exp_rot, or" in lines[1]
+    assert "choose with --modeldir and --exp_rot, or" in lines[1]
 
 
 def test_mistakes_on_the_command_line(commands):

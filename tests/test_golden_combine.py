@@ -18,8 +18,8 @@ from ebm.settings import CombineSettings
 from ebm.tasks import concepts, unseen
 from ebm.tasks.concept_models import ConceptModel
 from ebm.tasks.concepts import ConceptRun
+from ebm.tasks.results import Results
 from ebm.training.distributed import work_alone
-from ebm.training.ownership import Results
 from golden.tasks.recipe_tasks import concept_images, digest, gentest_batches, gentest_images, rows
 from golden_cases import (
     assert_close,

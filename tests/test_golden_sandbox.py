@@ -17,8 +17,8 @@ from ebm.support import metrics
 from ebm.tasks import sandbox
 from ebm.tasks.attacks import restrict_to_ball, restrict_to_lower_half
 from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.results import Results
 from ebm.tasks.sandbox import Examples, SandboxRun
-from ebm.training.ownership import Results
 from golden_cases import (
     assert_close,
     assert_digests_close,

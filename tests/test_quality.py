@@ -394,6 +394,7 @@ def test_evaluations_end_to_end(models_folder):
     assert error is None
     folder = models_folder / "results/digits/eval_inception_0"
     report = json.loads((folder / "eval_inception.json").read_text())
+    assert set(report["files"]) == {path.name for path in folder.iterdir()} and report["complete"]
     assert [result["iteration"] for result in report["results"]] == ["300", "600", "800", "900"]
     assert [len(result["ensemble"]) for result in report["results"]] == [1, 2, 2, 2]
     assert report["results"][2]["ensemble"][1].endswith("model_600.pt")  # no model_500: the newest before

@@ -22,8 +22,8 @@ from ebm.tasks import concepts, sandbox
 from ebm.tasks.concept_models import ConceptModel
 from ebm.tasks.concepts import ConceptRun
 from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.results import Results, own_results
 from ebm.training.distributed import work_alone
-from ebm.training.ownership import Results, own_results
 from models import ModelConfig, freeze_energy
 
 
@@ -80,7 +80,9 @@ def test_a_call_replaces_the_whole_set(tmp_path, capsys):
 
 
 def test_results_so_far():
-    """Breaks when a signal destroys what was computed, lets more begin, is forgotten, or ends what must be finished."""
+    """Breaks when a signal destroys what was computed or written, lets more begin, is forgotten, or ends what must be
+    finished.
+    """
     workers, started = work_alone(), []
 
     def compute(item):
@@ -104,6 +106,10 @@ def test_results_so_far():
     with pytest.raises(Interruption), workers.keep_results():
         workers.share_out([2], compute)
         pytest.fail("there are no results")
+    with pytest.raises(Interruption), workers.keep_results():
+        workers.share_out([0], compute)
+        signal.raise_signal(signal.SIGTERM)  # while the results are written
+        assert not workers.is_cut_short
     with workers.keep_results():
         assert workers.share_out([], compute) == []
 
@@ -141,14 +147,16 @@ def stop_in_batch(monkeypatch, number):
 CASES = [
     ("energyeval", {}, 5, {"energies of test": "8 of 24"}, {"train mean", "test mean", "AUROC train/test"}),
     ("energyeval", {}, 4, {}, {"train mean", "verdict"}),
+    ("democlass", {}, 2, {"democlass": "8 of 15"}, set()),
+    ("diagnose", {"limit": 4}, 15, {"rounds": "6 of 50"}, {"step 5"}),
     ("mixenergy", {}, 6, {"scores of interpolation": "16 of 24"}, {"interpolation"}),
     ("mixenergy", {}, 2, {"scores of test": "8 of 24"}, set()),
     ("boxcorrupt", {}, 3, {"inpaint train": "16 of 24"}, {"train MSE mean", "verdict"}),
     ("boxcorrupt", {}, 5, {"inpaint train": "24 of 24", "inpaint test": "8 of 24"}, {"test MSE mean"}),
     ("anticorrupt", {"limit": 24}, 3, {"anticorrupt": "16 of 24"}, {"MSE restored"}),
     ("label", {"pgd": 1}, 3, {"classify": "16 of 24"}, {"clean", "clean, refined", "attacked", "attacked, refined"}),
-    ("label", {"pgd": 1, "labelgrid": True}, 8, {}, {"0/255", "1/255"}),
-    ("cycleclass", {}, 8, {"cycleclass": "8 of 24"}, set()),
+    ("label", {"pgd": 1, "labelgrid": True}, 8, {"radii": "2 of 31"}, {"0/255", "1/255"}),
+    ("cycleclass", {}, 8, {"rounds of cycleclass": "2 of 20"}, set()),
 ]
 
 
@@ -160,7 +168,7 @@ def test_tasks_report_what_is_done(tmp_path, monkeypatch, task, settings, number
     stop_in_batch(monkeypatch, number)
     with pytest.raises(Interruption), box.workers.keep_results():
         report = sandbox.TASKS[task](run)
-        state = run.results.describe_state(box.unfinished)
+        state = run.results.describe_state()
     assert {name: part for name, part in done.items() if part != "24 of 24"}.items() <= state["done"].items()
     assert figures <= report.figures.keys() and not state["complete"]
     assert "test mean" not in report.figures or "test mean" in figures
@@ -210,7 +218,7 @@ def test_combinations_so_far(tmp_path, monkeypatch, stop_at, titles, done):
     assert list(samples) == titles
     for images in samples.values():
         assert torch.equal(images, dsprites.render_sprites(*targets[0].unbind(1))) and len(images) == done
-    assert run.unfinished["combinations"] == f"{len(titles)} of 3"
+    assert run.workers.unfinished["combinations"] == f"{len(titles)} of 3"
 
 
 # ---- progress ----

@@ -31,7 +31,7 @@ from conftest import (
     write_colour_sets,
 )
 from ebm.settings import SandboxSettings
-from ebm.support import cli, reports
+from ebm.support import cli
 from ebm.support.errors import UsageError
 from ebm.tasks import analysis, attacks, sandbox, sandbox_data
 from ebm.tasks.attacks import Attack, ascend_loss, draw_offset, restrict_to_ball
@@ -610,10 +610,8 @@ def test_a_task_without_figures(tmp_path, capsys):
     run = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12)), tmp_path, classes=0, limit=2)
     report = sandbox.sample_stages(run)
     assert report.figures == {}
-    path = run.add_file("cycleclass.json")
-    reports.write_report(
-        path, {"task": "cycleclass", "figures": report.figures, "paper": report.paper}, run.results.files
-    )
+    run.results.report_figures("cycleclass.json", {"figures": report.figures, "paper": report.paper})
+    path = tmp_path / "cycleclass.json"
     assert json.loads(path.read_text())["files"] == ["cycleclass.png", "cycleclass.json"]
     assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'cycleclass.png'}\nwrote {path}\n")
 

@@ -12,8 +12,8 @@ from ebm.settings import CombineSettings
 from ebm.tasks import concepts
 from ebm.tasks.concept_models import ConceptModel
 from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.results import Results
 from ebm.training.distributed import work_alone
-from ebm.training.ownership import Results
 
 SHIPPED = sorted(ROOT.glob("pretrained/*_cond*/model_*.pt"))
 CONCEPTS = ("pos", "rot", "shape", "size")

@@ -202,7 +202,7 @@ EVALUATIONS = {
     "sample": (SampleSettings(logdir=NOWHERE, **SHIPPED), "draw_fresh_images"),
     "ais": (AisSettings(logdir=NOWHERE, **SHIPPED), "load_target"),
     "ais gauss": (AisSettings(logdir=NOWHERE, dataset="gauss"), "build_gauss"),
-    "ebm_sandbox": (ebm_sandbox.Settings(logdir=NOWHERE, **SHIPPED), "write_report"),
+    "ebm_sandbox": (ebm_sandbox.Settings(logdir=NOWHERE, **SHIPPED), "Report"),
     "eval_inception": (InceptionSettings(logdir=NOWHERE, **SHIPPED), "load_reference"),
     "imagenet_demo": (
         DemoSettings(savedir=NOWHERE, **SHIPPED),

@@ -1,9 +1,9 @@
-"""The results of a script: a JSON file for programs, a table for people, and the paths of all files."""
+"""The results of a script: a JSON file for programs, a table for people."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,6 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> Path:
     """Write plain values to a JSON file and return its path; see `write_file`."""
     text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
     return write_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))
-
-
-def write_report(path: Path, contents: Mapping[str, Any], files: Sequence[Path]) -> None:
-    """Write the report of a task to a JSON file; print its figures and the paths of its files.
-
-    contents: the report. Its entry "figures" holds figures by name, or rows of figures; an optional entry "paper" holds
-    the published figures under the same names. files: the paths; the report lists them from its own folder on, which
-    may be renamed.
-    """
-    write_json(path, {**contents, "files": [str(file.relative_to(path.parent)) for file in files]})
-    if contents["figures"]:
-        print(format_table(contents["figures"], contents.get("paper", {})))
-    for file in files:
-        print(f"wrote {file}")
 
 
 def format_table(figures: Mapping[str, Any], published: Mapping[str, str] | None = None) -> str:

@@ -31,8 +31,8 @@ from ebm.support.progress import Progress
 from ebm.support.sharing import fold_seed
 from ebm.tasks.concept_models import ConceptModel, split_name
 from ebm.tasks.expressions import Expression, Joined, Name, Weighted, parse_expression
+from ebm.tasks.results import Results
 from ebm.training.distributed import Workers
-from ebm.training.ownership import Results
 from models import compute_label_energies, draw_noise_images
 from sampling import Energy, Schedule, check_finite, langevin
 
@@ -110,8 +110,7 @@ class ConceptRun:
     """One task, with its models, the sprites that it uses and its results.
 
     concepts: the models by name. sprites: all of dSprites in the published order. results: the files. noise_std,
-    label_noise: standard deviation of the noise in a Langevin step on images, and on labels. unfinished: work that a
-    signal has ended: its name -> how much of it was done.
+    label_noise: standard deviation of the noise in a Langevin step on images, and on labels.
     """
 
     settings: CombineSettings
@@ -123,7 +122,6 @@ class ConceptRun:
     results: Results
     noise_std: float = NOISE_UNIT
     label_noise: float = LABEL_NOISE
-    unfinished: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def workers(self) -> Workers:
@@ -147,11 +145,6 @@ class ConceptRun:
 
         results = self.workers.share_out(range(len(parts)), compute_part)
         return [result.to(self.generator.device) for result in results]
-
-    def note_part(self, what: str, done: int, wanted: int) -> None:
-        """Note in `unfinished` how much was done, if a signal has come before all was."""
-        if done < wanted:
-            self.unfinished[what] = f"{done} of {wanted}"
 
     def render_images(self, index: Tensor) -> Tensor:
         """Return the sprites (N, 1, 64, 64) of an index (N,), in [0, 1]."""
@@ -311,10 +304,10 @@ def combine_concepts(run: ConceptRun) -> Figures:
     print(f"work: {combinations}, {number:,} images of each, {steps}", flush=True)
     progress = Progress(rounds, what="Langevin step")
     images = torch.cat(run.share_parts(parts, lambda part: run.sample_images(part[0], part[1], progress)))
-    run.note_part("images of the first combination", len(images), number)
+    run.workers.note_part("images of the first combination", len(images), number)
     number = min(number, len(images))
     index, targets = index[:, :number], targets[:, :number]
-    run.note_part("combinations", len(images) // number, len(plans))
+    run.workers.note_part("combinations", len(images) // number, len(plans))
     samples = dict(zip(plans, images.split(number), strict=False))
     samples = {title: batch for title, batch in samples.items() if len(batch) == number}
     generated = next(iter(samples.values()))
@@ -510,13 +503,13 @@ def discover_labels(run: ConceptRun) -> Figures:
                 "by chance": share_by_chance(run, done, condition),
                 "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
             }
-            run.note_part(f"labels of {name}", len(done), number)
+            run.workers.note_part(f"labels of {name}", len(done), number)
             if condition != "pos":
                 lowest = find_lowest_labels(run, concept, index, progress)
                 done = latents[: len(lowest)]
                 truths = is_within_tolerance(measure_label_errors(lowest, done, condition), condition)
                 judged[f"{name}, lowest energy"] = {"right": compute_share(truths), **split_by_shape(truths, done)}
-                run.note_part(f"search for labels of {name}", len(done), number)
+                run.workers.note_part(f"search for labels of {name}", len(done), number)
     pictures.plot_lines(panels, run.add_file("errors.png"), xlabel="Langevin steps on the label")
     return figures | judged
 

@@ -59,8 +59,7 @@ class ExaminedModel:
     num_steps, step_lr, proj_norm, noise_std: of one round, which is a Langevin chain, see `sampling.langevin`. rescale:
     the model was trained on images in [0, rescale]. batch_size: images that the network processes at once, fewer if
     memory is short. precision: the number type of chains; energies, logits and attacks on logits are computed in
-    float32. workers: those that share the batches. unfinished: computations that a signal has ended: their name -> how
-    many images were done.
+    float32. workers: those that share the batches; they note computations that a signal has ended.
     """
 
     model: EnergyNetwork
@@ -74,7 +73,6 @@ class ExaminedModel:
     precision: str = "float32"
     workers: Workers = dataclasses.field(default_factory=work_alone)
     memory_limit: int | None = None  # images at once after memory was exhausted, None before
-    unfinished: dict[str, str] = dataclasses.field(default_factory=dict)
     energy: PreparedEnergy = dataclasses.field(init=False)
     chain_energy: PreparedEnergy = dataclasses.field(init=False)
 
@@ -133,14 +131,14 @@ class ExaminedModel:
         results = (share_out or self.workers.share_out)(parts, compute_part)
         self.generator.set_state(noise)
         if len(results) < len(parts):
-            self.unfinished[progress.what] = f"{parts[len(results)].start} of {total}"
+            self.workers.note_part(progress.what, parts[len(results)].start, total)
         elif progress.done < before + rounds * total:  # the last part was another worker's
             progress.update(before + rounds * total)
         return torch.cat([result.to(self.device) for result in results])
 
     def require_all(self) -> None:
         """Raise Interruption if a signal has ended a computation before all of its images were done."""
-        if self.unfinished:
+        if self.workers.unfinished:
             assert self.workers.signal is not None, "only a signal leaves images undone"
             raise Interruption(self.workers.signal)
 
@@ -301,6 +299,8 @@ class ExaminedModel:
             except Interruption:
                 if k == 0:
                     raise
+                self.workers.unfinished.pop(progress, None)
+                self.workers.note_part(f"rounds of {progress}", k, rounds)
                 return
             yield x
 

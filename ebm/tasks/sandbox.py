@@ -32,7 +32,7 @@ from ebm.tasks.analysis import (
 )
 from ebm.tasks.attacks import SHADES, Attack, draw_offset, restrict_to_ball, restrict_to_lower_half
 from ebm.tasks.examined_model import ExaminedModel, count_most_images
-from ebm.training.ownership import Results
+from ebm.tasks.results import Results
 from models import ModelConfig, draw_noise_images
 
 ROWS = 20  # rows of a picture
@@ -285,6 +285,7 @@ def classify_in_balls(run: SandboxRun) -> Report:
             predictions, _ = predict_under_attack(run, examples, choose_attack(run.settings, radius), progress)
             run.model.require_all()
             rows[f"{radius}/255"] = measure_accuracies(predictions, examples.classes)
+    run.results.workers.note_part("radii", len(rows), len(radii))
     radii = radii[: len(rows)]
     curves = {name: [row[name] for row in rows.values()] for name in rows["0/255"]}
     run.write_array("accuracies", torch.tensor([radii, *curves.values()]))
@@ -405,25 +406,46 @@ def have_same_images(one: Dataset, other: Dataset) -> bool:
 
 
 class ChainRecord(NamedTuple):
-    """Energies, distances and images along chains of LONG rounds."""
+    """Energies, distances and images along chains of R rounds."""
 
-    energies: Tensor  # (LONG + 1, N), after each round
+    energies: Tensor  # (R + 1, N), after each round
     moved: list[float]  # mean distance of a pixel from its start, after each round
     shown: dict[int, Tensor]  # round of SHOWN_ROUNDS -> the first images (ROWS, C, H, W) after it
 
 
-def follow_chains(run: SandboxRun, start: Tensor, labels: Tensor, name: str) -> ChainRecord:
-    """Run chains of LONG rounds from images (N, C, H, W) and record them. name: of the start, for the progress bar."""
+def follow_chains(run: SandboxRun, starts: Mapping[str, Tensor], labels: Tensor) -> dict[str, ChainRecord]:
+    """Run chains of LONG rounds, after a signal fewer, from batches of images (N, C, H, W), and record each batch.
+
+    labels: of each batch, (N, label_size).
+    """
+    start, labels = torch.cat(list(starts.values())), labels.repeat(len(starts), 1)
     energies, moved, shown = [], [], {}
     quiet = Progress(0, what="energies", quiet=True)
-    for k, x in enumerate(run.model.run_stages(start, labels, rounds=LONG, progress=f"chains from {name}")):
-        energies.append(run.model.compute_energies(x, labels, progress=quiet))
-        run.model.require_all()  # chains of unlike lengths cannot be compared
-        moved.append((x - start).abs().mean().item())
+    for k, x in enumerate(run.model.run_stages(start, labels, rounds=LONG, progress="diagnose")):
+        try:
+            values = run.model.compute_energies(x, labels, progress=quiet)
+            run.model.require_all()
+        except Interruption:
+            if k < 2:  # no round has energies before and after it
+                raise
+            break
+        energies.append(values)
+        moved.append((x - start).abs().flatten(1).mean(1))
         if k in SHOWN_ROUNDS:
-            shown[k] = x[:ROWS]
-    run.model.require_all()
-    return ChainRecord(torch.stack(energies), moved, shown)
+            shown[k] = x
+    workers = run.results.workers
+    workers.unfinished.clear()  # of the round that is left out
+    workers.note_part("rounds", len(energies) - 1, LONG)
+
+    def split(values: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        return values.chunk(len(starts), dim)
+
+    distances = [values.mean(1).tolist() for values in split(torch.stack(moved), 1)]
+    images = {k: split(x) for k, x in shown.items()}
+    return {
+        name: ChainRecord(values, distances[i], {k: parts[i][:ROWS] for k, parts in images.items()})
+        for i, (name, values) in enumerate(zip(starts, split(torch.stack(energies), 1), strict=True))
+    }
 
 
 def diagnose_chains(run: SandboxRun) -> Report:
@@ -431,7 +453,7 @@ def diagnose_chains(run: SandboxRun) -> Report:
     examples = run.draw_examples("test", run.choose_number(100))
     run.announce(f"{2 * len(examples.images):,} chains, from noise and from test images", LONG)
     starts = {"noise": run.draw_noise(len(examples.images)), "images": examples.images}
-    chains = {name: follow_chains(run, start, examples.labels, name) for name, start in starts.items()}
+    chains = follow_chains(run, starts, examples.labels)
     for name, followed in chains.items():
         run.write_array(f"energies_from_{name}", followed.energies)
     of_data = chains["images"].energies[0]
@@ -450,7 +472,7 @@ def diagnose_chains(run: SandboxRun) -> Report:
             "within data": within[k],
             **{f"moved from {name}": followed.moved[k] for name, followed in chains.items()},
         }
-        for k in SHOWN_ROUNDS
+        for k in chains["noise"].shown
     }
     verdict = f"{within[-1]:.0%} of the chains from noise end within the middle 90 % of the data's energies"
     return Report({"data mean": of_data.mean().item(), "verdict": verdict, **rows})
@@ -464,7 +486,7 @@ def plot_chains(
     data_range: the middle 90 % of the data's energies. within: share of the chains from noise inside this range, after
     each round.
     """
-    steps = [k * run.model.num_steps for k in range(LONG + 1)]
+    steps = [k * run.model.num_steps for k in range(len(within))]
     lines = {f"from {name}": (steps, followed.energies.mean(1).cpu()) for name, followed in chains.items()}
     band = {
         f"{name} of the data": (steps, [edge] * len(steps))
@@ -477,7 +499,7 @@ def plot_chains(
         share: {"from noise": (steps, within)},
     }
     pictures.plot_lines(panels, run.add_file("chains.png"), xlabel="Langevin steps", shares=[share])
-    ends = {f"noise, {steps[k]} steps": chains["noise"].energies[k].cpu() for k in (1, LONG)}
+    ends = {f"noise, {steps[k]} steps": chains["noise"].energies[k].cpu() for k in (1, -1)}
     of_data = chains["images"].energies[0].cpu()
     pictures.plot_histograms({"data": of_data, **ends}, run.add_file("energies.png"), xlabel="energy")
 
@@ -496,6 +518,7 @@ def detect_outliers(run: SandboxRun) -> Report:
         for name, outsiders in load_outliers(run, images):
             found = run.model.compute_scores(outsiders, progress=f"scores of {name}")
             scores[name] = run.write_array(f"scores_{name}", found)
+    run.results.workers.note_part("data sets", len(scores), len(run.mixes))
     figures = {
         name: {
             "images": len(out_scores),
@@ -646,9 +669,11 @@ def sample_classes(run: SandboxRun) -> Report:
     run.announce(f"{len(labels)} images from noise", ROUNDS["democlass"])
     noise = run.draw_noise(len(labels))
     samples = run.model.run_chain(noise, labels, rounds=ROUNDS["democlass"], progress="democlass")
-    run.model.require_all()
+    samples = samples[: len(samples) // 5 * 5]  # the images of the last class may not all be done
+    if not len(samples):
+        run.model.require_all()
     titles = name_classes(classes.tolist(), names)
-    run.write_panel("democlass", dict(zip(titles, samples.split(5), strict=True)))
+    run.write_panel("democlass", dict(zip(titles, samples.split(5), strict=False)))
     return Report(measure_recognition(run, samples, labels))
 
 

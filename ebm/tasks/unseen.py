@@ -234,7 +234,7 @@ def train_product(run: ConceptRun, product: ProductNetwork, training: Tensor, ot
             energies = describe_energies(step.e_pos.mean().item(), step.e_neg.mean().item())
             progress.text = f"squared error {measure_squared_error(step.samples, images):.4f}, {energies}"
         progress.update(iteration)
-    run.note_part("training iterations", progress.done, total)
+    run.workers.note_part("training iterations", progress.done, total)
     return progress.done
 
 
@@ -438,7 +438,7 @@ def measure_samplers(run: ConceptRun, samplers: Mapping[str, SpriteSampler], sli
     columns, start = {}, 0
     for (name, kind), (_, index) in wanted.items():
         samples, latents = images[start : start + len(index)], nearest[start : start + len(index)]
-        run.note_part(f"samples of {name}, {kind}", len(samples), len(index))
+        run.workers.note_part(f"samples of {name}, {kind}", len(samples), len(index))
         start, index = start + len(index), index[: len(samples)]
         if not len(samples):
             break
@@ -506,12 +506,12 @@ def measure_generator(run: ConceptRun) -> Figures:
 
     samplers = {}
     trained = run.workers.share_out(fractions, train_on)
-    run.note_part("shares", len(trained), len(fractions))
+    run.workers.note_part("shares", len(trained), len(fractions))
     for fraction, (weights, iterations, wanted) in zip(fractions, trained, strict=False):
         generator = build_generator(run, other)
         generator.load_state_dict(weights)
         samplers[f"{fraction:.0%}"] = build_generator_sampler(generator, other)
-        run.note_part(f"training iterations at {fraction:.0%}", iterations, wanted)
+        run.workers.note_part(f"training iterations at {fraction:.0%}", iterations, wanted)
     with run.workers.finish_results():
         figures = measure_samplers(run, samplers, slices, other)
     energy = read_energy_figures(run)

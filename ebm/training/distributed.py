@@ -353,8 +353,10 @@ class Workers:
 
     launch: how this worker was started. rank, size: its place. engine: "horovod", "torch" or "none". why: a clause with
     the reason for the engine. device: where this worker computes. signal: the signal after which an evaluation ends
-    with the results so far; None before. All workers must call every method that sends something, in the same order:
-    all but `print`, `print_once`, `busy`, `choose_folder`, `count_share`, `keep_results` and `until_signal`.
+    with the results so far; None before. is_cut_short: whether that has left work undone. unfinished: work that it has
+    ended in the middle: its name -> how much was done, such as "320 of 1000". All workers must call every method that
+    sends something, in the same order: all but `print`, `print_once`, `busy`, `choose_folder`, `count_share`,
+    `keep_results`, `until_signal` and `note_part`.
     """
 
     def __init__(self, launch: Launch, engine: str, why: str, device: torch.device, timeout: float):
@@ -370,8 +372,10 @@ class Workers:
         self._watch = Watch(launch, timeout, self._engine.broadcast) if launch.size > 1 else None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self.signal: int | None = None
-        # Whether a signal interrupts this worker where it is. Of several workers each would be elsewhere, so that they
-        # are interrupted only in their shares of a computation.
+        self.is_cut_short = False
+        self.unfinished: dict[str, str] = {}
+        # Whether a signal interrupts this worker where it is. Several workers would each be elsewhere. Once there are
+        # results they are to be written, and a signal interrupts only a share of a computation.
         self._is_interruptible = launch.size == 1
         self._has_results = False  # whether something has been computed that a signal should not destroy
 
@@ -489,13 +493,15 @@ class Workers:
                     raise
                 if results or self._has_results:
                     self._announce_end()
-            self._has_results |= bool(results)
+            if results:
+                self._has_results, self._is_interruptible = True, False
             if self.size > 1:
                 shares = self.share(results)
                 self.is_asked_to_end()
                 places = (divmod(i, self.size) for i in range(len(items)))
                 done = itertools.takewhile(lambda place: place[0] < len(shares[place[1]]), places)
                 results = [shares[rank][number] for number, rank in done]
+        self.is_cut_short |= len(results) < len(items)
         if items and not results:
             assert self.signal is not None, "only a signal leaves all items undone"
             raise Interruption(self.signal)
@@ -513,8 +519,14 @@ class Workers:
         with self._let_signals_interrupt(False):
             for item in items:
                 if self.signal is not None:
+                    self.is_cut_short = True
                     break
                 yield item
+
+    def note_part(self, what: str, done: int, wanted: int) -> None:
+        """Note in `unfinished` how much of a work was done, unless all was."""
+        if done < wanted:
+            self.unfinished[what] = f"{done} of {wanted}"
 
     def is_asked_to_end(self) -> bool:
         """Return, on all workers, whether a signal has asked one of them to end; see `keep_results`."""
@@ -534,10 +546,11 @@ class Workers:
     def keep_results(self) -> Iterator[None]:
         """Inside the block, let a signal end the work with the results so far, and the same signal again end at once.
 
-        A single worker that is not computing results is interrupted where it is. After the block, when all workers
+        A single worker that has no results yet is interrupted where it is. After the block, when all workers
         have arrived there, this one leaves the group, and raises Interruption if there was a signal.
         """
-        self.signal, self._has_results = None, False
+        self.signal, self.is_cut_short, self.unfinished = None, False, {}
+        self._has_results, self._is_interruptible = False, self.launch.size == 1
         signals = StopSignals(self.launch, self._handle_signal)
         try:
             yield

@@ -5,9 +5,6 @@
         owner.start_afresh()                                      # a new run: an earlier one is set aside
         ...
 
-    with own_results(settings.results_folder / "label", workers, "logdir") as results:
-        path = results.add_file("samples.png")                    # the first file: an earlier call's are set aside
-
 The owner holds a lock of the operating system on a file in the folder. The kernel, or the server of a network file
 system, releases it when the process ends, however it ends. A file system without such locks gets a file that the owner
 touches every few seconds instead.
@@ -27,7 +24,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import checkpoint
@@ -262,49 +259,6 @@ def own_folder(
         yield owner
     finally:
         owner.release()
-
-
-class Results:
-    """The files of one call of a script. The first one sets aside what the folder holds of an earlier call.
-
-    owner: of the folder; None if nothing in it needs to be set aside. files: the paths so far. All workers but rank 0
-    write to a folder that is deleted.
-    """
-
-    def __init__(self, folder: pathlib.Path, workers: Workers, owner: FolderOwner | None = None):
-        self.folder, self.workers, self.owner = folder, workers, owner
-        self.files: list[pathlib.Path] = []
-
-    def add_file(self, name: str) -> pathlib.Path:
-        """Return the path of a file that is about to be written, perhaps again, and add it to `files`."""
-        if self.owner is not None and not self.files:
-            self.owner.set_aside("the results of an earlier call are now in")
-        path = self.workers.choose_folder(self.folder) / name
-        self.files += [path] if path not in self.files else []
-        return path
-
-    def describe_state(self, unfinished: Mapping[str, str]) -> dict[str, Any]:
-        """Return for the report whether all the work was done, and else how much of it; print that, too.
-
-        unfinished: name of a computation that a signal has ended -> the part that is done, such as "320 of 1000".
-        """
-        if self.workers.signal is None:
-            return {"complete": True}
-        done = ", ".join(f"{part} ({name})" for name, part in unfinished.items())
-        print(f"stopped early: these are the results so far{f'; done: {done}' if done else ''}")
-        return {"complete": False, "done": dict(unfinished)}
-
-
-@contextlib.contextmanager
-def own_results(folder: pathlib.Path, workers: Workers, setting: str) -> Iterator[Results]:
-    """Own a folder for the results of a call inside the block, see `own_folder`; a training run's folder is refused."""
-
-    def check() -> None:
-        if checkpoint.list_iterations(folder) or (folder / "config.json").exists():
-            raise UsageError(f"{folder} is the folder of a training run; choose another `{setting}`")
-
-    with own_folder(folder, workers, check, setting) as owner:
-        yield Results(folder, workers, owner)
 
 
 def find_free_path(prefix: pathlib.Path) -> pathlib.Path:
