@@ -264,8 +264,10 @@ def classify_test_images(run: SandboxRun) -> Report:
     last, predicted = list(predictions.items())[-1]
     names = name_classes(predicted[:ROWS].tolist(), run.find_class_names())
     titles = [f"{one} → {other}" for one, other in zip(true, names, strict=True)]
-    note = f"class → prediction ({last})"
-    note += "; change: from the real image, the largest one black or white" * ("change" in columns)
+    note = f"true class → predicted class ({last})"
+    note += "; change: from the real image, grey where there is none, black or white where it is largest" * (
+        "change" in columns
+    )
     run.write_panel("images", columns, titles, note)
     return Report(figures, run.get_published({"clean": PAPER_ACCURACY}))
 
