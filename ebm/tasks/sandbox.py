@@ -691,13 +691,13 @@ def traverse_directions(run: SandboxRun) -> Report:
         _, vectors = find_directions(run, x, labels, progress)
         directions = align_signs(vectors[rows, rows // 2 % DIRECTIONS], directions)
         columns[f"move {move}"] = move_images(run, x, labels, directions, progress, bounded=True)
-    kind = "the eigenvalue of the energy's Hessian" if run.settings.hessian else "the singular value of the features"
+    kind, source = ("eigenvalue", "energy's Hessian") if run.settings.hessian else ("singular value", "features")
     pairs = [(k, value) for row in values.tolist() for k, value in enumerate(row, 1)]
     titles = [f"{arrow} {k} ({value:.3g})" for k, value in pairs for arrow in "←→"]
-    note = f"← k, → k: backwards and forwards along direction k; in brackets {kind} at the image"
+    note = f"← k, → k: backwards and forwards along direction k; in brackets the {kind} of the {source} at the image"
     run.write_panel("traversals", columns, titles, note)
     figures = {
-        f"image {i + 1}": {f"value {k + 1}": v for k, v in enumerate(row)} for i, row in enumerate(values.tolist())
+        f"image {i + 1}": {f"{kind} {k + 1}": v for k, v in enumerate(row)} for i, row in enumerate(values.tolist())
     }
     return Report(figures)
 
