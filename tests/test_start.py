@@ -93,7 +93,7 @@ def test_remedies(monkeypatch):
     monkeypatch.setattr(estimate, "find_free_memory", lambda: 10**10)
     state, large, small = make_colour_state(), TrainSettings(), TrainSettings(zero_kl=True, batch_size=16, num_steps=5)
     lines = check(state, large, is_new=True).splitlines()
-    assert lines[0] == "one iteration: about 100 s and 3 GB of memory; all 7: about 12 min"
+    assert lines[0] == "one iteration: about 2 min and 3 GB of memory; all 7: about 12 min"
     assert lines[1].startswith("note: less time and memory: --zero_kl (") and "--batch_size below 256" in lines[1]
     assert "--preset=colour_cpu" in lines[1] and "--preset" not in check(state, large, is_new=False)
     assert "zero_kl" not in check(state, small, is_new=True) and "batch_size" not in check(state, small, is_new=True)
