@@ -79,7 +79,8 @@ def measure_likelihood(settings: AisSettings, workers: Workers, results: Results
     trained = None if is_gauss else open_model(find_checkpoint(settings), workers.device, settings, ema=settings.ema)
     target = build_gauss(settings, workers.device) if trained is None else load_target(settings, trained, workers)
     contents = describe_target(settings, target) | {"bounds": {}, "by class": {}}
-    chains = f"{settings.batch_size} chains for each of {len(target.energies)} densities"
+    densities = len(target.energies)
+    chains = f"{settings.batch_size} chains" + f" for each of {densities} densities" * (densities > 1)
     print(f"work: {2 * sum(numbers):,} Hamiltonian moves of {chains}", flush=True)
     progress = Progress(2 * sum(numbers) * len(target.energies), what="HMC move")
     with keep_what_is_done(contents["bounds"]):

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WHITE = 255
-SIDE = 2_000  # longest side of a picture of images, about, in pixels
-LEAST_SIDE = 400  # and of a small one
-CELL, LEAST_CELL = 96, 48  # side from which on an image is not enlarged, and side that rows are left out to keep
+SIDE, LEAST_SIDE = 2_000, 400  # about the longest side of the largest and of the smallest picture of images, in pixels
+CELL = 96  # an image is enlarged until its longest side has so many pixels
+LEAST_CELL = 48  # rows are left out of a panel rather than images made smaller than this
 GAP, BLOCK_GAP = 2, 16  # space between images, and between blocks of them
 LINE = 18  # height of a line of text
 TITLE_WIDTH = 210  # of a row at most

@@ -264,8 +264,10 @@ def classify_test_images(run: SandboxRun) -> Report:
     last, predicted = list(predictions.items())[-1]
     names = name_classes(predicted[:ROWS].tolist(), run.find_class_names())
     titles = [f"{one} → {other}" for one, other in zip(true, names, strict=True)]
-    note = f"class → prediction ({last})"
-    note += "; change: from the real image, the largest one black or white" * ("change" in columns)
+    note = f"true class → predicted class ({last})"
+    note += "; change: from the real image, grey where there is none, black or white where it is largest" * (
+        "change" in columns
+    )
     run.write_panel("images", columns, titles, note)
     return Report(figures, run.get_published({"clean": PAPER_ACCURACY}))
 
@@ -714,13 +716,13 @@ def traverse_directions(run: SandboxRun) -> Report:
         _, vectors = find_directions(run, x, labels, progress)
         directions = align_signs(vectors[rows, rows // 2 % DIRECTIONS], directions)
         columns[f"move {move}"] = move_images(run, x, labels, directions, progress, bounded=True)
-    kind = "the eigenvalue of the energy's Hessian" if run.settings.hessian else "the singular value of the features"
+    kind, source = ("eigenvalue", "energy's Hessian") if run.settings.hessian else ("singular value", "features")
     pairs = [(k, value) for row in values.tolist() for k, value in enumerate(row, 1)]
     titles = [f"{arrow} {k} ({value:.3g})" for k, value in pairs for arrow in "←→"]
-    note = f"← k, → k: backwards and forwards along direction k; in brackets {kind} at the image"
+    note = f"← k, → k: backwards and forwards along direction k; in brackets the {kind} of the {source} at the image"
     run.write_panel("traversals", columns, titles, note)
     figures = {
-        f"image {i + 1}": {f"value {k + 1}": v for k, v in enumerate(row)} for i, row in enumerate(values.tolist())
+        f"image {i + 1}": {f"{kind} {k + 1}": v for k, v in enumerate(row)} for i, row in enumerate(values.tolist())
     }
     return Report(figures)
 
