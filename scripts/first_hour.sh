@@ -65,7 +65,7 @@ step "4 Make images of one's own" "images" "python $place/draw_shapes.py $place/
 
 step "5 Train on them, and interrupt the run" "^iteration [0-9]" \
     "python train.py --preset=colour_cpu --dataset=folder --data_path=$place/images --cclass --exp=shapes --logdir=$runs \
---max_iter=400" "^iteration [0-9]"
+--max_iter=200" "^iteration [0-9]"
 
 step "6 Resume the run" "^iteration [0-9]" \
     "python train.py --exp=shapes --logdir=$runs --resume_iter=latest"
