@@ -30,7 +30,7 @@ PRESETS = {
     **{f"dsprites_{c}_cpu": f"--exp=dsprites_{c}_cpu --cond_{c} {SPRITES_CPU}" for c in CONCEPTS},
     "fashion_cpu": f"--exp=fashion_cpu --dataset=fashion_mnist {SMALL_CPU} --num_filters=32 --ema_decay=0.99 "
     "--max_iter=1250",
-    "colour_cpu": f"--exp=colour_cpu {COLOUR_CPU} --batch_size=32 --num_filters=32 --lr=3e-3 --ema_decay=0.99 "
+    "colour_cpu": f"--exp=colour_cpu {COLOUR_CPU} --batch_size=32 --num_filters=32 --lr=1e-3 --ema_decay=0.99 "
     "--max_iter=600 --test_interval=200 --save_interval=100",
     "digits_cpu": f"--exp=digits_cpu --dataset=digits {SMALL_CPU} --num_filters=16 --max_iter=500",
 }
