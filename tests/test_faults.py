@@ -255,7 +255,7 @@ def test_workers_resume(tmp_path):
     flags = [*SMALL_RUN, f"--logdir={tmp_path}", "--exp=halves", "--max_iter=14", "--resume_iter=12"]
     result = run_python(ROOT / "train.py", *flags, env=WORKERS)
     assert result.returncode == 0, result.stderr
-    assert "holds the state of 2 workers and this run has 1" in result.stdout
+    assert "was saved by a run of 2 worker(s), and this run has 1" in result.stdout
 
 
 def test_a_worker_that_dies_ends_the_job(tmp_path, engine):
