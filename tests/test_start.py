@@ -19,6 +19,7 @@ from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
 from ebm.training import estimate, setup
+from ebm.training.acceleration import Acceleration
 from ebm.training.distributed import work_alone
 from ebm.training.estimate import MemoryHistory, check_cost, estimate_cost
 from ebm.training.run import Run
@@ -62,6 +63,21 @@ def test_estimate_of_memory(settings):
         train_step(state, chosen, images, None, images[: chosen.num_chains].clone(), lambda: None)
     found = estimate.estimate_heap(chosen) * max(history.sizes)
     assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_estimate_of_steps_that_differ():
+    """Breaks when an operation that not every step has, such as the check of the first chain in fp16, ends the run."""
+    chosen = TrainSettings(batch_size=48, guard=False, zero_kl=True)
+
+    def step_unevenly(state, settings, images, *arguments):
+        extra = [images.clone() for _ in range(4 - len(images))]
+        return extra, train_step(state, settings, images, *arguments)
+
+    expected = estimate_cost(train_step, make_state(label_size=0), chosen).memory
+    state = make_state(label_size=0)
+    assert estimate_cost(step_unevenly, state, chosen).memory == pytest.approx(expected, rel=0.3)
+    state.acceleration = Acceleration("fp16", asked=frozenset())
+    assert estimate_cost(train_step, state, chosen).memory == pytest.approx(expected, rel=0.1)
 
 
 def test_estimate_of_time(monkeypatch):

@@ -222,7 +222,7 @@ def test_signals_save_and_leave(tmp_path, number):
         printed, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number, printed
     (saved,) = (tmp_path / "s").glob("model_*.pt")
-    name = signal.Signals(number).name
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     assert f"stopped by {name}; go on with --exp=s --logdir={tmp_path} --resume_iter=latest" in printed
     assert load_state(saved)["iteration"] >= 10
 
