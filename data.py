@@ -58,7 +58,7 @@ class Dataset(Protocol):
 
     @property
     def concept(self) -> str | None:
-        """The latent of sprites that labels describe which are not classes; None for other labels."""
+        """The concept of sprites that the labels describe, if they are not classes; None for other labels."""
 
     @property
     def noise(self) -> str:

@@ -500,7 +500,7 @@ def discover_labels(run: ConceptRun) -> Figures:
                 "mean error": errors[-1].mean().item(),
                 "at the start": errors[0].mean().item(),
                 "right": compute_share(is_within_tolerance(errors[-1], condition)),
-                "by chance": share_by_chance(run, done, condition),
+                "by chance": measure_chance(run, done, condition),
                 "error of the label": (labels[-1] - true).abs().mean().item(),  # the reference's figure
             }
             run.workers.note_part(f"labels of {name}", len(done), number)
@@ -588,7 +588,7 @@ def measure_label_errors(labels: Tensor, latents: Tensor, condition: str) -> Ten
     return measure_errors(inferred, latents)[condition]
 
 
-def share_by_chance(run: ConceptRun, latents: Tensor, condition: str) -> float:
+def measure_chance(run: ConceptRun, latents: Tensor, condition: str) -> float:
     """Return the share of random sprites whose label of a concept is right for the latents (N, 5) of others."""
     drawn = run.draw_by_chance(len(latents))
     targets = latents.repeat(len(drawn) // len(latents), 1)

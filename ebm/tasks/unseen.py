@@ -297,8 +297,8 @@ def load_product(run: ConceptRun, training: Tensor, other: str) -> tuple[Product
     return ProductNetwork(networks), dict(zip(names, map(checkpoint.load, paths), strict=True))
 
 
-def train_new_product(run: ConceptRun, training: Tensor, other: str) -> tuple[ProductNetwork, Checkpoints]:
-    """Train the networks and save them, also after a signal; return them, and no checkpoints that are to be saved.
+def train_new_product(run: ConceptRun, training: Tensor, other: str) -> ProductNetwork:
+    """Return networks that were trained just now and saved, also after a signal.
 
     Rank 0 trains while the other workers wait for its weights. training: indices of sprites. other: the other concept.
     Raises Interruption after a signal.
@@ -315,7 +315,7 @@ def train_new_product(run: ConceptRun, training: Tensor, other: str) -> tuple[Pr
             checkpoint.save(run.add_file(f"{concept}/model_{iteration}.pt"), contents | {"flags": flags})
     if workers.is_asked_to_end() and workers.signal:
         raise Interruption(workers.signal)
-    return product, {}
+    return product
 
 
 # ---- feed-forward generator ----
@@ -476,7 +476,7 @@ def measure_product(run: ConceptRun) -> Figures:
     other = choose_other_concept(run.settings)
     slices = select_slices(run.sprites.latents, other, run.settings.balance)
     loaded = load_product(run, slices.training, other)
-    product, checkpoints = loaded or train_new_product(run, slices.training, other)
+    product, checkpoints = loaded or (train_new_product(run, slices.training, other), {})
     figures = measure_samplers(run, {"energy": build_product_sampler(run, product, other)}, slices, other)
     for name, contents in checkpoints.items():  # the results that they were among are now elsewhere
         checkpoint.save(run.add_file(name), contents)
@@ -489,7 +489,7 @@ def measure_product(run: ConceptRun) -> Figures:
 
 
 def measure_generator(run: ConceptRun) -> Figures:
-    """Do the same with a generator network, which is also trained on a share of the other combinations (`frac`).
+    """Train a generator network as gentest its energies, and on a share of the rest (`frac`); measure its samples.
 
     With `plot_curve` the shares from 0 to 1 follow one another. As in the release, the combinations that are measured
     are the same for every share, so that a part of them was then trained on.
