@@ -51,6 +51,20 @@ class ModelConfig:
         return self.label_size > (2 if self.network == "DspritesNet" else 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class WeightForm:
+    """The form of prepared weights: which of several ways to compute the same energy they stand for.
+
+    All forms give equal energies up to rounding; which one is fastest depends on the machine. fold: average pooling is
+    merged into the kernel before it. patches: on a CPU, a convolution of a single channel is a matrix product of
+    patches. memory_format: that of all other kernels.
+    """
+
+    fold: bool = True
+    patches: bool = True
+    memory_format: torch.memory_format = torch.channels_last
+
+
 def leaky_relu(x: Tensor) -> Tensor:
     """Return the leaky ReLU of x with slope 0.2, the default of TensorFlow."""
     return F.leaky_relu(x, 0.2)
@@ -76,7 +90,7 @@ class NormalizedLayer(nn.Module):
         self.u: Tensor | None
         self.register_buffer("u", torch.empty(1, shape[0]) if config.spec_norm and spec_norm else None)
 
-    def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
+    def prepare(self, update_u: bool, form: WeightForm) -> Weights:
         """Return this layer's prepared tensors; `forward` looks them up as "<self.name>.<key>"."""
         raise NotImplementedError
 
@@ -115,18 +129,14 @@ def compute_same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]
     return total // 2, total - total // 2
 
 
-def convolve(x: Tensor, kernel: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
-    """Return the convolution of x with a kernel, in channels-last memory format.
+def convolve_patches(x: Tensor, matrix: Tensor, size: int, stride: int, padding: tuple[int, int]) -> Tensor:
+    """Return the convolution of x with a kernel of size x size, as one product of its patches with a matrix.
 
-    PyTorch cannot tell the formats of a single channel apart and would return NCHW, so that every later layer would
-    have to convert. On a CPU a single channel is therefore convolved as a matrix product of patches, which is three
-    times faster. On a GPU that would take a kernel launch for each image.
+    matrix: the kernel, (c_in · size · size, c_out). The result is in channels-last memory format.
     """
-    if x.shape[1] > 1 or x.device.type != "cpu":
-        return F.conv2d(x, kernel, stride=stride, padding=padding)
-    patches = F.unfold(x, kernel.shape[2:], stride=stride, padding=padding).transpose(1, 2)  # (N, positions, patch)
-    height = (x.shape[2] + 2 * padding[0] - kernel.shape[2]) // stride + 1
-    return (patches @ kernel.flatten(1).T).unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+    patches = F.unfold(x, size, stride=stride, padding=padding).transpose(1, 2)  # (N, positions, c_in · size · size)
+    height = (x.shape[2] + 2 * padding[0] - size) // stride + 1
+    return (patches @ matrix).unflatten(1, (height, -1)).permute(0, 3, 1, 2)
 
 
 def fold_average_pooling(kernel: Tensor) -> Tensor:
@@ -178,7 +188,7 @@ class Conv(NormalizedLayer):
         self.g = nn.Parameter(torch.ones(rows, c_out)) if gain else None
         self.cb = nn.Parameter(torch.zeros(c_in)) if gain and self.conditional else None
 
-    def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
+    def prepare(self, update_u: bool, form: WeightForm) -> Weights:
         kernel = self.normalize_weight(update_u)
         weights: Weights = {}
         if self.gb is not None:
@@ -187,9 +197,13 @@ class Conv(NormalizedLayer):
             weights["gain"], weights["gain_bias"] = self.g, self.cb
         elif self.g is not None:
             kernel = kernel * self.g.view(-1, 1, 1, 1)  # an unconditional gain is folded into the kernel
-        if fold and self.pooled:
+        if form.fold and self.pooled:
             kernel = fold_average_pooling(kernel)
-        weights["kernel"] = kernel.contiguous(memory_format=memory_format)
+        if form.patches and kernel.shape[1] == 1 and not self.pooled and kernel.device.type == "cpu":
+            weights["kernel"] = kernel.flatten(1).T
+        else:
+            # The formats of a single channel differ in strides alone; only a copy gets those that PyTorch goes by.
+            weights["kernel"] = kernel.clone(memory_format=form.memory_format)
         return weights
 
     def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
@@ -199,10 +213,15 @@ class Conv(NormalizedLayer):
         if self.pooled and kernel.shape[-1] == 4:  # the pooling is folded into the kernel
             x = F.conv2d(x, kernel, stride=2, padding=1)
         else:
-            rows, columns = (compute_same_padding(size, kernel.shape[-1], self.stride) for size in x.shape[2:])
+            size = self.weight.shape[-1]
+            rows, columns = (compute_same_padding(side, size, self.stride) for side in x.shape[2:])
             if rows[0] != rows[1] or columns[0] != columns[1]:
                 x, rows, columns = F.pad(x, (*columns, *rows)), (0, 0), (0, 0)
-            x = convolve(x, kernel, self.stride, (rows[0], columns[0]))
+            padding = rows[0], columns[0]
+            if kernel.dim() == 2:
+                x = convolve_patches(x, kernel, size, self.stride, padding)
+            else:
+                x = F.conv2d(x, kernel, stride=self.stride, padding=padding)
             if self.pooled:
                 x = F.avg_pool2d(x, 2)
         if self.cb is not None:
@@ -223,7 +242,7 @@ class Dense(NormalizedLayer):
         self.activation = activation
         self.b = nn.Parameter(torch.zeros(n_out))
 
-    def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
+    def prepare(self, update_u: bool, form: WeightForm) -> Weights:
         weights: Weights = {"kernel": self.normalize_weight(update_u), "bias": self.b}
         return weights
 
@@ -239,7 +258,7 @@ class Projection(NormalizedLayer):
         super().__init__((c_out, c_in, 1, 1), config)
         self.b = nn.Parameter(torch.zeros(c_out)) if bias else None
 
-    def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
+    def prepare(self, update_u: bool, form: WeightForm) -> Weights:
         kernel = self.normalize_weight(update_u)
         return {"kernel": kernel} if self.b is None else {"kernel": kernel, "bias": self.b}
 
@@ -258,7 +277,7 @@ class SelfAttention(nn.Module):
         self.v = Projection(channels, channels, config, bias=False)  # its bias is in checkpoints, but never used
         self.gamma = nn.Parameter(torch.zeros(1))
 
-    def prepare(self, update_u: bool, fold: bool, memory_format: torch.memory_format) -> Weights:
+    def prepare(self, update_u: bool, form: WeightForm) -> Weights:
         return {"gamma": self.gamma}
 
     def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
@@ -451,7 +470,7 @@ class EnergyNetwork(nn.Module):
     """A network that maps images to energies: a sequence of stages, evaluated with prepared weights.
 
     settings: those of its training, by the names of train.py's flags; class_names: of the classes that it is
-    conditioned on. Both are empty unless a checkpoint that records them was loaded.
+    conditioned on. Both are empty unless a checkpoint that records them was loaded. form: that of its prepared weights.
     """
 
     def __init__(self, config: ModelConfig):
@@ -459,28 +478,22 @@ class EnergyNetwork(nn.Module):
         self.config = config
         self.settings: Mapping[str, Any] = {}
         self.class_names: tuple[str, ...] = ()
+        self.form = WeightForm()
         self.stages = nn.ModuleDict(NETWORKS[config.network](config))
         for name, module in self.stages.named_modules():
             if isinstance(module, NormalizedLayer | SelfAttention):
                 module.name = name
 
-    def prepare(
-        self,
-        *,
-        update_u: bool = False,
-        fold: bool = True,
-        memory_format: torch.memory_format = torch.channels_last,
-    ) -> Weights:
+    def prepare(self, *, update_u: bool = False, form: WeightForm | None = None) -> Weights:
         """Return the prepared weights: normalised once, differentiable in the parameters.
 
-        update_u: store the new `u` of the power iteration, as the reference does once per training iteration.
-        fold: merge average pooling into the kernels before it (exact up to rounding). memory_format: the memory format
-        of the kernels.
+        update_u: store the new `u` of the power iteration, as the reference does once per training iteration. form:
+        that of the weights; None: the network's own.
         """
         prepared: Weights = {}
         for module in self.modules():
             if isinstance(module, NormalizedLayer | SelfAttention):
-                tensors = module.prepare(update_u, fold, memory_format)
+                tensors = module.prepare(update_u, form or self.form)
                 prepared |= {f"{module.name}.{leaf}": tensor for leaf, tensor in tensors.items()}
         return prepared
 

@@ -26,7 +26,7 @@ import models
 from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.hardware import LOSS_PRECISIONS, allow_tf32, set_kernel_choice, set_up_process
-from ebm.training import distributed, resuming, setup
+from ebm.training import distributed, resuming, setup, tuning
 from ebm.training.chains import infer_labels, run_chains
 from ebm.training.distributed import Workers
 from ebm.training.estimate import check_cost
@@ -221,6 +221,7 @@ def open_run(settings: TrainSettings, workers: Workers, owner: FolderOwner) -> R
     dataset = setup.open_dataset(settings, workers, contents.get("class_names", ()))
     state = setup.build_state(settings, setup.choose_network(settings, dataset), dataset, workers)
     run = Run(settings, state, dataset, workers, owner)
+    way = tuning.tune_run(state, settings, workers, settings.num_steps * run.stop, contents)
     if path is not None:
         run.resume(path, contents)
     cost = check_cost(train_step, state, settings, workers, run.stop, is_new=path is None)
@@ -230,7 +231,7 @@ def open_run(settings: TrainSettings, workers: Workers, owner: FolderOwner) -> R
     if workers.rank == 0:
         if settings.train:
             setup.write_config(settings, state, workers)
-        setup.announce_run(settings, state, dataset, workers, run.stop, cost)
+        setup.announce_run(settings, state, dataset, workers, run.stop, (way, cost))
     return run
 
 

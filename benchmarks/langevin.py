@@ -23,7 +23,6 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +37,12 @@ from ebm.support import cli, pictures
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
 from ebm.support.hardware import PRECISIONS, allow_tf32, keep_freed_memory, set_kernel_choice, set_tf32
+from ebm.training import tuning
 from ebm.training.acceleration import REMEDIES, Acceleration
 
 STEP_LR = 10.0
+PLAIN_FORM = models.WeightForm(fold=False, patches=False, memory_format=torch.contiguous_format)
+UNFOLDED, DIRECT = models.WeightForm(fold=False), models.WeightForm(patches=False)
 THEIRS = ("plain", "torchebm")  # the first words of variants that are not this project's
 PADDED_CHANNELS = 8  # the number of channels in the variant with padded images
 
@@ -60,8 +62,8 @@ class Settings(timing.BenchmarkDevice):
     compile: bool = flag(False, "also time the compiled step")
     changes: bool = flag(
         True,
-        "also time changes to the fastest way, in the first number type: pooling not folded, images padded to 8 "
-        "channels, input biases as maps",
+        "also time changes to the fastest way, in the first number type: pooling not folded, one channel not as "
+        "patches, images padded to 8 channels, input biases as maps",
     )
     compile_only: bool = flag(False, "compile all steps, which fills torch's cache, then stop")
     limit_size: int | None = flag(
@@ -82,10 +84,9 @@ class Variant(NamedTuple):
 
 
 def plain_energy(model: models.EnergyNetwork, weights: models.Weights, x: Tensor) -> Tensor:
-    """Return the energies (N,), evaluated stage by stage in NCHW with PyTorch's convolution."""
-    with mock.patch.object(models, "convolve", lambda x, k, s, p: F.conv2d(x, k, stride=s, padding=p)):
-        for stage in model.stages.values():
-            x = stage(weights, x, None)
+    """Return the energies (N,), evaluated stage by stage in NCHW."""
+    for stage in model.stages.values():
+        x = stage(weights, x, None)
     return x.squeeze(1)
 
 
@@ -94,7 +95,7 @@ def run_plain_chain(model: models.EnergyNetwork, x: Tensor, steps: int, autocast
     with timing.pytorch_defaults(), torch.autocast(x.device.type, autocast, enabled=autocast is not None):
         for _ in range(steps):
             x = (x + 0.005 * torch.randn_like(x)).detach().requires_grad_()
-            weights = model.prepare(fold=False, memory_format=torch.contiguous_format)
+            weights = model.prepare(form=PLAIN_FORM)
             plain_energy(model, weights, x).sum().backward()
             assert x.grad is not None, "backward() reached the images"
             x = (x - STEP_LR * x.grad).clamp(0, 1)
@@ -111,7 +112,7 @@ def run_torchebm_chain(model: models.EnergyNetwork, x: Tensor, steps: int) -> No
 
     with timing.pytorch_defaults():
         with torch.no_grad():
-            weights = models.detach(model.prepare(fold=False, memory_format=torch.contiguous_format))
+            weights = models.detach(model.prepare(form=PLAIN_FORM))
         energy = Energy(device=x.device)
         sampler = LangevinDynamics(energy, step_size=STEP_LR, noise_scale=1e-3, clamp=(0, 1), device=x.device)
         sampler.sample(x=x, n_steps=steps)
@@ -120,10 +121,10 @@ def run_torchebm_chain(model: models.EnergyNetwork, x: Tensor, steps: int) -> No
 # ---- this project's chains, and variants of them ----
 
 
-def freeze_weights(model: models.EnergyNetwork, fold: bool = True) -> models.Weights:
-    """Return the frozen weights of a chain, normalised anew. fold: fold the pooling into the kernels."""
+def freeze_weights(model: models.EnergyNetwork, form: models.WeightForm = models.WeightForm()) -> models.Weights:
+    """Return the frozen weights of a chain, normalised anew."""
     with torch.no_grad():
-        return models.detach(model.prepare(fold=fold))
+        return models.detach(model.prepare(form=form))
 
 
 def make_chain(
@@ -139,12 +140,22 @@ def make_chain(
     """Return a call that runs a chain as train.py does: it prepares the weights, then makes the steps."""
     acceleration = Acceleration(precision, compiled, captured, asked=frozenset(REMEDIES))
     generator = torch.Generator(x.device).manual_seed(0)
-
-    def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
-        frozen = functools.partial(energy, weights)
-        return sampling.langevin(frozen, x, num_steps=steps, step_lr=STEP_LR, generator=generator, compiled=compiled)
-
+    chain = functools.partial(make_steps, energy, steps, generator)
     return lambda: acceleration.run(chain, prepare(), x, None, generator, repeated=True)
+
+
+def make_steps(
+    energy: Callable[[models.Weights, Tensor], Tensor],
+    steps: int,
+    generator: torch.Generator,
+    weights: models.Weights,
+    x: Tensor,
+    labels: Tensor | None,
+    compiled: bool,
+) -> Tensor:
+    """Return the end points of a chain from images x (N, C, H, W); with its first arguments bound it is a `Chain`."""
+    frozen = functools.partial(energy, weights)
+    return sampling.langevin(frozen, x, num_steps=steps, step_lr=STEP_LR, generator=generator, compiled=compiled)
 
 
 class PaddedImages:
@@ -223,7 +234,8 @@ def make_chains(
             chains[fastest] = make(model.energy, prepare)
     if settings.changes and precision == settings.precisions[0]:
         padding, maps = PaddedImages(model), BiasMaps(model)
-        chains[f"{fastest}, not folded"] = make(model.energy, functools.partial(prepare, fold=False))
+        for change, form in {"not folded": UNFOLDED, "one channel directly": DIRECT}.items():
+            chains[f"{fastest}, {change}"] = make(model.energy, functools.partial(prepare, form))
         chains[f"{fastest}, {PADDED_CHANNELS} channels"] = make(padding.energy, padding.prepare)
         if any(".input_bias" in name for name in prepare()):
             chains[f"{fastest}, bias maps"] = make(maps.energy, maps.prepare)
@@ -246,13 +258,40 @@ def list_variants(settings: Settings, model: models.EnergyNetwork, x: Tensor) ->
     for precision in settings.precisions:
         chains = make_chains(settings, model, x, precision)
         variants += [Variant(name, precision, run) for name, run in chains.items()]
-    return variants
+    return variants if on_gpu else [*variants, choose_variant(settings, model, x)]
+
+
+def choose_variant(settings: Settings, model: models.EnergyNetwork, x: Tensor) -> Variant:
+    """Return the way that train.py chooses for a long run on this machine, by timing; print it."""
+    chain = functools.partial(make_steps, model.energy, 1, torch.Generator())
+    usual, alternatives = tuning.Way(threads=torch.get_num_threads()), tuning.list_alternatives(model, allow_bf16=True)
+    steps = sys.maxsize if settings.compile else 0
+    way, trials = tuning.choose_way(model, chain, len(x), usual, alternatives, steps=steps)
+    words = ", ".join(way.describe(field) for field in alternatives)
+    print(f"{model.config.network}: {words}{trials}", flush=True)
+    run = make_chain(
+        model.energy,
+        functools.partial(freeze_weights, model, way.form),
+        x=x,
+        precision=way.precision,
+        compiled=way.compiled,
+        captured=False,
+        steps=settings.steps,
+    )
+
+    def run_with_threads() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(way.threads)
+        run()
+        torch.set_num_threads(threads)
+
+    return Variant("as train.py chooses", way.precision, run_with_threads)
 
 
 def count_operations(model: models.EnergyNetwork, x: Tensor) -> float:
     """Return the number of multiplications and additions of a step by direct convolution, in units of 1e9."""
     with FlopCounterMode(display=False) as counter:
-        model.energy(models.detach(model.prepare(fold=False)), x.clone().requires_grad_()).sum().backward()
+        model.energy(models.detach(model.prepare(form=PLAIN_FORM)), x.clone().requires_grad_()).sum().backward()
     return counter.get_total_flops() / 1e9
 
 

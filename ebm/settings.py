@@ -471,18 +471,37 @@ class NegativeSettings:
         "auto",
         "number type of energies and gradients; images and parameters stay in float32. fp16 is used in chains "
         "only, the loss is then computed in TF32. auto: on a GPU fp16, but TF32 with the KL term or --hmc; on a "
-        "CPU with AMX bf16 for MnistNet, if chains are Langevin steps with --zero_kl; else float32",
+        "CPU bf16 if it is faster there, for networks whose curves it does not change, with --zero_kl and without "
+        "--hmc; else float32",
         choices=("auto", *PRECISIONS),
     )
     compile: bool | None = flag(
         None,
         "compile the Langevin step, which takes up to a minute once; default: on for GPUs without --deterministic, "
-        "else off. Has no effect with the KL term or --hmc",
+        "on CPUs tried for long runs. Has no effect with the KL term or --hmc",
         only_with="zero_kl",
         not_with="hmc",
     )
     cuda_graph: bool | None = flag(
         None, "launch each chain as one CUDA graph; default: on for GPUs. Needs --zero_kl and excludes --hmc"
+    )
+    tune: bool = flag(
+        True,
+        "on a CPU: time for about a second which number type, form of convolutions and number of threads are fastest, "
+        "unless they are given, and in long runs whether compiling is faster. A resumed run keeps what it began with",
+    )
+    fold: bool | None = flag(
+        None, "merge average pooling into the kernels before it; default: on, on CPUs the faster one, see --tune"
+    )
+    patches: bool | None = flag(
+        None,
+        "on a CPU: convolve images of one channel as a product of patches; default: the faster one, see --tune",
+    )
+    threads: int | None = flag(
+        None,
+        "threads of each worker on a CPU; default: OMP_NUM_THREADS, else one for each core, or fewer if that is "
+        "faster, see --tune",
+        at_least=1,
     )
 
 

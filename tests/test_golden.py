@@ -13,7 +13,7 @@ from conftest import GOLDEN
 from ebm.settings import TrainSettings
 from golden import recipe
 from golden_cases import assert_close, assert_digests_close, build_network, compute_gradients, to_ours, to_theirs
-from models import detach
+from models import WeightForm, detach
 from train import contrastive_loss
 from utils import ClippedAdam
 
@@ -47,7 +47,7 @@ def load_case(name):
 def test_network(name, fold):
     """Breaks when any layer, its padding, activation, normalisation or the chain departs from the reference."""
     case, settings, model, x, labels, x_pos = load_case(name)
-    differentiable = model.prepare(fold=fold, update_u=True)
+    differentiable = model.prepare(form=WeightForm(fold=fold, patches=fold), update_u=True)
     frozen = detach(differentiable)
     chain = {
         "num_steps": settings.get("steps", 5),

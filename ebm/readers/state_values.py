@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebm.support.hardware import PRECISIONS
+
 LARGEST = 1 << 53  # of counts; beyond it, floating-point numbers skip some
 SCALARS = str | bool | int | float | None
 
@@ -40,12 +42,21 @@ def find_odd_entry(state: Mapping[str, Any], image_shape: tuple[int, ...]) -> st
         "images": is_count,
         "best": lambda value: isinstance(value, float) or is_mapping_to(value, lambda best: isinstance(best, float)),
         "rollbacks": is_count,
-        "precision": lambda value: isinstance(value, str),
+        "precision": lambda value: value in list(PRECISIONS),
+        "way": is_way,
         "optimizer": is_optimizer,
         "batches": lambda value: has_counts(value, "epoch", "position") and type(value.get("seed")) is int,
         "workers": are_workers,
     }
     return next((name for name, is_right in checks.items() if name in state and not is_right(state[name])), None)
+
+
+def is_way(value: Any) -> bool:
+    """Return whether a value describes how chains are computed, as `ebm.training.tuning.Way` does."""
+    flags = ("fold", "patches", "compiled", "on_cpu")
+    if not has_counts(value, "threads") or value["threads"] == 0 or value.get("precision") not in list(PRECISIONS):
+        return False
+    return all(isinstance(value.get(flag), bool) for flag in flags)
 
 
 def is_count(value: Any) -> bool:

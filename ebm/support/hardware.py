@@ -9,6 +9,7 @@ import errno
 import getpass
 import os
 import pathlib
+import platform
 import resource
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ PRECISIONS = {
 }
 # For energies whose gradients reach the weights: these would underflow in fp16, whose smallest number is 6e-8.
 LOSS_PRECISIONS = PRECISIONS | {"fp16": torch.float32}
+COMPILER_CACHE = "TORCHINDUCTOR_CACHE_DIR"  # environment variable that names the folder of compiled functions
 # Words in the errors of PyTorch, its libraries for GPUs, and Python's threads.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "can't start new thread")
 # All that oneDNN says about it; where it cannot compute something, it says more.
@@ -75,6 +77,21 @@ def keep_freed_memory() -> None:
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and do not give its top back
 
 
+def describe_processor() -> str:
+    """Return the name and the family numbers of the CPU, as Linux tells them; elsewhere its architecture."""
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        facts = dict.fromkeys(line for line in lines if line.startswith(("model", "cpu family", "stepping")))
+        if facts:
+            return ", ".join(line.partition(":")[2].strip() for line in facts)
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def has_bf16_instructions() -> bool:
+    """Return whether products and convolutions in bf16 are computed on this CPU without conversion of each number."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def find_free_memory() -> int:
     """Return how many bytes of memory this process can still take, by the least of the limits that Linux tells."""
     kilobytes = read_system_figures("/proc/self/status") | read_system_figures("/proc/meminfo")
@@ -97,15 +114,20 @@ def read_system_figures(path: str) -> dict[str, int]:
     return {}
 
 
+def find_compiler_cache() -> pathlib.Path:
+    """Return the folder in which PyTorch keeps compiled functions; raise KeyError if the user has no name."""
+    named = os.environ.get(COMPILER_CACHE)
+    return pathlib.Path(named or os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"))
+
+
 def provide_compiler_cache() -> None:
     """Let PyTorch's compiler use a temporary folder if the one for its results cannot be written, and say so.
 
     PyTorch looks for this folder even in runs that compile nothing, and fails without it. Raises UsageError if no
     temporary folder can be written.
     """
-    name = "TORCHINDUCTOR_CACHE_DIR"
     try:
-        folder = os.environ.get(name) or os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+        folder = find_compiler_cache()
         os.makedirs(folder, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             return
@@ -113,11 +135,11 @@ def provide_compiler_cache() -> None:
     except (OSError, KeyError) as error:  # KeyError: the user has no name
         reason = str(error)
     try:
-        os.environ[name] = tempfile.mkdtemp(prefix="torchinductor_")
+        os.environ[COMPILER_CACHE] = tempfile.mkdtemp(prefix="torchinductor_")
     except OSError as error:
         raise UsageError(f"no temporary folder can be made ({error.strerror}); set TMPDIR to another place") from None
-    atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
-    print(f"note: compiled functions are not kept ({reason}); {name} can name another folder")
+    atexit.register(shutil.rmtree, os.environ[COMPILER_CACHE], ignore_errors=True)
+    print(f"note: compiled functions are not kept ({reason}); {COMPILER_CACHE} can name another folder")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

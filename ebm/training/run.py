@@ -23,6 +23,7 @@ from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32, is_out_of_memory
 from ebm.support.interruption import Break
 from ebm.support.sharing import fold_seed
+from ebm.training import tuning
 from ebm.training.distributed import GradientAverager, Workers
 from ebm.training.estimate import give_advice, list_remedies
 from ebm.training.guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
@@ -314,7 +315,7 @@ class Run:
             "images": len(self.dataset),
             "best": self.best,
             "rollbacks": self.rollbacks,
-            "precision": self.state.acceleration.precision,
+            "way": tuning.get_way(self.state)._asdict() | {"on_cpu": self.state.generator.device.type == "cpu"},
         }
 
     def write(self, path: pathlib.Path, contents: dict[str, Any]) -> bool:
@@ -393,8 +394,6 @@ class Run:
         best = contents.get("best", {})
         self.best = dict(best) if isinstance(best, dict) else {"classifier": best}  # as earlier versions saved it
         self.rollbacks = contents.get("rollbacks", 0)
-        if state.acceleration.is_fp16_by_default and contents.get("precision") == "tf32":
-            state.acceleration.give_up("precision", f"{path} was computed in TF32")
         self.lower_learning_rate()
         worker_states = contents.get("workers", [])
         kept = sum(len(worker_state["buffer"]["images"]) for worker_state in worker_states)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from ebm.support.sharing import fold_seed
 from ebm.training.acceleration import Acceleration
 from ebm.training.distributed import Workers
 from ebm.training.state import State
+from ebm.training.tuning import has_compiler
 from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
 
 # Setting of the network -> the networks without what it switches on.
@@ -165,35 +165,32 @@ def find_network(settings: TrainSettings, dataset: data.Dataset) -> tuple[str, i
 # ---- how chains are computed ----
 
 
-def choose_acceleration(settings: TrainSettings, device: str, network: str) -> Acceleration:
-    """Return the acceleration of chains: what the settings ask for, else the fastest on this kind of device."""
-    has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-    if settings.compile and not has_compiler:
+def choose_acceleration(settings: TrainSettings, device: str) -> Acceleration:
+    """Return the acceleration of chains: what the settings ask for, else what is usual on this kind of device."""
+    if settings.compile and not has_compiler():
         raise UsageError(
             "`compile` needs a C compiler (cc, gcc or clang), and none is on the PATH; set `compile`=False"
         )
     on_gpu, is_plain = device == "cuda", settings.has_plain_chains
     compiled = is_plain and (on_gpu and not settings.deterministic if settings.compile is None else settings.compile)
-    if compiled and not has_compiler:
+    if compiled and not has_compiler():
         print("note: no C compiler is on the PATH (cc, gcc or clang): the Langevin step runs uncompiled")
         compiled = False
     captured = is_plain and (on_gpu and settings.num_steps > 0 if settings.cuda_graph is None else settings.cuda_graph)
     asked = {"precision": settings.precision != "auto", "compile": settings.compile, "cuda_graph": settings.cuda_graph}
     return Acceleration(
-        choose_precision(settings, device, network),
+        choose_precision(settings, device),
         compiled,
         captured,
         frozenset(name for name, is_asked in asked.items() if is_asked),
     )
 
 
-def choose_precision(settings: TrainSettings, device: str, network: str) -> str:
-    """Return the number type of energies: that of the setting `precision`, else one that is fast and accurate enough.
+def choose_precision(settings: TrainSettings, device: str) -> str:
+    """Return the number type of energies: that of the setting `precision`, else the usual one on this kind of device.
 
-    On a GPU it is fp16 for Langevin chains without the KL term, and TF32 for all else. In fp16 the gradients for images
-    are 1 to 3 % off, measured with untrained networks on a CPU; nothing was measured on a GPU yet. On a CPU that
-    multiplies bf16 in tiles (AMX), it is bf16 for MnistNet with such chains, because its training curves cannot be told
-    from those in float32; other networks were not compared, or not enough (docs/speed.md). Else it is float32.
+    On a GPU that is fp16 for Langevin chains without the KL term, and TF32 for all else. On a CPU it is float32;
+    `tune_run` may find that bf16 is faster. In fp16 the gradients for images are 1 to 3 % off.
     """
     if settings.precision == "fp16" and not settings.zero_kl:
         print("note: with the KL term, whose gradients underflow in fp16, precision=fp16 is tf32")
@@ -202,8 +199,7 @@ def choose_precision(settings: TrainSettings, device: str, network: str) -> str:
         return settings.precision
     if device == "cuda":
         return "fp16" if settings.has_plain_chains else "tf32"
-    was_compared = network == "MnistNet" and settings.has_plain_chains
-    return "bf16" if was_compared and torch.cpu._is_amx_tile_supported() else "float32"
+    return "float32"
 
 
 # ---- the run's state ----
@@ -222,7 +218,7 @@ def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: da
         ),
         generator=torch.Generator(workers.device).manual_seed(fold_seed(settings.seed * 1_000 + workers.rank)),
         ema=copy.deepcopy(model).eval() if settings.ema_decay else None,
-        acceleration=choose_acceleration(settings, workers.device.type, config.network),
+        acceleration=choose_acceleration(settings, workers.device.type),
     )
 
 
@@ -269,9 +265,14 @@ def note_name_of_preset(settings: TrainSettings) -> None:
 
 
 def announce_run(
-    settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers, stop: int, cost: str
+    settings: TrainSettings,
+    state: State,
+    dataset: data.Dataset,
+    workers: Workers,
+    stop: int,
+    notes: Sequence[str],
 ) -> None:
-    """Print the data, the network, the workers, the cost and the settings of a run."""
+    """Print the data, the network, the workers, the settings of a run, and notes on its speed and cost."""
     config = state.model.config
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     print(f"data: {dataset.name}, {len(dataset):,} images of {config.image_shape}, {dataset.label_size} label values")
@@ -287,8 +288,8 @@ def announce_run(
     print(f"iterations: {state.iteration} to {stop}; everything goes to {settings.folder}/")
     if state.iteration == 0:
         note_name_of_preset(settings)
-    if cost:
-        print(cost)
+    for note in filter(None, notes):
+        print(note)
     print(f"settings: {cli.write_flags(settings)}")
 
 
