@@ -121,8 +121,8 @@ def run_torchebm_chain(model: models.EnergyNetwork, x: Tensor, steps: int) -> No
 # ---- this project's chains, and variants of them ----
 
 
-def freeze_weights(model: models.EnergyNetwork, form: models.WeightForm = models.WeightForm()) -> models.Weights:
-    """Return the frozen weights of a chain, normalised anew."""
+def freeze_weights(model: models.EnergyNetwork, form: models.WeightForm | None = None) -> models.Weights:
+    """Return the frozen weights of a chain, normalised anew, in a form or in the usual one."""
     with torch.no_grad():
         return models.detach(model.prepare(form=form))
 
@@ -167,7 +167,7 @@ class PaddedImages:
 
     def prepare(self) -> models.Weights:
         """Return the frozen weights, the first kernel padded."""
-        weights = freeze_weights(self.model)
+        weights = freeze_weights(self.model, DIRECT)
         kernel = F.pad(weights["c1_pre.kernel"], self.channels)
         return weights | {"c1_pre.kernel": kernel.contiguous(memory_format=torch.channels_last)}
 
