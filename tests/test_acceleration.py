@@ -8,9 +8,8 @@ import weakref
 import pytest
 import torch
 
-import models
 import sampling
-from conftest import ENVIRONMENT, ROOT, SHAPE, make_run, make_state, run_python, train_on_noise
+from conftest import ENVIRONMENT, ROOT, SHAPE, make_model, make_run, make_state, run_python, train_on_noise
 from ebm.settings import ChainPrecision, TrainSettings
 from ebm.support import cli, hardware
 from ebm.support.errors import UsageError
@@ -267,14 +266,8 @@ def test_recording(monkeypatch, version, registered):
     assert torch.equal(end, torch.rand(2, generator=torch.Generator().manual_seed(3)))
 
 
-def test_one_channel_is_convolved_by_the_library_but_on_cpus(monkeypatch):
+def test_one_channel_is_convolved_by_the_library_but_on_cpus():
     """Breaks when a GPU, which would launch a kernel per image, takes the way by patches; a meta tensor stands in."""
-
-    def unfold(*arguments, **settings):
-        raise AssertionError("patches of each image")
-
-    monkeypatch.setattr(models.F, "unfold", unfold)
-    x, kernel = torch.empty(2, 1, 8, 8, device="meta"), torch.empty(4, 1, 3, 3, device="meta")
-    assert models.convolve(x, kernel, 1, (1, 1)).shape == (2, 4, 8, 8)
-    with pytest.raises(AssertionError, match="patches"):
-        models.convolve(torch.rand(2, 1, 8, 8), torch.rand(4, 1, 3, 3), 1, (1, 1))
+    model = make_model()
+    assert model.prepare()["c1_pre.kernel"].dim() == 2
+    assert model.to("meta").prepare()["c1_pre.kernel"].dim() == 4

@@ -50,6 +50,7 @@ from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
 from ebm.tasks.trained_models import check_training_flags, read_names
+from ebm.training import tuning
 
 MUTATIONS = int(os.environ.get("MUTATIONS", "15"))  # of each file
 SECONDS, MEGABYTES = 2.0, 1024  # within which each is answered
@@ -604,6 +605,7 @@ BUFFERS += [
     {"images": torch.zeros(3, 1, 28, 28), "position": 0},
     {"images": GOOD_WORKER["buffer"]["images"], "position": -1},
 ]
+WAY = tuning.Way()._asdict() | {"on_cpu": True}
 ENTRIES: dict[str, list[Any]] = {
     "model": [None, [], {"x": 1}, {1: torch.zeros(1)}],
     "ema": [5, [], {"x": "y"}],
@@ -612,7 +614,8 @@ ENTRIES: dict[str, list[Any]] = {
     "class_names": [None, 3, "abc", [1, 2], [["a"]]],
     "best": [None, "x", {"classifier": "x"}, [1.0]],
     "rollbacks": [-1, "x", None],
-    "precision": [3, None],
+    "precision": [3, None, "int8"],
+    "way": [None, {}, WAY | {"precision": "int8"}, WAY | {"threads": 0}, WAY | {"fold": 1}, WAY | {"threads": 1 << 60}],
     "optimizer": [
         None,
         [],
@@ -631,7 +634,9 @@ ENTRIES["workers"] += [[GOOD_WORKER | {"guard": {"usual": [(1.0,)], "suspicious"
 def test_odd_entries(tmp_path):
     """Breaks if a value of another type, shape or range gets past the reader of checkpoints."""
     path = tmp_path / "model_1.pt"
-    write_checkpoint(path, workers=[GOOD_WORKER], best=1.0, class_names=["a"], flags={"lr": 1e-3, "list": (1, 2)})
+    write_checkpoint(
+        path, workers=[GOOD_WORKER], way=WAY, best=1.0, class_names=["a"], flags={"lr": 1e-3, "list": (1, 2)}
+    )
     assert checkpoint.load(path)["best"] == 1.0
     for name, values in ENTRIES.items():
         for value in values:
