@@ -2,13 +2,15 @@
 
     python benchmarks/recipes.py --output=benchmarks/recipes.json      # and recipes.png
     python benchmarks/recipes.py --precisions=float32,bf16 --seeds=4 --output=benchmarks/precision_digits.json
+    python benchmarks/recipes.py --device=cuda --jobs=8 --precisions=float32,bf16,fp16 --seeds=6
 
 Quality is the classifier Fréchet distance of train.py --quality, of chains from noise. The first recipe is the preset
 with the published learning rate; each other recipe changes settings of the preset. --precisions compares number types
 of the unchanged preset instead. The folders of the runs stay in --logdir.
 
 With several seeds, every recipe is compared with the first one by a t-test, paired by seed, of the logarithm of the
-distance, averaged over the second half of each run.
+distance, averaged over the second half of each run. Runs that fail are left out, and so is their seed in this test. The
+figures are written after every run.
 """
 
 from __future__ import annotations
@@ -18,18 +20,19 @@ import math
 import pathlib
 import shlex
 import statistics
-import subprocess
 import sys
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import timing
+from calls import Call, run_calls
+from ebm.settings import DEVICES
 from ebm.support import cli, pictures
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
 from ebm.support.hardware import PRECISIONS
 from ebm.support.logs import read_series
 
-TRAIN = pathlib.Path(__file__).resolve().parent.parent / "train.py"
 RECIPES = {
     "lr 3e-4, as published": "--lr=3e-4",
     "lr 3e-3": "--lr=3e-3",
@@ -55,21 +58,42 @@ class Settings(timing.BenchmarkOutput):
     seeds: int = flag(1, "runs per recipe, from different seeds", at_least=1)
     max_iter: int = flag(400, "iterations of a run", at_least=1)
     test_interval: int = flag(50, "iterations between measurements", at_least=1)
+    device: str = flag("auto", "where to train, as in train.py", choices=DEVICES)
+    jobs: int = flag(1, "runs at a time", at_least=1)
     logdir: str = flag("cachedir/recipes", "folder of the runs", is_path=True)
     output: str = flag("", "also write the figures to this JSON file, and a plot beside it", is_path=True)
 
 
-def train_recipe(settings: Settings, exp: str, recipe: str, seed: int) -> pathlib.Path:
-    """Train by one recipe and return the folder of the run; raise UsageError if training fails."""
-    words = [f"--preset={settings.preset}", f"--logdir={settings.logdir}", f"--exp={exp}", f"--seed={seed}"]
-    words += [f"--max_iter={settings.max_iter}", f"--test_interval={settings.test_interval}", "--quality"]
-    words += ["--num_samples=200", "--sample_steps=100", "--precision=float32"]
-    words += [*shlex.split(settings.train_flags), *shlex.split(recipe)]
-    print(f"python train.py {shlex.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, str(TRAIN), *words], check=False).returncode
-    if status:
-        raise UsageError(f"training by {recipe} ended with status {status}, see above")
-    return pathlib.Path(settings.logdir) / exp
+Runs = dict[str, dict[int, pathlib.Path]]  # recipe -> seed -> the folder of the run
+
+
+def choose_recipes(settings: Settings) -> dict[str, str]:
+    """Return the flags of each recipe that the settings ask for, by its name."""
+    if settings.precisions:
+        return {name: f"--precision={name}" for name in settings.precisions}
+    return dict(list(RECIPES.items())[: settings.recipes])
+
+
+def plan_calls(settings: Settings) -> dict[Call, tuple[str, int]]:
+    """Return the calls of train.py, each with its recipe and its seed.
+
+    One seed by all recipes comes after another, so that a benchmark that is broken off can still compare them.
+    """
+    calls = {}
+    for seed in range(settings.seeds):
+        for recipe, flags in choose_recipes(settings).items():
+            words = [f"--preset={settings.preset}", f"--logdir={settings.logdir}", f"--seed={seed}"]
+            words += [f"--exp={find_folder(settings, recipe, seed).name}", "--quality"]
+            words += [f"--max_iter={settings.max_iter}", f"--test_interval={settings.test_interval}"]
+            words += ["--num_samples=200", "--sample_steps=100", "--precision=float32", f"--device={settings.device}"]
+            words += [*shlex.split(settings.train_flags), *shlex.split(flags)]
+            calls[Call("train", tuple(words))] = recipe, seed
+    return calls
+
+
+def find_folder(settings: Settings, recipe: str, seed: int) -> pathlib.Path:
+    """Return the folder of a run."""
+    return pathlib.Path(settings.logdir) / f"{list(choose_recipes(settings)).index(recipe)}_{seed}"
 
 
 def join_series(folders: list[pathlib.Path], key: str) -> tuple[list[float], list[float]]:
@@ -88,39 +112,62 @@ def average_log_distance(folder: pathlib.Path) -> float:
     return statistics.fmean(map(math.log, distances[len(distances) // 2 :]))
 
 
-def print_comparison(runs: dict[str, list[pathlib.Path]]) -> None:
-    """Print the ratio of every recipe's distance to that of the first recipe, with the p value."""
+def compare_recipes(runs: Runs) -> list[dict[str, Any]]:
+    """Compare the distances of every recipe with those of the first one, over the seeds that all of them finished.
+
+    Each row has the ratio of the distances, its 95 % confidence interval and the p value of the paired t-test. There is
+    no row with fewer than two seeds.
+    """
     import scipy.stats
 
     first, *others = runs
-    outcomes = {name: list(map(average_log_distance, folders)) for name, folders in runs.items()}
+    seeds = sorted(set.intersection(*map(set, runs.values())))
+    if len(seeds) < 2:
+        return []
+    outcomes = {name: [average_log_distance(folders[seed]) for seed in seeds] for name, folders in runs.items()}
+    rows = []
     for name in others:
+        test = scipy.stats.ttest_rel(outcomes[name], outcomes[first])
         ratio = math.exp(statistics.fmean(outcomes[name]) - statistics.fmean(outcomes[first]))
-        p = scipy.stats.ttest_rel(outcomes[name], outcomes[first]).pvalue
-        print(f"{name}: distance {ratio:.2f} times that of {first} over the second half, p = {p:.2f}")
+        interval = [math.exp(bound) for bound in test.confidence_interval(0.95)]
+        rows.append({"recipe": name, "ratio": ratio, "interval": interval, "p": float(test.pvalue), "seeds": seeds})
+    return rows
+
+
+def write_runs(settings: Settings, runs: Runs) -> pathlib.Path:
+    """Write the distances of all runs so far, and their comparison, to the file `output`; return its path."""
+    rows, recipes = [], choose_recipes(settings)
+    for name, folders in runs.items():
+        for seed, folder in sorted(folders.items()):
+            iterations, distances = read_series(folder, "feature_distance")
+            row = {"recipe": name, "flags": recipes[name], "seed": seed}
+            rows.append(row | {"iterations": iterations, "distances": distances})
+    return timing.write_rows(settings, rows, compared=compare_recipes(runs))
 
 
 def main(settings: Settings) -> None:
     timing.prepare_output(settings)
-    recipes = dict(list(RECIPES.items())[: settings.recipes])
-    if settings.precisions:
-        recipes = {name: f"--precision={name}" for name in settings.precisions}
-    runs = {
-        name: [train_recipe(settings, f"{number}_{seed}", recipe, seed) for seed in range(settings.seeds)]
-        for number, (name, recipe) in enumerate(recipes.items())
-    }
-    if settings.seeds > 1:
-        print_comparison(runs)
+    plan = plan_calls(settings)
+    runs: Runs = {name: {} for name in choose_recipes(settings)}
+    for call in run_calls(list(plan), settings.jobs):
+        name, seed = plan[call]
+        runs[name][seed] = find_folder(settings, name, seed)
+        if settings.output:
+            write_runs(settings, runs)
+    if not any(runs.values()):
+        raise UsageError("no run ended well, see above")
+    first = next(iter(runs))
+    for row in compare_recipes(runs):
+        low, high = row["interval"]
+        print(
+            f"{row['recipe']}: distance {row['ratio']:.2f} times that of {first} over the second half "
+            f"(95 %: {low:.2f} to {high:.2f}), p = {row['p']:.2f}, {len(row['seeds'])} seeds"
+        )
     if settings.output:
-        rows = []
-        for name, folders in runs.items():
-            for seed, folder in enumerate(folders):
-                iterations, distances = read_series(folder, "feature_distance")
-                row = {"recipe": name, "flags": recipes[name], "seed": seed}
-                rows.append(row | {"iterations": iterations, "distances": distances})
-        path = timing.write_rows(settings, rows)
+        path = write_runs(settings, runs)
         curves = {
-            label: {name: join_series(folders, key) for name, folders in runs.items()} for key, label in PANELS.items()
+            label: {name: join_series(list(folders.values()), key) for name, folders in runs.items() if folders}
+            for key, label in PANELS.items()
         }
         title = f"{settings.preset} {settings.train_flags}"
         plot = pictures.plot_lines(curves, path.with_suffix(".png"), xlabel="iteration", title=title, log=list(curves))

@@ -1,0 +1,60 @@
+"""Call scripts of this project many times, several at once; each process starts once and makes one call after another.
+
+for call in run_calls([Call("train", ("--preset=digits_cpu", "--seed=1")), ...], jobs=4): ...
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+import multiprocessing
+import os
+import shlex
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ebm.support import cli
+
+
+class Call(NamedTuple):
+    """A call of a script at the root of the project."""
+
+    script: str  # the name of its module, such as "train"
+    words: tuple[str, ...]  # of its command line
+
+    def __str__(self) -> str:
+        """Return the command that makes the same call."""
+        return f"python {self.script}.py {shlex.join(self.words)}"
+
+    def read_settings(self) -> Any:
+        """Return the settings that the script reads from these words; raise UsageError if it refuses them."""
+        kind = typing.get_type_hints(importlib.import_module(self.script).main)["settings"]
+        return cli.parse([f"{self.script}.py", *self.words], kind)
+
+    def run(self) -> None:
+        """Run the script in this process; raises what it raises, such as UsageError."""
+        importlib.import_module(self.script).main(self.read_settings())
+
+
+def run_calls(calls: Sequence[Call], jobs: int) -> Iterator[Call]:
+    """Run all calls, so many at a time, and yield each one that ends well; print a line about each that does not.
+
+    jobs: the number of processes, among which the threads of the CPU are divided.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs) if jobs > 1 else torch.get_num_threads()
+    context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+        futures = {pool.submit(call.run): call for call in calls}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                call, error = futures[future], future.exception()
+                if error is None:
+                    print(f"done: {call}", flush=True)
+                    yield call
+                else:
+                    print(f"failed: {call}: {error!r}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a signal no further call begins
