@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import platform
 import time
@@ -18,7 +19,7 @@ from ebm.support import cli
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
 from ebm.support.files import prepare_file
-from ebm.support.hardware import PRECISIONS, allow_tf32, set_tf32
+from ebm.support.hardware import PRECISIONS, allow_tf32, describe_processor, set_tf32
 from ebm.support.reports import write_json
 
 # Rows and columns of the matrices whose product sets a limit; a smaller product is launch-bound on a GPU.
@@ -183,7 +184,8 @@ def describe_machine(device: str) -> dict[str, Any]:
         facts |= {"hardware": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
         facts |= {"cudnn": torch.backends.cudnn.version()}
     else:
-        facts["hardware"] = f"{torch.get_num_threads()} CPU threads"
+        facts |= {"hardware": f"{torch.get_num_threads()} CPU threads", "processor": describe_processor()}
+        facts |= {"oneDNN": os.environ.get("ONEDNN_MAX_CPU_ISA", "all instructions")}
     return facts
 
 

@@ -212,7 +212,7 @@ def test_a_run_from_end_to_end(tmp_path):
     assert "energies in fp16 in chains" in printed
     assert ", steps compiled, a chain launched as one CUDA graph" in printed
     assert "note: the" not in printed  # nothing was given up
-    assert "on cuda" in printed and (tmp_path / "run" / "samples_20.png").exists()
+    assert "device: cuda" in printed and (tmp_path / "run" / "samples_20.png").exists()
     run(tmp_path, "--exp=run", "--max_iter=22", "--resume_iter=latest")
     run(tmp_path, "--exp=kl", "--max_iter=2", "--nozero_kl")
 
