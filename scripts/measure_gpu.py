@@ -51,12 +51,15 @@ TRAIN = "--cclass --zero_kl --replay_batch --num_steps=20 --step_lr=10 --proj_no
 PATIENCE = {"cuda": 1, "cpu": 5}  # a rehearsal is no measurement, and must also end well on a slow machine
 RESERVE = 60  # seconds that are left for the steps after the training
 
-# What oneDNN may use at most -> the name of the file of its figures.
-INSTRUCTIONS = {"DEFAULT": "cpu_amx", "AVX512_CORE_BF16": "cpu_avx512_bf16", "AVX512_CORE": "cpu_avx512"}
-LANGEVIN_ON_CPU = "--device=cpu --compile --nochanges --precisions=float32,bf16"
+# A benchmark on the CPU -> the instructions that oneDNN may use at most, and number types that these compute fast.
+ON_CPU = {
+    "cpu_amx": ("DEFAULT", "float32,bf16"),
+    "cpu_avx512_bf16": ("AVX512_CORE_BF16", "float32,bf16"),
+    "cpu_avx512": ("AVX512_CORE", "float32"),
+}
 CORES = 2  # of each benchmark on the CPU
 ENOUGH_CORES = 12  # for benchmarks on the CPU beside everything else
-FILES = ("report.json", "log.txt", "curves.png", "samples.png", *(f"{name}.json" for name in INSTRUCTIONS.values()))
+FILES = ("report.json", "log.txt", "curves.png", "samples.png", *(f"{name}.json" for name in ON_CPU))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +130,7 @@ CPU = Sizes(
     others=(),
     comparing_seconds=1200,
     training_seconds=0.5,
-    compiled=("--networks=MnistNet --nochanges",),
+    compiled=(),  # half a minute each
     comparisons={
         "compare_evaluations": Comparison(
             "evaluation_precision.py", "--seeds=2 --evaluations=democlass --call_flags=--num_steps=1"
@@ -322,14 +325,15 @@ def start_on_cpu(session: Session) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < ENOUGH_CORES:
         return
-    for instructions, name in INSTRUCTIONS.items():
+    for name, (instructions, precisions) in ON_CPU.items():
         taken, cores = cores[-CORES:], cores[:-CORES]
+        # Each has a cache of its own, in which what is fastest is kept by processor, not by these instructions.
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(session.work / f"{name}_inductor")}
+        environment |= {"ONEDNN_MAX_CPU_ISA": instructions, "OMP_NUM_THREADS": str(CORES)}
+        words = ["--device=cpu", "--compile", "--nochanges", "--rounds=3", f"--precisions={precisions}"]
         with stay_on(taken):
-            words = [*LANGEVIN_ON_CPU.split(), f"--output={session.work / name}.json"]
-            # Each has a cache of its own, in which what is fastest is kept by processor, not by these instructions.
-            environment = {"TORCHINDUCTOR_CACHE_DIR": str(session.work / f"{name}_inductor")}
-            environment |= {"ONEDNN_MAX_CPU_ISA": instructions, "OMP_NUM_THREADS": str(CORES)}
-            session.start(name, str(ROOT / "benchmarks" / "langevin.py"), *words, **environment)
+            script = str(ROOT / "benchmarks" / "langevin.py")
+            session.start(name, script, *words, f"--output={session.work / name}.json", **environment)
     os.sched_setaffinity(0, cores)
 
 
@@ -383,12 +387,13 @@ def measure(session: Session, data: pathlib.Path) -> None:
     small = [word for word in sizes.chain if word.startswith(("--batch_size", "--num_filters"))]
     run_benchmark("kernels", 25, "kernels.py", fast, *small)
     short = [*train, "--nocompile", "--sample_steps=1", "--num_samples=10", "--noquality"]
+    short += ["--save_interval=1000", "--test_interval=1000"]
     session.step("resume", 30, *short, "--exp=trained", f"--max_iter={last + 10}", "--resume_iter=latest")
     launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=1"]
     session.step("one_rank", 30, *launch, *short, "--exp=one_rank", "--max_iter=10", "--backend=torch")
     run_benchmark("machine", 30, "machine.py", f"--precisions={','.join((sizes.fast, *sizes.others))}")
     session.finish_all(session.left())
-    for name in INSTRUCTIONS.values():
+    for name in ON_CPU:
         if (work / f"{name}.json").exists():
             shutil.copy(work / f"{name}.json", session.output)
 

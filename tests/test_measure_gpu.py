@@ -96,6 +96,31 @@ def test_comparisons_on_a_gpu(script, monkeypatch):
         assert precisions[:3] == ["float32", "bf16", "fp16"] and {settings.device for settings in of_a_seed} == {"cuda"}
 
 
+def test_benchmarks_on_the_cpu(script, session, monkeypatch):
+    """Breaks when benchmarks on the CPU share cores, with all else, too, or oneDNN's limits do not reach them."""
+    cores, started = {*range(16)}, {}
+
+    def start(name, path, *words, **environment):
+        started[name] = (*cores,), environment["ONEDNN_MAX_CPU_ISA"]
+        assert cli.parse(["", *words], importlib.import_module("langevin").Settings).device == "cpu"
+
+    def pin(_, numbers):
+        cores.clear()
+        cores.update(numbers)
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(script.os, "sched_getaffinity", lambda _: {*cores})
+    monkeypatch.setattr(script.os, "sched_setaffinity", pin)
+    monkeypatch.setattr(session, "start", start)
+    script.start_on_cpu(session)
+    limits = {"cpu_amx": "DEFAULT", "cpu_avx512_bf16": "AVX512_CORE_BF16", "cpu_avx512": "AVX512_CORE"}
+    assert {name: limit for name, (_, limit) in started.items()} == limits
+    assert sorted(core for taken, _ in started.values() for core in taken) == [*range(10, 16)]
+    assert cores == {*range(10)}
+    script.start_on_cpu(session)  # with ten cores nothing more happens
+    assert len(started) == 3 and cores == {*range(10)}
+
+
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     """Breaks when a step does not run as it is called, leaves no figures, or a file lies elsewhere."""
@@ -107,7 +132,7 @@ def test_rehearsal(tmp_path):
     assert names == {"report.json", "log.txt", "curves.png", "samples.png"}
     report = json.loads((tmp_path / "gpu" / "report.json").read_text())
     benchmarks = {"machine", "resnet32", "networks", "iteration", "kernels", "compare_colour", "compare_evaluations"}
-    others = {"tests", "training", "resume", "one_rank", "compile_0", "compile_training"}
+    others = {"tests", "training", "resume", "one_rank", "compile_training"}
     assert set(report["steps"]) == benchmarks | others
     assert all(report[name]["rows"] for name in benchmarks)
     for name in ("compare_colour", "compare_evaluations"):  # both number types of both seeds came to their end
