@@ -1,0 +1,197 @@
+"""The way to compute chains: found by timing, kept for later runs, the same after a resume."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import models
+from conftest import CONFIG, make_generator, make_model, make_state
+from ebm.settings import TrainSettings
+from ebm.support.hardware import describe_processor
+from ebm.training import chains, distributed, tuning
+from ebm.training.tuning import Way
+from sampling import CannotCompile
+
+SETTINGS = TrainSettings(num_steps=2, step_lr=10.0, batch_size=8, zero_kl=True)
+USUAL = Way(threads=4)
+
+
+def measure_planted(cost):
+    """Return a stopwatch by which a way takes the product of its fields' costs."""
+
+    def measure(ways):
+        return [cost(way) for way in ways]
+
+    return measure
+
+
+def test_each_field_is_varied_from_the_best_way_before_it():
+    """Breaks when a slower way is chosen, a gain within the noise counts, or halving goes on past the best number."""
+    asked = []
+
+    def cost(way):
+        asked.append(way)
+        seconds = {4: 2.0, 2: 1.0, 1: 1.5}[way.threads]
+        return (
+            seconds
+            * (0.5 if way.precision == "bf16" else 1)
+            * (1.2 if not way.fold else 1)
+            * (1 if way.patches else 0.97)
+        )
+
+    alternatives = {"precision": ["bf16"], "fold": [False], "patches": [False], "threads": [2, 1]}
+    way, trials = tuning.find_fastest_way(measure_planted(cost), USUAL, alternatives)
+    assert way == Way("bf16", fold=True, patches=True, threads=2, compiled=False)
+    assert trials == [
+        "bf16 2.00x", "pooling not folded 0.83x", "one channel directly 1.03x", "2 threads 2.00x", "1 thread 0.67x"
+    ]  # fmt: skip
+    assert all(way.precision == "bf16" for way in asked[2:])
+
+    def fail(ways):
+        raise CannotCompile("no compiler")
+
+    way, trials = tuning.find_fastest_way(fail, USUAL, {"compiled": [True]})
+    assert way == USUAL and trials == ["the Langevin step cannot be compiled"]
+
+
+def test_alternatives_are_those_that_can_differ(monkeypatch):
+    """Breaks when time is spent on what changes nothing, or bf16 is tried where it was not compared."""
+    monkeypatch.setattr(tuning, "has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(tuning, "has_compiler", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    grey, colour = make_model(), make_model(models.ModelConfig("ResNet32Wider", (3, 8, 8), num_filters=2))
+    every = {"precision": ["bf16"], "patches": [False], "threads": [3, 1], "compiled": [True]}
+    assert tuning.list_alternatives(grey, allow_bf16=True) == every
+    assert tuning.list_alternatives(grey, allow_bf16=False) == {"patches": [False], "threads": [3, 1]}
+    assert tuning.list_alternatives(colour, allow_bf16=True) == {
+        "fold": [False],
+        "threads": [3, 1],
+        "compiled": [True],
+    }
+    labelled = make_model(dataclasses.replace(CONFIG, label_size=3))  # its labels are further channels
+    monkeypatch.setattr(tuning, "has_bf16_instructions", lambda: False)
+    assert "patches" not in tuning.list_alternatives(labelled, allow_bf16=True)
+    assert "precision" not in tuning.list_alternatives(grey, allow_bf16=True)
+
+
+def choose(model, batch_size=4, steps=0, usual=None, compiled=False):
+    """Return the way and the words for a small network with patches and threads to choose."""
+    chain = chains.bind_chain(model, dataclasses.replace(SETTINGS, num_steps=1), make_generator())
+    alternatives = {"patches": [False], "compiled": [True]} if compiled else {"patches": [False]}
+    return tuning.choose_way(model, chain, batch_size, usual or Way(), alternatives, steps=steps)
+
+
+def test_a_choice_is_kept_for_the_machine_the_network_and_the_batch(monkeypatch, tmp_path):
+    """Breaks when every run times anew, so that two runs may compute in two ways, or one choice serves another case."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counts = []
+
+    def time_ways(model, chain, count, ways):
+        counts.append(count)
+        return [0.5 if way.patches else 0.1 for way in ways]
+
+    monkeypatch.setattr(tuning, "time_ways", time_ways)
+    first = choose(make_model())
+    assert first == (Way(patches=False), "; timed: one channel directly 5.00x") and counts
+    counts.clear()
+    assert choose(make_model(seed=1)) == first and not counts
+    for other in (lambda: choose(make_model(), batch_size=5), lambda: choose(make_model(), usual=Way(fold=False))):
+        other()
+        assert counts
+        counts.clear()
+    kept = json.loads((tmp_path / "ways.json").read_text())
+    assert len(kept) == 3 and all(describe_processor() in json.loads(key)[0]["machine"] for key in kept)
+
+    entry = next(iter(kept.values()))
+    for spoilt in (entry | {"way": ["fp16", *entry["way"][1:]]}, entry | {"way": [[], 1]}, {}, 3, "x" * 2_000_000):
+        (tmp_path / "ways.json").write_text(json.dumps(dict.fromkeys(kept, spoilt)))
+        assert choose(make_model()) == first and counts, spoilt
+        counts.clear()
+    (tmp_path / "ways.json").unlink()
+    (tmp_path / "ways.json").mkdir()  # a file that cannot be written
+    assert choose(make_model()) == first and counts
+
+
+def test_compiling_is_tried_for_long_runs_only(monkeypatch, tmp_path, capsys):
+    """Breaks when a short run waits for the compiler, or a long one does without its gain."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        tuning, "time_ways", lambda model, chain, count, ways: [0.5 if way.compiled else 1.0 for way in ways]
+    )
+    assert not choose(make_model(), steps=int(tuning.LONG) - 1, batch_size=1, compiled=True)[0].compiled
+    assert not capsys.readouterr().out
+    assert choose(make_model(), steps=int(tuning.LONG) + 1, batch_size=1, compiled=True)[0].compiled
+    assert "compiling a Langevin step" in capsys.readouterr().out
+
+
+def test_timing_changes_nothing():
+    """Breaks when timing draws from a run's generators, moves its power iterations or leaves other threads behind."""
+    state = make_state(label_size=0)
+    before = state.get_draws()
+    threads, draws = torch.get_num_threads(), torch.get_rng_state()
+    chain = chains.bind_chain(state.model, dataclasses.replace(SETTINGS, num_steps=1), torch.Generator())
+    ways = [Way(), Way(patches=False, threads=threads + 1)]
+    assert all(0 < seconds < 10 for seconds in tuning.time_ways(state.model, chain, 2, ways))
+    after = state.get_draws()
+    assert torch.equal(before["generator"], after["generator"]) and torch.equal(draws, torch.get_rng_state())
+    assert all(map(torch.equal, before["vectors"], after["vectors"])) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("network", ["MnistNet", "ResNet32"])
+def test_all_forms_give_the_same_energies(network):
+    """Breaks when a form of the weights that timing may choose is another network."""
+    model = make_model(models.ModelConfig(network, (1, 28, 28), num_filters=4))
+    images = torch.rand(3, 1, 28, 28, generator=make_generator())
+    forms = [models.WeightForm(fold=fold, patches=patches) for fold in (True, False) for patches in (True, False)]
+    kernels = [model.prepare(form=form)["c1_pre.kernel"] for form in forms]
+    assert [kernel.dim() for kernel in kernels] == [2, 4, 2, 4]
+    energies = [model.energy(model.prepare(form=form), images) for form in forms]
+    for other in energies[1:]:
+        torch.testing.assert_close(other, energies[0], rtol=1e-4, atol=1e-6)
+    model.form = forms[1]
+    assert torch.equal(model(images), energies[1])
+
+
+def tune(state, contents=None, **settings):
+    """Return the way of a run after tuning, and the line about it."""
+    workers = distributed.join_workers("none", "cpu")
+    run_settings = dataclasses.replace(SETTINGS, **settings)
+    line = tuning.tune_run(state, run_settings, workers, steps=0, contents=contents or {})
+    return tuning.get_way(state), line
+
+
+def test_settings_and_checkpoints_come_before_timing(monkeypatch):
+    """Breaks when a pinned field is varied, a resumed run computes in another way than it began with, or a run on a GPU
+    takes over the way of a CPU."""
+    asked = {}
+
+    def choose_way(model, chain, batch_size, usual, alternatives, *, steps):
+        asked.update(alternatives)
+        return usual._replace(patches=False), "; timed: x"
+
+    monkeypatch.setattr(tuning, "choose_way", choose_way)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    state = make_state(label_size=0)
+    way, line = tune(state)
+    assert not way.patches and not state.model.form.patches and "patches" in asked and asked["threads"] == [1]
+    assert line.startswith("chains: float32, one channel directly, 2 threads") and line.endswith("; timed: x")
+    asked.clear()
+    tune(make_state(label_size=0), patches=True, threads=2, compile=False)
+    assert not asked
+    assert tune(make_state(label_size=0), tune=False)[0].patches and not asked
+
+    kept = way._asdict() | {"on_cpu": True}
+    assert tune(make_state(label_size=0), contents={"way": kept})[0] == way and not asked
+    assert tune(make_state(label_size=0), contents={"way": kept}, patches=True)[0].patches
+    assert tune(make_state(label_size=0), contents={"way": kept | {"on_cpu": False}})[0].patches
+    assert tune(make_state(label_size=0), contents={"precision": "bf16"})[0].precision == "bf16"  # of earlier versions
+    for of_a_gpu in ("tf32", "fp16"):
+        assert tune(make_state(label_size=0), contents={"precision": of_a_gpu})[0].precision == "float32"
+    assert tune(make_state(label_size=0), contents={"way": kept | {"threads": 64}})[0].threads == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    tune(make_state(label_size=0))
+    assert "threads" not in asked
