@@ -88,13 +88,13 @@ def write_rows(settings: BenchmarkOutput, rows: Sequence[Mapping[str, Any]], **d
 # ---- networks and images ----
 
 
-def build_network(name: str, num_filters: int | None, device: str) -> models.EnergyNetwork:
+def build_network(name: str, num_filters: int | None, device: str, scale: int = 1) -> models.EnergyNetwork:
     """Return an untrained network in which no residual block is near zero.
 
-    num_filters: its width; None: that of the published commands.
+    num_filters: its width; None: that of the published commands. scale: a factor of the sides of its images.
     """
-    shape, filters = NETWORKS[name]
-    config = models.ModelConfig(name, shape, num_filters or filters)
+    (channels, height, width), filters = NETWORKS[name]
+    config = models.ModelConfig(name, (channels, scale * height, scale * width), num_filters or filters)
     generator = torch.Generator().manual_seed(0)
     model = models.build_model(config, generator)
     for module in model.modules():

@@ -69,7 +69,7 @@ SMALL = {
         "--nocompile",
         *LIMIT,
     ],
-    "benchmarks/iteration.py": ["--num_filters=4", "--steps=1", "--batch_sizes=1", "--rounds=1"],
+    "benchmarks/iteration.py": ["--num_filters=4", "--steps=1", "--batch_sizes=1", "--scales=1,2", "--rounds=1"],
     "benchmarks/kernels.py": ["--num_filters=4", "--batch_size=1", "--steps=1"],
     "benchmarks/machine.py": ["--size=64"],
     "benchmarks/loader.py": ["--workers=1", "--files=4", "--batch_size=2", "--batches=1", "--rounds=1"],
