@@ -1,0 +1,170 @@
+"""Train an energy of MNIST with this project and with other libraries for the same time, and compare what they learnt.
+
+    pip install torchebm ebmkit
+    python benchmarks/time_to_quality.py --output=benchmarks/time_to_quality.json    # a plot and samples beside it
+
+NOTES
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import data
+import learners
+import timing
+from ebm.measures.features import DISTANCE, SampleMeasure, prepare_distance
+from ebm.support import cli, metrics, pictures
+from ebm.support.cli import flag
+from ebm.support.errors import UsageError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the minutes, after which the weights are kept
+RATED = 1_000  # images of each set whose energies are compared
+OUTLIERS = ("rotated", "digits", "fashion_mnist")
+COLUMNS = 16  # samples of each network in the picture
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(timing.BenchmarkOutput):
+    """Benchmark"""
+
+    libraries: tuple[str, ...] = flag(tuple(learners.LEARNERS), "what to compare", choices=tuple(learners.LEARNERS))
+    minutes: float = flag(10.0, "minutes that each library trains", at_least=0)
+    clock: str = flag("wall", "what counts the minutes; cpu if others use the machine", choices=tuple(learners.CLOCKS))
+    threads: int = flag(2, "threads of each library", at_least=1)
+    samples: int = flag(500, "images that are sampled from each network", at_least=2)
+    outliers: tuple[str, ...] = flag(("rotated", "digits"), "sets of images to tell from MNIST", choices=OUTLIERS)
+    num_filters: int = flag(64, "width of the network", at_least=1)
+    train_flags: str = flag(
+        "--preset=fashion_cpu --dataset=mnist --cclass=False", "the other flags of train.py for this project"
+    )
+    seed: int = flag(0, "seed of all libraries", at_least=0)
+    data: str = flag("data", "folder of MNIST, and of Fashion-MNIST if it is among the outliers", is_path=True)
+    logdir: str = flag("cachedir/time_to_quality", "folder of this project's runs and of the classifier", is_path=True)
+
+
+def read_versions(libraries: Sequence[str]) -> dict[str, str]:
+    """Return the versions of the other libraries by name; raise UsageError if one is not installed."""
+    others = [name for name in libraries if name != "project"]
+    try:
+        return {name: importlib.metadata.version(name) for name in others}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UsageError(f"`libraries`={error.name} is not installed; pip install {' '.join(others)}") from None
+
+
+def load_outliers(name: str, root: str, digits: Tensor) -> Tensor:
+    """Return images of no digits of MNIST, or of digits that are not upright, uint8 (N, 1, 28, 28).
+
+    digits: images of MNIST, which "rotated" turns by 90 degrees.
+    """
+    if name == "rotated":
+        return digits.rot90(1, (2, 3))
+    dataset = data.load_dataset(name, split="train" if name == "digits" else "test", root=root)
+    return dataset.raw(torch.arange(RATED))
+
+
+def run_learner(settings: Settings, library: str, job: learners.Job) -> list[dict[str, Any]]:
+    """Let a library do the job in a process of its own, and return its rows; raise UsageError if it fails."""
+    environment = dict(os.environ, OMP_NUM_THREADS=str(settings.threads))
+    if library == "project":
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [pathlib.Path(folder) / name for name in ("job.pt", "rows.pt")]
+        torch.save(vars(job), paths[0])
+        command = [sys.executable, learners.__file__, library, *map(str, paths)]
+        status = subprocess.run(command, env=environment, check=False).returncode
+        if status:
+            raise UsageError(f"training with {library} ended with status {status}, see above")
+        return torch.load(paths[1])
+
+
+def compute_figures(row: Mapping[str, Any], measure: SampleMeasure) -> dict[str, Any]:
+    """Return what a library has learnt after some minutes, by name: the quality of its samples, and its AUROCs.
+
+    A network whose energies are not finite tells no images apart: its AUROC is nan.
+    """
+    figures = {f"{clock} minutes": row[clock] for clock in learners.CLOCKS} | {"iterations": row["iterations"]}
+    figures[DISTANCE] = measure.measure(row["samples"])["feature_distance"]
+    inliers, *outliers = row["energies"].items()
+    for name, energies in outliers:
+        is_finite = bool(torch.cat([inliers[1], energies]).isfinite().all())
+        figures[f"AUROC, {name}"] = metrics.auroc(-inliers[1], -energies) if is_finite else math.nan
+    return figures
+
+
+def write_results(settings: Settings, rows: list[dict[str, Any]], samples: list[Tensor], **described: object) -> None:
+    """Write the figures as JSON, a plot of them, and a picture of the first samples of every network."""
+    path = timing.write_rows(settings, rows, **described, **timing.describe_machine("cpu"))
+    libraries = {name: [row for row in rows if row["library"] == name] for name in settings.libraries}
+    minutes = f"{settings.clock} minutes"
+    panels = {
+        figure: {
+            name: ([row[minutes] for row in part], [row[figure] for row in part]) for name, part in libraries.items()
+        }
+        for figure in [DISTANCE, *(f"AUROC, {name}" for name in settings.outliers)]
+    }
+    title = f"MnistNet with {settings.num_filters} filters on MNIST, {settings.threads} threads"
+    xlabel = f"{minutes} of training"
+    plot = pictures.plot_lines(panels, path.with_suffix(".png"), xlabel=xlabel, title=title, log=[DISTANCE])
+    titles = [f"{row['library']}, {row[minutes]:.1f} min" for row in rows]
+    columns = torch.stack([images[:COLUMNS] for images in samples], 1)  # (COLUMNS, rows, 1, 28, 28)
+    stages = {str(i + 1): column for i, column in enumerate(columns)}
+    picture = pictures.save_panel(stages, path.with_name(f"{path.stem}_samples.png"), rows=titles)
+    print(f"wrote {path}, {plot} and {picture}")
+
+
+def main(settings: Settings) -> None:
+    timing.prepare_output(settings)
+    versions = read_versions(settings.libraries)
+    torch.set_num_threads(settings.threads)
+    images, held_out = (data.load_dataset("mnist", split=split, root=settings.data) for split in ("train", "test"))
+    digits = held_out.raw(torch.arange(min(RATED, len(held_out))))
+    rated = {"mnist": digits} | {name: load_outliers(name, settings.data, digits) for name in settings.outliers}
+    measure = prepare_distance(images, settings.samples, pathlib.Path(settings.logdir))
+    print(f"{DISTANCE} of {settings.samples} real images: {measure.of_real_images:.2f}", flush=True)
+    job = learners.Job(
+        minutes=[share * settings.minutes for share in SHARES],
+        clock=settings.clock,
+        images=images.raw(torch.arange(len(images))),
+        rated=rated,
+        samples=settings.samples,
+        num_filters=settings.num_filters,
+        seed=settings.seed,
+        train_flags=[f"--datadir={settings.data}", *shlex.split(settings.train_flags)],
+        folder=str(pathlib.Path(settings.logdir) / "run"),
+    )
+    rows: list[dict[str, Any]] = []
+    samples: list[Tensor] = []
+    for library in settings.libraries:
+        for row in run_learner(settings, library, job):
+            rows.append({"library": library} | compute_figures(row, measure))
+            samples.append(row["samples"])
+            print(
+                ", ".join(
+                    f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                    for name, value in rows[-1].items()
+                ),
+                flush=True,
+            )
+        if settings.output:
+            others = {"torchebm": learners.TORCHEBM, "ebmkit": learners.EBMKIT}
+            write_results(settings, rows, samples, versions=versions, others=others, real=measure.of_real_images)
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings, __doc__)
