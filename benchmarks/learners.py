@@ -28,10 +28,10 @@ BATCH = 250  # images that are sampled or rated at once
 
 # Settings of the other libraries, see `time_to_quality.py`. Their images are in [-1, 1].
 TORCHEBM: dict[str, Any] = {
-    "spectral_norm": False,
-    "lr": 1e-3,
+    "spectral_norm": True,
+    "lr": 1e-2,
     "batch_size": 32,
-    "step_size": 10.0,
+    "step_size": 100.0,
     "noise": 0.005,
     "steps": 20,
     "buffer": 10_000,
@@ -41,11 +41,11 @@ TORCHEBM: dict[str, Any] = {
 }
 EBMKIT: dict[str, Any] = {
     "spectral_norm": True,
-    "lr": 1e-3,
+    "lr": 1e-2,
     "batch_size": 32,
-    "step_size": 10.0,
+    "step_size": 100.0,
     "noise": 0.005,
-    "grad_clip": 0.01,
+    "grad_clip": None,
     "steps": 20,
     "buffer": 10_000,
     "energy_reg": 1.0,
