@@ -41,7 +41,7 @@ TORCHEBM: dict[str, Any] = {
 }
 EBMKIT: dict[str, Any] = {
     "spectral_norm": True,
-    "lr": 1e-2,
+    "lr": 3e-3,
     "batch_size": 32,
     "step_size": 100.0,
     "noise": 0.005,
