@@ -21,7 +21,7 @@ from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
 from ebm.training.setup import UNUSED, check_settings, choose_acceleration, choose_network, choose_precision
-from models import build_model
+from models import ModelConfig, build_model
 
 
 def parse(*words):
@@ -336,6 +336,26 @@ def test_rows_of_a_benchmark(monkeypatch, tmp_path):
     assert written["settings"]["device"] == "cuda"
     with pytest.raises(UsageError, match=r"`output`=.*cannot be written"):
         timing.write_rows(timing.BenchmarkOutput(output=str(path / "below_a_file.json")), [])
+
+
+def test_learners_of_a_benchmark(monkeypatch):
+    """Breaks when other libraries train another network than this project, or evaluation counts as their training."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    learners = importlib.import_module("learners")
+    ours = build_model(ModelConfig("MnistNet", (1, 28, 28), 2, spec_norm=False), torch.Generator().manual_seed(0))
+    theirs = learners.build_network(2, spectral_norm=False)
+    weights = dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True))
+    weights["10.weight"] = weights["10.weight"].view(4, 4, 4, 8).permute(0, 3, 1, 2).flatten(1)  # ours are (H, W, C)
+    theirs.load_state_dict(weights)
+    images = torch.rand(3, 1, 28, 28)
+    torch.testing.assert_close(theirs(images), ours(images, None))
+
+    times = iter([0, 60, 600, 660, 720])  # seconds; keeping the first weights takes nine minutes
+    monkeypatch.setattr(learners, "CLOCKS", {"wall": lambda: next(times)})
+    watch = learners.Watch([1, 2], "wall")
+    while not watch.is_over:
+        watch.count_iteration(dict)
+    assert [(row["wall"], row["iterations"]) for row in watch.kept] == [(1, 1), (2, 2)]
 
 
 # ---- the flags of the release ----
