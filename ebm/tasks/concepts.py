@@ -33,7 +33,7 @@ from ebm.tasks.concept_models import ConceptModel, split_name
 from ebm.tasks.expressions import Expression, Joined, Name, Weighted, parse_expression
 from ebm.tasks.results import Results
 from ebm.training.distributed import Workers
-from models import compute_label_energies, draw_noise_images
+from models import draw_noise_images
 from sampling import Energy, Schedule, check_finite, langevin
 
 SAME_AFTER = (90.0, 180.0, 360.0)  # symmetry of square, ellipse and heart: degrees of rotation that change nothing
@@ -541,7 +541,7 @@ def descend_labels(run: ConceptRun, concept: ConceptModel, images: Tensor, start
     assert concept.condition, "main takes concepts only"
     labels = [start]
     end = langevin(
-        functools.partial(concept.energy, images),  # a function of labels
+        concept.energy.at(images),
         start,
         num_steps=run.settings.num_steps,
         step_lr=run.settings.label_lr,
@@ -569,7 +569,8 @@ def find_lowest_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, pr
     @torch.no_grad()
     def search_part(part: Tensor) -> Tensor:
         progress.advance(len(part) * run.workers.size)
-        return compute_label_energies(concept.energy, run.render_images(part), labels).argmin(1)
+        energies = concept.energy.at(run.render_images(part))(labels.repeat(len(part), 1))
+        return energies.view(len(part), -1).argmin(1)
 
     return labels[torch.cat(run.share_parts(index.split(LABEL_BATCH), search_part))]
 
