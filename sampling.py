@@ -154,6 +154,8 @@ def langevin(
     energies = [energy] if callable(energy) else energy
     for k in range(num_steps):
         std, rate = (value(k) if callable(value) else value for value in (noise_std, step_lr))
+        if compiled and callable(step_lr):
+            rate = torch.tensor(rate, device=x.device)  # a number would be compiled in, again for each step
         for step_energy in energies:
             arguments = step_energy, x, std * draw_noise(x, generator), rate, clip, restrict, gradient_first
             x = checkpoint(step, *arguments, use_reentrant=False) if differentiable else step(*arguments)

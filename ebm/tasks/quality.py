@@ -249,19 +249,21 @@ def draw_fresh_images(
     batch_size: int = 100,
     progress: Progress,
     share_out: ShareOut = compute_all,
+    descend: Callable[..., Tensor] = langevin,
 ) -> Tensor:
     """Return one image per row of labels (N, classes), each from a Langevin chain that starts from noise.
 
     The result is uint8 (N, C, H, W) on the CPU. The chain of image i draws its start and its noise from a generator of
     its own, seeded by (seed, i) on the device of the labels. On one kind of device the noise of an image therefore does
     not depend on the batch size and the number of images, and its pixels differ by rounding only. progress: counts the
-    Langevin steps of each batch. share_out: distributes the batches; it may return those of the first ones.
+    Langevin steps of each batch. share_out: distributes the batches; it may return those of the first ones. descend:
+    runs the chains, with the arguments of `langevin`.
     """
 
     def draw_batch(numbers: Tensor) -> Tensor:
         seeds = [derive_seed(seed, i) for i in numbers.tolist()]
         generators = [torch.Generator(labels.device).manual_seed(each) for each in seeds]
-        images = langevin(
+        images = descend(
             energy.under(labels[numbers.to(labels.device)]),
             torch.cat([draw_noise_images(config, 1, generator) for generator in generators]),
             num_steps=num_steps,
