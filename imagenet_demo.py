@@ -26,7 +26,7 @@ from data import name_classes
 from ebm.settings import DemoSettings
 from ebm.support import cli, pictures
 from ebm.support.errors import UsageError
-from ebm.support.hardware import allow_tf32, set_up_process
+from ebm.support.hardware import set_up_process
 from ebm.support.pixels import to_bytes
 from ebm.support.progress import Progress
 from ebm.support.sharing import derive_seed
@@ -40,9 +40,10 @@ from ebm.tasks.trained_models import (
     read_names,
     refuse_concept_model,
 )
+from ebm.training.acceleration import accelerate_chains
 from ebm.training.distributed import Workers, share_evaluation
 from models import draw_noise_images, freeze_energy
-from sampling import check_finite, langevin
+from sampling import check_finite
 
 
 def choose_classes(settings: DemoSettings, names: Sequence[str], classes: int) -> list[int]:
@@ -117,7 +118,8 @@ def record_frames(
     labels: of all images. step_lr: the step size. quiet: print no progress.
     """
     device = next(trained.model.parameters()).device
-    energy = freeze_energy(trained.model, precision=settings.precision, rescale=trained.rescale)
+    acceleration = accelerate_chains(settings)
+    energy = freeze_energy(trained.model, precision=acceleration.precision, rescale=trained.rescale)
     generators = [torch.Generator(device).manual_seed(derive_seed(settings.seed, i)) for i in numbers.tolist()]
     noise = torch.cat([draw_noise_images(trained.model.config, 1, generator) for generator in generators])
     progress, frames = Progress(settings.num_steps, what="Langevin step", quiet=quiet), [to_bytes(noise).cpu()]
@@ -127,15 +129,14 @@ def record_frames(
         if progress.done % settings.every == 0 or progress.done == settings.num_steps:
             frames.append(to_bytes(images).cpu())
 
-    with allow_tf32(settings.precision):
-        end = langevin(
-            energy.under(labels[numbers].to(device)),
-            noise,
-            num_steps=settings.num_steps,
-            step_lr=step_lr / trained.rescale,  # for images in [0, 1] the gradient is `rescale` times larger
-            generator=generators,
-            after_step=add_frame,
-        )
+    end = acceleration.descend(
+        energy.under(labels[numbers].to(device)),
+        noise,
+        num_steps=settings.num_steps,
+        step_lr=step_lr / trained.rescale,  # for images in [0, 1] the gradient is `rescale` times larger
+        generator=generators,
+        after_step=add_frame,
+    )
     progress.close()
     check_finite(end, "lower `step_lr`")
     return torch.stack(frames)

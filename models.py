@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -207,23 +207,28 @@ class Conv(NormalizedLayer):
         return weights
 
     def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
-        kernel = weights[f"{self.name}.kernel"]
         if self.gb is not None:
             x = x + select_per_channel(weights[f"{self.name}.input_bias"], labels)
+        return self.finish(weights, self.convolve(weights, x), labels)
+
+    def convolve(self, weights: Weights, x: Tensor) -> Tensor:
+        """Return the linear part: the convolution of x with the kernel, and the pooling before the gain."""
+        kernel = weights[f"{self.name}.kernel"]
         if self.pooled and kernel.shape[-1] == 4:  # the pooling is folded into the kernel
-            x = F.conv2d(x, kernel, stride=2, padding=1)
+            return F.conv2d(x, kernel, stride=2, padding=1)
+        size = self.weight.shape[-1]
+        rows, columns = (compute_same_padding(side, size, self.stride) for side in x.shape[2:])
+        if rows[0] != rows[1] or columns[0] != columns[1]:
+            x, rows, columns = F.pad(x, (*columns, *rows)), (0, 0), (0, 0)
+        padding = rows[0], columns[0]
+        if kernel.dim() == 2:
+            x = convolve_patches(x, kernel, size, self.stride, padding)
         else:
-            size = self.weight.shape[-1]
-            rows, columns = (compute_same_padding(side, size, self.stride) for side in x.shape[2:])
-            if rows[0] != rows[1] or columns[0] != columns[1]:
-                x, rows, columns = F.pad(x, (*columns, *rows)), (0, 0), (0, 0)
-            padding = rows[0], columns[0]
-            if kernel.dim() == 2:
-                x = convolve_patches(x, kernel, size, self.stride, padding)
-            else:
-                x = F.conv2d(x, kernel, stride=self.stride, padding=padding)
-            if self.pooled:
-                x = F.avg_pool2d(x, 2)
+            x = F.conv2d(x, kernel, stride=self.stride, padding=padding)
+        return F.avg_pool2d(x, 2) if self.pooled else x
+
+    def finish(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
+        """Return what follows the convolution x: gain, activation and, with `downsample`, the pooling."""
         if self.cb is not None:
             gain = select_per_channel(weights[f"{self.name}.gain"], labels)
             x = x * (gain + weights[f"{self.name}.gain_bias"][:, None, None])
@@ -232,6 +237,27 @@ class Conv(NormalizedLayer):
         if self.pool_after:
             x = F.avg_pool2d(x, 2, ceil_mode=True)
         return x
+
+    def bind_input(self, weights: Weights, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return this layer with an input bias as a function of labels (N·m, label_size), m for each of N inputs.
+
+        Nothing is convolved for a label, because conv(x + labels · bias) = conv(x) + labels · conv(bias).
+        """
+        table = weights[f"{self.name}.input_bias"]  # (label_size, c_in)
+        convolved = self.convolve(weights, x)
+        maps = self.convolve(weights, table[:, :, None, None].expand(-1, -1, *x.shape[2:]))  # (label_size, c_out, H, W)
+        matrix = maps.permute(0, 2, 3, 1).flatten(1)
+
+        def compute_output(labels: Tensor) -> Tensor:
+            shift = (labels @ matrix).unflatten(1, (*maps.shape[2:], -1)).permute(0, 3, 1, 2)  # channels last
+            return self.finish(weights, repeat_each(convolved, len(labels)) + shift, labels)
+
+        return compute_output
+
+
+def repeat_each(x: Tensor, total: int) -> Tensor:
+    """Return every row of x (N, ...) several times in a row, as (total, ...); total: a multiple of N."""
+    return x if len(x) == total else x.repeat_interleave(total // len(x), 0)
 
 
 class Dense(NormalizedLayer):
@@ -510,15 +536,41 @@ class EnergyNetwork(nn.Module):
             shape = None if labels is None else tuple(labels.shape)
             raise ValueError(f"labels of shape {shape}, the network takes {(len(images), label_size)}")
         dtype = weights["fc5.kernel"].dtype
-        x, labels = images.to(dtype), labels.to(dtype) if label_size and labels is not None else None
-        for stage in self.stages.values():
-            if x.dim() == 4:
-                x = x.contiguous(memory_format=torch.channels_last)
-            x = stage(weights, x, labels)
+        labels = labels.to(dtype) if label_size and labels is not None else None
+        x = run_stages(list(self.stages.values()), weights, images.to(dtype), labels)
         return x.squeeze(1).to(images.dtype)
+
+    def bind_images(self, weights: Weights, images: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the energy (N·m,) of images (N, C, H, W) as a function of labels (N·m, label_size), m for each image.
+
+        What does not depend on the labels is computed once: the first stages and, in DspritesNet, the convolution that
+        follows them.
+        """
+        stages, dtype = list(self.stages.values()), weights["fc5.kernel"].dtype
+        first = next(k for k, stage in enumerate(stages) if not (isinstance(stage, Conv) and stage.gb is None))
+        x, labelled = run_stages(stages[:first], weights, images.to(dtype), None), stages[first]
+        if isinstance(labelled, Conv):
+            begin, rest = labelled.bind_input(weights, x), stages[first + 1 :]
+        else:
+            begin, rest = lambda labels: repeat_each(x, len(labels)), stages[first:]
+
+        def compute_energies(labels: Tensor) -> Tensor:
+            labels = labels.to(dtype)
+            return run_stages(rest, weights, begin(labels), labels).squeeze(1).to(images.dtype)
+
+        return compute_energies
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.energy(self.prepare(), images, labels)
+
+
+def run_stages(stages: Sequence[nn.Module], weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
+    """Return the output of stages that follow one another, images between them in channels-last memory format."""
+    for stage in stages:
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = stage(weights, x, labels)
+    return x
 
 
 def build_model(config: ModelConfig, generator: torch.Generator | None = None) -> EnergyNetwork:
@@ -585,6 +637,11 @@ class PreparedEnergy:
     def under(self, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
         """Return the energy under these labels, as a function of images alone."""
         return lambda images: self(images, labels)
+
+    def at(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the energy of these images as a function of labels alone, see `EnergyNetwork.bind_images`."""
+        energy = self.model.bind_images(self.weights, images * self.rescale)
+        return lambda labels: self.temperature * energy(labels)
 
 
 def freeze_energy(

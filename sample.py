@@ -28,7 +28,7 @@ from data import name_classes
 from ebm.settings import SampleSettings
 from ebm.support import cli, pictures
 from ebm.support.files import write_file
-from ebm.support.hardware import allow_tf32, set_up_process
+from ebm.support.hardware import set_up_process
 from ebm.support.progress import Progress
 from ebm.tasks.quality import draw_fresh_images, report_memory_shortage
 from ebm.tasks.results import Results, own_results
@@ -39,6 +39,7 @@ from ebm.tasks.trained_models import (
     open_model,
     refuse_concept_model,
 )
+from ebm.training.acceleration import accelerate_chains
 from ebm.training.distributed import Workers, share_evaluation
 from models import freeze_energy
 
@@ -73,9 +74,10 @@ def sample_images(settings: SampleSettings, workers: Workers, results: Results) 
 
     batches = workers.count_share(-(-settings.num // settings.batch_size))
     progress = Progress(num_steps * batches, what="Langevin step")
-    with report_memory_shortage(settings.batch_size), allow_tf32(settings.precision):
+    acceleration = accelerate_chains(settings)
+    with report_memory_shortage(settings.batch_size):
         images = draw_fresh_images(
-            freeze_energy(model, precision=settings.precision, rescale=rescale),
+            freeze_energy(model, precision=acceleration.precision, rescale=rescale),
             torch.eye(classes)[numbers].to(device) if classes else torch.zeros(settings.num, 0, device=device),
             config,
             num_steps=num_steps,
@@ -86,6 +88,7 @@ def sample_images(settings: SampleSettings, workers: Workers, results: Results) 
             batch_size=settings.batch_size,
             progress=progress,
             share_out=workers.share_out,
+            descend=acceleration.descend,
         )
     progress.close()
     if workers.rank == 0:

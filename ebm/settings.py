@@ -106,6 +106,17 @@ class ChainPrecision:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompiledChains(ChainPrecision):
+    """Compilation of chains"""
+
+    compile: bool | None = flag(
+        None,
+        "compile the Langevin step, up to a minute once for each network and number of images; default: off",
+        not_with="task=train|labeldiscover|gentest|genbaseline",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class DeviceChoice:
     """Device"""
 
@@ -901,7 +912,7 @@ class ConceptChoice:
 
 
 @dataclasses.dataclass(frozen=True)
-class CombineChains(ChainPrecision):
+class CombineChains(CompiledChains):
     """Sampling"""
 
     num_steps: int = flag(
@@ -1033,7 +1044,7 @@ class SampleChoice:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleChains(ChainPrecision):
+class SampleChains(CompiledChains):
     """Sampling"""
 
     num_steps: int | None = flag(
@@ -1059,7 +1070,7 @@ class SampleSettings(ModelChoice, SampleChoice, SampleChains, CheckedNetwork):
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoChains(ChainPrecision):
+class DemoChains(CompiledChains):
     """Sampling"""
 
     num_steps: int = flag(200, "Langevin steps of the chains", at_least=1)

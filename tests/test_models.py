@@ -53,6 +53,31 @@ def test_labels_matter_and_are_checked():
         model(images[:, :, 1:], torch.eye(3)[:2])
 
 
+@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3], CONFIGS[5]], ids=lambda c: c.network)
+def test_energies_of_bound_images(config, monkeypatch):
+    """Breaks when energies or their slopes over labels are others where the first stages are computed once.
+
+    In DspritesNet a label then takes the last three of its five convolutions.
+    """
+    model, convolved, convolve = make_model(config).double().eval(), [], models.Conv.convolve
+    with torch.no_grad():
+        for layer in model.modules():
+            for table in (getattr(layer, "gb", None), getattr(layer, "cb", None)):
+                if table is not None:
+                    table.normal_(generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, *config.image_shape, dtype=torch.float64)
+    energy = models.PreparedEnergy(model, models.detach(model.prepare()), rescale=2.0, temperature=3.0)
+    labels = torch.rand(6, 3, dtype=torch.float64, requires_grad=True)
+    expected = energy(images.repeat_interleave(3, 0), labels)
+    bound = energy.at(images)
+    monkeypatch.setattr(models.Conv, "convolve", lambda *inputs: convolved.append(1) or convolve(*inputs))
+    found = bound(labels)
+    torch.testing.assert_close(found, expected)
+    slopes = (torch.autograd.grad(energies.sum(), labels)[0] for energies in (found, expected))
+    torch.testing.assert_close(*slopes)
+    assert config.network != "DspritesNet" or len(convolved) == 3
+
+
 @pytest.mark.parametrize(
     ("size", "kernel", "stride", "padding"),
     [(28, 4, 2, (1, 1)), (7, 4, 2, (1, 2)), (32, 3, 1, (1, 1)), (7, 4, 1, (1, 2))],

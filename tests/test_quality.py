@@ -51,8 +51,8 @@ def plant(energy, config=CONFIG):
 
 
 def draw_small_pool(energies, number=0, step_lr=0.01, proj_norm=0.0, seed=0):
-    """Return a pool of 50 images after two rounds of 25 new chains, of two steps each without noise."""
-    settings = PoolSettings(im_number=50, num_steps=2, noise_scale=0.0, batch_size=25, repeat_scale=1)
+    """Return 50 images of a pool after two rounds of 25 new chains, of two steps each without noise."""
+    settings = PoolSettings(im_number=1000 * number + 50, num_steps=2, noise_scale=0.0, batch_size=25, repeat_scale=1)
     return quality.draw_pool(
         number, list(map(plant, energies)), settings,
         step_lr=step_lr, proj_norm=proj_norm, seed=seed, device=torch.device("cpu"), progress=make_progress(),
@@ -86,6 +86,50 @@ def test_rounds_run_langevin_chains():
         change = draw_small_pool(energies, proj_norm=proj_norm) - start
         torch.testing.assert_close(change[:25][inside[:25]], torch.full_like(change[:25][inside[:25]], 0.02))
         torch.testing.assert_close(change[25:][inside[25:]], torch.full_like(change[25:][inside[25:]], -down))
+
+
+class ScriptedDraws(quality.RehearsalDraws):
+    """Draws for a pool of four entries: entry 0 twice, then 1 and 3, where the chain of entry 1 restarts."""
+
+    def __init__(self):
+        super().__init__(CONFIG, make_generator())
+        self.indices = iter([torch.tensor([0, 0]), torch.tensor([1, 3])])
+        self.masks = iter(torch.tensor([[0, 0], [0, 0], [1, 0], [0, 0]]).bool())
+
+    def draw_indices(self, entries, number):
+        return next(self.indices)
+
+    def draw_mask(self, number, share):
+        return next(self.masks)
+
+
+def test_chains_that_lead_to_images():
+    """Breaks when a chain counts whose result is replaced (entry 0), restarted from (1) or not taken (3), or others."""
+    settings = PoolSettings(im_number=4, num_steps=1, batch_size=2, repeat_scale=2, nomix=0)
+    for wanted, places in [(3, [[0], [0], [1], [0]]), (4, [[0], [0, 1], [1], [0, 1]]), (1, [[0], [], [1], []])]:
+        used = quality.find_used_chains(lambda energy, x: x, ScriptedDraws(), settings, wanted)
+        assert [each.tolist() for each in used] == places
+
+
+def test_unused_chains_change_no_image(monkeypatch):
+    """Breaks when the images of a pool are others because chains that lead to none of them evaluate no energy."""
+    settings, counts = PoolSettings(im_number=30, num_steps=2, batch_size=9, repeat_scale=20, nomix=20), []
+
+    def energy(images, labels):
+        counts.append(len(images))
+        return (images * (labels.argmax(1) - 4.0).view(-1, 1, 1, 1)).flatten(1).sum(1)
+
+    def draw():
+        return quality.draw_pool(
+            0, [plant(energy)], settings,
+            step_lr=0.01, proj_norm=0.0, seed=3, device=torch.device("cpu"), progress=make_progress(),
+        )  # fmt: skip
+
+    monkeypatch.setattr(quality, "RESTART_SHARE", 0.2)
+    pool, used = draw(), sum(counts)
+    monkeypatch.setattr(quality, "find_used_chains", lambda *_: [torch.arange(9)] * 40)
+    torch.testing.assert_close(draw(), pool)
+    assert len(pool) == 30 and used < 0.6 * (sum(counts) - used) == 0.6 * 2 * 40 * 9
 
 
 def test_labels_reach_the_chains():

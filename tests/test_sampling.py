@@ -223,7 +223,7 @@ def test_leapfrog_conserves_energy_to_second_order():
 @pytest.mark.slow
 def test_compiled_chain():
     """Breaks when the compiled step differs from the eager one, keeps the first chain's weights or labels, or is
-    compiled anew for each chain."""
+    compiled anew for each chain or for each step size of a schedule."""
     config = models.ModelConfig("MnistNet", (1, 28, 28), num_filters=2, label_size=3)
     x = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     torch._dynamo.utils.counters.clear()
@@ -238,7 +238,13 @@ def test_compiled_chain():
 
             generator = torch.Generator().manual_seed(1)
             return sampling.langevin(
-                energy, x, num_steps=3, step_lr=100.0, proj_norm=0.01, generator=generator, compiled=compiled
+                energy,
+                x,
+                num_steps=3,
+                step_lr=lambda k: 100.0 / (k + 1),
+                proj_norm=0.01,
+                generator=generator,
+                compiled=compiled,
             )
 
         ends.append(chain(compiled=True))

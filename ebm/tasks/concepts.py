@@ -25,15 +25,15 @@ from ebm.readers.dsprites import CONCEPTS
 from ebm.settings import NOISE_UNIT, CombineSettings
 from ebm.support import pictures
 from ebm.support.errors import UsageError
-from ebm.support.hardware import allow_tf32
 from ebm.support.interruption import keep_what_is_done
 from ebm.support.progress import Progress
 from ebm.support.sharing import fold_seed
 from ebm.tasks.concept_models import ConceptModel, split_name
 from ebm.tasks.expressions import Expression, Joined, Name, Weighted, parse_expression
 from ebm.tasks.results import Results
+from ebm.training.acceleration import Acceleration, accelerate_chains
 from ebm.training.distributed import Workers
-from models import compute_label_energies, draw_noise_images
+from models import draw_noise_images
 from sampling import Energy, Schedule, check_finite, langevin
 
 SAME_AFTER = (90.0, 180.0, 360.0)  # symmetry of square, ellipse and heart: degrees of rotation that change nothing
@@ -151,6 +151,11 @@ class ConceptRun:
         return self.sprites[index].float() / 255
 
     @functools.cached_property
+    def acceleration(self) -> Acceleration:
+        """The means by which chains on images are computed."""
+        return accelerate_chains(self.settings)
+
+    @functools.cached_property
     def sprite_generator(self) -> torch.Generator:
         """A CPU generator, so that the same sprites are drawn on every device."""
         return torch.Generator().manual_seed(self.settings.seed)
@@ -236,6 +241,8 @@ class ConceptRun:
         energies = [self.build_energy(expression, targets) for expression in expressions]
         draw_start = functools.partial(draw_noise_images, config, number, self.generator)
         chains = torch.stack([self.run_chain(energies, draw_start(), progress) for _ in range(self.settings.restarts)])
+        if len(chains) == 1:
+            return chains[0]
         with torch.no_grad():
             totals = torch.stack([torch.stack([energy(chain) for energy in energies]).sum(0) for chain in chains])
         return chains[totals.argmin(0), torch.arange(number, device=chains.device)]
@@ -243,17 +250,16 @@ class ConceptRun:
     def run_chain(self, energies: Sequence[Energy], start: Tensor, progress: Progress) -> Tensor:
         """Run chains that descend the energies in turn; return their end points, shaped like `start` (N, C, H, W)."""
         settings = self.settings
-        with allow_tf32(settings.precision):
-            end = langevin(
-                energies,
-                start,
-                num_steps=settings.num_steps,
-                step_lr=anneal_linearly(settings.first_step_lr, settings.step_lr, settings.num_steps),
-                noise_std=anneal_linearly(settings.first_noise, self.noise_std, settings.num_steps),
-                generator=self.generator,
-                gradient_first=True,  # as in the reference's combination
-                after_step=lambda _: progress.advance(),
-            )
+        end = self.acceleration.descend(
+            energies,
+            start,
+            num_steps=settings.num_steps,
+            step_lr=anneal_linearly(settings.first_step_lr, settings.step_lr, settings.num_steps),
+            noise_std=anneal_linearly(settings.first_noise, self.noise_std, settings.num_steps),
+            generator=self.generator,
+            gradient_first=True,  # as in the reference's combination
+            after_step=lambda _: progress.advance(),
+        )
         return check_finite(end, "lower `step_lr`")
 
 
@@ -541,7 +547,7 @@ def descend_labels(run: ConceptRun, concept: ConceptModel, images: Tensor, start
     assert concept.condition, "main takes concepts only"
     labels = [start]
     end = langevin(
-        functools.partial(concept.energy, images),  # a function of labels
+        concept.energy.at(images),
         start,
         num_steps=run.settings.num_steps,
         step_lr=run.settings.label_lr,
@@ -569,7 +575,8 @@ def find_lowest_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, pr
     @torch.no_grad()
     def search_part(part: Tensor) -> Tensor:
         progress.advance(len(part) * run.workers.size)
-        return compute_label_energies(concept.energy, run.render_images(part), labels).argmin(1)
+        energies = concept.energy.at(run.render_images(part))(labels.repeat(len(part), 1))
+        return energies.view(len(part), -1).argmin(1)
 
     return labels[torch.cat(run.share_parts(index.split(LABEL_BATCH), search_part))]
 

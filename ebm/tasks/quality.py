@@ -31,7 +31,7 @@ from ebm.support.sharing import ShareOut, compute_all, derive_seed
 from ebm.tasks.trained_models import TrainedModel, load_split
 from ebm.training.distributed import Workers
 from models import ModelConfig, PreparedEnergy, draw_noise_images, freeze_energy
-from sampling import check_finite, langevin
+from sampling import Energy, check_finite, langevin
 
 DIVERGED = "this model has diverged: use an earlier checkpoint"
 RESTART_SHARE = 0.01  # share of the chains of a round that restart from noise
@@ -143,12 +143,14 @@ def draw_pool(
     device: torch.device,
     progress: Progress,
 ) -> Tensor:
-    """Return the images (N, C, H, W) in [0, 1] of one pool, which do not depend on other pools.
+    """Return the images (N, C, H, W) in [0, 1] that are taken from one pool; they do not depend on other pools.
+
+    Only the chains that lead to these images evaluate an energy, see `find_used_chains`.
 
     number: of the pool, from 0. energies: those of the ensemble, as functions of images in [0, 1]. step_lr, proj_norm:
     step size and clip of the gradients of these energies. progress: counts rounds.
     """
-    generator = torch.Generator(device).manual_seed(derive_seed(seed, number))
+    generator = torch.Generator(device)
     descend = functools.partial(
         langevin,
         num_steps=settings.num_steps,
@@ -157,12 +159,65 @@ def draw_pool(
         proj_norm=proj_norm,
         generator=generator,
     )
+    config, pool_seed = energies[0].model.config, derive_seed(seed, number)
+    wanted = min(POOL, settings.im_number - number * POOL)
+    generator.manual_seed(pool_seed)
+    places = iter(find_used_chains(descend, RehearsalDraws(config, generator), settings, wanted))
 
     def build_chain(energy: PreparedEnergy) -> PoolChain:
-        return lambda images, labels: descend(energy.under(labels), images)
+        def chain(images: Tensor, labels: Tensor) -> Tensor:
+            used = next(places)
+            used_energy = energy.under(labels[used])
+            # The noise is drawn for all chains, so that it does not depend on which of them are used.
+            return descend(lambda x: used_energy(x.index_select(0, used)) if len(used) else flat_energy(x), images)
 
-    draws = PoolDraws(energies[0].model.config, generator)
-    return run_pool(list(map(build_chain, energies)), draws, settings, progress)[0]
+        return chain
+
+    generator.manual_seed(pool_seed)
+    return run_pool(list(map(build_chain, energies)), PoolDraws(config, generator), settings, progress)[0][:wanted]
+
+
+def flat_energy(x: Tensor) -> Tensor:
+    """Return the energies (N,) of images (N, ...) in a landscape without slopes, in which only the noise moves them."""
+    return 0 * x.flatten(1).sum(1)
+
+
+NOISE = -1  # stands for noise among the numbers of chains
+
+
+class RehearsalDraws(PoolDraws):
+    """The random numbers of a pool for a rehearsal, in which images are numbers of chains: all but the noise."""
+
+    def draw_images(self, number: int) -> Tensor:
+        """Return NOISE in place of so many images, as (number, 1, 1, 1)."""
+        super().draw_images(number)  # moves the generator on
+        return torch.full((number, 1, 1, 1), NOISE, device=self.device)
+
+
+def find_used_chains(
+    descend: Callable[[Energy, Tensor], Tensor], draws: RehearsalDraws, settings: PoolSettings, wanted: int
+) -> list[Tensor]:
+    """Return which chains of each round of a pool lead to one of its first images: their places in the round.
+
+    The others end at images that a later result replaces, that restart from noise, or that nobody takes from the pool.
+    With the settings of the release they are almost half of all chains. descend: runs chains, and draws from the
+    generator of the draws as in the pool itself. wanted: the number of images that are taken from the pool.
+    """
+    size, origins = settings.round_size, list[Tensor]()  # origins: the chains that those of each round continue
+
+    def rehearse(images: Tensor, labels: Tensor) -> Tensor:
+        descend(flat_energy, torch.zeros(size, *draws.config.image_shape, device=draws.device))
+        origins.append(images.flatten())
+        return (len(origins) - 1) * size + torch.arange(size, device=draws.device).view(-1, 1, 1, 1)
+
+    images, _ = run_pool([rehearse], draws, settings, Progress(settings.rounds, what="rehearsal", quiet=True))
+    is_used = torch.zeros(settings.rounds * size, dtype=torch.bool, device=draws.device)
+    is_used[images[:wanted].flatten()] = True
+    rounds = is_used.split(size)
+    for round_origins, is_used_here in zip(reversed(origins), reversed(rounds), strict=True):
+        continued = round_origins[is_used_here]
+        is_used[continued[continued != NOISE]] = True
+    return [is_used_here.nonzero()[:, 0] for is_used_here in rounds]
 
 
 def draw_from_pools(draw: Callable[[int], Tensor], number: int, share_out: ShareOut = compute_all) -> Tensor:
@@ -194,19 +249,21 @@ def draw_fresh_images(
     batch_size: int = 100,
     progress: Progress,
     share_out: ShareOut = compute_all,
+    descend: Callable[..., Tensor] = langevin,
 ) -> Tensor:
     """Return one image per row of labels (N, classes), each from a Langevin chain that starts from noise.
 
     The result is uint8 (N, C, H, W) on the CPU. The chain of image i draws its start and its noise from a generator of
     its own, seeded by (seed, i) on the device of the labels. On one kind of device the noise of an image therefore does
     not depend on the batch size and the number of images, and its pixels differ by rounding only. progress: counts the
-    Langevin steps of each batch. share_out: distributes the batches; it may return those of the first ones.
+    Langevin steps of each batch. share_out: distributes the batches; it may return those of the first ones. descend:
+    runs the chains, with the arguments of `langevin`.
     """
 
     def draw_batch(numbers: Tensor) -> Tensor:
         seeds = [derive_seed(seed, i) for i in numbers.tolist()]
         generators = [torch.Generator(labels.device).manual_seed(each) for each in seeds]
-        images = langevin(
+        images = descend(
             energy.under(labels[numbers.to(labels.device)]),
             torch.cat([draw_noise_images(config, 1, generator) for generator in generators]),
             num_steps=num_steps,

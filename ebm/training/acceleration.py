@@ -2,6 +2,7 @@
 
 acceleration = Acceleration(precision="fp16", compiled=True, captured=True)
 end = acceleration.run(chain, weights, x, labels, generator)  # chain(weights, x, labels, compiled) -> images
+end = accelerate_chains(settings).descend(energy, x, num_steps=20, step_lr=10.0, generator=generator)
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 import models
+from ebm.settings import CompiledChains
 from ebm.support.errors import UsageError
 from ebm.support.hardware import PRECISIONS, allow_tf32
-from sampling import CannotCompile
+from sampling import CannotCompile, Energy, langevin
 
 # The settings that make chains fast, and how to do without each of them.
 REMEDIES = {"precision": "`precision`=tf32", "compile": "`compile`=False", "cuda_graph": "`cuda_graph`=False"}
@@ -49,6 +51,7 @@ class Acceleration:
     say: Callable[[str], object] = print
     graph: CapturedChain | None = dataclasses.field(default=None, init=False)
     has_checked_fp16: bool = dataclasses.field(default=False, init=False)
+    compiled_shape: torch.Size | None = dataclasses.field(default=None, init=False)
 
     def __str__(self) -> str:
         """Return a description of the number type and of the other means in use."""
@@ -97,6 +100,33 @@ class Acceleration:
                 self.give_up("cuda_graph", f"the chain cannot be captured as a CUDA graph ({error})")
             generator.set_state(before)
 
+    def descend(
+        self,
+        energy: Energy | Sequence[Energy],
+        x: Tensor,
+        *,
+        generator: torch.Generator | Sequence[torch.Generator],
+        **settings: Any,
+    ) -> Tensor:
+        """Run `sampling.langevin` with these settings on images x (N, ...), as fast as allowed; return the end points.
+
+        Steps are compiled for the shape of the first chain's images; chains of another shape, such as a smaller last
+        batch, run uncompiled, because compiling takes longer than they do.
+        """
+        run = functools.partial(langevin, energy, x, generator=generator, **settings)
+        self.compiled_shape = self.compiled_shape or x.shape
+        with allow_tf32(self.precision):
+            if self.compiled and x.shape == self.compiled_shape:
+                generators = [generator] if isinstance(generator, torch.Generator) else generator
+                before = [each.get_state() for each in generators]
+                try:
+                    return run(compiled=True)
+                except CannotCompile as error:  # in the first step, so that nobody has been told of a step yet
+                    self.give_up("compile", f"the Langevin step cannot be compiled ({error})")
+                for each, state in zip(generators, before, strict=True):
+                    each.set_state(state)
+            return run()
+
     def give_up(self, flag: str, problem: str) -> None:
         """Do without what a setting (`flag`) stands for and say so; raise UsageError if the user asked for it.
 
@@ -112,6 +142,12 @@ class Acceleration:
         else:
             self.captured = False
         self.say(f"note: {problem}; going on as with {REMEDIES[flag].replace('`', '')}")
+
+
+def accelerate_chains(settings: CompiledChains) -> Acceleration:
+    """Return the means by which a script that evaluates models computes its chains: those that its settings name."""
+    asked = frozenset(["precision"] + ["compile"] * bool(settings.compile))
+    return Acceleration(settings.precision, compiled=bool(settings.compile), asked=asked)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
