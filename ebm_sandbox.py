@@ -33,6 +33,7 @@ from ebm.tasks.sandbox import TASKS, Report, SandboxRun
 from ebm.tasks.sandbox_data import list_outliers, load_model_split, load_outlier_set
 from ebm.tasks.trained_models import check_network, find_checkpoint, open_model
 from ebm.training.distributed import Workers, share_evaluation
+from ebm.training.tuning import settle_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ def examine_model(settings: Settings, workers: Workers, results: Results) -> Non
     device = workers.device
     trained = open_model(find_checkpoint(settings), device, settings, ema=settings.ema)
     check_network(settings, trained)
+    settings = settle_precision(settings, trained.model, workers)
     config = trained.model.config
     model = ExaminedModel(
         trained.model,

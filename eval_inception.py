@@ -45,6 +45,7 @@ from ebm.tasks.quality import (
 from ebm.tasks.results import Results, own_results
 from ebm.tasks.trained_models import TrainedModel, note_contradictions, open_model, refuse_concept_model
 from ebm.training.distributed import Workers, share_evaluation
+from ebm.training.tuning import settle_precision
 
 
 def format_results(contents: dict[str, Any]) -> str:
@@ -77,6 +78,7 @@ def evaluate_samples(settings: InceptionSettings, workers: Workers, results: Res
     trained = open_model(ensembles[-1][0], workers.device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     refuse_concept_model(trained)
+    settings = settle_precision(settings, trained.model, workers)
     report = QualityReport(settings, trained, results) if workers.rank == 0 else None
     measured: list[str] = []
     with keep_what_is_done(measured):

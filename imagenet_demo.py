@@ -42,6 +42,7 @@ from ebm.tasks.trained_models import (
 )
 from ebm.training.acceleration import accelerate_chains
 from ebm.training.distributed import Workers, share_evaluation
+from ebm.training.tuning import settle_precision
 from models import draw_noise_images, freeze_energy
 from sampling import check_finite
 
@@ -74,6 +75,7 @@ def show_chains(settings: DemoSettings, workers: Workers, results: Results) -> N
     trained = open_model(find_checkpoint(settings), workers.device, settings, ema=settings.ema)
     note_contradictions(settings, trained)
     refuse_concept_model(trained)
+    settings = settle_precision(settings, trained.model, workers)
     if settings.classes and not trained.model.config.label_size:
         raise UsageError(f"`classes`: {trained.path} has no classes; leave it out")
     step_lr = trained.choose_step_lr(settings.step_lr, published=180.0)

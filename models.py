@@ -488,6 +488,9 @@ NETWORKS: dict[str, Callable[[ModelConfig], dict[str, nn.Module]]] = {
     ).stages,
 }
 
+# Layers that are piecewise linear if their activations are.
+PIECEWISE_LINEAR_LAYERS = (Conv, Dense, ResidualBlock, LabelPlanes, Flatten, GlobalSum)
+
 # A residual network halves images so often that nothing is left of smaller ones; the others round their sides up.
 SMALLEST_SIDES = {"ResNet128": 32} | dict.fromkeys(("ResNet32", "ResNet32Large", "ResNet32Larger", "ResNet32Wider"), 8)
 
@@ -509,6 +512,15 @@ class EnergyNetwork(nn.Module):
         for name, module in self.stages.named_modules():
             if isinstance(module, NormalizedLayer | SelfAttention):
                 module.name = name
+
+    @property
+    def is_piecewise_linear(self) -> bool:
+        """Whether the energy is a piecewise linear function of the image, so that its second derivatives are 0."""
+        return all(
+            isinstance(layer, (nn.ModuleDict, *PIECEWISE_LINEAR_LAYERS))
+            and getattr(layer, "activation", None) in (None, leaky_relu, F.relu)
+            for layer in self.stages.modules()
+        )
 
     def prepare(self, *, update_u: bool = False, form: WeightForm | None = None) -> Weights:
         """Return the prepared weights: normalised once, differentiable in the parameters.

@@ -41,6 +41,7 @@ from ebm.tasks.trained_models import (
 )
 from ebm.training.acceleration import accelerate_chains
 from ebm.training.distributed import Workers, share_evaluation
+from ebm.training.tuning import settle_precision
 from models import freeze_energy
 
 GRID = 400  # largest number of images in the grid
@@ -62,6 +63,7 @@ def sample_images(settings: SampleSettings, workers: Workers, results: Results) 
     note_contradictions(settings, trained)
     model, path, config = trained.model, trained.path, trained.model.config
     refuse_concept_model(trained)
+    settings = settle_precision(settings, model, workers)
     classes, rescale = config.label_size, trained.rescale
     numbers = torch.arange(settings.num) % max(classes, 1)
     if settings.label is not None:

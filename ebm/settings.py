@@ -99,9 +99,10 @@ class ChainPrecision:
     """Number type in chains"""
 
     precision: str = flag(
-        "float32",
-        "number type of energies and gradients in Langevin chains; images stay in float32",
-        choices=tuple(PRECISIONS),
+        "auto",
+        "number type of energies and gradients in Langevin chains; images stay in float32. auto: on a CPU bf16 if that "
+        "is faster there, for networks whose figures it does not change; else float32",
+        choices=("auto", *PRECISIONS),
     )
 
 
@@ -914,6 +915,12 @@ class ConceptChoice:
 @dataclasses.dataclass(frozen=True)
 class CombineChains(CompiledChains):
     """Sampling"""
+
+    precision: str = flag(
+        "float32",
+        "number type of energies and gradients in Langevin chains; images stay in float32",
+        choices=tuple(PRECISIONS),
+    )
 
     num_steps: int = flag(
         20,

@@ -156,6 +156,28 @@ def test_adaptive_attack_goes_through_the_refinement():
     assert adaptive[1] > 0.09 and abs(adaptive[0]) < 0.04
 
 
+@pytest.mark.parametrize("network", ["MnistNet", "ResNet32"])
+def test_attack_through_the_refinement_without_second_derivatives(network, monkeypatch):
+    """Breaks when leaving out the second derivatives of a piecewise linear network changes an adaptive attack, or they
+    are computed: a step of the attack takes one gradient for each step of the refinement, and one for the logits.
+    """
+    config = models.ModelConfig(network, (1, 8, 8), 4, 3)
+    images, classes, counts, attacked = torch.rand(2, 1, 8, 8, generator=make_generator()), torch.tensor([0, 2]), [], []
+    for is_linear in (True, False):
+        model = make_model(config)
+        assert model.is_piecewise_linear
+        monkeypatch.setattr(models.EnergyNetwork, "is_piecewise_linear", is_linear)
+        calls, energy = [], model.energy
+        model.energy = lambda *inputs, calls=calls, energy=energy: calls.append(len(inputs[1])) or energy(*inputs)
+        examined = ExaminedModel(model, make_generator(), num_steps=3, step_lr=10.0)
+        attack = Attack("l2", 0.5, steps=2, draws=1)
+        attacked.append(examined.attack_batch(images, classes, attack, torch.zeros_like(images), 8 / 255))
+        counts.append(len(calls))
+        monkeypatch.undo()
+    torch.testing.assert_close(*attacked)
+    assert (attacked[0] - images).abs().max() > 0 and counts[0] == 2 * (3 + 1) < counts[1]
+
+
 def test_attack_describes_itself():
     """Breaks when the output does not say which attack was run."""
     assert str(Attack("li", 8 / 255, 0)) == "none"

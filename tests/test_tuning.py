@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import models
-from conftest import CONFIG, make_generator, make_model, make_state
-from ebm.settings import TrainSettings
+from conftest import CONFIG, SHAPE, make_generator, make_model, make_state
+from ebm.settings import SampleSettings, TrainSettings
 from ebm.support.hardware import describe_processor
 from ebm.training import chains, distributed, tuning
 from ebm.training.tuning import Way
@@ -195,3 +195,27 @@ def test_settings_and_checkpoints_come_before_timing(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     tune(make_state(label_size=0))
     assert "threads" not in asked
+
+
+def test_number_type_of_evaluations(monkeypatch, tmp_path, capsys):
+    """Breaks when images depend on how many are asked for, bf16 is taken unasked where figures were not compared, or
+    without a word, or a number type that is given is replaced."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    workers = distributed.join_workers("none", "cpu")
+
+    def time_ways(model, chain, count, ways):
+        assert count <= tuning.EVALUATED
+        return [1.0 if way.precision == "bf16" else 3.0 for way in ways]
+
+    def settle(network, shape, **settings):
+        model = make_model(models.ModelConfig(network, shape, num_filters=2))
+        return tuning.settle_precision(SampleSettings(**settings), model, workers).precision
+
+    monkeypatch.setattr(tuning, "time_ways", time_ways)
+    monkeypatch.setattr(tuning, "has_bf16_instructions", lambda: True)
+    assert settle("MnistNet", SHAPE) == settle("MnistNet", SHAPE, num=1, batch_size=1) == "bf16"
+    assert capsys.readouterr().out.count("note: chains are computed in bf16; timed: bf16 3.00x") == 2
+    assert settle("MnistNet", SHAPE, precision="float32") == "float32"
+    assert settle("ResNet32Wider", (3, 8, 8)) == "float32"
+    monkeypatch.setattr(tuning, "has_bf16_instructions", lambda: False)
+    assert settle("MnistNet", SHAPE) == "float32" and not capsys.readouterr().out

@@ -16,13 +16,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 import models
-from ebm.settings import TrainSettings
+from ebm.settings import ChainPrecision, TrainSettings
 from ebm.support.errors import UsageError
 from ebm.support.hardware import (
     PRECISIONS,
@@ -35,16 +35,18 @@ from ebm.training.acceleration import Chain
 from ebm.training.chains import bind_chain
 from ebm.training.distributed import Workers
 from ebm.training.state import State
-from sampling import CannotCompile
+from sampling import CannotCompile, langevin
 
 # Networks whose curves and figures cannot be told from those in float32 if their chains are in bf16 (docs/speed.md).
-BF16_NETWORKS = ("MnistNet",)
+BF16_NETWORKS = ("MnistNet", "ResNet32")
 GAIN = 1.05  # how many times as fast another way must be to replace the usual one
 TRIAL = 0.05  # seconds that a timed chain should take
 ROUNDS = 4
 LONG = 600.0  # seconds of Langevin steps from which on compiling is tried, which takes up to a minute
+EVALUATED = 16  # images of the timed chain of an evaluation
 KEPT, LARGEST_FILE = 200, 1_000_000  # outcomes in the file that keeps them, and its bytes
 
+Chains = TypeVar("Chains", bound=ChainPrecision)
 Seconds = Callable[[Sequence["Way"]], list[float]]  # the best time of a chain in each of several ways
 
 
@@ -178,6 +180,32 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
+def settle_precision(settings: Chains, model: models.EnergyNetwork, workers: Workers) -> Chains:
+    """Return the settings of an evaluation with a number type for "auto": the faster one of float32 and bf16.
+
+    It depends on the network and the machine alone, so that images do not depend on how many there are. It is float32
+    on a GPU, and for networks whose figures were not compared in bf16.
+    """
+    if settings.precision != "auto":
+        return settings
+    usual = Way(threads=torch.get_num_threads())
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    tried = list_alternatives(model, allow_bf16=on_cpu).get("precision", [])
+    if not tried:
+        return dataclasses.replace(settings, precision=usual.precision)
+
+    def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
+        return langevin(models.PreparedEnergy(model, weights).under(labels), x, num_steps=1, step_lr=1.0)
+
+    way, trials = usual, ""
+    if workers.rank == 0:
+        way, trials = choose_way(model, chain, EVALUATED, usual, {"precision": tried}, steps=0)
+    precision = workers.share(way.precision)[0]
+    if precision != usual.precision:
+        print(f"note: chains are computed in {precision}{trials}; precision={usual.precision} is exact")
+    return dataclasses.replace(settings, precision=precision)
+
+
 # ---- the search ----
 
 
@@ -195,8 +223,9 @@ def choose_way(
     chain: of one step; it must not draw from generators that results depend on. batch_size: of the chains. usual: the
     way that another must beat. steps: how many steps are to come; if they are many, compiling is tried as well.
     """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")  # of the instructions that convolutions may use
     about = {
-        "machine": [describe_processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__],
+        "machine": [describe_processor(), limit, os.cpu_count(), torch.get_num_threads(), torch.__version__],
         "network": dataclasses.asdict(model.config),
         "batch": batch_size,
     }
