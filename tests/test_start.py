@@ -103,7 +103,10 @@ def test_estimate_changes_nothing():
 
 
 def test_remedies(monkeypatch):
-    """Breaks when what does not fit is not refused in one line, or when a remedy is named that changes nothing."""
+    """Breaks when what does not fit is not refused in one line, or when a remedy is named that changes nothing.
+
+    It also breaks when the time of a run whose steps will be compiled is said as if it were theirs.
+    """
     check = functools.partial(check_cost, train_step, workers=work_alone(), stop=7)
     monkeypatch.setattr(estimate, "estimate_cost", lambda *words: estimate.Cost(100.0, 3_000_000_000))
     monkeypatch.setattr(estimate, "find_free_memory", lambda: 10**10)
@@ -112,6 +115,8 @@ def test_remedies(monkeypatch):
     assert lines[0] == "one iteration: about 2 min and 3 GB of memory; 7 iterations: about 12 min"
     assert lines[1].startswith("note: less time and memory: --preset=colour_cpu (")
     assert "--zero_kl (" in lines[1] and "--batch_size below 256" in lines[1]
+    state.acceleration.compiled = True
+    assert "(timed before anything is compiled" in check(state, large, is_new=True).splitlines()[0]
     assert "--preset" not in check(state, large, is_new=False)
     assert "zero_kl" not in check(state, small, is_new=True) and "batch_size" not in check(state, small, is_new=True)
     assert len(check(state, small, is_new=False).splitlines()) == 1
