@@ -1,12 +1,13 @@
-"""Measure on one GPU, in at most seven minutes, everything that was never measured there; `make gpu` runs this.
+"""Measure on one GPU, in at most twenty minutes, everything that was never measured there; `make gpu` runs this.
 
     python scripts/measure_gpu.py --output=benchmarks/gpu
     python scripts/measure_gpu.py --device=cpu --output=build/rehearsal      # the same steps at tiny sizes
 
-First come, all at once, comparisons of number types by training curves and by evaluations, the tests, and
-compilations. Then one program at a time uses the GPU: the speed of all variants, a training, a profile, a resumed run
-and NCCL, the most valuable first. If a step fails or takes too long, the next one follows. Meanwhile chains are timed
-on the CPU, if it has enough cores, on two of them for each kind of instructions that oneDNN may use.
+First come the tests, during which steps are compiled. Then one program at a time uses the GPU: the speed of all
+variants, a training, a profile, a resumed run and NCCL, the most valuable first. The time that is left, more than half
+of it by default, goes to comparisons of number types by training curves and by evaluations. If a step fails or takes
+too long, the next one follows. Meanwhile chains are timed on the CPU, if it has enough cores, on two of them for each
+kind of instructions that oneDNN may use.
 
 Each step writes its figures at once to report.json and its output to log.txt; pictures and the figures of the CPU are
 in the same folder. Nothing is downloaded. Colour images are CIFAR-10 (JPEG) from data/cifar10_jpeg.tar.xz
@@ -84,7 +85,6 @@ class Sizes:
     train: tuple[str, ...]
     fast: str  # the default number type of the device
     others: tuple[str, ...]  # the other number types
-    comparing_seconds: float  # from the start until comparisons end
     training_seconds: float  # for iterations alone
     compiled: tuple[str, ...]  # flags of benchmarks/langevin.py for each compilation during the first steps
     comparisons: Mapping[str, Comparison]  # by the names of the steps
@@ -97,7 +97,6 @@ GPU = Sizes(
     train=("--batch_size=128",),
     fast="fp16",
     others=("bf16", "tf32", "float32"),
-    comparing_seconds=185,
     training_seconds=110,
     compiled=(
         "--networks=ResNet32 --precisions=fp16",
@@ -128,7 +127,6 @@ CPU = Sizes(
     train=("--batch_size=4", "--num_filters=2", "--sample_steps=1", "--notune"),
     fast="float32",
     others=(),
-    comparing_seconds=1200,
     training_seconds=0.5,
     compiled=(),  # half a minute each
     comparisons={
@@ -341,7 +339,6 @@ def measure(session: Session, data: pathlib.Path) -> None:
     """Run all steps, the most valuable first."""
     sizes, work = GPU if session.device == "cuda" else CPU, session.work
     device, fast = f"--device={session.device}", f"--precision={sizes.fast}"
-    comparing_end = time.monotonic() + sizes.comparing_seconds
 
     def run_benchmark(name: str, seconds: float, script: str, *words: str) -> None:
         session.step(name, seconds, str(ROOT / "benchmarks" / script), device, *words, f"--output={work / name}.json")
@@ -350,38 +347,25 @@ def measure(session: Session, data: pathlib.Path) -> None:
         flags = f"--networks={networks}", f"--precisions={','.join(precisions)}"
         run_benchmark(name, seconds, "langevin.py", *flags, *sizes.chain, *words)
 
-    def start_comparisons(train_flags: Sequence[str] = ()) -> None:
-        """Start the comparisons on colour images if there are flags of train.py for these, else all others."""
-        for name, comparison in sizes.comparisons.items():
-            if comparison.on_images != bool(train_flags):
-                continue
-            words = [*comparison.flags.split(), f"--logdir={work / name}", f"--output={work / name}.json"]
-            if train_flags or comparison.train_flags:
-                words.append(f"--train_flags={' '.join((comparison.train_flags, *train_flags))}")
-            session.start(name, str(ROOT / "benchmarks" / comparison.script), device, *words)
-
-    # All of these take long and use few of the cores, so that they run at once. They share one cache of compilations.
+    # Compiling takes long but few of the cores, so that it runs beside the tests. All programs share one cache of it.
     unpack_wheels(data, work)
     start_on_cpu(session)
-    start_comparisons()
     langevin = str(ROOT / "benchmarks" / "langevin.py")
     for number, flags in enumerate(sizes.compiled):
         session.start(f"compile_{number}", langevin, device, *sizes.chain, "--compile_only", *flags.split())
     images = unpack_images(data, work)
     train = [str(ROOT / "train.py"), device, f"--logdir={work / 'trained'}", *images, *TRAIN.split(), *sizes.train]
     session.start("compile_training", *train, "--exp=compile", "--max_iter=1", "--sample_steps=1", "--noquality")
-    if "--dataset=cifar10" in images:
-        start_comparisons(images)
     several = ["-n", "4"] if session.device == "cuda" and importlib.util.find_spec("xdist") else []
     session.start("tests", "-m", "pytest", "-p", "no:cacheprovider", *several, str(ROOT / "tests/test_gpu.py"))
-    for names in ("compare", "tests", "compile"):
-        session.finish_all(comparing_end - time.monotonic(), names)
+    for names in ("tests", "compile"):
+        session.finish_all(150 * PATIENCE[session.device], names)
 
     time_chains("resnet32", 60, "ResNet32", [sizes.fast])
     run_benchmark("iteration", 30, "iteration.py", "--network=ResNet32", fast, *sizes.iteration, "--nokl")
-    time_chains("networks", 45, "ResNet32Large,DspritesNet,MnistNet", [sizes.fast], "--nochanges")
+    time_chains("networks", 60, "ResNet32Large,DspritesNet,MnistNet", [sizes.fast], "--nochanges")
     if sizes.others:
-        time_chains("resnet32_others", 45, "ResNet32", sizes.others, "--nochanges")
+        time_chains("resnet32_others", 60, "ResNet32", sizes.others, "--nochanges")
 
     last = run_training(session, train, sizes.training_seconds)
     small = [word for word in sizes.chain if word.startswith(("--batch_size", "--num_filters"))]
@@ -392,6 +376,13 @@ def measure(session: Session, data: pathlib.Path) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=1"]
     session.step("one_rank", 30, *launch, *short, "--exp=one_rank", "--max_iter=10", "--backend=torch")
     run_benchmark("machine", 30, "machine.py", f"--precisions={','.join((sizes.fast, *sizes.others))}")
+    for name, comparison in sizes.comparisons.items():
+        if comparison.on_images and "--dataset=digits" in images:
+            continue
+        words = [device, *comparison.flags.split(), f"--logdir={work / name}", f"--output={work / name}.json"]
+        if train_flags := [*comparison.train_flags.split(), *(images if comparison.on_images else ())]:
+            words.append(f"--train_flags={' '.join(train_flags)}")
+        session.step(name, session.left(), str(ROOT / "benchmarks" / comparison.script), *words)
     session.finish_all(session.left())
     for name in ON_CPU:
         if (work / f"{name}.json").exists():
@@ -425,7 +416,7 @@ def main() -> None:
         "--output", type=pathlib.Path, default=ROOT / "benchmarks" / "gpu", help="folder of the results"
     )
     parser.add_argument("--data", type=pathlib.Path, default=ROOT / "data", help="folder of images and wheels, if any")
-    parser.add_argument("--seconds", type=float, default=430, help="time limit of all steps together")
+    parser.add_argument("--seconds", type=float, default=1200, help="time limit of all steps together")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "error: torch sees no GPU here; --device=cpu rehearses the steps\n")
