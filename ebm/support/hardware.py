@@ -78,12 +78,13 @@ def keep_freed_memory() -> None:
 
 
 def describe_processor() -> str:
-    """Return the name and the family numbers of the CPU, as Linux tells them; elsewhere its architecture."""
+    """Return the name of the CPU with its family, model and stepping, as Linux tells them; elsewhere its architecture."""
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        facts = dict.fromkeys(line for line in lines if line.startswith(("model", "cpu family", "stepping")))
-        if facts:
-            return ", ".join(line.partition(":")[2].strip() for line in facts)
+        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        if "model name" in facts:
+            numbers = (f"{name} {facts[name]}" for name in ("cpu family", "model", "stepping") if name in facts)
+            return f"{facts['model name']} ({', '.join(numbers)})"
     return f"{platform.machine()} {platform.processor()}"
 
 
