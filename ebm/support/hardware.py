@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
 
 
 def describe_processor() -> str:
-    """Return the name of the CPU with its family, model and stepping, as Linux tells them; elsewhere its architecture."""
+    """Return the name of the CPU with its numbers of family, model and stepping; outside Linux its architecture."""
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
