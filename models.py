@@ -559,7 +559,11 @@ class EnergyNetwork(nn.Module):
         follows them.
         """
         stages, dtype = list(self.stages.values()), weights["fc5.kernel"].dtype
-        first = next(k for k, stage in enumerate(stages) if not (isinstance(stage, Conv) and stage.gb is None))
+        first = next(
+            k
+            for k, stage in enumerate(stages)
+            if not (isinstance(stage, Conv) and stage.gb is None and stage.cb is None)
+        )
         x, labelled = run_stages(stages[:first], weights, images.to(dtype), None), stages[first]
         if isinstance(labelled, Conv):
             begin, rest = labelled.bind_input(weights, x), stages[first + 1 :]

@@ -7,7 +7,8 @@
 samples.png (a grid) and samples.npz go to <logdir>/<exp>/sample/; --folder adds a PNG file per image. The .npz file
 holds `images`, uint8 (N, height, width, channels), and, if the model is conditioned on classes, `labels`, int64 (N,).
 The noise of an image depends only on --seed and the image's number: on one kind of device the same seed gives the same
-images for any --batch_size and --num, up to rounding in the network.
+images for any --batch_size and --num, up to rounding in the network. --precision=auto may round otherwise on another
+machine.
 """
 
 from __future__ import annotations

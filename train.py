@@ -221,17 +221,18 @@ def open_run(settings: TrainSettings, workers: Workers, owner: FolderOwner) -> R
     dataset = setup.open_dataset(settings, workers, contents.get("class_names", ()))
     state = setup.build_state(settings, setup.choose_network(settings, dataset), dataset, workers)
     run = Run(settings, state, dataset, workers, owner)
-    way = tuning.tune_run(state, settings, workers, settings.num_steps * run.stop, contents)
+    trials = tuning.tune_run(state, settings, workers, contents)
     if path is not None:
         run.resume(path, contents)
     cost = check_cost(train_step, state, settings, workers, run.stop, is_new=path is None)
+    trials += tuning.tune_compiler(state, settings, workers, run.stop)
     if path is None:
         owner.start_afresh()
     run.prepare_measure()
     if workers.rank == 0:
         if settings.train:
             setup.write_config(settings, state, workers)
-        setup.announce_run(settings, state, dataset, workers, run.stop, (way, cost))
+        setup.announce_run(settings, state, dataset, workers, run.stop, trials, cost)
     return run
 
 

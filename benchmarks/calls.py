@@ -36,11 +36,17 @@ class Call(NamedTuple):
 
     def run(self) -> None:
         """Run the script in this process; raises what it raises, such as UsageError."""
-        importlib.import_module(self.script).main(self.read_settings())
+        threads = torch.get_num_threads()
+        try:
+            importlib.import_module(self.script).main(self.read_settings())
+        finally:
+            torch.set_num_threads(threads)  # train.py may have found fewer to be faster
 
 
 def run_calls(calls: Sequence[Call], jobs: int) -> Iterator[Call]:
     """Run all calls, so many at a time, and yield each one that ends well; print a line about each that does not.
+
+    A process that is killed ends all calls that are left.
 
     jobs: the number of processes, among which the threads of the CPU are divided.
     """

@@ -3,7 +3,7 @@
     python benchmarks/evaluation_precision.py --seeds=6 --output=benchmarks/evaluation_precision.json
     python benchmarks/evaluation_precision.py --device=cuda --jobs=8 --precisions=float32,bf16,fp16
 
-The evaluations are classification after attack and refinement, samples and restored images of the digits, and combined
+The evaluations are samples and restored images of the digits, garments that are recognised as their class, and combined
 concepts of dSprites. Each is called with every seed in every number type. The table has the mean over the seeds in the
 first number type, the standard deviation between them, and for each other number type the mean difference, paired by
 seed, with its standard error. The figures are written after every call.
@@ -59,12 +59,6 @@ EVALUATIONS = {
             ("figures", "right, size & shape & pos & rot", "jointly"),
         ),
     ),
-    "label": Evaluation(
-        "ebm_sandbox",
-        f"--task=label {DIGITS} --limit=300 --pgd=5 --num_steps=10",
-        "digits_cond/label/label.json",
-        (("figures", "clean, refined"), ("figures", "attacked, refined")),
-    ),
     "restored": Evaluation(
         "ebm_sandbox",
         f"--task=boxcorrupt {DIGITS} --limit=200 --num_steps=20",
@@ -73,8 +67,8 @@ EVALUATIONS = {
     ),
     "democlass": Evaluation(
         "ebm_sandbox",
-        f"--task=democlass {DIGITS} --num_steps=40",
-        "digits_cond/democlass/democlass.json",
+        "--task=democlass --exp=fashion_cond --num_steps=40",
+        "fashion_cond/democlass/democlass.json",
         (("figures", "recognised as their class"),),
     ),
 }
@@ -118,7 +112,7 @@ class Case(NamedTuple):
         evaluation = EVALUATIONS[self.evaluation]
         contents = json.loads((self.find_folder(settings) / evaluation.report).read_text(encoding="utf-8"))
         return {
-            ", ".join(filter(lambda word: word != "figures", map(str, keys))): functools.reduce(
+            ", ".join(filter(lambda word: word not in ("results", "0", "figures"), map(str, keys))): functools.reduce(
                 lambda part, key: part[key], keys, contents
             )
             for keys in evaluation.keys
@@ -184,7 +178,8 @@ def main(settings: Settings) -> None:
     if not rows:
         raise UsageError("no call ended well, see above")
     compared = compare_precisions(figures, settings.precisions)
-    print(format_table({f"{row.pop('figure')}, {row.pop('precision')}": row for row in compared}))
+    table = {f"{row.pop('figure')}, {row.pop('precision')}": row for row in compared}
+    print(format_table(table) if table else "there are fewer than two number types or seeds to compare")
 
 
 if __name__ == "__main__":

@@ -265,10 +265,13 @@ def choose_variant(settings: Settings, model: models.EnergyNetwork, x: Tensor) -
     """Return the way that train.py chooses for a long run on this machine, by timing; print it."""
     chain = functools.partial(make_steps, model.energy, 1, torch.Generator())
     usual, alternatives = tuning.Way(threads=torch.get_num_threads()), tuning.list_alternatives(model, allow_bf16=True)
-    steps = sys.maxsize if settings.compile else 0
-    way, trials = tuning.choose_way(model, chain, len(x), usual, alternatives, steps=steps)
-    words = ", ".join(way.describe(field) for field in alternatives)
-    print(f"{model.config.network}: {words}{trials}", flush=True)
+    search = functools.partial(tuning.choose_way, model, chain, len(x))
+    outcomes = [search(usual, alternatives)]
+    if settings.compile:
+        outcomes.append(search(outcomes[0].way, {"compiled": [True]}, count=len(x)))
+    way, trials = outcomes[-1].way, [trial for outcome in outcomes for trial in outcome.trials]
+    words = ", ".join(map(way.describe, [*alternatives, "compiled"]))
+    print(f"{model.config.network}: {words}{tuning.describe_trials(trials)}", flush=True)
     run = make_chain(
         model.energy,
         functools.partial(freeze_weights, model, way.form),
@@ -280,10 +283,11 @@ def choose_variant(settings: Settings, model: models.EnergyNetwork, x: Tensor) -
     )
 
     def run_with_threads() -> None:
-        threads = torch.get_num_threads()
         torch.set_num_threads(way.threads)
-        run()
-        torch.set_num_threads(threads)
+        try:
+            run()
+        finally:
+            torch.set_num_threads(usual.threads)
 
     return Variant("as train.py chooses", way.precision, run_with_threads)
 

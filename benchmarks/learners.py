@@ -208,7 +208,7 @@ class TorchebmLearner:
 
 
 class EbmkitLearner:
-    """ebmkit: its trainer with the recipe of its MNIST example, for which it has chosen all but the time."""
+    """ebmkit: its trainer as in its MNIST example, with the settings EBMKIT, see time_to_quality.py."""
 
     def __init__(self, job: Job):
         kit = importlib.import_module("ebm")
@@ -258,9 +258,9 @@ class ProjectLearner:
         class WatchedRun(train.Run):
             """A run that the watch ends, and that saves a checkpoint when the watch keeps weights."""
 
-            def open(self) -> None:
-                super().open()
-                watch.start()
+            def __init__(self, *arguments: Any):
+                super().__init__(*arguments)
+                watch.start()  # what train.py times and compiles before its first iteration counts
 
             def after(self, step: train.Step) -> None:
                 super().after(step)
@@ -272,7 +272,7 @@ class ProjectLearner:
                 self.save()
                 return self.settings.folder / f"model_{self.state.iteration}.pt"
 
-        train.Run = WatchedRun  # type: ignore[misc]
+        train.Run = WatchedRun  # type: ignore[misc, assignment]
         folder = pathlib.Path(self.job.folder)
         words = [f"--logdir={folder.parent}", f"--exp={folder.name}", f"--seed={self.job.seed}"]
         words += ["--num_samples=1", "--sample_steps=0", f"--num_filters={self.job.num_filters}"]
@@ -293,7 +293,8 @@ class ProjectLearner:
         settings, generator = self.model.settings, torch.default_generator
         noise = models.draw_noise_images(self.model.config, number, generator)
         steps, step_lr = 5 * settings["num_steps"], settings["step_lr"]
-        return sampling.langevin(self.energy, noise, num_steps=steps, step_lr=step_lr, generator=generator)
+        clip = {"proj_norm": settings["proj_norm"], "proj_norm_type": settings["proj_norm_type"]}
+        return sampling.langevin(self.energy, noise, num_steps=steps, step_lr=step_lr, generator=generator, **clip)
 
     def rate(self, images: Tensor) -> Tensor:
         return self.energy(images / 255, None)

@@ -75,9 +75,9 @@ def main(settings: Settings) -> None:
             used, seconds = (min(run[number][kind] for run in runs) for kind in (0, 1))
             rows.append({"command": name, "version": version, "processor s": used, "s": seconds})
             print(f"{name:14} {version:16} {used:7.1f} s of the processor {seconds:7.1f} s", flush=True)
-    if settings.output:
-        described = {"lines": {name: COMMANDS[name] for name in settings.commands}}
-        print(f"wrote {timing.write_rows(settings, rows, **timing.describe_machine('cpu'), **described)}")
+        if settings.output:
+            described = {"lines": {name: COMMANDS[name] for name in settings.commands}}
+            timing.write_rows(settings, rows, **timing.describe_machine("cpu"), **described)
 
 
 if __name__ == "__main__":

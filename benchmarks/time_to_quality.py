@@ -14,17 +14,18 @@ The others' network is MnistNet in plain PyTorch with PyTorch's spectral norm, w
 recipes are that example's, with images in [-1, 1], a buffer of 10,000 images and the energies' regulariser at 1. It is
 made for GPUs, so chains of 20 steps, batches of 32 and an average of decay 0.99 replace 60, 128 and 0.999, as in this
 project's preset. torchebm's documentation has no settings for images. Its buffer is not warmed up by 100 steps for each
-image, its default. The rest was tried for 20 to 40 seconds of one busy core, with 16 filters. The classifier Fréchet
-distance of 24 to 48 samples, after so many iterations:
+image, its default. Learning rate, step size and clipping were tried for 20 to 40 seconds of one busy core, with 16
+filters; some of these short runs averaged with a decay of 0.9. The classifier Fréchet distance of 24 to 48 samples,
+after so many iterations:
 
-    ebmkit    lr 1e-3, step 10, gradients clipped at 0.01, as in its example    521 after 49
+    ebmkit    lr 1e-3, step 10, clipped at 0.01; its example, but for lr 1e-4   521 after 49
               lr 1e-3, step 100, not clipped                                    169 after 48
-              lr 3e-3, step 100, not clipped, decay 0.9                         19 after 40; this one is taken
+              lr 3e-3, step 100, not clipped, decay 0.9                         19 after 40; taken, with decay 0.99
               lr 1e-2, step 100, not clipped                                    22 after 25, 40 after 49
     torchebm  lr 1e-3, step 10, no spectral norm                                1567 after 51
               lr 1e-3, step 100                                                 898 after 47
               lr 3e-3, step 100, decay 0.9                                      261 after 27
-              lr 1e-2, step 100, decay 0.9                                      88 after 39; this one is taken
+              lr 1e-2, step 100, decay 0.9                                      88 after 39; taken, with decay 0.99
     project   lr 1e-2, step 100, as in the preset                               57 after 32, 28 after 64
               lr 3e-3, step 100, decay 0.9                                      1428 after 35
 """

@@ -103,6 +103,7 @@ class ChainPrecision:
         "number type of energies and gradients in Langevin chains; images stay in float32. auto: on a CPU bf16 if that "
         "is faster there, for networks whose figures it does not change; else float32",
         choices=("auto", *PRECISIONS),
+        not_with="task=energyeval|mixenergy",
     )
 
 
@@ -499,8 +500,9 @@ class NegativeSettings:
     )
     tune: bool = flag(
         True,
-        "on a CPU: time for about a second which number type, form of convolutions and number of threads are fastest, "
-        "unless they are given, and in long runs whether compiling is faster. A resumed run keeps what it began with",
+        "on a CPU: time for a few seconds which number type, form of convolutions and number of threads are fastest, "
+        "unless they are given, and in long runs whether compiling is faster. The outcome is kept in ways.json, in the "
+        "folder of torch's compiled functions; a resumed run keeps what it began with",
     )
     fold: bool | None = flag(
         None, "merge average pooling into the kernels before it; default: on, on CPUs the faster one, see --tune"

@@ -280,12 +280,12 @@ def unpack_images(data: pathlib.Path, work: pathlib.Path) -> list[str]:
     folder = work / "data" / "cifar-10-batches-py"
     try:
         images = read_images(archive)
-    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        names = sorted(images)
+        rows = np.concatenate([np.stack(images[name]) for name in names])
+    except (OSError, EOFError, ValueError, lzma.LZMAError, tarfile.TarError) as error:
         print(f"note: {archive.name} cannot be read ({error}); digits are trained on instead")
         return ["--dataset=digits"]
     folder.mkdir(parents=True)
-    names = sorted(images)
-    rows = np.concatenate([np.stack(images[name]) for name in names])
     labels = np.repeat(np.arange(len(names)), [len(images[name]) for name in names])
     order = np.random.default_rng(0).permutation(len(rows))
     write_pickle(folder / "batches.meta", {"label_names": names})
@@ -318,14 +318,14 @@ def write_pickle(path: pathlib.Path, contents: Mapping[str, Any]) -> None:
 def start_on_cpu(session: Session) -> None:
     """Time chains on the CPU, by kinds of instructions, on cores of their own; all else keeps to the other cores.
 
-    With few cores nothing happens.
+    With few cores, or in a rehearsal, nothing happens.
     """
     cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < ENOUGH_CORES:
+    if session.device != "cuda" or len(cores) < ENOUGH_CORES:
         return
     for name, (instructions, precisions) in ON_CPU.items():
         taken, cores = cores[-CORES:], cores[:-CORES]
-        # Each has a cache of its own, in which what is fastest is kept by processor, not by these instructions.
+        # Each has a cache of its own, so that none takes over what another compiles for other instructions.
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(session.work / f"{name}_inductor")}
         environment |= {"ONEDNN_MAX_CPU_ISA": instructions, "OMP_NUM_THREADS": str(CORES)}
         words = ["--device=cpu", "--compile", "--nochanges", "--rounds=3", f"--precisions={precisions}"]
@@ -401,7 +401,7 @@ def run_training(session: Session, train: Sequence[str], seconds: float) -> int:
     fifth = max(1, iterations // 5)
     intervals = f"--max_iter={iterations} --save_interval={fifth} --test_interval={fifth}"
     words = [*train, "--exp=trained", *intervals.split(), "--quality", "--num_samples=200"]
-    session.step("training", max(10.0, session.left() - RESERVE + 20), *words)
+    session.step("training", max(10.0, min(session.left() - RESERVE + 20, 2 * seconds + START + 60)), *words)
     folder = session.work / "trained" / "trained"
     for source, name in (("curves.png", "curves.png"), (f"samples_{iterations}.png", "samples.png")):
         if (folder / source).exists():

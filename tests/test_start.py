@@ -116,7 +116,7 @@ def test_remedies(monkeypatch):
     assert lines[1].startswith("note: less time and memory: --preset=colour_cpu (")
     assert "--zero_kl (" in lines[1] and "--batch_size below 256" in lines[1]
     state.acceleration.compiled = True
-    assert "(timed before anything is compiled" in check(state, large, is_new=True).splitlines()[0]
+    assert "(timed step by step and uncompiled" in check(state, large, is_new=True).splitlines()[0]
     assert "--preset" not in check(state, large, is_new=False)
     assert "zero_kl" not in check(state, small, is_new=True) and "batch_size" not in check(state, small, is_new=True)
     assert len(check(state, small, is_new=False).splitlines()) == 1

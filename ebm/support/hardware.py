@@ -80,7 +80,7 @@ def keep_freed_memory() -> None:
 def describe_processor() -> str:
     """Return the name of the CPU with its numbers of family, model and stepping; outside Linux its architecture."""
     with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         if "model name" in facts:
             numbers = (f"{name} {facts[name]}" for name in ("cpu family", "model", "stepping") if name in facts)
@@ -88,9 +88,14 @@ def describe_processor() -> str:
     return f"{platform.machine()} {platform.processor()}"
 
 
-def has_bf16_instructions() -> bool:
-    """Return whether products and convolutions in bf16 are computed on this CPU without conversion of each number."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def can_compute_bf16() -> bool:
+    """Return whether oneDNN computes in bf16 on this CPU, be it by conversion; otherwise PyTorch is far slower."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def has_compiler() -> bool:
+    """Return whether a C compiler is on the PATH, which PyTorch's compiler needs."""
+    return any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
 def find_free_memory() -> int:

@@ -206,7 +206,8 @@ class ExaminedModel:
         start: the images from which `restrict` measures. pull: a factor of the step size. noise: a factor of the noise,
         which may differ between pixels. differentiable: let gradients flow back through the chain.
         """
-        # Where second derivatives are 0, autograd would compute them all the same; a step only restricts what flows on.
+        # A piecewise linear energy has second derivatives of 0, which autograd would compute: gradients pass through a
+        # step unchanged, but where `restrict` stops them.
         differentiable = differentiable and not self.model.is_piecewise_linear
         with allow_tf32(self.precision):
             return langevin(

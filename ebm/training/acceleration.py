@@ -104,8 +104,6 @@ class Acceleration:
         self,
         energy: Energy | Sequence[Energy],
         x: Tensor,
-        *,
-        generator: torch.Generator | Sequence[torch.Generator],
         **settings: Any,
     ) -> Tensor:
         """Run `sampling.langevin` with these settings on images x (N, ...), as fast as allowed; return the end points.
@@ -113,19 +111,13 @@ class Acceleration:
         Steps are compiled for the shape of the first chain's images; chains of another shape, such as a smaller last
         batch, run uncompiled, because compiling takes longer than they do.
         """
-        run = functools.partial(langevin, energy, x, generator=generator, **settings)
         self.compiled_shape = self.compiled_shape or x.shape
+        compiled = self.compiled and x.shape == self.compiled_shape
         with allow_tf32(self.precision):
-            if self.compiled and x.shape == self.compiled_shape:
-                generators = [generator] if isinstance(generator, torch.Generator) else generator
-                before = [each.get_state() for each in generators]
-                try:
-                    return run(compiled=True)
-                except CannotCompile as error:  # in the first step, so that nobody has been told of a step yet
-                    self.give_up("compile", f"the Langevin step cannot be compiled ({error})")
-                for each, state in zip(generators, before, strict=True):
-                    each.set_state(state)
-            return run()
+            try:
+                return langevin(energy, x, compiled=compiled, **settings)
+            except CannotCompile as error:
+                raise UsageError(f"the Langevin step cannot be compiled ({error}); run with `compile`=False") from None
 
     def give_up(self, flag: str, problem: str) -> None:
         """Do without what a setting (`flag`) stands for and say so; raise UsageError if the user asked for it.

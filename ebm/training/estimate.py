@@ -242,7 +242,7 @@ def check_cost(
         )
     line = describe_cost(cost, stop - state.iteration)
     if state.acceleration.compiled or state.acceleration.captured:
-        line += " (timed before anything is compiled or captured, which makes it shorter)"
+        line += " (timed step by step and uncompiled; the run is faster)"
     if remedies and (cost.seconds > LONG or need > LARGE * free):
         line += f"\nnote: less time and memory: {', '.join(remedies)}"
     return cli.name_flags(line, type(settings))

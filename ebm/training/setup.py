@@ -16,12 +16,13 @@ from ebm.presets import PRESETS
 from ebm.settings import CONDITIONS, SIZES, SUBSETS, TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
+from ebm.support.hardware import has_compiler
 from ebm.support.reports import write_json
 from ebm.support.sharing import fold_seed
 from ebm.training.acceleration import Acceleration
 from ebm.training.distributed import Workers
 from ebm.training.state import State
-from ebm.training.tuning import has_compiler
+from ebm.training.tuning import describe_way
 from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
 
 # Setting of the network -> the networks without what it switches on.
@@ -270,9 +271,13 @@ def announce_run(
     dataset: data.Dataset,
     workers: Workers,
     stop: int,
-    notes: Sequence[str],
+    trials: str,
+    cost: str,
 ) -> None:
-    """Print the data, the network, the workers, the settings of a run, and notes on its speed and cost."""
+    """Print the data, the network, the workers, the cost and the settings of a run.
+
+    trials: what was timed to choose how chains are computed.
+    """
     config = state.model.config
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     print(f"data: {dataset.name}, {len(dataset):,} images of {config.image_shape}, {dataset.label_size} label values")
@@ -288,8 +293,10 @@ def announce_run(
     print(f"iterations: {state.iteration} to {stop}; everything goes to {settings.folder}/")
     if state.iteration == 0:
         note_name_of_preset(settings)
-    for note in filter(None, notes):
-        print(note)
+    if workers.device.type == "cpu":
+        print(f"chains: {describe_way(state)}{trials}")
+    if cost:
+        print(cost)
     print(f"settings: {cli.write_flags(settings)}")
 
 

@@ -1,8 +1,8 @@
 """Choose by timing how this machine computes Langevin steps fastest; the choice is kept for later runs.
 
-way, trials = choose_way(model, chain, batch_size, Way(), {"fold": [False], "threads": [1]}, steps=1000)
+outcome = choose_way(model, chain, batch_size, Way(), {"fold": [False], "threads": [1]})
 
-No processor is known by its name: what may differ between machines is timed for about a second, on the network and the
+No processor is known by its name: what may differ between machines is timed for a few seconds, on the network and the
 images of the run.
 """
 
@@ -12,23 +12,27 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 import models
+from ebm.readers.bounded import read_json
 from ebm.settings import ChainPrecision, TrainSettings
+from ebm.support import cli
 from ebm.support.errors import UsageError
 from ebm.support.hardware import (
     PRECISIONS,
+    allow_tf32,
+    can_compute_bf16,
     describe_processor,
     find_compiler_cache,
-    has_bf16_instructions,
+    has_compiler,
 )
 from ebm.support.reports import write_json
 from ebm.training.acceleration import Chain
@@ -42,12 +46,13 @@ BF16_NETWORKS = ("MnistNet", "ResNet32")
 GAIN = 1.05  # how many times as fast another way must be to replace the usual one
 TRIAL = 0.05  # seconds that a timed chain should take
 ROUNDS = 4
-LONG = 600.0  # seconds of Langevin steps from which on compiling is tried, which takes up to a minute
+LONG_CHAINS = 600.0  # seconds of a run's Langevin steps from which on compiling is tried, which takes about a minute
 EVALUATED = 16  # images of the timed chain of an evaluation
 KEPT, LARGEST_FILE = 200, 1_000_000  # outcomes in the file that keeps them, and its bytes
+FORMAT = 1  # of the outcomes; another number makes the kept ones void, as when networks are computed in another way
 
-Chains = TypeVar("Chains", bound=ChainPrecision)
-Seconds = Callable[[Sequence["Way"]], list[float]]  # the best time of a chain in each of several ways
+Settled = TypeVar("Settled", bound=ChainPrecision)
+Stopwatch = Callable[[Sequence["Way"]], list[float]]  # returns the best time of a chain in each of several ways
 
 
 class Way(NamedTuple):
@@ -86,32 +91,81 @@ Alternatives = dict[str, list[Any]]  # field of a way -> values to try besides t
 # ---- the way of a run ----
 
 
-def tune_run(state: State, settings: TrainSettings, workers: Workers, steps: int, contents: Mapping[str, Any]) -> str:
-    """Choose how a run computes its chains, set it, and return a line about it, empty on a GPU.
+def tune_run(state: State, settings: TrainSettings, workers: Workers, contents: Mapping[str, Any]) -> str:
+    """Choose how a run computes its chains, set it, and return words about what was timed.
 
-    A resumed run keeps the way that it had, so that it goes on bit for bit; settings that are given win over that.
-    steps: the Langevin steps that are to come. contents: those of the checkpoint that is resumed, if any.
+    A resumed run keeps the way that it had, so that it goes on bit for bit; settings that are given win over that. Only
+    on a CPU is anything timed. contents: those of the checkpoint that is resumed, if any.
     """
     pinned, on_cpu = list_pinned(settings, state), state.generator.device.type == "cpu"
     way, trials = get_way(state)._replace(**pinned), ""
-    alternatives = list_alternatives(state.model, allow_bf16=settings.has_plain_chains)
-    if contents:
-        before = recall_way(contents, on_cpu=on_cpu)
+    before = recall_way(contents, settings, on_cpu=on_cpu) if contents else {}
+    if before:
         way = way._replace(**{field: value for field, value in before.items() if field not in pinned})
-    elif on_cpu and settings.tune:
-        open_fields = {field: values for field, values in alternatives.items() if field not in pinned}
+        if way.precision == "bf16" and "precision" not in pinned and on_cpu and not can_compute_bf16():
+            print("note: this run is in bf16, which this CPU has no instructions for; precision=float32 is faster")
+    elif on_cpu and settings.tune and settings.num_steps:
+        alternatives = list_alternatives(state.model, allow_bf16=settings.has_plain_chains)
+        tried = {field: values for field, values in alternatives.items() if field not in pinned}
         if workers.size > 1:
-            open_fields.pop("threads", None)  # the cores are shared out already
+            tried.pop("threads", None)  # the cores are shared out already
         if workers.rank == 0:
-            timed = dataclasses.replace(settings, num_steps=1, zero_kl=True, hmc=False)
-            chain = bind_chain(state.model, timed, torch.Generator())
-            batch_size = settings.num_chains or settings.batch_size
             with workers.busy():
-                way, trials = choose_way(state.model, chain, batch_size, way, open_fields, steps=steps)
-        way = Way(*workers.share(list(way))[0])
+                outcome = choose_way(state.model, bind_step(state, settings), count_chains(settings), way, tried)
+                way, trials = outcome.way, describe_trials(outcome.trials)
+        way = Way(*workers.share(list(way))[0])._replace(threads=way.threads)
     use_way(way, state)
-    fields = [field for field in Way._fields if field in alternatives or field in ("precision", "threads")]
-    return "chains: " + ", ".join(map(way.describe, fields)) + trials if on_cpu else ""
+    return trials
+
+
+def tune_compiler(state: State, settings: TrainSettings, workers: Workers, stop: int) -> str:
+    """Compile the Langevin step of a run if that is faster here, and return words about it.
+
+    It is tried on a CPU, for new runs whose steps until the iteration `stop` will take long.
+    """
+    way, trials = get_way(state), ""
+    is_open = settings.tune and settings.train and settings.compile is None and settings.has_plain_chains
+    if not (is_open and state.generator.device.type == "cpu" and state.iteration == 0 and settings.num_steps):
+        return trials
+    if workers.rank == 0 and has_compiler():
+        search = functools.partial(choose_way, state.model, bind_step(state, settings), count_chains(settings), way)
+        with workers.busy():
+            if search({}).seconds * settings.num_steps * stop > LONG_CHAINS:
+                print(
+                    "compiling a Langevin step, to see whether that is faster here, which takes about a minute",
+                    flush=True,
+                )
+                try:
+                    outcome = search({"compiled": [True]}, count=count_chains(settings))
+                    way, trials = outcome.way, describe_trials(outcome.trials)
+                except CannotCompile as error:
+                    trials = f"; the step cannot be compiled ({error})"
+    way = Way(*workers.share(list(way))[0])._replace(threads=way.threads)
+    use_way(way, state)
+    return trials
+
+
+def describe_way(state: State) -> str:
+    """Return how a run computes its chains, in words, as far as that can differ for its network."""
+    way, alternatives = get_way(state), list_alternatives(state.model, allow_bf16=True)
+    fields = [field for field in Way._fields if field in alternatives or field in ("precision", "threads", "compiled")]
+    return ", ".join(map(way.describe, fields))
+
+
+def describe_trials(trials: Sequence[str]) -> str:
+    """Return what was timed as the end of a line."""
+    return f"; timed: {', '.join(trials)}" if trials else ""
+
+
+def bind_step(state: State, settings: TrainSettings) -> Chain:
+    """Return a chain of one step as a run computes it, which draws from a generator of its own."""
+    step = dataclasses.replace(settings, num_steps=1, zero_kl=True, hmc=False)
+    return bind_chain(state.model, step, torch.Generator())
+
+
+def count_chains(settings: TrainSettings) -> int:
+    """Return the number of chains of an iteration."""
+    return settings.num_chains or settings.batch_size
 
 
 def list_pinned(settings: TrainSettings, state: State) -> dict[str, Any]:
@@ -129,12 +183,11 @@ def list_pinned(settings: TrainSettings, state: State) -> dict[str, Any]:
 def list_alternatives(model: models.EnergyNetwork, *, allow_bf16: bool) -> Alternatives:
     """Return the values of a way that can make a difference on this machine and for this network.
 
-    allow_bf16: whether the chains are of the kind that was compared in bf16 and float32, plain Langevin steps. Only
-    such chains can be compiled, too.
+    allow_bf16: whether the chains are of the kind that was compared in bf16 and float32, plain Langevin steps.
     """
     convolutions = [module for module in model.modules() if isinstance(module, models.Conv)]
     alternatives: Alternatives = {}
-    if allow_bf16 and model.config.network in BF16_NETWORKS and has_bf16_instructions():
+    if allow_bf16 and model.config.network in BF16_NETWORKS and can_compute_bf16():
         alternatives["precision"] = ["bf16"]
     if any(conv.pooled for conv in convolutions):
         alternatives["fold"] = [False]
@@ -142,8 +195,6 @@ def list_alternatives(model: models.EnergyNetwork, *, allow_bf16: bool) -> Alter
         alternatives["patches"] = [False]
     threads = torch.get_num_threads()
     alternatives["threads"] = [threads >> k for k in range(1, threads.bit_length())]
-    if allow_bf16 and has_compiler():
-        alternatives["compiled"] = [True]
     return alternatives
 
 
@@ -162,25 +213,28 @@ def use_way(way: Way, state: State) -> None:
     torch.set_num_threads(way.threads)
 
 
-def recall_way(contents: Mapping[str, Any], *, on_cpu: bool) -> dict[str, Any]:
+def recall_way(contents: Mapping[str, Any], settings: TrainSettings, *, on_cpu: bool) -> dict[str, Any]:
     """Return the fields of the way in which the run of a checkpoint computed; none if it was on another kind of device.
 
-    Checkpoints of earlier versions hold the number type alone. A machine with fewer cores gets fewer threads.
+    Checkpoints of earlier versions hold the number type alone. A machine with fewer cores gets fewer threads. Chains of
+    another kind than the run had, and kernels that must be deterministic, are computed in the usual way.
     """
     way = contents.get("way") or {"precision": contents.get("precision", "float32")}
     was_on_cpu = way.get("on_cpu", way["precision"] not in ("fp16", "tf32"))
     if was_on_cpu != on_cpu:
         return {}
     fields = {field: way[field] for field in Way._fields if field in way}
+    if not settings.has_plain_chains and {"zero_kl", "hmc"} & set(settings.given_names):
+        fields = {field: value for field, value in fields.items() if field not in ("precision", "compiled")}
+    if settings.deterministic and not on_cpu:
+        fields.pop("compiled", None)
     return fields | {"threads": min(fields.get("threads", torch.get_num_threads()), torch.get_num_threads())}
 
 
-def has_compiler() -> bool:
-    """Return whether a C compiler is on the PATH, which PyTorch's compiler needs."""
-    return any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+# ---- the way of an evaluation ----
 
 
-def settle_precision(settings: Chains, model: models.EnergyNetwork, workers: Workers) -> Chains:
+def settle_precision(settings: Settled, model: models.EnergyNetwork, workers: Workers) -> Settled:
     """Return the settings of an evaluation with a number type for "auto": the faster one of float32 and bf16.
 
     It depends on the network and the machine alone, so that images do not depend on how many there are. It is float32
@@ -188,25 +242,31 @@ def settle_precision(settings: Chains, model: models.EnergyNetwork, workers: Wor
     """
     if settings.precision != "auto":
         return settings
-    usual = Way(threads=torch.get_num_threads())
+    way, trials = Way(threads=torch.get_num_threads()), ""
     on_cpu = next(model.parameters()).device.type == "cpu"
     tried = list_alternatives(model, allow_bf16=on_cpu).get("precision", [])
-    if not tried:
-        return dataclasses.replace(settings, precision=usual.precision)
+    if tried and workers.rank == 0 and not cli.find_obstacle(settings, "precision"):
 
-    def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
-        return langevin(models.PreparedEnergy(model, weights).under(labels), x, num_steps=1, step_lr=1.0)
+        def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
+            return langevin(models.PreparedEnergy(model, weights).under(labels), x, num_steps=1, step_lr=1.0)
 
-    way, trials = usual, ""
-    if workers.rank == 0:
-        way, trials = choose_way(model, chain, EVALUATED, usual, {"precision": tried}, steps=0)
+        outcome = choose_way(model, chain, EVALUATED, way, {"precision": tried})
+        way, trials = outcome.way, describe_trials(outcome.trials)
     precision = workers.share(way.precision)[0]
-    if precision != usual.precision:
-        print(f"note: chains are computed in {precision}{trials}; precision={usual.precision} is exact")
+    if precision != "float32":
+        print(f"note: chains are computed in {precision}{trials}; precision=float32 is exact")
     return dataclasses.replace(settings, precision=precision)
 
 
 # ---- the search ----
+
+
+class Outcome(NamedTuple):
+    """What a search has found: the fastest way, words about each trial, and the seconds of a step of a whole batch."""
+
+    way: Way
+    trials: list[str]
+    seconds: float
 
 
 def choose_way(
@@ -216,53 +276,45 @@ def choose_way(
     usual: Way,
     alternatives: Alternatives,
     *,
-    steps: int,
-) -> tuple[Way, str]:
-    """Return the fastest way to compute chains of this network on this machine, and words about what was timed.
+    count: int | None = None,
+) -> Outcome:
+    """Return the fastest way to compute chains of this network on this machine, see `find_fastest_way`.
 
     chain: of one step; it must not draw from generators that results depend on. batch_size: of the chains. usual: the
-    way that another must beat. steps: how many steps are to come; if they are many, compiling is tried as well.
+    way that another must beat. count: the number of images to time; default: as many as take about TRIAL seconds. The
+    outcome is that of an earlier process if one has searched for the same.
     """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")  # of the instructions that convolutions may use
+
+    def search() -> Outcome:
+        images = count or choose_count(model, chain, start, batch_size)
+        way, trials = find_fastest_way(functools.partial(time_ways, model, chain, images), start, alternatives)
+        return Outcome(way, trials, time_ways(model, chain, images, [way])[0] * batch_size / images)
+
     about = {
-        "machine": [describe_processor(), limit, os.cpu_count(), torch.get_num_threads(), torch.__version__],
+        "format": FORMAT,
+        "processor": [describe_processor(), os.environ.get("ONEDNN_MAX_CPU_ISA"), os.cpu_count()],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
         "network": dataclasses.asdict(model.config),
         "batch": batch_size,
     }
-
-    def search(count: int, way: Way, tried: Alternatives) -> dict[str, Any]:
-        measure = functools.partial(time_ways, model, chain, count)
-        way, trials = find_fastest_way(measure, way, tried)
-        return {"way": list(way), "trials": trials, "seconds": measure([way])[0] * batch_size / count}
-
-    eager = {field: values for field, values in alternatives.items() if field != "compiled"}
-    found = recall_search(
-        about, usual, eager, lambda: search(choose_count(model, chain, usual, batch_size), usual, eager)
-    )
-    way, trials = Way(*found["way"]), found["trials"]
-    if "compiled" in alternatives and not way.compiled and found["seconds"] * steps > LONG:
-        print("compiling a Langevin step, to see whether that is faster here; this takes up to a minute", flush=True)
-        compiled = {"compiled": [True]}
-        found = recall_search(about, way, compiled, lambda: search(batch_size, way, compiled))
-        way, trials = Way(*found["way"]), trials + found["trials"]
-    return way, f"; timed: {', '.join(trials)}" if trials else ""
+    # A compiled step takes long to try in each way. What is fastest without it is taken for both.
+    start = usual._replace(compiled=False)
+    outcome = recall_outcome(about, start, alternatives, search)
+    return outcome._replace(way=outcome.way._replace(compiled=usual.compiled or outcome.way.compiled))
 
 
-def find_fastest_way(measure: Seconds, usual: Way, alternatives: Alternatives) -> tuple[Way, list[str]]:
+def find_fastest_way(measure: Stopwatch, usual: Way, alternatives: Alternatives) -> tuple[Way, list[str]]:
     """Return the fastest way, and how many times as fast each one tried was as the best before it.
 
     One field of the way is varied after the other. A new value must be GAIN times as fast as the best one; further
-    values of a field are tried as long as that gains.
+    values of a field are tried as long as that gains. Raises CannotCompile if compiling is an alternative and fails.
     """
     best, trials = usual, []
     for field, values in alternatives.items():
         for value in values:
             other = best._replace(**{field: value})
-            try:
-                before, now = measure([best, other])
-            except CannotCompile:
-                trials.append("the Langevin step cannot be compiled")
-                break
+            before, now = measure([best, other])
             trials.append(f"{other.describe(field)} {before / now:.2f}x")
             if before < GAIN * now:
                 break
@@ -304,18 +356,19 @@ def prepare_weights(model: models.EnergyNetwork, way: Way) -> models.Weights:
 
 def time_chain(chain: Chain, weights: models.Weights, x: Tensor, labels: Tensor | None, way: Way) -> float:
     """Return the seconds of a chain on a CPU; another number of threads than before is started first."""
-    if torch.get_num_threads() != way.threads:
-        torch.set_num_threads(way.threads)
+    with allow_tf32(way.precision):  # as in a run, because a compiled step is compiled for one setting
+        if torch.get_num_threads() != way.threads:
+            torch.set_num_threads(way.threads)
+            chain(weights, x, labels, way.compiled)
+        start = time.perf_counter()
         chain(weights, x, labels, way.compiled)
-    start = time.perf_counter()
-    chain(weights, x, labels, way.compiled)
-    return time.perf_counter() - start
+        return time.perf_counter() - start
 
 
-def recall_search(
-    about: Mapping[str, Any], usual: Way, alternatives: Alternatives, search: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """Return search(), or its outcome in an earlier process on this machine: way, trials and seconds.
+def recall_outcome(
+    about: Mapping[str, Any], usual: Way, alternatives: Alternatives, search: Callable[[], Outcome]
+) -> Outcome:
+    """Return search(), or its outcome in an earlier process on this machine.
 
     Outcomes are kept in the folder of torch's compiled functions, in ways.json. The first one stays, so that two runs
     with the same settings compute in the same way. A file that cannot be read or written is done without.
@@ -323,29 +376,31 @@ def recall_search(
     path, key = find_compiler_cache() / "ways.json", json.dumps([about, usual, alternatives])
 
     def read_outcomes() -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError):
-            if path.stat().st_size < LARGEST_FILE:
-                outcomes = json.loads(path.read_text(encoding="utf-8"))
-                return outcomes if isinstance(outcomes, dict) else {}
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            outcomes = read_json(path, LARGEST_FILE)
+            return outcomes if isinstance(outcomes, dict) else {}
         return {}
 
-    if is_outcome(read_outcomes().get(key), usual, alternatives):
-        return read_outcomes()[key]
-    outcome = search()
-    outcomes = read_outcomes()
-    if is_outcome(outcomes.get(key), usual, alternatives):  # of a process that was faster
-        return outcomes[key]
-    with contextlib.suppress(UsageError):
-        write_json(path, dict(list(outcomes.items())[-KEPT:]) | {key: outcome})
-    return outcome
+    kept = read_outcomes().get(key)
+    if not is_outcome(kept, usual, alternatives):
+        found = search()
+        outcomes = read_outcomes()
+        kept = outcomes.get(key)  # of a process that was faster
+        if not is_outcome(kept, usual, alternatives):
+            with contextlib.suppress(UsageError):
+                write_json(path, dict(list(outcomes.items())[-KEPT:]) | {key: found._asdict()})
+            return found
+    return Outcome(Way(*kept["way"]), kept["trials"], kept["seconds"])
 
 
-def is_outcome(value: Any, usual: Way, alternatives: Alternatives) -> bool:
+def is_outcome(value: Any, usual: Way, alternatives: Alternatives) -> TypeGuard[dict[str, Any]]:
     """Return whether a value that was read from a file is an outcome of a search."""
-    if not isinstance(value, dict) or not isinstance(value.get("way"), list) or len(value["way"]) != len(Way._fields):
+    if not isinstance(value, dict) or not isinstance(value.get("way"), list) or len(value["way"]) != len(usual):
         return False
-    allowed = [[before, *alternatives.get(field, [])] for field, before in zip(Way._fields, usual, strict=True)]
-    has_way = all(field in values for field, values in zip(value["way"], allowed, strict=True))
-    trials, seconds = value.get("trials"), value.get("seconds")
-    has_trials = isinstance(trials, list) and all(isinstance(trial, str) for trial in trials)
-    return has_way and has_trials and isinstance(seconds, float)
+    allowed = [[before, *alternatives.get(field, [])] for field, before in usual._asdict().items()]
+    for found, values in zip(value["way"], allowed, strict=True):
+        if not any(type(found) is type(each) and found == each for each in values):
+            return False
+    trials = value.get("trials")
+    are_words = isinstance(trials, list) and all(isinstance(trial, str) and trial.isprintable() for trial in trials)
+    return are_words and type(value.get("seconds")) is float and 0 < value["seconds"] < math.inf
