@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,70 +163,24 @@ def langevin(
     return x
 
 
-class Point(NamedTuple):
-    """Images of chains and what is known of the energy there."""
-
-    x: Tensor  # (N, ...)
-    energy: Tensor  # (N,)
-    gradient: Tensor  # of the sum of energies, shaped like x
-
-
-def evaluate(energy: Energy, x: Tensor) -> Point:
-    """Evaluate the energy of images x (N, ...) and its gradient at once; weights receive no gradient."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        energies = energy(x)
-        (gradient,) = torch.autograd.grad(energies.sum(), x)
-    return Point(x.detach(), energies.detach(), gradient)
-
-
-def keep_point(point: Point) -> Point:
-    """Return a point unchanged: the density of a Hamiltonian move is that of the evaluated energy itself."""
-    return point
-
-
-def integrate(
-    energy: Energy,
-    start: Point,
-    velocity: Tensor,
-    *,
-    step_size: float,
-    num_steps: int,
-    transform: Callable[[Point], Point] = keep_point,
-) -> tuple[Point, Tensor]:
-    """Integrate Hamilton's equations by leapfrog steps as in `leapfrog`; return the end point and its velocity.
-
-    start: evaluated already, as the end point will be. transform: maps an evaluated point to the energy and gradient
-    that the velocity follows, if these are not the energy's own.
-    """
-    velocity = velocity - 0.5 * step_size * transform(start).gradient
-    x = start.x + step_size * velocity
-    for _ in range(num_steps):
-        velocity = velocity - step_size * transform(evaluate(energy, x)).gradient
-        x = x + step_size * velocity
-    end = evaluate(energy, x)
-    return end, velocity - 0.5 * step_size * transform(end).gradient
-
-
 def leapfrog(energy: Energy, x: Tensor, velocity: Tensor, *, step_size: float, num_steps: int) -> tuple[Tensor, Tensor]:
     """Integrate Hamilton's equations by leapfrog steps; return position and velocity, both shaped (N, ...).
 
     As in the reference, it makes half a step of velocity and one of position, then num_steps of both, then half a step
     of velocity.
     """
-    end, velocity = integrate(energy, evaluate(energy, x), velocity, step_size=step_size, num_steps=num_steps)
-    return end.x, velocity
-
-
-def compute_kinetic_energy(velocity: Tensor) -> Tensor:
-    """Return |v|²/2 of every velocity (N, ...), (N,)."""
-    return 0.5 * velocity.square().flatten(1).sum(1)
+    velocity = velocity - 0.5 * step_size * compute_input_gradient(energy, x)
+    x = x + step_size * velocity
+    for _ in range(num_steps):
+        velocity = velocity - step_size * compute_input_gradient(energy, x)
+        x = x + step_size * velocity
+    return x, velocity - 0.5 * step_size * compute_input_gradient(energy, x)
 
 
 def compute_hamiltonian(energy: Energy, x: Tensor, velocity: Tensor) -> Tensor:
     """Return the Hamiltonian E(x) + |v|²/2 of every image, (N,)."""
     with torch.no_grad():
-        return energy(x) + compute_kinetic_energy(velocity)
+        return energy(x) + 0.5 * velocity.square().flatten(1).sum(1)
 
 
 def draw_hmc_move(x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -237,37 +190,21 @@ def draw_hmc_move(x: Tensor, generator: torch.Generator | None = None) -> tuple[
 
 
 def make_hmc_move(
-    energy: Energy,
-    start: Point,
-    velocity: Tensor,
-    uniform: Tensor,
-    *,
-    step_size: float,
-    num_steps: int,
-    transform: Callable[[Point], Point] = keep_point,
-) -> tuple[Point, Tensor]:
-    """Make one Hamiltonian Monte Carlo move per image; return the images, and whether each moved, bool (N,).
+    energy: Energy, x: Tensor, velocity: Tensor, uniform: Tensor, *, step_size: float, num_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Make one Hamiltonian Monte Carlo move per image; return the images (N, ...) and whether each moved, bool (N,).
 
-    The energy is evaluated num_steps + 1 times: what is known at both ends of a move is not computed again. start: the
-    images, evaluated. velocity: the start of the leapfrog steps, shaped like the images. uniform: (N,), an image moves
-    if its number is below the probability of acceptance. transform: see `integrate`.
+    velocity: the start of the leapfrog steps, shaped like the images x. uniform: (N,), an image moves if its number is
+    below the probability of acceptance.
     """
-    end, end_velocity = integrate(
-        energy, start, velocity, step_size=step_size, num_steps=num_steps, transform=transform
-    )
-    before = transform(start).energy + compute_kinetic_energy(velocity)
-    is_accepted = uniform < (before - transform(end).energy - compute_kinetic_energy(end_velocity)).exp()
-
-    def choose(new: Tensor, old: Tensor) -> Tensor:
-        return torch.where(is_accepted.view(-1, *[1] * (new.dim() - 1)), new, old)
-
-    return Point(*map(choose, end, start)), is_accepted
+    proposal, end_velocity = leapfrog(energy, x, velocity, step_size=step_size, num_steps=num_steps)
+    change = compute_hamiltonian(energy, x, velocity) - compute_hamiltonian(energy, proposal, end_velocity)
+    is_accepted = uniform < change.exp()
+    return torch.where(is_accepted.view(-1, *[1] * (x.dim() - 1)), proposal, x), is_accepted
 
 
 def hmc(
     energy: Energy, x: Tensor, *, step_size: float, num_steps: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw random numbers and make one Hamiltonian Monte Carlo move of images x (N, ...), see `make_hmc_move`."""
-    draws = draw_hmc_move(x, generator)
-    end, is_accepted = make_hmc_move(energy, evaluate(energy, x), *draws, step_size=step_size, num_steps=num_steps)
-    return end.x, is_accepted
+    """Draw random numbers and make one Hamiltonian Monte Carlo move with them, see `make_hmc_move`."""
+    return make_hmc_move(energy, x, *draw_hmc_move(x, generator), step_size=step_size, num_steps=num_steps)

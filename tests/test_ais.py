@@ -56,21 +56,12 @@ def test_samples_of_the_box():
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_constant_energy_is_weighed_exactly(reverse):
-    """Breaks when the weights do not telescope: exp(−c) integrates to exp(−c) times the volume, whatever the path.
-
-    It also breaks when what is known at the ends of a move is evaluated again: after the start there is an evaluation
-    for each of the ten leapfrog steps of a move, and one at its end.
-    """
-    x, counted, evaluated = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)), [], []
-
-    def energy(x):
-        evaluated.append(len(x))
-        return 0 * x.sum(1) + 7.0
-
+    """Breaks when the weights do not telescope: exp(−c) integrates to exp(−c) times the volume, whatever the path."""
+    x, counted = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)), []
     annealed = anneal(
-        energy, x, num_distributions=4, step_size=0.005, reverse=reverse, progress=lambda: counted.append(1)
-    )
-    assert evaluated == [3] * (1 + 4 * (10 + 1))
+        lambda x: 0 * x.sum(1) + 7.0, x, num_distributions=4, step_size=0.005, reverse=reverse,
+        progress=lambda: counted.append(1),
+    )  # fmt: skip
     torch.testing.assert_close(annealed.log_weights, torch.full((3,), -7.0, dtype=torch.float64))
     assert len(counted) == 4 and annealed.acceptance.shape == (4,) and not torch.equal(annealed.x, x)
 

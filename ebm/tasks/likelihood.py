@@ -8,7 +8,6 @@ Images are in a box with steep walls instead of hard ones: the density is exp(âˆ
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from ebm.tasks.examined_model import ExaminedModel, count_most_images
 from ebm.tasks.trained_models import TrainedModel, load_split, match_labels, note_contradictions
 from ebm.training.distributed import Workers
 from models import freeze_energy
-from sampling import Energy, Point, draw_hmc_move, evaluate, make_hmc_move
+from sampling import Energy, draw_hmc_move, make_hmc_move
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Annealed importance sampling (Neal 2001) between a box of images and an energy
@@ -78,20 +77,17 @@ def anneal(
     log_weights, acceptance = torch.zeros(len(x), dtype=torch.float64, device=x.device), []
     alphas = [k / num_distributions for k in range(num_distributions + 1)]
 
-    def add_walls(point: Point, alpha: float) -> Point:
-        walls = evaluate(functools.partial(compute_wall_energy, bounds=bounds), point.x)
-        return Point(point.x, alpha * point.energy + walls.energy, alpha * point.gradient + walls.gradient)
+    def density(alpha: float) -> Energy:
+        return lambda x: alpha * energy(x) + compute_wall_energy(x, bounds)
 
-    point = evaluate(energy, x)
     for alpha, new_alpha in itertools.pairwise(reversed(alphas) if reverse else alphas):
-        log_weights -= point.energy.double() / num_distributions
-        step, density = step_size * 5 ** (-2.5 * alpha), functools.partial(add_walls, alpha=new_alpha)
-        point, is_accepted = make_hmc_move(
-            energy, point, *draw(point.x), step_size=step, num_steps=num_steps, transform=density
-        )
+        with torch.no_grad():
+            log_weights -= energy(x).double() / num_distributions
+        step = step_size * 5 ** (-2.5 * alpha)
+        x, is_accepted = make_hmc_move(density(new_alpha), x, *draw(x), step_size=step, num_steps=num_steps)
         acceptance.append(is_accepted.float().mean())
         progress()
-    return AnnealingResult(point.x, log_weights, torch.stack(acceptance[::-1] if reverse else acceptance))
+    return AnnealingResult(x, log_weights, torch.stack(acceptance[::-1] if reverse else acceptance))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
