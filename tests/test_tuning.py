@@ -49,38 +49,26 @@ def test_each_field_is_varied_from_the_best_way_before_it():
     ]  # fmt: skip
     assert all(way.precision == "bf16" for way in asked[2:])
 
-    def fail(ways):
-        raise CannotCompile("no compiler")
-
-    way, trials = tuning.find_fastest_way(fail, USUAL, {"compiled": [True]})
-    assert way == USUAL and trials == ["the Langevin step cannot be compiled"]
-
 
 def test_alternatives_are_those_that_can_differ(monkeypatch):
     """Breaks when time is spent on what changes nothing, or bf16 is tried where it was not compared."""
-    monkeypatch.setattr(tuning, "has_bf16_instructions", lambda: True)
-    monkeypatch.setattr(tuning, "has_compiler", lambda: True)
+    monkeypatch.setattr(tuning, "can_compute_bf16", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     grey, colour = make_model(), make_model(models.ModelConfig("ResNet32Wider", (3, 8, 8), num_filters=2))
-    every = {"precision": ["bf16"], "patches": [False], "threads": [3, 1], "compiled": [True]}
+    every = {"precision": ["bf16"], "patches": [False], "threads": [3, 1]}
     assert tuning.list_alternatives(grey, allow_bf16=True) == every
     assert tuning.list_alternatives(grey, allow_bf16=False) == {"patches": [False], "threads": [3, 1]}
-    assert tuning.list_alternatives(colour, allow_bf16=True) == {
-        "fold": [False],
-        "threads": [3, 1],
-        "compiled": [True],
-    }
+    assert tuning.list_alternatives(colour, allow_bf16=True) == {"fold": [False], "threads": [3, 1]}
     labelled = make_model(dataclasses.replace(CONFIG, label_size=3))  # its labels are further channels
-    monkeypatch.setattr(tuning, "has_bf16_instructions", lambda: False)
+    monkeypatch.setattr(tuning, "can_compute_bf16", lambda: False)
     assert "patches" not in tuning.list_alternatives(labelled, allow_bf16=True)
     assert "precision" not in tuning.list_alternatives(grey, allow_bf16=True)
 
 
-def choose(model, batch_size=4, steps=0, usual=None, compiled=False):
-    """Return the way and the words for a small network with patches and threads to choose."""
+def choose(model, batch_size=4, usual=None):
+    """Return the way and the trials for a small network with patches to choose."""
     chain = chains.bind_chain(model, dataclasses.replace(SETTINGS, num_steps=1), make_generator())
-    alternatives = {"patches": [False], "compiled": [True]} if compiled else {"patches": [False]}
-    return tuning.choose_way(model, chain, batch_size, usual or Way(), alternatives, steps=steps)
+    return tuning.choose_way(model, chain, batch_size, usual or Way(), {"patches": [False]})[:2]
 
 
 def test_a_choice_is_kept_for_the_machine_the_network_and_the_batch(monkeypatch, tmp_path):
@@ -94,7 +82,7 @@ def test_a_choice_is_kept_for_the_machine_the_network_and_the_batch(monkeypatch,
 
     monkeypatch.setattr(tuning, "time_ways", time_ways)
     first = choose(make_model())
-    assert first == (Way(patches=False), "; timed: one channel directly 5.00x") and counts
+    assert first == (Way(patches=False), ["one channel directly 5.00x"]) and counts
     counts.clear()
     assert choose(make_model(seed=1)) == first and not counts
     for other in (lambda: choose(make_model(), batch_size=5), lambda: choose(make_model(), usual=Way(fold=False))):
@@ -102,12 +90,21 @@ def test_a_choice_is_kept_for_the_machine_the_network_and_the_batch(monkeypatch,
         assert counts
         counts.clear()
     kept = json.loads((tmp_path / "ways.json").read_text())
-    assert len(kept) == 3 and all(describe_processor() in json.loads(key)[0]["machine"] for key in kept)
+    assert len(kept) == 3 and all(describe_processor() in json.loads(key)[0]["processor"] for key in kept)
 
     entry = next(iter(kept.values()))
-    for spoilt in (entry | {"way": ["fp16", *entry["way"][1:]]}, entry | {"way": [[], 1]}, {}, 3, "x" * 2_000_000):
-        (tmp_path / "ways.json").write_text(json.dumps(dict.fromkeys(kept, spoilt)))
-        assert choose(make_model()) == first and counts, spoilt
+    spoilt = [
+        entry | {"way": way} for way in (["fp16", *entry["way"][1:]], ["float32", 1, 0, True, 0], [[], 1], [], None)
+    ]
+    spoilt += [entry | {"trials": ["\x1b[2J"]}, entry | {"seconds": -1.0}, entry | {"seconds": "1"}, {}, 3]
+    texts = [json.dumps(dict.fromkeys(kept, each)) for each in spoilt] + [
+        "[" * 900_000,
+        '"' + "x" * 2_000_000 + '"',
+        "\0",
+    ]
+    for text in texts:
+        (tmp_path / "ways.json").write_text(text)
+        assert choose(make_model()) == first and counts, text[:200]
         counts.clear()
     (tmp_path / "ways.json").unlink()
     (tmp_path / "ways.json").mkdir()  # a file that cannot be written
@@ -115,15 +112,37 @@ def test_a_choice_is_kept_for_the_machine_the_network_and_the_batch(monkeypatch,
 
 
 def test_compiling_is_tried_for_long_runs_only(monkeypatch, tmp_path, capsys):
-    """Breaks when a short run waits for the compiler, or a long one does without its gain."""
+    """Breaks when a short run waits for the compiler, a long one does without its gain or ends where compiling fails, a
+    failure is kept for good, or the other ways are tried compiled, which takes a minute for each."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(
-        tuning, "time_ways", lambda model, chain, count, ways: [0.5 if way.compiled else 1.0 for way in ways]
-    )
-    assert not choose(make_model(), steps=int(tuning.LONG) - 1, batch_size=1, compiled=True)[0].compiled
-    assert not capsys.readouterr().out
-    assert choose(make_model(), steps=int(tuning.LONG) + 1, batch_size=1, compiled=True)[0].compiled
+    monkeypatch.setattr(tuning, "has_compiler", lambda: True)
+    tried, fails = [], [True]
+
+    def time_ways(model, chain, count, ways):
+        tried.extend(ways)
+        if any(way.compiled for way in ways) and fails:
+            raise CannotCompile("no space")
+        return [0.5 if way.compiled else 1.0 for way in ways]  # for each batch of one image
+
+    monkeypatch.setattr(tuning, "time_ways", time_ways)
+
+    def compile_run(stop, **settings):
+        state = make_state(label_size=0)
+        chosen = dataclasses.replace(SETTINGS, batch_size=1, num_steps=1, **settings)
+        words = tuning.tune_compiler(state, chosen, distributed.join_workers("none", "cpu"), stop)
+        return state.acceleration.compiled, words
+
+    long, short = int(tuning.LONG_CHAINS) + 1, int(tuning.LONG_CHAINS) - 1
+    assert compile_run(short) == (False, "") and not capsys.readouterr().out
+    assert compile_run(long) == (False, "; the step cannot be compiled (no space)")
     assert "compiling a Langevin step" in capsys.readouterr().out
+    fails.clear()
+    assert compile_run(long) == (True, "; timed: steps compiled 2.00x")
+    for settings in ({"compile": False}, {"zero_kl": False}, {"hmc": True}, {"tune": False}, {"train": False}):
+        assert compile_run(long, **settings) == (False, ""), settings
+    tried.clear()
+    compiled = tuning.choose_way(make_model(), None, 1, Way(compiled=True), {"patches": [False]})
+    assert compiled.way.compiled and tried and not any(way.compiled for way in tried)
 
 
 def test_timing_changes_nothing():
@@ -157,9 +176,8 @@ def test_all_forms_give_the_same_energies(network):
 def tune(state, contents=None, **settings):
     """Return the way of a run after tuning, and the line about it."""
     workers = distributed.join_workers("none", "cpu")
-    run_settings = dataclasses.replace(SETTINGS, **settings)
-    line = tuning.tune_run(state, run_settings, workers, steps=0, contents=contents or {})
-    return tuning.get_way(state), line
+    words = tuning.tune_run(state, dataclasses.replace(SETTINGS, **settings), workers, contents or {})
+    return tuning.get_way(state), words
 
 
 def test_settings_and_checkpoints_come_before_timing(monkeypatch):
@@ -167,34 +185,41 @@ def test_settings_and_checkpoints_come_before_timing(monkeypatch):
     takes over the way of a CPU."""
     asked = {}
 
-    def choose_way(model, chain, batch_size, usual, alternatives, *, steps):
+    def choose_way(model, chain, batch_size, usual, alternatives):
         asked.update(alternatives)
-        return usual._replace(patches=False), "; timed: x"
+        return tuning.Outcome(usual._replace(patches=False), ["x"], 1.0)
 
     monkeypatch.setattr(tuning, "choose_way", choose_way)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     state = make_state(label_size=0)
-    way, line = tune(state)
+    way, words = tune(state)
     assert not way.patches and not state.model.form.patches and "patches" in asked and asked["threads"] == [1]
-    assert line.startswith("chains: float32, one channel directly, 2 threads") and line.endswith("; timed: x")
+    assert tuning.describe_way(state) == "float32, one channel directly, 2 threads, steps not compiled"
+    assert words == "; timed: x"
     asked.clear()
-    tune(make_state(label_size=0), patches=True, threads=2, compile=False)
+    tune(make_state(label_size=0), patches=True, threads=2)
     assert not asked
     assert tune(make_state(label_size=0), tune=False)[0].patches and not asked
 
     kept = way._asdict() | {"on_cpu": True}
     assert tune(make_state(label_size=0), contents={"way": kept})[0] == way and not asked
     assert tune(make_state(label_size=0), contents={"way": kept}, patches=True)[0].patches
-    assert tune(make_state(label_size=0), contents={"way": kept | {"on_cpu": False}})[0].patches
+    assert tune(make_state(label_size=0), contents={"way": kept | {"on_cpu": False}})[1] == "; timed: x"  # moved here
+    asked.clear()
     assert tune(make_state(label_size=0), contents={"precision": "bf16"})[0].precision == "bf16"  # of earlier versions
     for of_a_gpu in ("tf32", "fp16"):
         assert tune(make_state(label_size=0), contents={"precision": of_a_gpu})[0].precision == "float32"
+    rounded = {"way": kept | {"precision": "bf16", "compiled": True}}
+    assert tune(make_state(label_size=0), contents=rounded)[0][::4] == ("bf16", True)
+    other = {"hmc": True, "given_names": frozenset({"hmc"})}  # chains that it did not have before
+    assert tune(make_state(label_size=0), contents=rounded, **other)[0][::4] == ("float32", False)
     assert tune(make_state(label_size=0), contents={"way": kept | {"threads": 64}})[0].threads == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    asked.clear()
     tune(make_state(label_size=0))
-    assert "threads" not in asked
+    assert list(asked) == ["patches"]
 
 
 def test_number_type_of_evaluations(monkeypatch, tmp_path, capsys):
@@ -212,10 +237,10 @@ def test_number_type_of_evaluations(monkeypatch, tmp_path, capsys):
         return tuning.settle_precision(SampleSettings(**settings), model, workers).precision
 
     monkeypatch.setattr(tuning, "time_ways", time_ways)
-    monkeypatch.setattr(tuning, "has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(tuning, "can_compute_bf16", lambda: True)
     assert settle("MnistNet", SHAPE) == settle("MnistNet", SHAPE, num=1, batch_size=1) == "bf16"
-    assert capsys.readouterr().out.count("note: chains are computed in bf16; timed: bf16 3.00x") == 2
+    assert capsys.readouterr().out.count("note: chains are computed in bf16; timed: bf16 3.00x; precision=") == 2
     assert settle("MnistNet", SHAPE, precision="float32") == "float32"
     assert settle("ResNet32Wider", (3, 8, 8)) == "float32"
-    monkeypatch.setattr(tuning, "has_bf16_instructions", lambda: False)
+    monkeypatch.setattr(tuning, "can_compute_bf16", lambda: False)
     assert settle("MnistNet", SHAPE) == "float32" and not capsys.readouterr().out
