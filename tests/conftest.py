@@ -139,6 +139,8 @@ def make_model(config: models.ModelConfig = CONFIG, seed: int = 0) -> models.Ene
 class Planted:
     """A model whose energy is a given function of images and labels."""
 
+    is_piecewise_linear = False
+
     def __init__(self, energy: Callable[[Tensor, Tensor], Tensor], config: models.ModelConfig):
         self.config = config
         self.energy = lambda weights, images, labels: energy(images, labels)

@@ -106,10 +106,10 @@ class Acceleration:
         x: Tensor,
         **settings: Any,
     ) -> Tensor:
-        """Run `sampling.langevin` with these settings on images x (N, ...), as fast as allowed; return the end points.
+        """Run `sampling.langevin` with these settings on images x (N, ...), compiled if asked; return the end points.
 
         Steps are compiled for the shape of the first chain's images; chains of another shape, such as a smaller last
-        batch, run uncompiled, because compiling takes longer than they do.
+        batch, run uncompiled, because compiling takes longer than they do. Raises UsageError if compiling fails.
         """
         self.compiled_shape = self.compiled_shape or x.shape
         compiled = self.compiled and x.shape == self.compiled_shape
@@ -138,8 +138,7 @@ class Acceleration:
 
 def accelerate_chains(settings: CompiledChains) -> Acceleration:
     """Return the means by which a script that evaluates models computes its chains: those that its settings name."""
-    asked = frozenset(["precision"] + ["compile"] * bool(settings.compile))
-    return Acceleration(settings.precision, compiled=bool(settings.compile), asked=asked)
+    return Acceleration(settings.precision, compiled=bool(settings.compile))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
