@@ -53,12 +53,11 @@ def test_each_field_is_varied_from_the_best_way_before_it():
 def test_alternatives_are_those_that_can_differ(monkeypatch):
     """Breaks when time is spent on what changes nothing, or bf16 is tried where it was not compared."""
     monkeypatch.setattr(tuning, "can_compute_bf16", lambda: True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     grey, colour = make_model(), make_model(models.ModelConfig("ResNet32Wider", (3, 8, 8), num_filters=2))
-    every = {"precision": ["bf16"], "patches": [False], "threads": [3, 1]}
+    every = {"precision": ["bf16"], "patches": [False]}
     assert tuning.list_alternatives(grey, allow_bf16=True) == every
-    assert tuning.list_alternatives(grey, allow_bf16=False) == {"patches": [False], "threads": [3, 1]}
-    assert tuning.list_alternatives(colour, allow_bf16=True) == {"fold": [False], "threads": [3, 1]}
+    assert tuning.list_alternatives(grey, allow_bf16=False) == {"patches": [False]}
+    assert tuning.list_alternatives(colour, allow_bf16=True) == {"fold": [False]}
     labelled = make_model(dataclasses.replace(CONFIG, label_size=3))  # its labels are further channels
     monkeypatch.setattr(tuning, "can_compute_bf16", lambda: False)
     assert "patches" not in tuning.list_alternatives(labelled, allow_bf16=True)
@@ -189,18 +188,25 @@ def test_settings_and_checkpoints_come_before_timing(monkeypatch):
         asked.update(alternatives)
         return tuning.Outcome(usual._replace(patches=False), ["x"], 1.0)
 
+    def choose_threads(model, chain, batch_size, way):
+        counted.append(way.threads)
+        return way, []
+
+    counted = []
     monkeypatch.setattr(tuning, "choose_way", choose_way)
+    monkeypatch.setattr(tuning, "choose_threads", choose_threads)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     state = make_state(label_size=0)
     way, words = tune(state)
-    assert not way.patches and not state.model.form.patches and "patches" in asked and asked["threads"] == [1]
+    assert not way.patches and not state.model.form.patches and asked == {"patches": [False]} and counted == [2]
     assert tuning.describe_way(state) == "float32, one channel directly, 2 threads, steps not compiled"
     assert words == "; timed: x"
     asked.clear()
+    counted.clear()
     tune(make_state(label_size=0), patches=True, threads=2)
-    assert not asked
+    assert not asked and not counted
     assert tune(make_state(label_size=0), tune=False)[0].patches and not asked
 
     kept = way._asdict() | {"on_cpu": True}
@@ -218,8 +224,9 @@ def test_settings_and_checkpoints_come_before_timing(monkeypatch):
     assert tune(make_state(label_size=0), contents={"way": kept | {"threads": 64}})[0].threads == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     asked.clear()
+    counted.clear()
     tune(make_state(label_size=0))
-    assert list(asked) == ["patches"]
+    assert asked and not counted
 
 
 def test_number_type_of_evaluations(monkeypatch, tmp_path, capsys):
@@ -244,3 +251,21 @@ def test_number_type_of_evaluations(monkeypatch, tmp_path, capsys):
     assert settle("ResNet32Wider", (3, 8, 8)) == "float32"
     monkeypatch.setattr(tuning, "can_compute_bf16", lambda: False)
     assert settle("MnistNet", SHAPE) == "float32" and not capsys.readouterr().out
+
+
+def test_threads_are_chosen_on_an_idle_machine_alone(monkeypatch):
+    """Breaks when other work, for which all threads wait, leaves a long run with one thread, or halving has no end."""
+
+    def time_ways(model, chain, count, ways):
+        tried.extend(way.threads for way in ways)
+        return [{8: 4.0, 4: 2.0, 2: 1.0, 1: 3.0}[way.threads] for way in ways]
+
+    tried, load = [], [0.1]
+    monkeypatch.setattr(tuning, "time_ways", time_ways)
+    monkeypatch.setattr(tuning.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(tuning.os, "getloadavg", lambda: (load[0], 0.0, 0.0))
+    way, trials = tuning.choose_threads(make_model(), None, 4, Way(threads=8, compiled=True))
+    assert way == Way(threads=2, compiled=True) and trials[-1] == "1 thread 0.33x" and tried[0] == 8
+    load[0] = 5.0
+    tried.clear()
+    assert tuning.choose_threads(make_model(), None, 4, Way(threads=8)) == (Way(threads=8), []) and not tried

@@ -1,6 +1,6 @@
 """Choose by timing how this machine computes Langevin steps fastest; the choice is kept for later runs.
 
-outcome = choose_way(model, chain, batch_size, Way(), {"fold": [False], "threads": [1]})
+outcome = choose_way(model, chain, batch_size, Way(), {"fold": [False], "patches": [False]})
 
 No processor is known by its name: what may differ between machines is timed for a few seconds, on the network and the
 images of the run.
@@ -47,6 +47,7 @@ GAIN = 1.05  # how many times as fast another way must be to replace the usual o
 TRIAL = 0.05  # seconds that a timed chain should take
 ROUNDS = 4
 LONG_CHAINS = 600.0  # seconds of a run's Langevin steps from which on compiling is tried, which takes about a minute
+BUSY = 0.5  # load of each core, averaged over a minute, from which on a machine is busy with other work
 EVALUATED = 16  # images of the timed chain of an evaluation
 KEPT, LARGEST_FILE = 200, 1_000_000  # outcomes in the file that keeps them, and its bytes
 FORMAT = 1  # of the outcomes; another number makes the kept ones void, as when networks are computed in another way
@@ -107,12 +108,15 @@ def tune_run(state: State, settings: TrainSettings, workers: Workers, contents: 
     elif on_cpu and settings.tune and settings.num_steps:
         alternatives = list_alternatives(state.model, allow_bf16=settings.has_plain_chains)
         tried = {field: values for field, values in alternatives.items() if field not in pinned}
-        if workers.size > 1:
-            tried.pop("threads", None)  # the cores are shared out already
         if workers.rank == 0:
+            chain, batch_size = bind_step(state, settings), count_chains(settings)
             with workers.busy():
-                outcome = choose_way(state.model, bind_step(state, settings), count_chains(settings), way, tried)
-                way, trials = outcome.way, describe_trials(outcome.trials)
+                outcome = choose_way(state.model, chain, batch_size, way, tried)
+                way, found = outcome.way, outcome.trials
+                if workers.size == 1 and "threads" not in pinned:  # otherwise the cores are shared out already
+                    way, more = choose_threads(state.model, chain, batch_size, way)
+                    found = [*found, *more]
+            trials = describe_trials(found)
         way = Way(*workers.share(list(way))[0])._replace(threads=way.threads)
     use_way(way, state)
     return trials
@@ -193,8 +197,6 @@ def list_alternatives(model: models.EnergyNetwork, *, allow_bf16: bool) -> Alter
         alternatives["fold"] = [False]
     if any(conv.weight.shape[1] == 1 for conv in convolutions):
         alternatives["patches"] = [False]
-    threads = torch.get_num_threads()
-    alternatives["threads"] = [threads >> k for k in range(1, threads.bit_length())]
     return alternatives
 
 
@@ -302,6 +304,21 @@ def choose_way(
     start = usual._replace(compiled=False)
     outcome = recall_outcome(about, start, alternatives, search)
     return outcome._replace(way=outcome.way._replace(compiled=usual.compiled or outcome.way.compiled))
+
+
+def choose_threads(model: models.EnergyNetwork, chain: Chain, batch_size: int, way: Way) -> tuple[Way, list[str]]:
+    """Return a way with the fastest number of threads, and words about the trials; see `choose_way`.
+
+    Half of them are tried, a quarter, and so on. Other work on the machine makes many threads slow, for they wait for
+    the slowest one: nothing is tried on a busy machine, and the outcome is not kept for later.
+    """
+    if os.getloadavg()[0] > BUSY * (os.cpu_count() or 1):
+        return way, []
+    fewer = [way.threads >> k for k in range(1, way.threads.bit_length())]
+    plain = way._replace(compiled=False)
+    count = choose_count(model, chain, plain, batch_size)
+    best, trials = find_fastest_way(functools.partial(time_ways, model, chain, count), plain, {"threads": fewer})
+    return way._replace(threads=best.threads), trials
 
 
 def find_fastest_way(measure: Stopwatch, usual: Way, alternatives: Alternatives) -> tuple[Way, list[str]]:
