@@ -74,7 +74,9 @@ SMALL = {
     "benchmarks/machine.py": ["--size=64"],
     "benchmarks/loader.py": ["--workers=1", "--files=4", "--batch_size=2", "--batches=1", "--rounds=1"],
     "benchmarks/tasks.py": ["--commands=sample"],
-    "benchmarks/evaluation_precision.py": ["--seeds=2", "--evaluations=democlass", "--call_flags=--num_steps=1"],
+    "benchmarks/evaluation_precision.py": [
+        *("--seeds=2", "--jobs=1", "--precisions=float32,bf16", "--evaluations=democlass", "--call_flags=--num_steps=1")
+    ],
     "benchmarks/time_to_quality.py": ["--libraries=project", "--minutes=0", "--samples=20", "--num_filters=4"],
     "benchmarks/recipes.py": ["--max_iter=1", "--test_interval=1", "--recipes=1", "--seeds=2", QUICK],
 }
