@@ -27,6 +27,7 @@ after so many iterations:
               lr 3e-3, step 100, decay 0.9                                      261 after 27
               lr 1e-2, step 100, decay 0.9                                      88 after 39; taken, with decay 0.99
     project   lr 1e-2, step 100, as in the preset                               57 after 32, 28 after 64
+              the same with 64 filters, for which it is too much                9 after 108, 100 after 228
               lr 3e-3, step 100, decay 0.9                                      1428 after 35
 """
 
