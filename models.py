@@ -78,8 +78,10 @@ class NormalizedLayer(nn.Module):
     """A weight of shape (c_out, ...) divided by its spectral norm, estimated by power iteration on the stored `u`.
 
     zero_init: for the second convolution of a residual block, which starts near zero. It is only ever scaled down: a
-    spectral norm below 1 is left as it is.
+    spectral norm below 1 is left as it is. takes_patches: the layer is a convolution that can be a product of patches.
     """
+
+    takes_patches = False
 
     def __init__(self, shape: tuple[int, ...], config: ModelConfig, *, spec_norm: bool = True, zero_init: bool = False):
         super().__init__()
@@ -89,6 +91,10 @@ class NormalizedLayer(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
         self.u: Tensor | None
         self.register_buffer("u", torch.empty(1, shape[0]) if config.spec_norm and spec_norm else None)
+
+    def uses_patches(self, form: WeightForm) -> bool:
+        """Return whether this layer is a product of patches in a form of weights, with its weights on their device."""
+        return form.patches and self.takes_patches and self.weight.device.type == "cpu"
 
     def prepare(self, update_u: bool, form: WeightForm) -> Weights:
         """Return this layer's prepared tensors; `forward` looks them up as "<self.name>.<key>"."""
@@ -132,7 +138,8 @@ def compute_same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]
 def convolve_patches(x: Tensor, matrix: Tensor, size: int, stride: int, padding: tuple[int, int]) -> Tensor:
     """Return the convolution of x with a kernel of size x size, as one product of its patches with a matrix.
 
-    matrix: the kernel, (c_in · size · size, c_out). The result is in channels-last memory format.
+    matrix: the kernel, (c_in · size · size, c_out), or one for each image, (N, c_in · size · size, c_out). The result
+    is in channels-last memory format.
     """
     patches = F.unfold(x, size, stride=stride, padding=padding).transpose(1, 2)  # (N, positions, c_in · size · size)
     height = (x.shape[2] + 2 * padding[0] - size) // stride + 1
@@ -182,6 +189,7 @@ class Conv(NormalizedLayer):
         self.pool_after = stride == 2 and config.downsample
         self.stride = 1 if self.pool_after else stride
         self.pooled, self.activation = pooled, activation
+        self.takes_patches = c_in == 1 and not pooled
         self.conditional = config.label_size > 0
         rows = max(config.label_size, 1)
         self.gb = nn.Parameter(torch.zeros(rows, c_in)) if input_bias else None
@@ -199,7 +207,7 @@ class Conv(NormalizedLayer):
             kernel = kernel * self.g.view(-1, 1, 1, 1)  # an unconditional gain is folded into the kernel
         if form.fold and self.pooled:
             kernel = fold_average_pooling(kernel)
-        if form.patches and kernel.shape[1] == 1 and not self.pooled and kernel.device.type == "cpu":
+        if self.uses_patches(form):
             weights["kernel"] = kernel.flatten(1).T
         else:
             # The formats of a single channel differ in strides alone; only a copy gets those that PyTorch goes by.
@@ -258,6 +266,36 @@ class Conv(NormalizedLayer):
 def repeat_each(x: Tensor, total: int) -> Tensor:
     """Return every row of x (N, ...) several times in a row, as (total, ...); total: a multiple of N."""
     return x if len(x) == total else x.repeat_interleave(total // len(x), 0)
+
+
+class ConvWithPlanes(NormalizedLayer):
+    """The convolution by which MnistNet is conditioned: 3x3, of the image and of the label / 10 as constant planes.
+
+    As a product of patches, an image has a single plane of ones instead, and kernels of its own: that of the plane is
+    the sum of the label's kernels, weighted by the label. This takes far fewer multiplications.
+    """
+
+    def __init__(self, c_image: int, c_out: int, config: ModelConfig, *, activation: Activation):
+        super().__init__((c_out, c_image + config.label_size, 3, 3), config)
+        self.takes_patches, self.activation = c_image == 1, activation
+
+    def prepare(self, update_u: bool, form: WeightForm) -> Weights:
+        kernel = self.normalize_weight(update_u)
+        if not self.uses_patches(form):
+            return {"kernel": kernel.contiguous(memory_format=form.memory_format)}
+        image, planes = kernel.flatten(2).permute(1, 2, 0).tensor_split([1])  # (channels, 3 · 3, c_out)
+        return {"kernel": image, "label_kernels": planes.flatten(1) / 10}
+
+    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
+        assert labels is not None, "a conditional network checks its labels before its first stage"
+        kernel, plane_shape = weights[f"{self.name}.kernel"], (len(x), -1, *x.shape[2:])
+        if kernel.dim() == 4:
+            x = torch.cat([x, (labels / 10)[:, :, None, None].expand(plane_shape)], 1)
+            return self.activation(F.conv2d(x.contiguous(memory_format=torch.channels_last), kernel, padding=1))
+        label_kernels = (labels @ weights[f"{self.name}.label_kernels"]).unflatten(1, (9, -1))  # (N, 3 · 3, c_out)
+        matrices = torch.cat([kernel.expand(len(x), -1, -1), label_kernels], 1)
+        x = torch.cat([x, x.new_ones(1, 1, 1, 1).expand(plane_shape)], 1)
+        return self.activation(convolve_patches(x, matrices, 3, 1, (1, 1)))
 
 
 class Dense(NormalizedLayer):
@@ -339,15 +377,6 @@ class ResidualBlock(nn.Module):
         return self.activation(h + x)
 
 
-class LabelPlanes(nn.Module):
-    """The stage by which MnistNet is conditioned: it appends the label, divided by 10, as constant input planes."""
-
-    def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
-        assert labels is not None, "a conditional network checks its labels before its first stage"
-        planes = (labels / 10)[:, :, None, None].expand(-1, -1, *x.shape[2:])
-        return torch.cat([x, planes], dim=1)
-
-
 class Flatten(nn.Module):
     """The stage (N, C, H, W) -> (N, H·W·C), in the order of the reference's NHWC tensors.
 
@@ -377,8 +406,8 @@ def build_mnist_stages(config: ModelConfig) -> dict[str, nn.Module]:
     """Return the stages of MnistNet: a 3x3 convolution, three 4x4 convolutions of stride 2 and a dense head."""
     width = config.num_filters
     activation = F.silu if config.swish_act else leaky_relu
-    stages: dict[str, nn.Module] = {"labels": LabelPlanes()} if config.label_size else {}
-    stages["c1_pre"] = Conv(config.image_shape[0] + config.label_size, 64, config, activation=activation)
+    first = ConvWithPlanes if config.label_size else Conv
+    stages: dict[str, nn.Module] = {"c1_pre": first(config.image_shape[0], 64, config, activation=activation)}
     for name, c_in, c_out in (("c1", 64, width), ("c2", width, 2 * width), ("c3", 2 * width, 4 * width)):
         stages[name] = Conv(c_in, c_out, config, kernel_size=4, stride=2, activation=activation)
     return stages | build_dense_head(4 * width, 2 * width, 3, config, activation)
@@ -489,7 +518,7 @@ NETWORKS: dict[str, Callable[[ModelConfig], dict[str, nn.Module]]] = {
 }
 
 # Layers that are piecewise linear if their activations are.
-PIECEWISE_LINEAR_LAYERS = (Conv, Dense, ResidualBlock, LabelPlanes, Flatten, GlobalSum)
+PIECEWISE_LINEAR_LAYERS = (Conv, ConvWithPlanes, Dense, ResidualBlock, Flatten, GlobalSum)
 
 # A residual network halves images so often that nothing is left of smaller ones; the others round their sides up.
 SMALLEST_SIDES = {"ResNet128": 32} | dict.fromkeys(("ResNet32", "ResNet32Large", "ResNet32Larger", "ResNet32Wider"), 8)

@@ -58,10 +58,10 @@ def test_alternatives_are_those_that_can_differ(monkeypatch):
     assert tuning.list_alternatives(grey, allow_bf16=True) == every
     assert tuning.list_alternatives(grey, allow_bf16=False) == {"patches": [False]}
     assert tuning.list_alternatives(colour, allow_bf16=True) == {"fold": [False]}
-    labelled = make_model(dataclasses.replace(CONFIG, label_size=3))  # its labels are further channels
     monkeypatch.setattr(tuning, "can_compute_bf16", lambda: False)
-    assert "patches" not in tuning.list_alternatives(labelled, allow_bf16=True)
-    assert "precision" not in tuning.list_alternatives(grey, allow_bf16=True)
+    for shape, names in ((CONFIG.image_shape, ["patches"]), ((3, 8, 8), [])):
+        labelled = make_model(dataclasses.replace(CONFIG, image_shape=shape, label_size=3))
+        assert list(tuning.list_alternatives(labelled, allow_bf16=True)) == names
 
 
 def choose(model, batch_size=4, usual=None):
@@ -157,19 +157,20 @@ def test_timing_changes_nothing():
     assert all(map(torch.equal, before["vectors"], after["vectors"])) and torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("network", ["MnistNet", "ResNet32"])
-def test_all_forms_give_the_same_energies(network):
-    """Breaks when a form of the weights that timing may choose is another network."""
-    model = make_model(models.ModelConfig(network, (1, 28, 28), num_filters=4))
+@pytest.mark.parametrize(("network", "label_size"), [("MnistNet", 0), ("MnistNet", 3), ("ResNet32", 0)])
+def test_all_forms_give_the_same_energies(network, label_size):
+    """Breaks when a form of the weights that timing may choose is another network, or forgets the labels."""
+    model = make_model(models.ModelConfig(network, (1, 28, 28), num_filters=4, label_size=label_size))
     images = torch.rand(3, 1, 28, 28, generator=make_generator())
+    labels = 3 * torch.rand(3, label_size, generator=make_generator()) if label_size else None
     forms = [models.WeightForm(fold=fold, patches=patches) for fold in (True, False) for patches in (True, False)]
     kernels = [model.prepare(form=form)["c1_pre.kernel"] for form in forms]
-    assert [kernel.dim() for kernel in kernels] == [2, 4, 2, 4]
-    energies = [model.energy(model.prepare(form=form), images) for form in forms]
+    assert [kernel.dim() == 4 for kernel in kernels] == [False, True, False, True]
+    energies = [model.energy(model.prepare(form=form), images, labels) for form in forms]
     for other in energies[1:]:
         torch.testing.assert_close(other, energies[0], rtol=1e-4, atol=1e-6)
     model.form = forms[1]
-    assert torch.equal(model(images), energies[1])
+    assert torch.equal(model(images, labels), energies[1])
 
 
 def tune(state, contents=None, **settings):

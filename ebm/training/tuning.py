@@ -50,7 +50,7 @@ LONG_CHAINS = 600.0  # seconds of a run's Langevin steps from which on compiling
 BUSY = 0.5  # load of each core, averaged over a minute, from which on a machine is busy with other work
 EVALUATED = 16  # images of the timed chain of an evaluation
 KEPT, LARGEST_FILE = 200, 1_000_000  # outcomes in the file that keeps them, and its bytes
-FORMAT = 1  # of the outcomes; another number makes the kept ones void, as when networks are computed in another way
+FORMAT = 2  # of the outcomes; another number makes the kept ones void, as when networks are computed in another way
 
 Settled = TypeVar("Settled", bound=ChainPrecision)
 Stopwatch = Callable[[Sequence["Way"]], list[float]]  # returns the best time of a chain in each of several ways
@@ -189,13 +189,13 @@ def list_alternatives(model: models.EnergyNetwork, *, allow_bf16: bool) -> Alter
 
     allow_bf16: whether the chains are of the kind that was compared in bf16 and float32, plain Langevin steps.
     """
-    convolutions = [module for module in model.modules() if isinstance(module, models.Conv)]
+    layers = [module for module in model.modules() if isinstance(module, models.NormalizedLayer)]
     alternatives: Alternatives = {}
     if allow_bf16 and model.config.network in BF16_NETWORKS and can_compute_bf16():
         alternatives["precision"] = ["bf16"]
-    if any(conv.pooled for conv in convolutions):
+    if any(isinstance(layer, models.Conv) and layer.pooled for layer in layers):
         alternatives["fold"] = [False]
-    if any(conv.weight.shape[1] == 1 for conv in convolutions):
+    if any(layer.takes_patches for layer in layers):
         alternatives["patches"] = [False]
     return alternatives
 
