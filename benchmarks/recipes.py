@@ -55,6 +55,7 @@ class Settings(timing.BenchmarkOutput):
     train_flags: str = flag("", "more flags of train.py for all runs")
     recipes: int = flag(len(RECIPES), "number of recipes, the first ones", at_least=1)
     precisions: tuple[str, ...] = flag((), "compare these number types instead", choices=tuple(PRECISIONS))
+    emulate_bf16: bool = flag(False, "on a CPU without bf16: compute in float32, rounded to bf16 after each layer")
     seeds: int = flag(1, "runs per recipe, from different seeds", at_least=1)
     max_iter: int = flag(400, "iterations of a run", at_least=1)
     test_interval: int = flag(50, "iterations between measurements", at_least=1)
@@ -149,7 +150,7 @@ def main(settings: Settings) -> None:
     timing.prepare_output(settings)
     plan = plan_calls(settings)
     runs: Runs = {name: {} for name in choose_recipes(settings)}
-    for call in run_calls(list(plan), settings.jobs):
+    for call in run_calls(list(plan), settings.jobs, emulate_bf16=settings.emulate_bf16):
         name, seed = plan[call]
         runs[name][seed] = find_folder(settings, name, seed)
         if settings.output:
