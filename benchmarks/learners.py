@@ -29,7 +29,7 @@ BATCH = 250  # images that are sampled or rated at once
 # Settings of the other libraries, see `time_to_quality.py`. Their images are in [-1, 1].
 TORCHEBM: dict[str, Any] = {
     "spectral_norm": True,
-    "lr": 1e-2,
+    "lr": 3e-3,
     "batch_size": 32,
     "step_size": 100.0,
     "noise": 0.005,
@@ -41,7 +41,7 @@ TORCHEBM: dict[str, Any] = {
 }
 EBMKIT: dict[str, Any] = {
     "spectral_norm": True,
-    "lr": 3e-3,
+    "lr": 1e-3,
     "batch_size": 32,
     "step_size": 100.0,
     "noise": 0.005,
