@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import importlib
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -270,7 +271,8 @@ class ProjectLearner:
 
             def save_checkpoint(self) -> pathlib.Path:
                 self.save()
-                return self.settings.folder / f"model_{self.state.iteration}.pt"
+                kept = folder.with_name(f"{folder.name}_{watch.iterations}.pt")  # a run that rolls back moves its own
+                return pathlib.Path(shutil.copy(folder / f"model_{self.state.iteration}.pt", kept))
 
         train.Run = WatchedRun  # type: ignore[misc, assignment]
         folder = pathlib.Path(self.job.folder)
