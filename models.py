@@ -208,7 +208,7 @@ class Conv(NormalizedLayer):
         if form.fold and self.pooled:
             kernel = fold_average_pooling(kernel)
         if self.uses_patches(form):
-            weights["kernel"] = kernel.flatten(1).T
+            weights["kernel"] = kernel.flatten(1).T.clone()
         else:
             # The formats of a single channel differ in strides alone; only a copy gets those that PyTorch goes by.
             weights["kernel"] = kernel.clone(memory_format=form.memory_format)
@@ -284,7 +284,7 @@ class ConvWithPlanes(NormalizedLayer):
         if not self.uses_patches(form):
             return {"kernel": kernel.contiguous(memory_format=form.memory_format)}
         image, planes = kernel.flatten(2).permute(1, 2, 0).tensor_split([1])  # (channels, 3 · 3, c_out)
-        return {"kernel": image, "label_kernels": planes.flatten(1) / 10}
+        return {"kernel": image.clone(), "label_kernels": planes.flatten(1) / 10}
 
     def forward(self, weights: Weights, x: Tensor, labels: Tensor | None) -> Tensor:
         assert labels is not None, "a conditional network checks its labels before its first stage"

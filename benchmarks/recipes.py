@@ -6,7 +6,8 @@
 
 Quality is the classifier Fréchet distance of train.py --quality, of chains from noise. The first recipe is the preset
 with the published learning rate; each other recipe changes settings of the preset. --precisions compares number types
-of the unchanged preset instead. The folders of the runs stay in --logdir.
+of the unchanged preset instead; with --emulate_bf16 also on a CPU without instructions for bf16, which would take many
+times as long. The folders of the runs stay in --logdir.
 
 With several seeds, every recipe is compared with the first one by a t-test, paired by seed, of the logarithm of the
 distance, averaged over the second half of each run. Runs that fail are left out, and so is their seed in this test. The

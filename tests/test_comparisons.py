@@ -5,8 +5,10 @@ import json
 import math
 
 import pytest
+import torch
+from torch.nn import functional as F
 
-from conftest import ROOT
+from conftest import ROOT, make_generator
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +28,19 @@ def test_a_call_that_fails_does_not_end_the_others(tmp_path, capsys):
     assert (
         "failed: python machine.py --size=none: UsageError" in printed and "done: python machine.py --size=8" in printed
     )
+
+
+def test_emulated_bf16_rounds_factors_and_products():
+    """Breaks when an emulated product is computed in bf16, is not rounded, or float32 is rounded, too."""
+    calls = importlib.import_module("calls")
+    x, kernel = (torch.randn(shape, generator=make_generator()) for shape in ((2, 3, 5, 5), (4, 3, 3, 3)))
+    half, half_kernel = x.bfloat16(), kernel.bfloat16()
+    expected = F.conv2d(half.float(), half_kernel.float()), F.conv2d(x, kernel)
+    with calls.EmulatedBf16():
+        assert torch.equal(F.conv2d(half, half_kernel), expected[0].bfloat16())
+        assert torch.equal(F.conv2d(x, kernel), expected[1])
+        matrix = half_kernel.flatten(1)
+        assert torch.equal(matrix @ matrix.T, (matrix.float() @ matrix.float().T).bfloat16())
 
 
 def test_recipes_are_compared_by_seed(tmp_path):

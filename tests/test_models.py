@@ -53,6 +53,17 @@ def test_labels_matter_and_are_checked():
         model(images[:, :, 1:], torch.eye(3)[:2])
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.network}-{c.label_size}")
+def test_frozen_weights_do_not_follow_an_update(config):
+    """Breaks when frozen weights share memory with parameters: an update would then change what a chain descends."""
+    model = make_model(dataclasses.replace(config, spec_norm=False))
+    frozen = models.detach(model.prepare())
+    before = {name: tensor.clone() for name, tensor in frozen.items()}
+    with torch.no_grad():
+        torch._foreach_add_(list(model.parameters()), 1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.items())
+
+
 @pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3], CONFIGS[5]], ids=lambda c: c.network)
 def test_energies_of_bound_images(config, monkeypatch):
     """Breaks when energies or their slopes over labels are others where the first stages are computed once.

@@ -129,7 +129,7 @@ def run(place, command):
         command = command.replace(words, value)
     launcher, script, words = re.fullmatch(r"(mpiexec -n \d+ )?python (\S+)(.*)", command).groups()
     words = shlex.split(words, comments=True) + SMALL[script]
-    if script == "benchmarks/recipes.py" and ("--precisions" not in command or "mnist" in command):
+    if script == "benchmarks/recipes.py" and "precision_digits" not in command:
         words.append("--seeds=1")  # one command with several seeds is enough: each run trains a classifier
     elif script == "benchmarks/recipes.py":
         words.append("--precisions=float32")  # the other command has both
