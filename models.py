@@ -56,8 +56,8 @@ class WeightForm:
     """The form of prepared weights: which of several ways to compute the same energy they stand for.
 
     All forms give equal energies up to rounding; which one is fastest depends on the machine. fold: average pooling is
-    merged into the kernel before it. patches: on a CPU, a convolution of a single channel is a matrix product of
-    patches. memory_format: that of all other kernels.
+    merged into the kernel before it. patches: on a CPU, a convolution of a single channel, or of one beside the planes
+    of a label, is a matrix product of patches. memory_format: that of all other kernels.
     """
 
     fold: bool = True
