@@ -6,11 +6,12 @@ images = langevin(energy, start, num_steps=60, step_lr=10.0)  # energy(images) -
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ebm.support.errors import UsageError
 
@@ -80,6 +81,43 @@ def langevin_step(
     return restrict(noised - step_lr * clip(gradient(energy, x if gradient_first else noised)))
 
 
+class RecomputedStep(torch.autograd.Function):
+    """A Langevin step that remembers its images and noise for the backward pass, and computes all else again there.
+
+    step: the end of the step as a function of images, noise, and whether it carries a graph. weights: the tensors
+    inside its energy that receive gradients. PyTorch's own checkpoint would evaluate the network a third time, because
+    the step itself contains a backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, step: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor, noise: Tensor, *weights: Tensor):
+        ctx.step = step
+        ctx.save_for_backward(x, noise, *weights)
+        ctx.random_state, ctx.device_states = torch.get_rng_state(), get_device_states(x)  # dropout draws from these
+        return step(x, noise, False)
+
+    @staticmethod
+    def backward(ctx: Any, end_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, noise, *weights = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad(), torch.random.fork_rng(ctx.device_states[0]):
+            torch.set_rng_state(ctx.random_state)
+            set_device_states(*ctx.device_states)
+            end = ctx.step(x, noise, True)
+        x_gradient, *gradients = torch.autograd.grad(end, (x, *weights), end_gradient, allow_unused=True)
+        return None, x_gradient, None, *gradients
+
+
+def make_recomputed_step(weights: Sequence[Tensor], energy: Energy, x: Tensor, noise: Tensor, *rest: Any) -> Tensor:
+    """Return the images after one `langevin_step`, with the autograd graph to x and to weights inside the energy."""
+
+    def step(x: Tensor, noise: Tensor, create_graph: bool) -> Tensor:
+        gradient = functools.partial(compute_input_gradient, create_graph=create_graph)
+        return functools.partial(langevin_step, gradient=gradient)(energy, x, noise, *rest)
+
+    return RecomputedStep.apply(step, x, noise, *(tensor for tensor in weights if tensor.requires_grad))
+
+
 class CannotCompile(Exception):
     """The error of a Langevin step that cannot be compiled on this machine; its message says why."""
 
@@ -127,7 +165,7 @@ def langevin(
     generator: Generator = None,
     gradient_first: bool = False,
     after_step: Callable[[Tensor], object] | None = None,
-    differentiable: bool = False,
+    differentiable_in: Iterable[Tensor] | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Run Langevin dynamics on images (N, ...) and return the end points (paper, section 3.2).
@@ -140,14 +178,16 @@ def langevin(
     project: maps images to allowed ones and replaces the clipping to `bounds`, for example into a ball or back to known
     pixels. generator: the source of the noise. gradient_first: take the gradient before the noise is added.
     after_step: called with the images after each step.
-    differentiable: return end points that carry the autograd graph of the whole chain, to the weights and to x. Each
-    step is computed again in the backward pass, so that memory holds the images of every step but the activations of
-    one. Without it, the weights inside `energy` must be frozen.
+    differentiable_in: tensors inside `energy`, such as its weights; return end points that carry the autograd graph of
+    the whole chain, to these and to x. Each step is computed again in the backward pass, so that memory holds the
+    images of every step but the activations of one.
     compiled: run each step as one compiled function, with equal results up to rounding; not for a differentiable chain.
     Raises CannotCompile if the step cannot be compiled.
     """
-    gradient = functools.partial(compute_input_gradient, create_graph=differentiable)
-    step = compile_step() if compiled else functools.partial(langevin_step, gradient=gradient)
+    if differentiable_in is not None:
+        step: Callable[..., Tensor] = functools.partial(make_recomputed_step, list(differentiable_in))
+    else:
+        step = compile_step() if compiled else langevin_step
     clip = functools.partial(clip_gradient, proj_norm=proj_norm, proj_norm_type=proj_norm_type)
     restrict = project or functools.partial(torch.clamp, min=bounds[0], max=bounds[1])
     energies = [energy] if callable(energy) else energy
@@ -156,8 +196,7 @@ def langevin(
         if compiled and callable(step_lr):
             rate = torch.tensor(rate, device=x.device)  # a number would be compiled in, again for each step
         for step_energy in energies:
-            arguments = step_energy, x, std * draw_noise(x, generator), rate, clip, restrict, gradient_first
-            x = checkpoint(step, *arguments, use_reentrant=False) if differentiable else step(*arguments)
+            x = step(step_energy, x, std * draw_noise(x, generator), rate, clip, restrict, gradient_first)
         if after_step is not None:
             after_step(x)
     return x

@@ -175,15 +175,55 @@ def test_gradient_through_the_chain():
     """Breaks when recomputation changes the gradient of x_K = x_0 (1 − step·a)^K with respect to a."""
     a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     x = torch.full((1, 1), 0.9, dtype=torch.float64)
-    end = sampling.langevin(quadratic(a), x, num_steps=6, step_lr=0.1, noise_std=0.0, differentiable=True)
+    end = sampling.langevin(quadratic(a), x, num_steps=6, step_lr=0.1, noise_std=0.0, differentiable_in=[a])
     (gradient,) = torch.autograd.grad(end.sum(), a)
     assert gradient.item() == pytest.approx(-0.1 * 6 * 0.9 * 0.8**5)
+
+
+@pytest.mark.parametrize("gradient_first", [False, True])
+def test_recomputed_chain_has_the_gradients_of_a_kept_one(gradient_first):
+    """Breaks when recomputing misses noise, clips, walls or dropout, or draws other numbers afterwards.
+
+    The same chain in plain autograd, which keeps all activations, has equal end points and gradients.
+    """
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(6, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    start = torch.rand(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    energies = [
+        lambda x: torch.nn.functional.dropout(torch.tanh(x @ weight), 0.5).square().sum(1),
+        lambda x: torch.sin(3 * x @ weight.T).sum(1),
+    ]
+
+    def run_chain(chain):
+        torch.manual_seed(0)
+        end = chain(torch.Generator().manual_seed(4))
+        gradients = torch.autograd.grad(end.square().sum(), (weight, start))
+        return end, *gradients, torch.rand(3)
+
+    def keep_all(generator):
+        x = start
+        for _ in range(3):
+            for energy in energies:
+                noised = x + 0.1 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+                place = x if gradient_first else noised
+                gradient = torch.autograd.grad(energy(place).sum(), place, create_graph=True)[0]
+                x = (noised - 0.2 * gradient.clamp(-0.8, 0.8)).clamp(0.0, 1.0)
+        return x
+
+    def recompute(generator):
+        settings = {"num_steps": 3, "step_lr": 0.2, "noise_std": 0.1, "proj_norm": 0.8}
+        return sampling.langevin(
+            energies, start, generator=generator, gradient_first=gradient_first, differentiable_in=[weight], **settings
+        )
+
+    for ours, theirs in zip(run_chain(recompute), run_chain(keep_all), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
 def test_gradient_through_the_chain_to_its_start():
     """Breaks when a differentiable chain forgets where it started: dx_K / dx_0 = (1 − step·a)^K."""
     x = torch.full((2, 1), 0.9, dtype=torch.float64, requires_grad=True)
-    end = sampling.langevin(quadratic(2.0), x, num_steps=6, step_lr=0.1, differentiable=True)
+    end = sampling.langevin(quadratic(2.0), x, num_steps=6, step_lr=0.1, differentiable_in=())
     (gradient,) = torch.autograd.grad(end.sum(), x)
     torch.testing.assert_close(gradient, torch.full_like(gradient, 0.8**6))
 

@@ -150,7 +150,7 @@ def run_product_chain(
     energy: of a ProductNetwork, whose first network is that of the position. labels: (N, sum of widths). Each round
     takes a step on the position's energy, then one on the other. As in the release, the gradient of the position's
     energy is always that at the chain's start, and noise is added twice before the first step, never before the second.
-    differentiable: as in `langevin`.
+    differentiable: let gradients flow back through the chains, to the weights and to `start`.
     """
     assert isinstance(energy.model, ProductNetwork)
     first, second = energy.model.bind_energies(energy.weights, labels)
@@ -166,7 +166,7 @@ def run_product_chain(
             step_lr=step_lr,
             noise_std=0.0,
             generator=run.generator,
-            differentiable=differentiable,
+            differentiable_in=energy.weights.values() if differentiable else None,
         )
     return x
 

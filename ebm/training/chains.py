@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,7 +33,8 @@ def run_chains(
         return run_hmc_chain(tempered.under(labels), start, settings, state.generator)
     if not settings.zero_kl:
         tempered = PreparedEnergy(energy.model, energy.weights, temperature=settings.temperature)
-        return run_langevin_chain(tempered.under(labels), start, settings, state.generator), None
+        through = energy.weights.values()
+        return run_langevin_chain(tempered.under(labels), start, settings, state.generator, through), None
     chain = bind_chain(energy.model, settings, state.generator)
     return state.acceleration.run(chain, energy.weights, start, labels, state.generator, repeated=True), None
 
@@ -43,13 +46,18 @@ def bind_chain(model: EnergyNetwork, settings: TrainSettings, generator: torch.G
         energy = PreparedEnergy(model, weights, temperature=settings.temperature).under(labels)
         if settings.hmc:
             return run_hmc_chain(energy, x, settings, generator)[0]
-        return run_langevin_chain(energy, x, settings, generator, compiled)
+        return run_langevin_chain(energy, x, settings, generator, compiled=compiled)
 
     return chain
 
 
 def run_langevin_chain(
-    energy: Energy, start: Tensor, settings: TrainSettings, generator: torch.Generator, compiled: bool = False
+    energy: Energy,
+    start: Tensor,
+    settings: TrainSettings,
+    generator: torch.Generator,
+    differentiable_in: Iterable[Tensor] | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Return the end points of Langevin chains with the settings of a run; images are in [0, rescale]."""
     return langevin(
@@ -62,7 +70,7 @@ def run_langevin_chain(
         proj_norm_type=settings.proj_norm_type,
         bounds=settings.bounds,
         generator=generator,
-        differentiable=not settings.zero_kl,
+        differentiable_in=differentiable_in,
         compiled=compiled,
     )
 
