@@ -15,11 +15,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib
 import multiprocessing
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -28,6 +29,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import data
 import models
+import sampling
 import timing
 from ebm.settings import TrainSettings
 from ebm.support import cli, pictures
@@ -88,10 +90,11 @@ def measure_iteration(settings: Settings, num_steps: int, batch_size: int, scale
                 start = start_chains(state, train_settings, images)
                 train_step(state, train_settings, images, None, start, average_gradients=lambda: None)
 
-    def call_step(step: Callable[..., object], *arguments: object, use_reentrant: bool) -> object:
-        return step(*arguments)
+    def keep_step(weights: object, *arguments: Any) -> torch.Tensor:
+        gradient = functools.partial(sampling.compute_input_gradient, create_graph=True)
+        return functools.partial(sampling.langevin_step, gradient=gradient)(*arguments)
 
-    with mock.patch("sampling.checkpoint", call_step) if what == "KL, kept" else contextlib.nullcontext():
+    with mock.patch("sampling.make_recomputed_step", keep_step) if what == "KL, kept" else contextlib.nullcontext():
         memory = timing.measure_peak_memory(run, device)
         seconds = timing.measure_best_seconds({what: run}, settings.rounds, device)[what]
     place = {"steps": num_steps, "batch": batch_size, "scale": scale, "what": what}
@@ -132,7 +135,7 @@ def plot_costs(settings: Settings, rows: Sequence[Mapping[str, Any]], hardware: 
 
 
 def main(settings: Settings) -> None:
-    dynamo = importlib.import_module("torch._dynamo")  # slow; the KL term would load it while memory is measured
+    dynamo = importlib.import_module("torch._dynamo")  # slow; the optimizer would load it while memory is measured
     dynamo.config.recompile_limit = 100  # a step for each network and batch
     timing.prepare_output(settings)
     steps, batch_sizes, scales = settings.steps, settings.batch_sizes, settings.scales
