@@ -42,7 +42,7 @@ from ebm.training.state import State
 from sampling import CannotCompile, langevin
 
 # Networks whose curves and figures cannot be told from those in float32 if their chains are in bf16 (docs/speed.md).
-BF16_NETWORKS = ("MnistNet", "ResNet32")
+BF16_NETWORKS = ("MnistNet", "DspritesNet", "ResNet32")
 GAIN = 1.05  # how many times as fast another way must be to replace the usual one
 TRIAL = 0.05  # seconds that a timed chain should take
 ROUNDS = 4
