@@ -84,38 +84,38 @@ def langevin_step(
 class RecomputedStep(torch.autograd.Function):
     """A Langevin step that remembers its images and noise for the backward pass, and computes all else again there.
 
-    step: the end of the step as a function of images, noise, and whether it carries a graph. weights: the tensors
-    inside its energy that receive gradients. PyTorch's own checkpoint would evaluate the network a third time, because
-    the step itself contains a backward pass.
+    step: the end of the step as a function of images, noise, and whether it carries a graph. tensors: those inside it
+    that receive gradients. PyTorch's own checkpoint would evaluate the network a third time, because the step itself
+    contains a backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, step: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor, noise: Tensor, *weights: Tensor):
+    def forward(ctx: Any, step: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor, noise: Tensor, *tensors: Tensor):
         ctx.step = step
-        ctx.save_for_backward(x, noise, *weights)
+        ctx.save_for_backward(x, noise, *tensors)
         ctx.random_state, ctx.device_states = torch.get_rng_state(), get_device_states(x)  # dropout draws from these
         return step(x, noise, False)
 
     @staticmethod
     def backward(ctx: Any, end_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, noise, *weights = ctx.saved_tensors
+        x, noise, *tensors = ctx.saved_tensors
         x = x.detach().requires_grad_()
         with torch.enable_grad(), torch.random.fork_rng(ctx.device_states[0]):
             torch.set_rng_state(ctx.random_state)
             set_device_states(*ctx.device_states)
             end = ctx.step(x, noise, True)
-        x_gradient, *gradients = torch.autograd.grad(end, (x, *weights), end_gradient, allow_unused=True)
+        x_gradient, *gradients = torch.autograd.grad(end, (x, *tensors), end_gradient, allow_unused=True)
         return None, x_gradient, None, *gradients
 
 
-def make_recomputed_step(weights: Sequence[Tensor], energy: Energy, x: Tensor, noise: Tensor, *rest: Any) -> Tensor:
-    """Return the images after one `langevin_step`, with the autograd graph to x and to weights inside the energy."""
+def make_recomputed_step(tensors: Sequence[Tensor], energy: Energy, x: Tensor, noise: Tensor, *rest: Any) -> Tensor:
+    """Return the images after one `langevin_step`, with the autograd graph to x and to tensors inside the step."""
 
     def step(x: Tensor, noise: Tensor, create_graph: bool) -> Tensor:
         gradient = functools.partial(compute_input_gradient, create_graph=create_graph)
         return functools.partial(langevin_step, gradient=gradient)(energy, x, noise, *rest)
 
-    return RecomputedStep.apply(step, x, noise, *(tensor for tensor in weights if tensor.requires_grad))
+    return RecomputedStep.apply(step, x, noise, *(tensor for tensor in tensors if tensor.requires_grad))
 
 
 class CannotCompile(Exception):
@@ -178,9 +178,9 @@ def langevin(
     project: maps images to allowed ones and replaces the clipping to `bounds`, for example into a ball or back to known
     pixels. generator: the source of the noise. gradient_first: take the gradient before the noise is added.
     after_step: called with the images after each step.
-    differentiable_in: tensors inside `energy`, such as its weights; return end points that carry the autograd graph of
-    the whole chain, to these and to x. Each step is computed again in the backward pass, so that memory holds the
-    images of every step but the activations of one.
+    differentiable_in: all tensors inside `energy` and `project` that shall receive gradients, such as weights. The end
+    points then carry the autograd graph of the whole chain, to these tensors and to x. Each step is computed again in
+    the backward pass, so that memory holds the images of every step but the activations of one.
     compiled: run each step as one compiled function, with equal results up to rounding; not for a differentiable chain.
     Raises CannotCompile if the step cannot be compiled.
     """

@@ -219,7 +219,7 @@ class ExaminedModel:
                 proj_norm=self.proj_norm * self.rescale,
                 project=lambda y: restrict(y, start),
                 generator=self.generator,
-                differentiable_in=() if differentiable else None,
+                differentiable_in=[start] if differentiable else None,  # the centre of a ball that moves with x
             )
 
     def classify_batch(self, x: Tensor, refine: float | None = None, *, differentiable: bool = False) -> Tensor:
