@@ -135,7 +135,7 @@ def plot_costs(settings: Settings, rows: Sequence[Mapping[str, Any]], hardware: 
 
 
 def main(settings: Settings) -> None:
-    dynamo = importlib.import_module("torch._dynamo")  # slow; the optimizer would load it while memory is measured
+    dynamo = importlib.import_module("torch._dynamo")  # slow; compiling would load it while memory is measured
     dynamo.config.recompile_limit = 100  # a step for each network and batch
     timing.prepare_output(settings)
     steps, batch_sizes, scales = settings.steps, settings.batch_sizes, settings.scales
