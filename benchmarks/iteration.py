@@ -6,8 +6,9 @@
     python benchmarks/iteration.py --device=cuda --precision=fp16 --network=ResNet32Large --steps=60 --batch_sizes=128
 
 On a GPU the chain is compiled and captured, as in train.py. The gradient of the KL term flows through the whole chain,
-whose steps are computed again in the backward pass; "KL, kept" keeps all activations instead, which is the simplest way
-to write it. Memory is the peak minus the memory that the process held before.
+whose steps are computed again in the backward pass. "KL, checkpoint" does so by torch.utils.checkpoint, and "KL, kept"
+keeps all activations instead, which is the simplest way to write it. Memory is the peak minus the memory that the
+process held before.
 """
 
 from __future__ import annotations
@@ -15,21 +16,20 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import importlib
 import multiprocessing
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import data
 import models
-import sampling
 import timing
 from ebm.settings import TrainSettings
 from ebm.support import cli, pictures
@@ -40,6 +40,12 @@ from ebm.training.chains import run_chains
 from ebm.training.state import State
 from train import start_chains, train_step
 from utils import REPLAY_SIZE, ClippedAdam, ReplayBuffer
+
+# Other ways to take a step of a differentiable chain, in place of `RecomputedStep.apply`.
+OTHER_STEPS: dict[str, Callable[..., torch.Tensor]] = {
+    "KL, checkpoint": lambda step, x, noise, *tensors: checkpoint(step, x, noise, True, use_reentrant=False),
+    "KL, kept": lambda step, x, noise, *tensors: step(x, noise, True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +69,7 @@ def measure_iteration(settings: Settings, num_steps: int, batch_size: int, scale
     """Return a row of figures of a training iteration.
 
     scale: a factor of the sides of images. what: "iteration", "chain" (its chain alone), "KL" (an iteration with the KL
-    term), or "KL, kept" (the same with all activations in memory).
+    term), or one of OTHER_STEPS.
     """
     device, on_gpu = settings.device, settings.device == "cuda"
     set_kernel_choice(deterministic=False)
@@ -90,11 +96,8 @@ def measure_iteration(settings: Settings, num_steps: int, batch_size: int, scale
                 start = start_chains(state, train_settings, images)
                 train_step(state, train_settings, images, None, start, average_gradients=lambda: None)
 
-    def keep_step(weights: object, *arguments: Any) -> torch.Tensor:
-        gradient = functools.partial(sampling.compute_input_gradient, create_graph=True)
-        return functools.partial(sampling.langevin_step, gradient=gradient)(*arguments)
-
-    with mock.patch("sampling.make_recomputed_step", keep_step) if what == "KL, kept" else contextlib.nullcontext():
+    other_step = OTHER_STEPS.get(what)
+    with mock.patch("sampling.RecomputedStep.apply", other_step) if other_step else contextlib.nullcontext():
         memory = timing.measure_peak_memory(run, device)
         seconds = timing.measure_best_seconds({what: run}, settings.rounds, device)[what]
     place = {"steps": num_steps, "batch": batch_size, "scale": scale, "what": what}
@@ -112,7 +115,8 @@ def plot_costs(settings: Settings, rows: Sequence[Mapping[str, Any]], hardware: 
         "batch size": ("batch", "iteration"),
         "image area": ("scale", "iteration"),
         "steps, KL term": ("steps", "KL"),
-        "steps, KL term, all kept": ("steps", "KL, kept"),
+        "steps, KL, checkpoint": ("steps", "KL, checkpoint"),
+        "steps, KL, all kept": ("steps", "KL, kept"),
     }
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for ylabel, figure in (("ms per iteration", "ms"), ("peak memory, MB", "peak MB")):
@@ -135,11 +139,11 @@ def plot_costs(settings: Settings, rows: Sequence[Mapping[str, Any]], hardware: 
 
 
 def main(settings: Settings) -> None:
-    dynamo = importlib.import_module("torch._dynamo")  # slow; compiling would load it while memory is measured
+    dynamo = importlib.import_module("torch._dynamo")  # slow; checkpoint would load it while memory is measured
     dynamo.config.recompile_limit = 100  # a step for each network and batch
     timing.prepare_output(settings)
     steps, batch_sizes, scales = settings.steps, settings.batch_sizes, settings.scales
-    kinds = ("chain", "iteration") + settings.kl * ("KL", "KL, kept")
+    kinds = ("chain", "iteration") + settings.kl * ("KL", *OTHER_STEPS)
     plans = [(k, batch_sizes[0], scales[0], what) for k in steps for what in kinds]
     plans += [(steps[0], n, scales[0], what) for n in batch_sizes[1:] for what in ("chain", "iteration")]
     plans += [(steps[0], batch_sizes[0], scale, what) for scale in scales[1:] for what in ("chain", "iteration")]
@@ -155,7 +159,7 @@ def main(settings: Settings) -> None:
             row["of chain's rate"] = share = rows[-1]["ms"] / row["ms"]
             comparison = f"  {share:.1%} of the chain's rate"
         rows.append(row)
-        place = "{steps:4} steps  batch {batch:3}  scale {scale}  {what:10}".format(**row)
+        place = "{steps:4} steps  batch {batch:3}  scale {scale}  {what:14}".format(**row)
         print(f"{place} {row['ms']:9.1f} ms  peak {row['peak MB']:7.1f} MB{comparison}", flush=True)
     if settings.output:
         machine = timing.describe_machine(settings.device)

@@ -33,8 +33,8 @@ def run_chains(
         return run_hmc_chain(tempered.under(labels), start, settings, state.generator)
     if not settings.zero_kl:
         tempered = PreparedEnergy(energy.model, energy.weights, temperature=settings.temperature)
-        through = energy.weights.values()
-        return run_langevin_chain(tempered.under(labels), start, settings, state.generator, through), None
+        bound, through = tempered.under(labels), energy.weights.values()
+        return run_langevin_chain(bound, start, settings, state.generator, differentiable_in=through), None
     chain = bind_chain(energy.model, settings, state.generator)
     return state.acceleration.run(chain, energy.weights, start, labels, state.generator, repeated=True), None
 
