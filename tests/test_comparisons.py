@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import ROOT, make_generator
 
@@ -30,17 +31,31 @@ def test_a_call_that_fails_does_not_end_the_others(tmp_path, capsys):
     )
 
 
+class ProductTypes(TorchDispatchMode):
+    """The number types in which convolutions and matrix products were computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten.mm.default):
+            self.found.append(args[0].dtype)
+        return func(*args, **kwargs or {})
+
+
 def test_emulated_bf16_rounds_factors_and_products():
     """Breaks when an emulated product is computed in bf16, is not rounded, or float32 is rounded, too."""
     calls = importlib.import_module("calls")
     x, kernel = (torch.randn(shape, generator=make_generator()) for shape in ((2, 3, 5, 5), (4, 3, 3, 3)))
     half, half_kernel = x.bfloat16(), kernel.bfloat16()
-    expected = F.conv2d(half.float(), half_kernel.float()), F.conv2d(x, kernel)
-    with calls.EmulatedBf16():
+    matrix = half_kernel.flatten(1)
+    expected = F.conv2d(half.float(), half_kernel.float()), F.conv2d(x, kernel), matrix.float() @ matrix.float().T
+    with calls.EmulatedBf16(), ProductTypes() as types:
         assert torch.equal(F.conv2d(half, half_kernel), expected[0].bfloat16())
         assert torch.equal(F.conv2d(x, kernel), expected[1])
-        matrix = half_kernel.flatten(1)
-        assert torch.equal(matrix @ matrix.T, (matrix.float() @ matrix.float().T).bfloat16())
+        assert torch.equal(matrix @ matrix.T, expected[2].bfloat16())
+    assert types.found == [torch.float32] * 3
 
 
 def test_recipes_are_compared_by_seed(tmp_path):
