@@ -131,7 +131,13 @@ def load(path: pathlib.Path) -> dict[str, Any]:
 
 
 MAX_SIDE = 1 << 12  # of images, in pixels
-CONFIG_RANGES = {"num_filters": (1, 1 << 16), "label_size": (0, 1 << 16), "spec_iter": (1, 1 << 16)}
+MAX_WIDTH = 1 << 16
+CONFIG_RANGES = {
+    "num_filters": (1, MAX_WIDTH),
+    "label_size": (0, MAX_WIDTH),
+    "spec_iter": (1, MAX_WIDTH),
+    "start_rank": (0, MAX_WIDTH),
+}
 
 
 def read_config(state: dict[str, Any], path: pathlib.Path) -> models.ModelConfig:

@@ -43,7 +43,7 @@ from ebm.tasks.trained_models import (
 from ebm.training.acceleration import accelerate_chains
 from ebm.training.distributed import Workers, share_evaluation
 from ebm.training.tuning import settle_precision
-from models import draw_noise_images, freeze_energy
+from models import draw_starts, freeze_energy
 from sampling import check_finite
 
 
@@ -116,15 +116,17 @@ def record_frames(
 ) -> Tensor:
     """Return the frames of the chains with these numbers (n,), as bytes (frames, n, C, H, W) on the CPU.
 
-    The first frame is the noise that they start from, which depends on `seed` and the number of the image alone.
+    The first frame is what they start from, which depends on `seed`, the label and the number of the image alone.
     labels: of all images. step_lr: the step size. quiet: print no progress.
     """
     device = next(trained.model.parameters()).device
     acceleration = accelerate_chains(settings)
     energy = freeze_energy(trained.model, precision=acceleration.precision, rescale=trained.rescale)
     generators = [torch.Generator(device).manual_seed(derive_seed(settings.seed, i)) for i in numbers.tolist()]
-    noise = torch.cat([draw_noise_images(trained.model.config, 1, generator) for generator in generators])
-    progress, frames = Progress(settings.num_steps, what="Langevin step", quiet=quiet), [to_bytes(noise).cpu()]
+    labels = labels[numbers].to(device)
+    starts = [draw_starts(trained.model, 1, labels[i : i + 1], each) for i, each in enumerate(generators)]
+    start = torch.cat(starts)
+    progress, frames = Progress(settings.num_steps, what="Langevin step", quiet=quiet), [to_bytes(start).cpu()]
 
     def add_frame(images: Tensor) -> None:
         progress.advance()
@@ -132,8 +134,8 @@ def record_frames(
             frames.append(to_bytes(images).cpu())
 
     end = acceleration.descend(
-        energy.under(labels[numbers].to(device)),
-        noise,
+        energy.under(labels),
+        start,
         num_steps=settings.num_steps,
         step_lr=step_lr / trained.rescale,  # for images in [0, 1] the gradient is `rescale` times larger
         generator=generators,

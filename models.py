@@ -31,7 +31,8 @@ Activation = Callable[[Tensor], Tensor]
 class ModelConfig:
     """The settings from which a network is rebuilt.
 
-    label_size: the width of a label vector, 0 for an unconditional network.
+    label_size: the width of a label vector, 0 for an unconditional network. start_rank: the rank of the distribution of
+    chains' starts that the network carries, see `GaussianStarts`; 0: chains start from noise.
     """
 
     network: str
@@ -44,6 +45,7 @@ class ModelConfig:
     use_attention: bool = False
     swish_act: bool = False
     downsample: bool = False
+    start_rank: int = 0
 
     @property
     def has_classes(self) -> bool:
@@ -399,6 +401,56 @@ class GlobalSum(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Where chains start
+
+
+class GaussianStarts(nn.Module):
+    """The distribution of chains' starts: a normal distribution for each class, fitted to its images.
+
+    Yang and Ji 2021 (JEM++), section 4.2, there with full covariances; here they have the rank `config.start_rank`. An
+    unconditional network has one distribution for all images.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.image_shape = config.image_shape
+        rows, pixels = max(config.label_size, 1), math.prod(config.image_shape)
+        self.mean: Tensor
+        self.factor: Tensor
+        self.register_buffer("mean", torch.full((rows, pixels), 0.5))
+        self.register_buffer("factor", torch.zeros(rows, config.start_rank, pixels))
+
+    @torch.no_grad()
+    def fit(self, images: Tensor, labels: Tensor | None) -> None:
+        """Fit the means and the leading directions of the covariances to images (N, C, H, W) in [0, 1].
+
+        labels: one-hot (N, classes); None for an unconditional network. A class without images keeps a grey mean.
+        """
+        classes = torch.zeros(len(images), dtype=torch.long) if labels is None else labels.argmax(1).cpu()
+        pixels = images.flatten(1).cpu()
+        with torch.random.fork_rng([]):  # svd_lowrank draws from the global generator
+            torch.manual_seed(0)
+            for row in classes.unique().tolist():
+                of_class = pixels[classes == row]
+                mean = of_class.mean(0)
+                rank = min(self.factor.shape[1], len(of_class) - 1, len(mean))
+                self.mean[row] = mean
+                if rank > 0:
+                    _, values, directions = torch.svd_lowrank(of_class - mean, rank, niter=4)
+                    self.factor[row, :rank] = (directions * values).T / (len(of_class) - 1) ** 0.5
+
+    def draw(self, labels: Tensor | None, number: int, generator: torch.Generator) -> Tensor:
+        """Return random starts (number, C, H, W) in [0, 1] for labels (number, classes), or None."""
+        rank = self.factor.shape[1]
+        rows = torch.zeros(number, dtype=torch.long, device=self.mean.device)
+        if labels is not None and labels.shape[1]:
+            rows = labels.argmax(1)
+        noise = torch.randn(number, 1, rank, generator=generator, device=self.mean.device)
+        pixels = self.mean[rows] + (noise @ self.factor[rows]).squeeze(1)
+        return pixels.clamp(0, 1).view(number, *self.image_shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Networks: name -> stages
 
 
@@ -538,6 +590,7 @@ class EnergyNetwork(nn.Module):
         self.class_names: tuple[str, ...] = ()
         self.form = WeightForm()
         self.stages = nn.ModuleDict(NETWORKS[config.network](config))
+        self.starts = GaussianStarts(config) if config.start_rank else None
         for name, module in self.stages.named_modules():
             if isinstance(module, NormalizedLayer | SelfAttention):
                 module.name = name
@@ -708,6 +761,18 @@ def compute_label_energies(energy: Callable[[Tensor, Tensor], Tensor], images: T
 def compute_class_logits(energy: Callable[[Tensor, Tensor], Tensor], images: Tensor, classes: int) -> Tensor:
     """Return the class logits of every image: −E(x, y) under every class, as (N, classes)."""
     return -compute_label_energies(energy, images, torch.eye(classes, device=images.device, dtype=images.dtype))
+
+
+def draw_starts(
+    model: EnergyNetwork, number: int, labels: Tensor | None, generator: torch.Generator, rescale: float = 1.0
+) -> Tensor:
+    """Return images (number, C, H, W) in [0, rescale] for chains to start from, as in the model's training.
+
+    They are drawn from `GaussianStarts` under labels (number, label_size) if the model has them, else they are noise.
+    """
+    if model.starts is None:
+        return draw_noise_images(model.config, number, generator, rescale)
+    return rescale * model.starts.draw(labels, number, generator)
 
 
 def draw_noise_images(config: ModelConfig, number: int, generator: torch.Generator, rescale: float = 1.0) -> Tensor:

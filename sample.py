@@ -82,7 +82,7 @@ def sample_images(settings: SampleSettings, workers: Workers, results: Results) 
         images = draw_fresh_images(
             freeze_energy(model, precision=acceleration.precision, rescale=rescale),
             torch.eye(classes)[numbers].to(device) if classes else torch.zeros(settings.num, 0, device=device),
-            config,
+            model,
             num_steps=num_steps,
             step_lr=step_lr / rescale,  # the gradient for images in [0, 1] is `rescale` times the network's
             noise_std=settings.noise_scale,

@@ -40,7 +40,7 @@ def train(run: Run) -> None:
     """Train until the last iteration, or until a signal asks the run to end."""
     for images, labels in run.batches():
         with run.surround_iteration(), allow_tf32(run.state.acceleration.precision):
-            start = start_chains(run.state, run.settings, images)
+            start = start_chains(run.state, run.settings, images, labels)
             step = train_step(run.state, run.settings, images, labels, start, run.average_gradients)
         run.after(step)  # divergence guard, log, pictures, checkpoint, signals
 
@@ -99,22 +99,23 @@ def prepare_energies(state: State, settings: TrainSettings) -> tuple[PreparedEne
     )
 
 
-def start_chains(state: State, settings: TrainSettings, images: Tensor) -> Tensor:
+def start_chains(state: State, settings: TrainSettings, images: Tensor, labels: Tensor | None) -> Tensor:
     """Return the images (N, C, H, W) that this iteration's chains start from: noise, noised data or replayed samples.
 
-    images: the batch. N is `num_chains`, by default the batch size.
+    images, labels: the batch. N is `num_chains`, by default the batch size.
     """
     images, generator, device = images[: settings.num_chains], state.generator, images.device
     if settings.pcd and state.previous is not None:
         return state.previous
-    # The first chains start from noised data, the others from noise.
-    num_noised = {"random": 0, "default": len(images), "both": len(images) // 2}[settings.datasource]
+    # The first chains start from noised data, the others from noise, or from the model's own distribution of starts.
+    num_noised = {"default": len(images), "both": len(images) // 2}.get(settings.datasource, 0)
     starts, noised = [], images[:num_noised]
     if num_noised:
         starts.append(noised + 0.3 * torch.randn(noised.shape, generator=generator, device=device))
     if num_noised < len(images):
+        start_labels = None if labels is None else labels[num_noised : len(images)]
         starts.append(
-            models.draw_noise_images(state.model.config, len(images) - num_noised, generator, settings.rescale)
+            models.draw_starts(state.model, len(images) - num_noised, start_labels, generator, settings.rescale)
         )
     start = torch.cat(starts)
     if settings.replay_batch and len(state.buffer) > len(images):
@@ -222,7 +223,9 @@ def open_run(settings: TrainSettings, workers: Workers, owner: FolderOwner) -> R
     state = setup.build_state(settings, setup.choose_network(settings, dataset), dataset, workers)
     run = Run(settings, state, dataset, workers, owner)
     trials = tuning.tune_run(state, settings, workers, contents)
-    if path is not None:
+    if path is None:
+        setup.fit_starts(state, dataset)
+    else:
         run.resume(path, contents)
     cost = check_cost(train_step, state, settings, workers, run.stop, is_new=path is None)
     trials += tuning.tune_compiler(state, settings, workers, run.stop)

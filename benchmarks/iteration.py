@@ -93,7 +93,7 @@ def measure_iteration(settings: Settings, num_steps: int, batch_size: int, scale
             if what == "chain":
                 run_chains(state, train_settings, models.freeze_energy(model), images, None)
             else:
-                start = start_chains(state, train_settings, images)
+                start = start_chains(state, train_settings, images, None)
                 train_step(state, train_settings, images, None, start, average_gradients=lambda: None)
 
     other_step = OTHER_STEPS.get(what)

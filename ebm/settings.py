@@ -439,8 +439,17 @@ class NegativeSettings:
 
     datasource: str = flag(
         "random",
-        "start of the chains: random (noise), default (data plus noise), or both (half of the chains each)",
-        choices=("random", "default", "both"),
+        "start of the chains: random (noise), default (data plus noise), both (half of the chains each), or gauss "
+        "(draws from a normal distribution fitted to the images of each class, which the model keeps; Yang and Ji "
+        "2021)",
+        choices=("random", "default", "both", "gauss"),
+    )
+    start_rank: int = flag(
+        64,
+        "number of directions in which the normal distributions of --datasource=gauss vary",
+        at_least=1,
+        at_most=1024,
+        only_with="datasource=gauss",
     )
     num_chains: int | None = flag(
         None, "chains per iteration on each worker, at most --batch_size; default: --batch_size", at_least=1
@@ -546,6 +555,13 @@ class LossSettings:
     )
     temperature: float = flag(1.0, "factor of the energy in chains and loss", at_least=0)
     lr: float = flag(3e-4, "learning rate of Adam", at_least=0, not_with=SAMPLES_ONLY)
+    lr_schedule: str = flag(
+        "constant",
+        "learning rate over the run: constant, or cosine, which falls from --lr to 0 at the last iteration (Loshchilov "
+        "and Hutter 2017)",
+        choices=("constant", "cosine"),
+        not_with=SAMPLES_ONLY,
+    )
     ema_decay: float = flag(
         0.0,
         "decay of a moving average of the weights, with which the run then samples, 0 to 1; 0: no average",

@@ -140,6 +140,7 @@ class Planted:
     """A model whose energy is a given function of images and labels."""
 
     is_piecewise_linear = False
+    starts = None
 
     def __init__(self, energy: Callable[[Tensor, Tensor], Tensor], config: models.ModelConfig):
         self.config = config
@@ -178,7 +179,7 @@ def make_run(state: State, folder: pathlib.Path, said: list[str] | None = None, 
 
 def train_once(state: State, settings: TrainSettings, images: Tensor, labels: Tensor | None) -> Step:
     """Make one iteration on a batch, as a run of one worker does."""
-    return train_step(state, settings, images, labels, start_chains(state, settings, images), lambda: None)
+    return train_step(state, settings, images, labels, start_chains(state, settings, images, labels), lambda: None)
 
 
 def train_on_noise(state: State, settings: TrainSettings, iterations: int = 3, seed: int = 1) -> Tensor:

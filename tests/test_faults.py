@@ -160,7 +160,7 @@ state = State(model, ClippedAdam(model.parameters(), lr=1e-3), ReplayBuffer(0, (
 settings = TrainSettings(batch_size=count, num_steps=3, step_lr=10.0, zero_kl=True)
 for _ in range(20):
     images, labels = read_batch(state, settings, dataset)
-    start = start_chains(state, settings, images)
+    start = start_chains(state, settings, images, labels)
     train_step(state, settings, images, labels, start, gradients.finish)
 if workers.rank == 0:
     torch.save(model.state_dict(), output)

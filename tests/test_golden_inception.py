@@ -22,12 +22,19 @@ class ReferenceDraws:
 
     def __init__(self):
         self.arrays, self.integers = np.random.RandomState(CONFIG["numpy_seed"]), random.Random(CONFIG["random_seed"])
-        self.indices = []
+        self.indices, self.is_mixing, self.images = [], False, None
 
-    def draw_images(self, number):
+    def draw_noise(self, number):
         return to_ours(self.arrays.uniform(0, 1, (number, 32, 32, 3)))
 
+    def draw_images(self, labels):
+        images = self.draw_noise(len(labels)) if self.is_mixing else self.images
+        self.is_mixing = False
+        return images
+
     def draw_labels(self, number):
+        if not self.is_mixing:  # for new chains the reference draws the images before the labels
+            self.images = self.draw_noise(number)
         return torch.eye(CLASSES)[self.arrays.randint(0, CLASSES, number)]
 
     def draw_indices(self, entries, number):
@@ -35,6 +42,7 @@ class ReferenceDraws:
         return torch.tensor(self.indices[-1])
 
     def draw_mask(self, number, share):
+        self.is_mixing = True
         return torch.from_numpy(self.arrays.uniform(0, 1, number) > 1 - share)
 
 

@@ -56,7 +56,7 @@ class GoldenRun(SandboxRun):
     def draw_examples(self, split, number):
         return self.examples[split]
 
-    def draw_noise(self, number):
+    def draw_starts(self, labels):
         return self.noise.pop(0)
 
     def write_panel(self, name, columns, rows=(), note=""):

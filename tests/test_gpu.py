@@ -191,7 +191,7 @@ def test_same_seed_same_images_whatever_the_batch_size():
     model = models.build_model(models.ModelConfig("MnistNet", GREY, 4, label_size=3)).cuda()
     energy, labels = models.freeze_energy(model), torch.eye(3, device="cuda").repeat(4, 1)
     settings = {"num_steps": 3, "step_lr": 10.0, "progress": make_progress()}
-    whole, parts = (quality.draw_fresh_images(energy, labels, model.config, batch_size=n, **settings) for n in (12, 5))
+    whole, parts = (quality.draw_fresh_images(energy, labels, model, batch_size=n, **settings) for n in (12, 5))
     assert (whole.int() - parts.int()).abs().float().mean() < 0.1
     assert (whole[0] != whole[3]).any()
 

@@ -64,14 +64,19 @@ def draw_small_pool(energies, number=0, step_lr=0.01, proj_norm=0.0, seed=0):
 
 def test_draws_of_a_pool():
     """Breaks when entries are not drawn evenly and with repetition, or labels or masks not at their rates."""
-    draws = quality.PoolDraws(CONFIG, make_generator())
+    draws = quality.PoolDraws(models.build_model(CONFIG), make_generator())
     counts = draws.draw_indices(1000, 100_000).bincount(minlength=1000).float()
     assert len(counts) == 1000 and counts.var() / counts.mean() == pytest.approx(1, rel=0.2)
     assert draws.draw_mask(100_000, 0.1).float().mean() == pytest.approx(0.1, rel=0.05)
     labels = draws.draw_labels(100_000)
     assert (labels.sum(1) == 1).all() and (labels.mean(0) - 0.1).abs().max() < 0.005
-    unconditional = quality.PoolDraws(dataclasses.replace(CONFIG, label_size=0), make_generator())
-    assert unconditional.draw_labels(3).shape == (3, 0) and unconditional.draw_images(3).shape == (3, 1, 2, 2)
+    unconditional = quality.PoolDraws(models.build_model(dataclasses.replace(CONFIG, label_size=0)), make_generator())
+    assert unconditional.draw_labels(3).shape == (3, 0) and unconditional.draw_images(torch.zeros(3, 0)).shape == (
+        3,
+        1,
+        2,
+        2,
+    )
 
 
 def test_rounds_run_langevin_chains():
@@ -92,7 +97,7 @@ class ScriptedDraws(quality.RehearsalDraws):
     """Draws for a pool of four entries: entry 0 twice, then 1 and 3, where the chain of entry 1 restarts."""
 
     def __init__(self):
-        super().__init__(CONFIG, make_generator())
+        super().__init__(models.build_model(CONFIG), make_generator())
         self.indices = iter([torch.tensor([0, 0]), torch.tensor([1, 3])])
         self.masks = iter(torch.tensor([[0, 0], [0, 0], [1, 0], [0, 0]]).bool())
 
@@ -171,7 +176,7 @@ def test_same_seed_same_images_whatever_the_batch_size():
 
     def sample(batch_size, number=12, seed=0):
         return quality.draw_fresh_images(
-            energy, labels[:number], model.config,
+            energy, labels[:number], model,
             num_steps=5, step_lr=100.0, seed=seed, batch_size=batch_size, progress=make_progress(),
         )  # fmt: skip
 
@@ -195,7 +200,10 @@ def test_fresh_images_follow_the_chain_of_the_paper():
         "progress": make_progress(),
     }
     images = quality.draw_fresh_images(
-        plant(lambda images, labels: 9 * images.flatten(1).sum(1), config), torch.zeros(2, 0), config, **settings
+        plant(lambda images, labels: 9 * images.flatten(1).sum(1), config),
+        torch.zeros(2, 0),
+        models.build_model(config),
+        **settings,
     )
     own = make_generator(7 * 1_000_003 + 1)
     x = torch.rand(1, 1, 2, 2, generator=own)[0]

@@ -9,7 +9,7 @@ import torch
 
 import checkpoint
 import models
-from conftest import SHAPE, make_run, make_state, train_once
+from conftest import SHAPE, make_generator, make_run, make_state, train_once
 from ebm.settings import TrainSettings
 from ebm.support import hardware
 from ebm.training.chains import infer_labels, run_chains, run_hmc_chain
@@ -92,18 +92,57 @@ def test_chain_starts():
     state, images = make_state(), torch.full((8, *SHAPE), 0.5)
     settings = TrainSettings(replay_batch=True, batch_size=8)
     state.buffer.push(torch.zeros(8, *SHAPE))
-    assert start_chains(state, settings, images).flatten(1).mean(1).gt(0.3).all()
+    assert start_chains(state, settings, images, None).flatten(1).mean(1).gt(0.3).all()
     state.buffer.push(torch.zeros(1, *SHAPE))
-    starts = [start_chains(state, settings, images).flatten(1).mean(1) < 0.1 for _ in range(100)]
+    starts = [start_chains(state, settings, images, None).flatten(1).mean(1) < 0.1 for _ in range(100)]
     assert torch.cat(starts).float().mean().item() == pytest.approx(0.95, abs=0.03)
     settings = dataclasses.replace(settings, replay_rate=0.5)
-    starts = [start_chains(state, settings, images).flatten(1).mean(1) < 0.1 for _ in range(100)]
+    starts = [start_chains(state, settings, images, None).flatten(1).mean(1) < 0.1 for _ in range(100)]
     assert torch.cat(starts).float().mean().item() == pytest.approx(0.5, abs=0.06)
-    near = start_chains(state, TrainSettings(datasource="default"), images)
+    near = start_chains(state, TrainSettings(datasource="default"), images, None)
     assert (near - images).std().item() == pytest.approx(0.3, rel=0.05)
-    half = start_chains(state, TrainSettings(datasource="both"), images)
+    half = start_chains(state, TrainSettings(datasource="both"), images, None)
     assert (half - images)[:4].std().item() == pytest.approx(0.3, rel=0.05)
     assert half[4:].std().item() == pytest.approx(12**-0.5, rel=0.05) and half[4:].min() >= 0 and half[4:].max() <= 1
+
+
+def test_gaussian_starts_have_the_moments_of_their_class():
+    """Breaks when --datasource=gauss mixes the classes, forgets a direction, or scales mean or covariance wrongly; when
+    the starts ignore --rescale, leave the range of pixels or differ under the same generator."""
+    state = make_state(label_size=2, start_rank=3)
+    starts, generator = state.model.starts, make_generator(1)
+    directions = torch.linalg.qr(torch.randn(math.prod(SHAPE), 2, generator=generator)).Q.T
+    factors = torch.tensor([[0.4, 0.2], [0.1, 0.3]])[:, :, None] * directions
+    classes, means = torch.arange(4000) % 2, torch.tensor([[0.4], [0.6]])
+    images = means[classes] + (torch.randn(4000, 1, 2, generator=generator) @ factors[classes]).squeeze(1)
+    labels = torch.eye(2)[classes]
+    starts.fit(images.view(-1, *SHAPE), labels)
+    drawn = models.draw_starts(state.model, 4000, labels, make_generator(2)).flatten(1)
+    assert drawn.min() >= 0 and drawn.max() <= 1
+    for number in range(2):
+        of_class = drawn[classes == number]
+        assert (of_class.mean(0) - means[number]).abs().max() < 0.03
+        covariance = factors[number].T @ factors[number]
+        assert (of_class.T.cov() - covariance).norm() < 0.15 * covariance.norm()
+    again = models.draw_starts(state.model, 4000, labels, make_generator(2), rescale=2.0).flatten(1)
+    torch.testing.assert_close(again, 2 * drawn)
+    settings = TrainSettings(datasource="gauss")
+    state.generator.manual_seed(2)
+    torch.testing.assert_close(start_chains(state, settings, images.view(-1, *SHAPE), labels).flatten(1), drawn)
+
+
+def test_gaussian_starts_of_few_images():
+    """Breaks when a class of one image, or of none, or fewer images than directions, cannot be fitted or drawn from."""
+    state = make_state(label_size=3, start_rank=5)
+    images = 0.45 + 0.1 * torch.rand(3, *SHAPE, generator=make_generator())
+    state.model.starts.fit(images, torch.eye(3)[[0, 2, 2]])
+    drawn = models.draw_starts(state.model, 30, torch.eye(3).repeat(10, 1), make_generator())
+    torch.testing.assert_close(drawn[0], images[0])
+    torch.testing.assert_close(drawn[1], torch.full(SHAPE, 0.5))
+    line = (images[2] - images[1]).flatten()
+    off = (drawn[2::3] - images[1]).flatten(1)
+    along = (off @ line / (line @ line))[:, None] * line
+    torch.testing.assert_close(off, along, rtol=0, atol=1e-5)
 
 
 def test_pcd_goes_on_from_the_last_end_points():

@@ -30,11 +30,11 @@ from ebm.support.progress import Progress
 from ebm.support.sharing import ShareOut, compute_all, derive_seed
 from ebm.tasks.trained_models import TrainedModel, load_split
 from ebm.training.distributed import Workers
-from models import ModelConfig, PreparedEnergy, draw_noise_images, freeze_energy
+from models import EnergyNetwork, PreparedEnergy, draw_starts, freeze_energy
 from sampling import Energy, check_finite, langevin
 
 DIVERGED = "this model has diverged: use an earlier checkpoint"
-RESTART_SHARE = 0.01  # share of the chains of a round that restart from noise
+RESTART_SHARE = 0.01  # share of the chains of a round that restart
 RELABEL_SHARE = 0.1  # share of the chains of a round that get a new label
 # Data set -> the split that the reference compares samples with.
 REFERENCES = {"cifar10": "both", "imagenet": "test", "imagenetfull": "test"}
@@ -61,18 +61,18 @@ PoolChain = Callable[[Tensor, Tensor], Tensor]  # images (N, C, H, W) in [0, 1],
 
 
 class PoolDraws:
-    """What the rounds of a pool draw at random, from one generator. config: that of the networks."""
+    """What the rounds of a pool draw at random, from one generator. model: a network; it knows where chains start."""
 
-    def __init__(self, config: ModelConfig, generator: torch.Generator):
-        self.config, self.generator, self.device = config, generator, generator.device
+    def __init__(self, model: EnergyNetwork, generator: torch.Generator):
+        self.model, self.generator, self.device = model, generator, generator.device
 
-    def draw_images(self, number: int) -> Tensor:
-        """Return noise that chains start from, (number, C, H, W)."""
-        return draw_noise_images(self.config, number, self.generator)
+    def draw_images(self, labels: Tensor) -> Tensor:
+        """Return an image that a chain starts from for each of the labels (n, classes), (n, C, H, W)."""
+        return draw_starts(self.model, len(labels), labels, self.generator)
 
     def draw_labels(self, number: int) -> Tensor:
         """Return random classes, one-hot (number, classes), or of width 0 if the networks have none."""
-        classes = self.config.label_size
+        classes = self.model.config.label_size
         if not classes:
             return torch.zeros(number, 0, device=self.device)
         drawn = torch.randint(classes, (number,), generator=self.generator, device=self.device)
@@ -97,15 +97,16 @@ def run_pool(
     As in the reference, a round runs new chains and adds them to the pool until it has `pool_size` entries, of which
     there may be more at the end. From then on each round draws entries with repetition and continues them; the last
     result of a repeated entry stays. Before that, in all but the last `nomix` rounds, a share of the drawn chains
-    restarts from noise and a share gets a new label.
+    restarts and a share gets a new label.
     """
     size = settings.round_size
-    images, labels = draws.draw_images(0), draws.draw_labels(0)
+    labels = draws.draw_labels(0)
+    images = draws.draw_images(labels)
     for number in range(settings.rounds):
         chain = chains[number % len(chains)]
         if len(images) < settings.pool_size:
-            x, y = draws.draw_images(size), draws.draw_labels(size)
-            images, labels = torch.cat([images, chain(x, y)]), torch.cat([labels, y])
+            y = draws.draw_labels(size)
+            images, labels = torch.cat([images, chain(draws.draw_images(y), y)]), torch.cat([labels, y])
         else:
             index = draws.draw_indices(len(images), size)
             x, y = images[index], labels[index]
@@ -125,11 +126,11 @@ def find_last_draws(index: Tensor, entries: int) -> Tensor:
 
 
 def mix_chains(images: Tensor, labels: Tensor, draws: PoolDraws) -> tuple[Tensor, Tensor]:
-    """Return images and labels of chains, of which 1 % restart from noise and 10 % have a new label."""
+    """Return images and labels of chains, of which 1 % restart and 10 % have a new label."""
     number = len(images)
     is_restarted, is_relabelled = draws.draw_mask(number, RESTART_SHARE), draws.draw_mask(number, RELABEL_SHARE)
     labels = torch.where(is_relabelled.view(-1, 1), draws.draw_labels(number), labels)
-    return torch.where(is_restarted.view(-1, 1, 1, 1), draws.draw_images(number), images), labels
+    return torch.where(is_restarted.view(-1, 1, 1, 1), draws.draw_images(labels), images), labels
 
 
 def draw_pool(
@@ -159,10 +160,10 @@ def draw_pool(
         proj_norm=proj_norm,
         generator=generator,
     )
-    config, pool_seed = energies[0].model.config, derive_seed(seed, number)
+    model, pool_seed = energies[0].model, derive_seed(seed, number)
     wanted = min(POOL, settings.im_number - number * POOL)
     generator.manual_seed(pool_seed)
-    places = iter(find_used_chains(descend, RehearsalDraws(config, generator), settings, wanted))
+    places = iter(find_used_chains(descend, RehearsalDraws(model, generator), settings, wanted))
 
     def build_chain(energy: PreparedEnergy) -> PoolChain:
         def chain(images: Tensor, labels: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ def draw_pool(
         return chain
 
     generator.manual_seed(pool_seed)
-    return run_pool(list(map(build_chain, energies)), PoolDraws(config, generator), settings, progress)[0][:wanted]
+    return run_pool(list(map(build_chain, energies)), PoolDraws(model, generator), settings, progress)[0][:wanted]
 
 
 def flat_energy(x: Tensor) -> Tensor:
@@ -182,16 +183,16 @@ def flat_energy(x: Tensor) -> Tensor:
     return 0 * x.flatten(1).sum(1)
 
 
-NOISE = -1  # stands for noise among the numbers of chains
+NEW = -1  # stands for a new start among the numbers of chains
 
 
 class RehearsalDraws(PoolDraws):
     """The random numbers of a pool for a rehearsal, in which images are numbers of chains: all but the noise."""
 
-    def draw_images(self, number: int) -> Tensor:
-        """Return NOISE in place of so many images, as (number, 1, 1, 1)."""
-        super().draw_images(number)  # moves the generator on
-        return torch.full((number, 1, 1, 1), NOISE, device=self.device)
+    def draw_images(self, labels: Tensor) -> Tensor:
+        """Return NEW in place of an image for each of the labels (n, classes), as (n, 1, 1, 1)."""
+        super().draw_images(labels)  # moves the generator on
+        return torch.full((len(labels), 1, 1, 1), NEW, device=self.device)
 
 
 def find_used_chains(
@@ -199,14 +200,14 @@ def find_used_chains(
 ) -> list[Tensor]:
     """Return which chains of each round of a pool lead to one of its first images: their places in the round.
 
-    The others end at images that a later result replaces, that restart from noise, or that nobody takes from the pool.
+    The others end at images that a later result replaces, that restart, or that nobody takes from the pool.
     With the settings of the release they are almost half of all chains. descend: runs chains, and draws from the
     generator of the draws as in the pool itself. wanted: the number of images that are taken from the pool.
     """
     size, origins = settings.round_size, list[Tensor]()  # origins: the chains that those of each round continue
 
     def rehearse(images: Tensor, labels: Tensor) -> Tensor:
-        descend(flat_energy, torch.zeros(size, *draws.config.image_shape, device=draws.device))
+        descend(flat_energy, torch.zeros(size, *draws.model.config.image_shape, device=draws.device))
         origins.append(images.flatten())
         return (len(origins) - 1) * size + torch.arange(size, device=draws.device).view(-1, 1, 1, 1)
 
@@ -216,7 +217,7 @@ def find_used_chains(
     rounds = is_used.split(size)
     for round_origins, is_used_here in zip(reversed(origins), reversed(rounds), strict=True):
         continued = round_origins[is_used_here]
-        is_used[continued[continued != NOISE]] = True
+        is_used[continued[continued != NEW]] = True
     return [is_used_here.nonzero()[:, 0] for is_used_here in rounds]
 
 
@@ -239,7 +240,7 @@ def draw_from_pools(draw: Callable[[int], Tensor], number: int, share_out: Share
 def draw_fresh_images(
     energy: PreparedEnergy,
     labels: Tensor,
-    config: ModelConfig,
+    model: EnergyNetwork,
     *,
     num_steps: int,
     step_lr: float,
@@ -251,21 +252,22 @@ def draw_fresh_images(
     share_out: ShareOut = compute_all,
     descend: Callable[..., Tensor] = langevin,
 ) -> Tensor:
-    """Return one image per row of labels (N, classes), each from a Langevin chain that starts from noise.
+    """Return one image per row of labels (N, classes), each from a Langevin chain of its own.
 
-    The result is uint8 (N, C, H, W) on the CPU. The chain of image i draws its start and its noise from a generator of
-    its own, seeded by (seed, i) on the device of the labels. On one kind of device the noise of an image therefore does
-    not depend on the batch size and the number of images, and its pixels differ by rounding only. progress: counts the
-    Langevin steps of each batch. share_out: distributes the batches; it may return those of the first ones. descend:
-    runs the chains, with the arguments of `langevin`.
+    The result is uint8 (N, C, H, W) on the CPU. model: the network, which knows where chains start. The chain of image
+    i draws its start and its noise from a generator of its own, seeded by (seed, i) on the device of the labels. On one
+    kind of device the noise of an image therefore does not depend on the batch size and the number of images, and its
+    pixels differ by rounding only. progress: counts the Langevin steps of each batch. share_out: distributes the
+    batches; it may return those of the first ones. descend: runs the chains, with the arguments of `langevin`.
     """
 
     def draw_batch(numbers: Tensor) -> Tensor:
         seeds = [derive_seed(seed, i) for i in numbers.tolist()]
         generators = [torch.Generator(labels.device).manual_seed(each) for each in seeds]
+        batch = labels[numbers.to(labels.device)]
         images = descend(
-            energy.under(labels[numbers.to(labels.device)]),
-            torch.cat([draw_noise_images(config, 1, generator) for generator in generators]),
+            energy.under(batch),
+            torch.cat([draw_starts(model, 1, batch[i : i + 1], each) for i, each in enumerate(generators)]),
             num_steps=num_steps,
             step_lr=step_lr,
             noise_std=noise_std,

@@ -33,7 +33,7 @@ from ebm.tasks.analysis import (
 from ebm.tasks.attacks import SHADES, Attack, draw_offset, restrict_to_ball, restrict_to_lower_half
 from ebm.tasks.examined_model import ExaminedModel, count_most_images
 from ebm.tasks.results import Results
-from models import ModelConfig, draw_noise_images
+from models import ModelConfig, draw_starts
 
 ROWS = 20  # rows of a picture
 LONG = 50  # rounds of a long chain, 1,000 steps by default
@@ -176,9 +176,9 @@ class SandboxRun:
             return name_classes(labels.argmax(1).tolist(), names)
         return describe_labels(labels, self.load("test")) if self.model.classes else []
 
-    def draw_noise(self, number: int) -> Tensor:
-        """Return images of noise, from which chains start."""
-        return draw_noise_images(self.config, number, self.model.generator)
+    def draw_starts(self, labels: Tensor) -> Tensor:
+        """Return images from which chains start as in training, one for each of the labels (n, label_size)."""
+        return draw_starts(self.model.model, len(labels), labels, self.model.generator)
 
     def get_published(self, figures: Mapping[str, str]) -> Mapping[str, str]:
         """Return the published figures if the data set is CIFAR-10, on which they were measured; else none."""
@@ -454,7 +454,7 @@ def diagnose_chains(run: SandboxRun) -> Report:
     """Follow chains of 50 rounds from noise and from test images: their energies, and how far they move."""
     examples = run.draw_examples("test", run.choose_number(100))
     run.announce(f"{2 * len(examples.images):,} chains, from noise and from test images", LONG)
-    starts = {"noise": run.draw_noise(len(examples.images)), "images": examples.images}
+    starts = {"noise": run.draw_starts(examples.labels), "images": examples.images}
     chains = follow_chains(run, starts, examples.labels)
     for name, followed in chains.items():
         run.write_array(f"energies_from_{name}", followed.energies)
@@ -591,7 +591,7 @@ def inpaint_images(run: SandboxRun) -> Report:
             real, labels = run.draw_examples(split, run.choose_number(10_000))
             half = real.shape[2] // 2
             is_lower = (torch.arange(real.shape[2], device=real.device) >= half).float()[:, None]
-            corrupt = torch.cat([real[:, :, :half], run.draw_noise(len(real))[:, :, half:]], 2)
+            corrupt = torch.cat([real[:, :, :half], run.draw_starts(labels)[:, :, half:]], 2)
             restored = run.model.run_chain(
                 corrupt,
                 labels,
@@ -655,7 +655,7 @@ def sample_stages(run: SandboxRun) -> Report:
     """Sample from noise by 20 rounds of Langevin steps under the labels of test images; show all rounds and images."""
     real = run.draw_examples("test", run.choose_number(100))
     run.announce(f"{len(real.images):,} images from noise", ROUNDS["cycleclass"])
-    start = run.draw_noise(len(real.images))
+    start = run.draw_starts(real.labels)
     stages = list(run.model.run_stages(start, real.labels, rounds=ROUNDS["cycleclass"], progress="cycleclass"))
     columns = number_stages(run, stages) | {"real": real.images}
     run.write_panel("cycleclass", columns, run.describe_labels(real.labels), STAGES_NOTE)
@@ -669,8 +669,7 @@ def sample_classes(run: SandboxRun) -> Report:
     classes = order[:10].sort().values
     labels = torch.eye(len(names))[classes.repeat_interleave(5)].to(run.model.device)
     run.announce(f"{len(labels)} images from noise", ROUNDS["democlass"])
-    noise = run.draw_noise(len(labels))
-    samples = run.model.run_chain(noise, labels, rounds=ROUNDS["democlass"], progress="democlass")
+    samples = run.model.run_chain(run.draw_starts(labels), labels, rounds=ROUNDS["democlass"], progress="democlass")
     samples = samples[: len(samples) // 5 * 5]  # the images of the last class may not all be done
     if not len(samples):
         run.model.require_all()
@@ -684,8 +683,10 @@ def find_training_neighbours(run: SandboxRun) -> Report:
     train, rows = run.load("train"), run.choose_number(10)
     search = f"the nearest of {len(train):,} training images to {rows} test images and {rows} samples"
     run.announce(f"{search}; these from noise", ROUNDS["nearestneighbor"])
-    noise, labels = run.draw_noise(rows), run.sample_labels(rows)
-    samples = run.model.run_chain(noise, labels, rounds=ROUNDS["nearestneighbor"], progress="nearestneighbor")
+    labels = run.sample_labels(rows)
+    samples = run.model.run_chain(
+        run.draw_starts(labels), labels, rounds=ROUNDS["nearestneighbor"], progress="nearestneighbor"
+    )
     run.model.require_all()
     distances, indices = find_neighbours(torch.cat([samples, run.draw_examples("test", rows).images]), train, 5)
     neighbours = read_images(train, indices[:rows].flatten()).view(rows, -1, *train.image_shape)

@@ -31,9 +31,9 @@ CALL_SETTINGS = {"exp", "logdir", "train", "resume_iter", "change", "device", "b
 # Settings that define the network and its data: changing one by mistake would spoil what a run has learnt.
 PATHS = {source.path_setting for source in DATASETS.values() if source.path_setting}
 DATA_SETTINGS = {"dataset", "image_size", "channels", "antialias", "single", "rescale", *CONDITIONS, *SUBSETS, *PATHS}
-NETWORK_SETTINGS = {field.name for field in dataclasses.fields(NetworkSettings)}
+NETWORK_SETTINGS = {"start_rank", *(field.name for field in dataclasses.fields(NetworkSettings))}
 # Those on which the shapes of the weights and of the images depend, which a trained network cannot change.
-SHAPE_SETTINGS = {"image_size", "channels", "num_filters", "cclass", "use_attention", "spec_norm", *SIZES}
+SHAPE_SETTINGS = {"image_size", "channels", "num_filters", "cclass", "use_attention", "spec_norm", "start_rank", *SIZES}
 
 
 def choose_checkpoint(settings: RunSettings) -> pathlib.Path | None:

@@ -85,6 +85,7 @@ class Run:
         with self.catch_signals():
             while self.state.iteration < self.stop:
                 self.draws = self.state.get_draws()
+                self.set_learning_rate()
                 yield read_batch(self.state, self.settings, self.dataset)
             if self.is_asked_to_end():  # while the last iteration was saved
                 self.end_early()
@@ -188,16 +189,19 @@ class Run:
         self.guard.roll_back(state)
         self.branch_point = state.iteration
         self.sampler.latest = None
-        self.lower_learning_rate()
+        self.set_learning_rate()
         seed = settings.seed * 1_000 + self.workers.rank + 1_000_000 * max(self.rollbacks, 1)
         state.generator.manual_seed(fold_seed(seed))
         if self.recorder is not None:
             self.recorder.record_rollback(failed, cause, state.optimizer.param_groups[0]["lr"])
 
-    def lower_learning_rate(self) -> None:
-        """Set the learning rate to the setting `lr`, halved for each rollback so far."""
+    def set_learning_rate(self) -> None:
+        """Set the learning rate of the next iteration: that of the schedule, halved for each rollback so far."""
+        rate = self.settings.lr * 0.5**self.rollbacks
+        if self.settings.lr_schedule == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * self.state.iteration / self.stop))
         for group in self.state.optimizer.param_groups:
-            group["lr"] = self.settings.lr * 0.5**self.rollbacks
+            group["lr"] = rate
 
     # ------------------------------------------------------------------------------------------ records
 
@@ -394,7 +398,6 @@ class Run:
         best = contents.get("best", {})
         self.best = dict(best) if isinstance(best, dict) else {"classifier": best}  # as earlier versions saved it
         self.rollbacks = contents.get("rollbacks", 0)
-        self.lower_learning_rate()
         worker_states = contents.get("workers", [])
         kept = sum(len(worker_state["buffer"]["images"]) for worker_state in worker_states)
         if kept and not self.settings.replay_batch:

@@ -36,7 +36,7 @@ from ebm.support.sharing import fold_seed
 from ebm.training.chains import bind_chain
 from ebm.training.distributed import Workers
 from ebm.training.state import State
-from models import PreparedEnergy, draw_noise_images, freeze_energy
+from models import PreparedEnergy, draw_starts, freeze_energy
 
 CHAINS = 250  # chains that run at once, unless the step is compiled for another number
 PART = 1_000  # images of one draw, if there are more
@@ -92,7 +92,7 @@ class Sampler:
             fold_seed(settings.seed + 1_000_003 * (1 + part))
         )
         labels = self.choose_labels(total, generator)
-        noise = draw_noise_images(state.model.config, total, generator, settings.rescale)
+        noise = draw_starts(state.model, total, labels, generator, settings.rescale)
         settings = dataclasses.replace(settings, num_steps=self.num_steps, zero_kl=True)
         ends: list[Tensor] = []
         energies: list[Tensor] = []

@@ -32,6 +32,8 @@ UNUSED = {
     "use_attention": ("MnistNet", "DspritesNet"),
 }
 
+STARTS_IMAGES = 20_000  # to which the distribution of chains' starts is fitted
+
 # ---- settings ----
 
 
@@ -121,7 +123,10 @@ def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.Mod
         use_attention=settings.use_attention,
         swish_act=settings.swish_act,
         downsample=settings.downsample,
+        start_rank=settings.start_rank if settings.datasource == "gauss" else 0,
     )
+    if config.start_rank and config.label_size and not config.has_classes:
+        raise UsageError(f"`datasource`=gauss needs classes, and these labels of {dataset.name} are quantities")
     if settings.model_cclass and not config.has_classes:
         raise UsageError(
             f"`model_cclass` infers classes, and these labels of {dataset.name} are quantities; leave it out"
@@ -221,6 +226,17 @@ def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: da
         ema=copy.deepcopy(model).eval() if settings.ema_decay else None,
         acceleration=choose_acceleration(settings, workers.device.type),
     )
+
+
+def fit_starts(state: State, dataset: data.Dataset) -> None:
+    """Fit the distribution of a new run's starts, if it has one, to at most `STARTS_IMAGES` random images."""
+    if state.model.starts is None:
+        return
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:STARTS_IMAGES]
+    generator = torch.Generator(state.generator.device).manual_seed(0)
+    images, labels = dataset.batch(order.to(dataset.index_device), generator)
+    state.model.starts.fit(images, labels if state.model.config.label_size else None)
+    state.start_ema()
 
 
 def compute_last_iteration(settings: TrainSettings, images: int, workers: int) -> int:
