@@ -29,7 +29,7 @@ from ebm.support.hardware import set_up_process
 from ebm.support.interruption import keep_what_is_done
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.results import Results, own_results
-from ebm.tasks.sandbox import TASKS, Report, SandboxRun
+from ebm.tasks.sandbox import ROUNDS, TASKS, Report, SandboxRun
 from ebm.tasks.sandbox_data import list_outliers, load_model_split, load_outlier_set
 from ebm.tasks.trained_models import check_network, find_checkpoint, open_model
 from ebm.training.distributed import Workers, share_evaluation
@@ -61,7 +61,7 @@ def examine_model(settings: Settings, workers: Workers, results: Results) -> Non
     model = ExaminedModel(
         trained.model,
         torch.Generator(device).manual_seed(settings.seed),
-        num_steps=settings.num_steps,
+        num_steps=trained.choose_num_steps(settings.num_steps, ROUNDS.get(settings.task, 1)),
         step_lr=trained.choose_step_lr(settings.step_lr),
         proj_norm=settings.proj_norm,
         rescale=trained.rescale,

@@ -79,6 +79,7 @@ def evaluate_samples(settings: InceptionSettings, workers: Workers, results: Res
     note_contradictions(settings, trained)
     refuse_concept_model(trained)
     settings = settle_precision(settings, trained.model, workers)
+    settings = dataclasses.replace(settings, num_steps=trained.choose_num_steps(settings.num_steps))
     report = QualityReport(settings, trained, results) if workers.rank == 0 else None
     measured: list[str] = []
     with keep_what_is_done(measured):

@@ -15,6 +15,7 @@ from ebm.support import interruption
 if __name__ == "__main__":
     interruption.guard_start()  # first of all, because importing PyTorch takes seconds
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Sequence
@@ -76,6 +77,7 @@ def show_chains(settings: DemoSettings, workers: Workers, results: Results) -> N
     note_contradictions(settings, trained)
     refuse_concept_model(trained)
     settings = settle_precision(settings, trained.model, workers)
+    settings = dataclasses.replace(settings, num_steps=trained.choose_num_steps(settings.num_steps))
     if settings.classes and not trained.model.config.label_size:
         raise UsageError(f"`classes`: {trained.path} has no classes; leave it out")
     step_lr = trained.choose_step_lr(settings.step_lr, published=180.0)
@@ -93,7 +95,8 @@ def show_chains(settings: DemoSettings, workers: Workers, results: Results) -> N
     if workers.rank > 0:
         return
     frames = [pictures.make_grid(images / 255, columns=columns, titles=titles) for images in torch.cat(parts, 1)]
-    print(f"{len(frames)} frames, the first is the noise: {pictures.save_gif(frames, results.add_file('sample.gif'))}")
+    path = pictures.save_gif(frames, results.add_file("sample.gif"))
+    print(f"{len(frames)} frames, the first is where the chains start: {path}")
     print(f"the last one: {pictures.save_pixels(frames[-1], results.add_file('sample.png'))}")
     if film := pictures.save_film(frames, results.add_file("sample.mp4")):
         print(f"the film: {film}")

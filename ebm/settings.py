@@ -685,9 +685,11 @@ class SandboxChains(ChainPrecision):
 
     num_steps: int = flag(
         20,
-        "Langevin steps per round of a chain, and per refinement before classification; 0: none",
+        "Langevin steps per round of a chain, and per refinement before classification; 0: none; auto: so many "
+        "that all rounds of a task together are as long as the chains of the training run's own samples",
         at_least=0,
         not_with="task=energyeval|mixenergy",
+        takes_auto=True,
     )
     step_lr: float | None = flag(
         None,
@@ -1098,7 +1100,12 @@ class SampleSettings(ModelChoice, SampleChoice, SampleChains, CheckedNetwork):
 class DemoChains(CompiledChains):
     """Sampling"""
 
-    num_steps: int = flag(200, "Langevin steps of the chains", at_least=1)
+    num_steps: int = flag(
+        200,
+        "Langevin steps of the chains; auto: as many as the training run takes for its own samples",
+        at_least=1,
+        takes_auto=True,
+    )
     step_lr: float | None = flag(
         None,
         "step size of a Langevin step: the factor of the energy gradient; default: as in training, else 180",
@@ -1144,7 +1151,12 @@ class PoolSettings(ChainPrecision):
     """Sampling from pools of persistent chains"""
 
     im_number: int = flag(50_000, "number of images to sample", at_least=4, at_most=MOST_IMAGES)
-    num_steps: int = flag(20, "Langevin steps per round", at_least=1)
+    num_steps: int = flag(
+        20,
+        "Langevin steps per round; auto: as many as the training run takes for its own samples",
+        at_least=1,
+        takes_auto=True,
+    )
     step_lr: float | None = flag(
         None,
         "step size of a Langevin step: the factor of the energy gradient; default: as in training, else 10",

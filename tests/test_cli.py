@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import pathlib
 import re
 import shlex
 import subprocess
@@ -17,9 +18,10 @@ import torch
 from conftest import GOLDEN, ROOT, run_python
 from data import DATASETS
 from ebm.presets import PRESETS
-from ebm.settings import TrainSettings
+from ebm.settings import SandboxSettings, TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
+from ebm.tasks.trained_models import TrainedModel
 from ebm.training.setup import UNUSED, check_settings, choose_acceleration, choose_network, choose_precision
 from models import ModelConfig, build_model
 
@@ -60,6 +62,28 @@ def test_forms_of_flags(words, values):
     settings = cli.to_dict(parse(*words.split()))
     expected = cli.to_dict(TrainSettings()) | values
     assert settings == expected
+
+
+def test_the_word_auto():
+    """Breaks when --num_steps=auto is refused, does not come last or first as it was given, or is written otherwise;
+    when other flags or other words take it; when rounds of steps do not have the length of training's samples."""
+
+    def read(*words):
+        return cli.parse(["ebm_sandbox.py", *words], SandboxSettings)
+
+    settings = read("--num_steps=auto")
+    assert settings.num_steps == cli.AUTO and cli.write_flags(settings) == "--num_steps=auto"
+    assert read("--num_steps=3", "--num_steps=auto").num_steps == cli.AUTO
+    assert read("--num_steps=auto", "--num_steps=3").num_steps == 3
+    for words in ("--num_steps=-1", "--num_steps=often", "--batch_size=auto"):
+        with pytest.raises(UsageError, match=words[2:9]):
+            read(words)
+    model = TrainedModel(
+        build_model(ModelConfig("MnistNet", (1, 8, 8), 2)), pathlib.Path("m"), {"sample_steps": 40, "num_steps": 20}, ()
+    )
+    lengths = [model.choose_num_steps(cli.AUTO, rounds) for rounds in (1, 5, 20, 100)]
+    assert lengths == [40, 8, 2, 1] and model.choose_num_steps(7, 5) == 7
+    assert model._replace(flags={"num_steps": 6}).choose_num_steps(cli.AUTO) == 60
 
 
 def test_flag_files(tmp_path):

@@ -31,7 +31,7 @@ MODELS: dict[
     "large": (models.ModelConfig("ResNet128", (3, 128, 128), 4, label_size=10, swish_act=True), {}),
     "position": (models.ModelConfig("DspritesNet", (1, 64, 64), 4, label_size=2), {}),
 }
-QUICK = ["--num_steps=4", "--step_lr=100", "--batch_size=3"]
+QUICK = ["--precision=float32", "--num_steps=4", "--step_lr=100", "--batch_size=3"]
 
 # Runs many commands in one process, since importing torch takes most of a command's time.
 DRIVER = """

@@ -50,6 +50,7 @@ HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 # What flags without other limits take. Products of two such numbers fit into float32, and 64 bits hold the integers.
 LARGEST_FLOAT = 1e18
 LARGEST_INT = 2**63 - 1
+AUTO = -1  # the value of an integer that the script chooses itself, written as the word auto
 # What Python says about a text that is no number, and what to say instead.
 NO_NUMBER = {
     "invalid literal for int": "give a whole number, in digits",
@@ -73,6 +74,7 @@ class Flag(NamedTuple):
     not_with: tuple[str, ...]  # conditions on other settings: the flag has no effect if one of them is met
     is_path: bool  # the text is the path of a file or folder
     can_be_empty: bool  # an empty text means something
+    takes_auto: bool  # the word auto stands for AUTO
 
 
 def flag(
@@ -90,6 +92,7 @@ def flag(
     not_with: str | Sequence[str] = (),
     is_path: bool = False,
     can_be_empty: bool = False,
+    takes_auto: bool = False,
 ) -> Any:
     """Return a dataclass field that defines a flag, with its default, help text, and range or choices.
 
@@ -100,8 +103,9 @@ def flag(
     choices = tuple(choices) or tuple(presets)
     only_with, not_with = ((each,) if isinstance(each, str) else tuple(each) for each in (only_with, not_with))
     about = Flag(
-        words, at_least, at_most, choices, alias, repeated, presets, inert, only_with, not_with, is_path, can_be_empty
-    )
+        words, at_least, at_most, choices, alias, repeated, presets, inert, only_with, not_with, is_path, can_be_empty,
+        takes_auto,
+    )  # fmt: skip
     return dataclasses.field(default=default, metadata={"flag": about})
 
 
@@ -158,6 +162,7 @@ def write_flags(settings: Any) -> str:
                 words += [f"--{field.name}={item}" for item in value]
             else:
                 text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                text = "auto" if about.takes_auto and value == AUTO else text
                 words.append(f"--{field.name}={text}")
     return shlex.join(words)
 
@@ -336,6 +341,7 @@ def describe_flags(kind: type, usage: str) -> str:
             (plain, is_list), about, default = split_type(hints[field.name]), field.metadata["flag"], field.default
             choices = (", " if is_list else " | ").join(about.choices)
             values = choices or ("LIST" if is_list else {int: "INT", float: "FLOAT"}.get(plain, "STRING"))
+            values += " | auto" * about.takes_auto
             shown = f"--[no]{field.name}" if plain is bool else f"--{field.name}={values}"
             text = ",".join(map(str, default)) if isinstance(default, tuple) else default
             words = f"{'no effect: ' if about.inert else ''}{about.words}" + (
@@ -391,15 +397,17 @@ def list_preset_names(settings: Any) -> set[str]:
 
 def convert_words(pairs: Sequence[tuple[str, str]], kind: type[Settings]) -> Settings:
     """Return the settings with these values; raise UsageError if one is of another type or out of range."""
-    values = define_flags(kind)
+    values, abouts = define_flags(kind), list_flags(kind)
+    words = [f"--{name}={value}" for name, value in pairs if not (abouts[name].takes_auto and value == "auto")]
+    autos = [name for name, value in dict(pairs).items() if abouts[name].takes_auto and value == "auto"]
     try:
-        values(["", *(f"--{name}={value}" for name, value in pairs)])
+        values(["", *words])
     except flags.Error as error:
         message = " ".join(str(error).split())
         for of_python, of_people in NO_NUMBER.items():
             message = re.sub(f"{of_python}.*", of_people, message)
         raise UsageError(message) from None
-    return read_settings(kind, values)
+    return dataclasses.replace(read_settings(kind, values), **dict.fromkeys(autos, AUTO))  # type: ignore[type-var]
 
 
 def convert_values(values: Mapping[str, Any], kind: type[Settings]) -> Settings:

@@ -26,6 +26,7 @@ from ebm.settings import (
     TestData,
     UnrecordedNetwork,
 )
+from ebm.support.cli import AUTO
 from ebm.support.errors import UsageError
 
 
@@ -55,6 +56,18 @@ class TrainedModel(NamedTuple):
         if "antialias" not in self.flags:
             note_assumed_antialias(self.path)
         return self.flags.get("antialias", True)
+
+    @property
+    def sample_steps(self) -> int:
+        """The number of Langevin steps with which the training run samples, 200 if that is not recorded."""
+        return self.flags.get("sample_steps") or 10 * self.flags.get("num_steps", 20)
+
+    def choose_num_steps(self, num_steps: int, rounds: int = 1) -> int:
+        """Return the number of Langevin steps of each of several rounds: `num_steps`, or a part of `sample_steps`.
+
+        The latter if `num_steps` is AUTO: then all rounds together have the length of the training run's own samples.
+        """
+        return max(1, round(self.sample_steps / rounds)) if num_steps == AUTO else num_steps
 
     def choose_step_lr(self, step_lr: float | None, published: float = 10.0) -> float:
         """Return the step size of Langevin steps: `step_lr` if it is given, else that of training, or `published`."""
