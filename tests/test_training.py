@@ -145,6 +145,23 @@ def test_gaussian_starts_of_few_images():
     torch.testing.assert_close(off, along, rtol=0, atol=1e-5)
 
 
+def test_learning_rate_falls_along_half_a_cosine(tmp_path):
+    """Breaks when the schedule ends before or after the run, forgets a rollback, or changes the published constant."""
+    rates = {}
+    for schedule in ("constant", "cosine"):
+        run = make_run(make_state(), tmp_path, lr=0.8, lr_schedule=schedule, max_iter=8)
+        rates[schedule] = []
+        for run.state.iteration in range(9):
+            run.set_learning_rate()
+            rates[schedule].append(run.state.optimizer.param_groups[0]["lr"])
+        run.rollbacks, run.state.iteration = 2, 4
+        run.set_learning_rate()
+        rates[schedule].append(run.state.optimizer.param_groups[0]["lr"])
+    assert rates["constant"] == [0.8] * 9 + [0.2]
+    expected = [0.4 * (1 + math.cos(math.pi * k / 8)) for k in range(9)] + [0.1]
+    assert rates["cosine"] == pytest.approx(expected) and rates["cosine"][8] == pytest.approx(0, abs=1e-12)
+
+
 def test_pcd_goes_on_from_the_last_end_points():
     """Breaks when --pcd restarts its chains."""
     state, images = make_state(), torch.rand(8, *SHAPE)
