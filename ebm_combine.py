@@ -9,8 +9,10 @@
 energies: `&` adds them, `|` mixes them (−logsumexp(−E)), `~` negates one, `2*` weights one. The names in an expression
 are size, shape, pos, rot and those of --models; pos2 is pos with the label of a second target. The energies of trained
 models differ little, so that a mixture is close to their mean; weights as in the last example make it sharp. Networks
-are read from the checkpoints. Pictures, plots and <task>.json go to <logdir>/<exp>/<task>/, or to
-<savedir>/<exp>/<task>/ if --savedir is given. --task=train trains in --modeldir, or in --logdir if that is given.
+are read from the checkpoints. An image is right only if it overlaps a sprite by 0.9, else it counts as "no sprite"; the
+column "by nearest" is the share that would be right if the nearest sprite counted for every image. Pictures, plots and
+<task>.json go to <logdir>/<exp>/<task>/, or to <savedir>/<exp>/<task>/ if --savedir is given. --task=train trains in
+--modeldir, or in --logdir if that is given.
 """
 
 from __future__ import annotations

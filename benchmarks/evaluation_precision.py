@@ -55,8 +55,8 @@ EVALUATIONS = {
         "--weights=pos=3,rot=1.5 --num_steps=200 --step_lr=50 --first_step_lr=400 --first_noise=0.1 --limit=64",
         "combine/conceptcombine/conceptcombine.json",
         (
-            *(("figures", f"right, {name}", "jointly") for name in ("size", "shape", "pos", "rot")),
-            ("figures", "right, size & shape & pos & rot", "jointly"),
+            *(("figures", f"right, {name}", "by nearest") for name in ("size", "shape", "pos", "rot")),
+            ("figures", "right, size & shape & pos & rot", "by nearest"),
         ),
     ),
     "restored": Evaluation(

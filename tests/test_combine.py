@@ -166,20 +166,102 @@ def test_nearest_is_exact(small_grid):
     noisy = clean + 0.7 * torch.randn(clean.shape, generator=make_generator(1))
     blurred = torch.nn.functional.avg_pool2d(clean, 9, stride=1, padding=4)
     queries = torch.cat([clean, noisy, blurred, torch.rand(3, 1, 64, 64, generator=make_generator(2))])
-    latents, distances = dsprites.find_nearest_sprites(queries)
+    nearest = dsprites.find_nearest_sprites(queries)
     brute = torch.cdist(queries.flatten(1).double(), every.flatten(1).double())
-    torch.testing.assert_close(distances.double(), brute.amin(1), rtol=1e-5, atol=1e-4)
-    own = (queries - dsprites.render_sprites(*latents.unbind(1))).flatten(1).norm(dim=1)
-    torch.testing.assert_close(own, distances, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(nearest.distances.double(), brute.amin(1), rtol=1e-5, atol=1e-4)
+    found = dsprites.render_sprites(*nearest.latents.unbind(1))
+    torch.testing.assert_close((queries - found).flatten(1).norm(dim=1), nearest.distances, rtol=1e-5, atol=1e-4)
 
 
 def test_real_sprites_are_right():
-    """Breaks when a rendered sprite, on the whole grid, is taken for another one or not called right."""
+    """Breaks when a rendered sprite, on the whole grid, is taken for another one, for none, or not called right.
+
+    Noise as that of a Langevin step must not matter.
+    """
     latents = dsprites.compute_latents(torch.randint(dsprites.SIZE, (24,), generator=make_generator(5)))
     images = dsprites.render_sprites(*latents.unbind(1))
-    found, distances = dsprites.find_nearest_sprites(images)
-    assert torch.equal(dsprites.render_sprites(*found.unbind(1)), images) and distances.max() == 0
-    assert all(truth.all() for truth in concepts.judge_latents(found, latents).values())
+    noisy = images + 0.005 * torch.randn(images.shape, generator=make_generator(6))
+    nearest = dsprites.find_nearest_sprites(torch.cat([images, noisy]))
+    assert torch.equal(dsprites.render_sprites(*nearest.latents.unbind(1)), images.repeat(2, 1, 1, 1))
+    assert nearest[:24].distances.max() == 0 and (nearest.overlaps == 1).all()
+    assert all(truth.all() for truth in concepts.judge_concepts(nearest, latents.repeat(2, 1)).values())
+
+
+SQUARE = torch.tensor([[1.0, 1.0, 0.0, 16 / 31, 16 / 31]])  # the largest one, upright, in the middle
+
+
+def draw_disc(latents):
+    """Draw a disc (1, 1, 64, 64) in place of a square of latents (1, 5), with the same area."""
+    _, scale, _, x, y = latents[0].tolist()
+    radius = 2 * 9.599 * scale / math.sqrt(math.pi)
+    across, down = (torch.arange(64) + 0.5 - 16 - 32 * place for place in (x, y))
+    return (across**2 + down[:, None] ** 2 <= radius**2).float()[None, None]
+
+
+def test_overlaps_in_closed_form():
+    """Breaks when the overlap is not intersection over union of the lit pixels, or other pixels count as lit.
+
+    A square of n×n pixels shares n·(n − k) of n·(n + k) pixels with itself moved by k. A disc with the area 4 of a
+    square of side 2 leaves out four segments of r²·acos(1/r) − √(r² − 1), where r² = 4/π.
+    """
+    square = dsprites.render_sprites(*SQUARE.unbind(1))
+    side = int(square.sum().sqrt())
+    for k in (0, 1, 5, side):
+        moved = dsprites.measure_overlaps(square.roll(k, 3), SQUARE)
+        assert moved.item() == pytest.approx((side - k) / (side + k))
+    for brightness, overlap in ((0.0, 0.0), (0.5, 0.0), (0.6, 1.0), (2.0, 1.0)):
+        assert dsprites.measure_overlaps(brightness * square, SQUARE).item() == overlap
+    grey = square.where(square > 0, torch.tensor(0.4))  # a bright background is not lit
+    assert dsprites.measure_overlaps(grey, SQUARE).item() == 1.0
+    r = 2 / math.sqrt(math.pi)
+    left_out = 4 * (r**2 * math.acos(1 / r) - math.sqrt(r**2 - 1))
+    overlap = dsprites.measure_overlaps(draw_disc(SQUARE), SQUARE).item()
+    assert overlap == pytest.approx((4 - left_out) / (4 + left_out), abs=0.02)
+
+
+def test_sprites_between_steps_are_sprites():
+    """Breaks when a sprite between two of the data set's does not count, or one a whole step away is as good."""
+    latents = dsprites.compute_latents(torch.randint(dsprites.SIZE, (200,), generator=make_generator(5)))
+    latents[:, 1] = latents[:, 1].clamp(0.7, 0.9)  # smaller ones can overlap a little less, having fewer pixels
+    signs = torch.randint(-1, 2, (200, 5), generator=make_generator(6))
+    halfway = latents + torch.tensor(dsprites.HALF_STEPS) * signs
+    assert (dsprites.measure_best_overlaps(dsprites.render_sprites(*halfway.unbind(1)), latents) == 1).all()
+    quarter = latents + torch.tensor(dsprites.HALF_STEPS) / 2 * signs
+    overlaps = dsprites.measure_best_overlaps(dsprites.render_sprites(*quarter.unbind(1)), latents)
+    assert overlaps.min() >= dsprites.LEAST_OVERLAP
+    larger = latents + torch.tensor([0.0, 0.1, 0.0, 0.0, 0.0])
+    overlaps = dsprites.measure_best_overlaps(dsprites.render_sprites(*larger.unbind(1)), latents)
+    assert overlaps.max() < 0.95
+
+
+def test_blobs_are_no_sprites(small_grid):
+    """Breaks when an image counts as a sprite because one is nearest to it: a disc, a black one, one of half the light.
+
+    All concepts of the disc's nearest sprite are those of the target.
+    """
+    square = dsprites.render_sprites(*SQUARE.unbind(1))
+    nearest = dsprites.find_nearest_sprites(torch.cat([square, draw_disc(SQUARE), 0 * square, 0.5 * square]))
+    assert nearest.is_sprite.tolist() == [True, False, False, False]
+    assert 0.8 < nearest.overlaps[1] < 0.9
+    assert all(
+        error[1] <= CONCEPTS[name].tolerance for name, error in concepts.measure_errors(nearest.latents, SQUARE).items()
+    )
+    for truth in concepts.judge_concepts(nearest, SQUARE).values():
+        assert truth.tolist() == [True, False, False, False]
+
+
+def test_what_is_no_sprite_fulfils_nothing():
+    """Breaks when a blob fulfils the negation of what it does not show, or a verdict is another image's."""
+    found = dsprites.NearestSprites(SQUARE.repeat(3, 1), torch.zeros(3), torch.tensor([1.0, 0.89, 0.9]))
+    heart = torch.tensor([[3.0, *SQUARE[0, 1:]]]).repeat(3, 1)
+    judge = concepts.Judge({"shape": "shape", "pos": "pos"}, {"shape": heart, "pos": SQUARE.repeat(3, 1)})
+    for text, verdict in {"shape": "wrong", "~shape": "right", "shape | pos": "right", "pos": "right"}.items():
+        assert judge.name_verdicts([parse_expression(text)], found) == [verdict, "no sprite", verdict], text
+    assert judge.name_verdicts([parse_expression("pos & net")], found) == ["a sprite", "no sprite", "a sprite"]
+    shares = concepts.tabulate_shares(judge, [parse_expression("pos & ~shape")], found)
+    assert [shares[name] for name in ("pos", "shape", "jointly", "no sprite")] == pytest.approx(
+        [2 / 3, 0, 2 / 3, 1 / 3]
+    )
 
 
 def test_errors_and_tolerances():
@@ -190,7 +272,8 @@ def test_errors_and_tolerances():
         found = target.clone()
         for name, value in changes.items():
             found[:, list(dsprites.LATENTS).index(name)] = value
-        how_far, is_right = concepts.measure_errors(found, target), concepts.judge_latents(found, target)
+        how_far = concepts.measure_errors(found, target)
+        is_right = concepts.judge_concepts(dsprites.NearestSprites.of_sprites(found), target)
         return how_far[concept].item(), is_right[concept].item()
 
     def turned(shape, degrees):
@@ -282,7 +365,8 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
     assert figures["pos / pixels"]["right"] < 0.5 and figures["jointly"]["right"] < 0.5
     assert figures["right, size & shape"]["pos"] is None
     latents = small_grid.latents[run_on({}, small_grid, tmp_path).draw_targets(1, 20)[0]]  # of the same seed
-    shares = figures["jointly, by the target's shape"]
+    shares = figures["right by shape, size & shape & pos & rot"]
+    assert figures["right, rot"]["no sprite"] == 0.0
     counts = [int((latents[:, 0] == k).sum()) for k in (1, 2, 3)]
     assert sum(n * (share or 0) for n, share in zip(counts, shares.values(), strict=True)) == pytest.approx(
         20 * figures["jointly"]["right"]
@@ -291,6 +375,18 @@ def test_conceptcombine_measures_what_it_samples(small_grid, tmp_path):
     assert all(path.stat().st_size for path in run.results.files)
     assert figures["shape / share wrong"]["by chance"] == pytest.approx(1 / 3, rel=0.01)
     json.dumps(figures, allow_nan=False)
+
+
+def test_conceptcombine_counts_what_is_no_sprite(small_grid, tmp_path):
+    """Breaks when samples that are discs count as squares, have errors, or make the report something else than JSON."""
+    disc = draw_disc(SQUARE)
+    models_by_name = {"shape": plant(lambda x, y: (x - disc).square().flatten(1).sum(1) / 2, SIZES["shape"], "shape")}
+    run = run_on(models_by_name, small_grid, tmp_path, {"shape": "square"}, limit=5, step_lr=1.0, combine="shape")
+    figures = json.loads(json.dumps(concepts.combine_concepts(run), allow_nan=False))
+    assert figures["right, shape"].items() >= {"shape": 0.0, "jointly": 0.0, "no sprite": 1.0}.items()
+    assert figures["shape / share wrong"].items() >= {"mean error": None, "median": None, "right": 0.0}.items()
+    assert figures["no sprite by shape, shape"] == {"square": 1.0, "ellipse": None, "heart": None}
+    assert figures["right, real sprites"].items() >= {"shape": 1.0, "no sprite": 0.0}.items()
 
 
 def test_chance_is_that_of_random_sprites(small_grid, tmp_path):
@@ -303,7 +399,7 @@ def test_chance_is_that_of_random_sprites(small_grid, tmp_path):
     target = torch.tensor([[3.0, 0.5, 0.0, 0.0, 0.0]]).repeat(5, 1)
     judge = concepts.Judge({name: name for name in SIZES}, dict.fromkeys(SIZES, target))
     plan = [parse_expression(" & ".join(SIZES))]
-    figures = concepts.tabulate_errors(judge, plan, target, run.draw_by_chance(5))
+    figures = concepts.tabulate_errors(judge, plan, dsprites.NearestSprites.of_sprites(target), run.draw_by_chance(5))
     chances = {name.split(" / ")[0]: row["by chance"] for name, row in figures.items()}
     assert chances["jointly"] == pytest.approx(2 / 6 / 3 / 9 * 4 / 40, rel=0.15)
     expected = {"size": 2 / 6, "shape": 1 / 3, "pos": 1 / 9, "rot": 20 / 120}
@@ -613,9 +709,14 @@ def test_gentest_and_genbaseline(small_grid, tmp_path, monkeypatch, optimizers):
     run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, plot_curve=True, break_steps=1))
     curve = unseen.measure_generator(run)
     assert curve["energy, unseen"] == figures["energy, unseen"] and "100%, seen" in curve
+    assert curve["0%, unseen"].keys() == {"MSE", "pos right", "size right", "jointly", "by nearest", "no sprite"}
     stored = np.load(run.results.folder / "curve.npy")
     np.testing.assert_allclose(stored[0], np.arange(11) / 10)
     assert stored[1, 3] == curve["30%, unseen"]["MSE"]
+
+    del figures["energy, unseen"]["no sprite"]  # as an earlier version judged
+    (folder / "gentest.json").write_text(json.dumps({"figures": figures}))
+    assert unseen.read_energy_figures(run) == {}
 
 
 def test_gentest_starts_from_the_models(small_grid, tmp_path):

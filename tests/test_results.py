@@ -203,10 +203,16 @@ def test_combinations_so_far(tmp_path, monkeypatch, stop_at, titles, done):
         return dsprites.render_sprites(*targets[0].unbind(1))
 
     monkeypatch.setattr(ConceptRun, "sample_images", sample_images)
-    monkeypatch.setattr(dsprites, "find_nearest_sprites", lambda images: (torch.zeros(len(images), 5), images))
+    compared: list[Tensor] = []
+
+    def find_nearest_sprites(images):
+        compared.append(images)
+        return dsprites.NearestSprites.of_sprites(torch.ones(len(images), 5))
+
+    monkeypatch.setattr(dsprites, "find_nearest_sprites", find_nearest_sprites)
     judged = []
     monkeypatch.setattr(
-        concepts, "judge_samples", lambda run, samples, plans, targets, real: judged.append((samples, targets))
+        concepts, "judge_samples", lambda run, judge, nearest, plans, targets, real: judged.append((nearest, targets))
     )
     model = Planted(lambda images, labels: images.flatten(1).sum(1), ModelConfig("DspritesNet", (1, 64, 64), 8, 1))
     models = {name: ConceptModel(freeze_energy(model), name) for name in ("size", "pos")}
@@ -214,10 +220,11 @@ def test_combinations_so_far(tmp_path, monkeypatch, stop_at, titles, done):
     run = ConceptRun(CombineSettings(limit=4, batch_size=1), models, {}, {}, sprites, make_generator(), results)
     with pytest.raises(Interruption), run.workers.keep_results():
         concepts.combine_concepts(run)
-    samples, targets = judged.pop()
-    assert list(samples) == titles
-    for images in samples.values():
-        assert torch.equal(images, dsprites.render_sprites(*targets[0].unbind(1))) and len(images) == done
+    nearest, targets = judged.pop()
+    assert list(nearest) == titles and all(len(part) == done for part in nearest.values())
+    assert len(compared[0]) == done * (len(titles) + 1)  # with the targets themselves
+    for images in compared.pop().split(done):
+        assert torch.equal(images, dsprites.render_sprites(*targets[0].unbind(1)))
     assert run.workers.unfinished["combinations"] == f"{len(titles)} of 3"
 
 

@@ -3,7 +3,8 @@
     figures = combine_concepts(ConceptRun(settings, models, labels, weights, sprites, generator, results))
 
 A concept is a latent of dSprites that a model is conditioned on: size, shape, pos or rot. The latents of an image are
-those of the nearest of all sprites, see `dsprites.find_nearest_sprites`.
+those of the nearest of all sprites, see `dsprites.find_nearest_sprites`. An image that overlaps it too little is no
+sprite, and shows no concept.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ebm.readers import dsprites
-from ebm.readers.dsprites import CONCEPTS
+from ebm.readers.dsprites import CONCEPTS, LEAST_OVERLAP, NearestSprites
 from ebm.settings import NOISE_UNIT, CombineSettings
 from ebm.support import pictures
 from ebm.support.errors import UsageError
@@ -66,12 +67,14 @@ def measure_errors(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
     }
 
 
-def judge_latents(found: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Return which images show each concept within its tolerance: concept -> (N,) bool.
+def judge_concepts(nearest: NearestSprites, targets: Tensor) -> dict[str, Tensor]:
+    """Return which images show each concept of their targets: concept -> (N,) bool.
 
-    found: the latents (N, 5) of the images. targets: the wanted latents (N, 5).
+    They must be sprites, and the concept within its tolerance. nearest: the sprites nearest to the images. targets: the
+    wanted latents (N, 5).
     """
-    return {name: is_within_tolerance(error, name) for name, error in measure_errors(found, targets).items()}
+    errors = measure_errors(nearest.latents, targets)
+    return {name: nearest.is_sprite & is_within_tolerance(error, name) for name, error in errors.items()}
 
 
 def is_within_tolerance(error: Tensor, condition: str) -> Tensor:
@@ -317,21 +320,32 @@ def combine_concepts(run: ConceptRun) -> Figures:
     samples = dict(zip(plans, images.split(number), strict=False))
     samples = {title: batch for title, batch in samples.items() if len(batch) == number}
     generated = next(iter(samples.values()))
-    has_concepts = any(concept.condition for concept in run.concepts.values())
-    columns = {}
-    if has_concepts:
-        columns = {
-            "target" if k == 0 else f"target {k + 1}": run.render_images(row[:ROWS]) for k, row in enumerate(index)
-        }
-    titles = describe_targets(run, targets[:, :ROWS])
-    pictures.save_panel({"generated": generated[:ROWS]} | columns, run.add_file(name_picture(run)), rows=titles)
-    if not has_concepts:
+    if not any(concept.condition for concept in run.concepts.values()):
+        pictures.save_panel({"generated": generated[:ROWS]}, run.add_file(name_picture(run)))
         return {"images": number}
-    return judge_samples(run, samples, plans, targets, run.render_images(index[0]))
+    real = run.render_images(index[0])
+    found = dsprites.find_nearest_sprites(torch.cat([*samples.values(), real]))
+    nearest = {title: found[place * number : (place + 1) * number] for place, title in enumerate(samples)}
+    judge, first = build_judge(run, targets), next(iter(plans))
+    draw_verdicts(run, generated[:ROWS], index, judge.name_verdicts(plans[first], nearest[first]))
+    return judge_samples(run, judge, nearest, plans, targets, found[-number:])
+
+
+def draw_verdicts(run: ConceptRun, images: Tensor, index: Tensor, verdicts: Sequence[str]) -> None:
+    """Draw images (N, 1, 64, 64) beside their targets, with what they were to show and whether they do.
+
+    index: the targets (count, M), of which the first N are drawn. verdicts: in words, for M images.
+    """
+    index = index[:, : len(images)]
+    columns = {"target" if k == 0 else f"target {k + 1}": run.render_images(row) for k, row in enumerate(index)}
+    wanted = describe_targets(run, run.sprites.latents[index])
+    rows = [f"{verdict}: {words}" for words, verdict in zip(wanted, verdicts, strict=False)]
+    note = f"no sprite: less than {LEAST_OVERLAP:.0%} overlap with the nearest sprite"
+    pictures.save_panel({"generated": images} | columns, run.add_file(name_picture(run)), rows=rows, note=note)
 
 
 def describe_targets(run: ConceptRun, targets: Tensor) -> list[str]:
-    """Return in words what each sample is to show; an empty list if no model has a concept.
+    """Return in words what each sample is to show.
 
     targets: latents (count, N, 5).
     """
@@ -352,7 +366,7 @@ def name_picture(run: ConceptRun) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """The targets of the names in an expression, with which the latents of images are compared.
+    """The targets of the names in an expression, with which the sprites nearest to images are compared.
 
     conditions: name -> its concept; names without a concept are left out. targets: name -> the wanted latents (N, 5).
     """
@@ -364,85 +378,113 @@ class Judge:
         """Return a judge of `times` as many images, with the same targets again and again."""
         return Judge(self.conditions, {name: latents.repeat(times, 1) for name, latents in self.targets.items()})
 
-    def judge_names(self, latents: Tensor) -> dict[str, Tensor]:
-        """Return which images, with latents (N, 5), show the target of each name: name -> (N,) bool."""
+    def judge_names(self, nearest: NearestSprites) -> dict[str, Tensor]:
+        """Return which images show the target of each name: name -> (N,) bool. nearest: to the N images."""
         return {
-            name: judge_latents(latents, self.targets[name])[condition] for name, condition in self.conditions.items()
+            name: judge_concepts(nearest, self.targets[name])[condition] for name, condition in self.conditions.items()
         }
 
-    def judge_plan(self, plan: Sequence[Expression], latents: Tensor) -> Tensor | None:
-        """Return which images, with latents (N, 5), fulfil all expressions of a plan, (N,) bool.
+    def judge_plan(self, plan: Sequence[Expression], nearest: NearestSprites) -> Tensor | None:
+        """Return which images fulfil all expressions of a plan, (N,) bool; no other than a sprite does.
 
-        Returns None if a name in them has no concept.
+        Returns None if a name in them has no concept. nearest: the sprites nearest to the N images.
         """
         if not {name for expression in plan for name in expression.names} <= set(self.conditions):
             return None
-        return torch.stack([expression.is_fulfilled(self.judge_names(latents)) for expression in plan]).all(0)
+        truths = self.judge_names(nearest)
+        # Without the sprites themselves, whatever is no sprite would fulfil ~shape.
+        return torch.stack([nearest.is_sprite, *(expression.is_fulfilled(truths) for expression in plan)]).all(0)
 
-    def share_of_plan(self, plan: Sequence[Expression], latents: Tensor) -> float | None:
+    def share_of_plan(self, plan: Sequence[Expression], nearest: NearestSprites) -> float | None:
         """Return the share of images that fulfil all expressions of a plan; None as in `judge_plan`."""
-        fulfilled = self.judge_plan(plan, latents)
+        fulfilled = self.judge_plan(plan, nearest)
         return None if fulfilled is None else compute_share(fulfilled)
+
+    def name_verdicts(self, plan: Sequence[Expression], nearest: NearestSprites) -> list[str]:
+        """Return for each image "right", "wrong" or "no sprite"; "a sprite" if the plan cannot be judged."""
+        fulfilled = self.judge_plan(plan, nearest)
+        words = ["a sprite"] * len(nearest)
+        if fulfilled is not None:
+            words = ["right" if is_right else "wrong" for is_right in fulfilled.tolist()]
+        return [
+            word if is_sprite else "no sprite"
+            for word, is_sprite in zip(words, nearest.is_sprite.tolist(), strict=True)
+        ]
+
+
+def build_judge(run: ConceptRun, targets: Tensor) -> Judge:
+    """Return the judge of the run's models. targets: latents (count, N, 5)."""
+    conditions = {name: concept.condition for name, concept in run.concepts.items() if concept.condition}
+    return Judge(conditions, {name: targets[split_name(name)[1] - 1] for name in conditions})
 
 
 def judge_samples(
     run: ConceptRun,
-    samples: Mapping[str, Tensor],
+    judge: Judge,
+    nearest: Mapping[str, NearestSprites],
     plans: Mapping[str, Sequence[Expression]],
     targets: Tensor,
-    real: Tensor,
+    nearest_to_real: NearestSprites,
 ) -> Figures:
     """Return the share of samples that show their targets, by concept and jointly; plot it over the number of concepts.
 
-    samples: title -> images (N, 1, 64, 64), perhaps not of all plans. plans: title -> the plan that they were sampled
-    from, that of all concepts first. targets: latents (count, N, 5). real: the sprites of the first target, which are
-    measured like the samples. The column "MSE to sprite" is the mean squared error to the nearest sprite, because even
-    the nearest sprite of noise can be right.
+    nearest: title -> the sprites nearest to the samples, perhaps not of all plans. plans: title -> the plan that they
+    were sampled from, that of all concepts first. targets: latents (count, N, 5). nearest_to_real: the sprites nearest
+    to those of the first target, which are measured like the samples.
     """
-    latents, distances = dsprites.find_nearest_sprites(torch.cat([*samples.values(), real]))
-    *sample_latents, real_latents = latents.split(len(real))
-    *sample_errors, real_error = [part.square().mean().item() / dsprites.SIDE**2 for part in distances.split(len(real))]
-    conditions = {name: concept.condition for name, concept in run.concepts.items() if concept.condition}
-    judge = Judge(conditions, {name: targets[split_name(name)[1] - 1] for name in conditions})
-
     first = next(iter(plans.values()))
-    figures = tabulate_errors(judge, first, sample_latents[0], run.draw_by_chance(len(real)))
-    for place, title in enumerate(samples):
-        plan = plans[title]
-        names = {name for expression in plan for name in expression.names}
-        truths = judge.judge_names(sample_latents[place])
-        row = {name: compute_share(truth) if name in names else None for name, truth in truths.items()}
-        joint = judge.share_of_plan(plan, sample_latents[place])
-        figures[f"right, {title}"] = row | {"jointly": joint, "MSE to sprite": sample_errors[place]}
+    figures = tabulate_errors(judge, first, next(iter(nearest.values())), run.draw_by_chance(targets.shape[1]))
+    by_shape = {}
+    for title, found in nearest.items():
+        figures[f"right, {title}"] = tabulate_shares(judge, plans[title], found)
+        if len(targets) == 1 and (fulfilled := judge.judge_plan(plans[title], found)) is not None:
+            by_shape[f"right by shape, {title}"] = split_by_shape(fulfilled, targets[0])
+            by_shape[f"no sprite by shape, {title}"] = split_by_shape(~found.is_sprite, targets[0])
     if len(targets) == 1:
-        row = {name: compute_share(truth) for name, truth in judge.judge_names(real_latents).items()}
-        joint = judge.share_of_plan(first, real_latents)
-        figures["right, real sprites"] = row | {"jointly": joint, "MSE to sprite": real_error}
-        if (fulfilled := judge.judge_plan(first, sample_latents[0])) is not None:
-            figures["jointly, by the target's shape"] = split_by_shape(fulfilled, targets[0])
-    if len(samples) == len(plans) > 1:
+        figures["right, real sprites"] = tabulate_shares(judge, first, nearest_to_real)
+    if len(nearest) == len(plans) > 1:
         plot_joint(run, figures)
-    return figures
+    return figures | by_shape
 
 
-def tabulate_errors(judge: Judge, plan: Sequence[Expression], latents: Tensor, drawn: Tensor) -> Figures:
-    """Return a row of errors for each concept of images with latents (N, 5), and a row for the whole plan.
+def tabulate_shares(judge: Judge, plan: Sequence[Expression], nearest: NearestSprites) -> Figures:
+    """Return the share of images that show each name of a plan, and all of it, and how well sprites fit them.
 
-    drawn: latents (M, 5) of random sprites, N or a multiple of it. The column "by chance" is the share of them that is
-    right for the same targets.
+    The column "by nearest" is the share that would show all of the plan if every image counted as its nearest sprite,
+    blobs as well; "no sprite" is the share that overlaps its nearest sprite too little to show anything; "MSE to
+    sprite" is the mean squared error to it. nearest: the sprites nearest to the images.
+    """
+    names = {name for expression in plan for name in expression.names}
+    truths = judge.judge_names(nearest)
+    return {name: compute_share(truth) if name in names else None for name, truth in truths.items()} | {
+        "jointly": judge.share_of_plan(plan, nearest),
+        "by nearest": judge.share_of_plan(plan, NearestSprites.of_sprites(nearest.latents)),
+        "no sprite": compute_share(~nearest.is_sprite),
+        "MSE to sprite": nearest.distances.square().mean().item() / dsprites.SIDE**2,
+    }
+
+
+def tabulate_errors(judge: Judge, plan: Sequence[Expression], nearest: NearestSprites, drawn: Tensor) -> Figures:
+    """Return a row of errors for each concept of images, and a row for the whole plan.
+
+    nearest: the sprites nearest to the N images; images that are no sprites have no error, and are not right. drawn:
+    latents (M, 5) of random sprites, N or a multiple of it. The column "by chance" is the share of them that is right
+    for the same targets.
     """
     figures: Figures = {}
-    chance = judge.repeat(len(drawn) // len(latents))
-    truths, by_chance = judge.judge_names(latents), chance.judge_names(drawn)
+    chance = judge.repeat(len(drawn) // len(nearest))
+    random = NearestSprites.of_sprites(drawn)
+    truths, by_chance = judge.judge_names(nearest), chance.judge_names(random)
+    has_sprites = bool(nearest.is_sprite.any())
     for name, condition in judge.conditions.items():
-        error = measure_errors(latents, judge.targets[name])[condition]
+        error = measure_errors(nearest.latents, judge.targets[name])[condition][nearest.is_sprite]
         figures[f"{name} / {CONCEPTS[condition].unit}"] = {
-            "mean error": error.mean().item(),
-            "median": error.median().item(),
+            "mean error": error.mean().item() if has_sprites else None,
+            "median": error.median().item() if has_sprites else None,
             "right": compute_share(truths[name]),
             "by chance": compute_share(by_chance[name]),
         }
-    joint = {"right": judge.share_of_plan(plan, latents), "by chance": chance.share_of_plan(plan, drawn)}
+    joint = {"right": judge.share_of_plan(plan, nearest), "by chance": chance.share_of_plan(plan, random)}
     return figures | {"jointly": {"mean error": None, "median": None} | joint}
 
 
@@ -458,17 +500,17 @@ def split_by_shape(truths: Tensor, latents: Tensor) -> dict[str, float | None]:
 
 
 def plot_joint(run: ConceptRun, figures: Figures) -> None:
-    """Plot the share of images that are right over the number of combined concepts.
+    """Plot the share of images that are right, and of those that are no sprites, over the number of combined concepts.
 
     1 is each concept alone, 2 the first two, and so on.
     """
     names = list(run.concepts)
     lines = {}
-    for column, entered in ({name: k for k, name in enumerate(names, 1)} | {"jointly": 1}).items():
+    for column, entered in ({name: k for k, name in enumerate(names, 1)} | {"jointly": 1, "no sprite": 1}).items():
         counts = sorted({1, *range(entered, len(names) + 1)})
-        titles = [" & ".join(names[:count]) if count > 1 or column == "jointly" else column for count in counts]
+        titles = [" & ".join(names[:count]) if count > 1 or entered == 1 else column for count in counts]
         lines[column] = counts, [figures[f"right, {title}"][column] for title in titles]
-    xlabel, share = f"concepts combined: {', '.join(names)}", "share of right images"
+    xlabel, share = f"concepts combined: {', '.join(names)}", "share of images"
     pictures.plot_lines({share: lines}, run.add_file("accuracy.png"), xlabel=xlabel, shares=[share])
 
 
