@@ -83,9 +83,9 @@ from ebm.support import pictures
 
 model = checkpoint.load_energy("$out/runs/shapes")
 labels = torch.eye(3).repeat_interleave(4, 0)
-noise = models.draw_noise_images(model.config, len(labels), torch.Generator().manual_seed(0))
+starts = models.draw_starts(model, len(labels), labels, torch.Generator().manual_seed(0))
 energy = models.freeze_energy(model).under(labels)
-images = sampling.langevin(energy, noise, num_steps=200, step_lr=model.settings["step_lr"])
+images = sampling.langevin(energy, starts, num_steps=200, step_lr=model.settings["step_lr"])
 path = pictures.save_grid(images, "$out/five_lines.png", columns=4)
 print(f"four images of each of {', '.join(model.class_names)}: {path}")
 END
