@@ -1,12 +1,13 @@
 """The distances of patches and tones against closed forms, and their ranking of degraded images."""
 
+import importlib
 import math
 
 import pytest
 import torch
 
 import data
-from conftest import draw_bytes, make_generator
+from conftest import ROOT, draw_bytes, make_generator
 from ebm.measures import features, patches
 from ebm.measures.features import RealImages
 from ebm.measures.patches import build_pyramid, compute_patch_statistics, compute_tones, measure_patches
@@ -125,3 +126,17 @@ def test_other_real_images_are_others():
     reference = make_reference(images)
     parts = [reference.take(15), reference.take(15, start=15), reference.take(15, start=30)]
     assert torch.equal(torch.cat(parts).flatten().sort().values, images.flatten()) and len(parts[2]) == 10
+
+
+@pytest.mark.slow
+def test_degraded_images_are_ranked(monkeypatch, tmp_path):
+    """Breaks when a stronger degradation of digits is nearer to the data, real digits are not the nearest, or noise
+    fitted to the classifier's features, which its distance takes for digits, is nearer than mild degradations.
+    """
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measures = importlib.import_module("measures")
+    settings = measures.Settings(dataset="digits", samples=200, fit_steps=(60,), logdir=str(tmp_path))
+    rows, _ = measures.measure_sets(settings, data.load_dataset("digits"))
+    verdicts = measures.judge_measures(rows)
+    assert verdicts["patch_distance"]["wrong"] == []
+    assert verdicts["feature_distance"]["wrong"] != []
