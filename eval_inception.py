@@ -27,6 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from ebm.measures import features
+from ebm.measures.patches import MAX_IMAGES
 from ebm.settings import InceptionSettings
 from ebm.support import cli, pictures
 from ebm.support.hardware import set_up_process
@@ -55,6 +56,7 @@ def format_results(contents: dict[str, Any]) -> str:
     settings = ", ".join(f"{name}={value}" for name, value in contents["settings"].items())
     lines = [format_table({f"iteration {result['iteration']}": result["figures"] for result in results})]
     lines += [f"Fréchet distance of {of_real['images']:,} images of the reference itself: {of_real['distance']:.4f}"]
+    lines += [", ".join(f"{name} of other real images: {value:.4f}" for name, value in contents["real images"].items())]
     lines += [f"settings: ensemble={sizes}, {settings}"]
     return "\n".join(lines + [f"paper, {name}: {text}" for name, text in contents["paper"].items()])
 
@@ -103,6 +105,9 @@ class QualityReport:
         reference = load_reference(settings, trained, device)
         self.settings, self.extractor = settings, load_extractor(settings, reference, cache, device)
         self.real = features.load_or_compute_statistics(self.extractor, reference, cache)
+        number = min(MAX_IMAGES, len(reference) // 2)
+        self.patches = features.load_or_compute_patches(reference, cache, number)
+        others = reference.take(min(settings.im_number, number), start=number)
         of_real = dict(zip(("images", "distance"), features.measure_real(self.real, settings.im_number), strict=True))
         published = PAPER.get((reference.datasets[0].name, trained.model.config.label_size > 0), {})
         self.contents: dict[str, Any] = {
@@ -111,6 +116,7 @@ class QualityReport:
             "network": dataclasses.asdict(trained.model.config),
             "results": [],
             "Fréchet distance of real images": of_real,
+            "real images": features.describe_patches(others, self.patches),
             "paper": published if self.extractor.name == "inception" else {},
         }
 
@@ -118,7 +124,7 @@ class QualityReport:
         """Measure the images uint8 (N, C, H, W) of an ensemble of checkpoints; write them as a grid, and the report."""
         iteration = paths[0].stem.removeprefix("model_")
         pictures.save_grid(images[:100] / 255, self.results.add_file(f"samples_{iteration}.png"), columns=10)
-        figures = features.measure_quality(self.extractor, images, self.real, splits=self.settings.splits)
+        figures = features.measure_quality(self.extractor, images, self.real, self.patches, splits=self.settings.splits)
         result = {"iteration": iteration, "ensemble": list(map(str, paths)), "figures": figures}
         self.contents["results"].append(result | {"images": len(images)})
         self.results.write_report("eval_inception.json", self.contents | {"complete": False})

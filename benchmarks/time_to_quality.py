@@ -166,7 +166,8 @@ def main(settings: Settings) -> None:
     digits = held_out.raw(torch.arange(min(RATED, len(held_out))))
     rated = {"mnist": digits} | {name: load_outliers(name, settings.data, digits) for name in settings.outliers}
     measure = prepare_distance(images, settings.samples, pathlib.Path(settings.logdir))
-    print(f"{DISTANCE} of {settings.samples} real images: {measure.of_real_images:.2f}", flush=True)
+    real = measure.of_real_images["feature_distance"]
+    print(f"{DISTANCE} of {settings.samples} real images: {real:.2f}", flush=True)
     job = learners.Job(
         minutes=sorted(settings.minutes),
         clock=settings.clock,
@@ -189,7 +190,7 @@ def main(settings: Settings) -> None:
             print(f"{library}: {', '.join(words)}", flush=True)
         if settings.output:
             others = {"torchebm": learners.TORCHEBM, "ebmkit": learners.EBMKIT}
-            write_results(settings, rows, samples, versions=versions, others=others, real=measure.of_real_images)
+            write_results(settings, rows, samples, versions=versions, others=others, real=real)
 
 
 if __name__ == "__main__":

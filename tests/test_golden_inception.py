@@ -8,6 +8,7 @@ import torch
 
 from conftest import make_progress
 from ebm.measures import features
+from ebm.measures.patches import compute_patch_statistics
 from ebm.settings import InceptionSettings
 from ebm.support import metrics
 from ebm.tasks import quality
@@ -89,5 +90,6 @@ def test_pool_is_that_of_the_reference(run, monkeypatch):
     monkeypatch.setattr(metrics, "inception_score", lambda probabilities, splits: (len(probabilities), splits))
     extractor = MeanColours()
     real = features.Statistics(*metrics.mean_and_covariance(extractor(images)[0]), extractor(images[:10])[0])
-    figures = features.measure_quality(extractor, images, real, splits=settings.splits)
+    patches = compute_patch_statistics(images)
+    figures = features.measure_quality(extractor, images, real, patches, splits=settings.splits)
     assert [figures["Inception score"], figures["IS deviation"]] == CASE[f"{run}_scored"].tolist()

@@ -54,9 +54,9 @@ def test_inception_chooses_the_best_model(tmp_path, monkeypatch, capsys):
 
     run.report()
     printed = capsys.readouterr().out
-    assert "3 samples" in printed and "Inception score 1.50 ± 0.10, FID 2048.00" in printed
+    assert "3 samples" in printed and "Inception score 1.50 ± 0.10, FID 2048.00, patch distance" in printed
     report = json.loads((run.settings.folder / "quality_2.json").read_text())
-    assert report["samples"] == 3 and report["inception_score"] == 1.5
+    assert report["samples"] == 3 and report["inception_score"] == 1.5 and 0 <= report["tone_distance"] <= 1
 
 
 def test_how_many_samples():

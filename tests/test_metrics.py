@@ -98,6 +98,11 @@ def test_precision_and_recall_by_hand() -> None:
         assert metrics.precision_recall(real, fake, k=1, block=block) == pytest.approx((2 / 3, 1 / 3))
 
 
+def test_precision_and_recall_of_fewer_points_than_neighbours() -> None:
+    """Red if a test of two samples ends a training run: the ball of 0 reaches to 2, its farthest neighbour."""
+    assert metrics.precision_recall(torch.tensor([[0.0], [2.0]]), torch.tensor([[-1.5], [7.0]])) == (0.5, 1)
+
+
 def test_precision_and_recall_of_far_and_equal_sets() -> None:
     """Red if the radius is not the set's own: far sets share nothing, a set covers itself."""
     features = normal(50, 8)
@@ -197,11 +202,14 @@ def test_classifier_distance_on_digits(tmp_path, capsys) -> None:
     real, worse, worst = map(measure, (held, noisy, noise))
     assert real < worse / 2 < worst / 8
     assert measure(images[half]) == pytest.approx(0, abs=1e-6)
-    assert distance.of_real_images == measure(images[rest[:500]])
+    assert distance.of_real_images == distance.measure(images[rest[:500]])
 
     assert "training" in capsys.readouterr().out
     stored = prepare_distance(dataset, 500, tmp_path)
     assert "training" not in capsys.readouterr().out
-    assert stored.measure(noisy) == {"feature_distance": worse}
+    figures = stored.measure(noisy)
+    names = ["feature_distance", "feature_precision", "feature_recall", "patch_distance", "tone_distance"]
+    assert list(figures) == names and figures == distance.measure(noisy) and figures["feature_distance"] == worse
+    assert all(map(math.isnan, stored.measure(noisy * math.nan).values()))
     assert isinstance(stored.extractor, Classifier)
     assert stored.extractor.network.accuracy == distance.extractor.network.accuracy

@@ -250,7 +250,8 @@ def test_inception_figures_are_those_of_torch_fidelity(tmp_path, monkeypatch):
     reference = RealImages.choose("toy", "train", [dataset], 100)
     statistics = features.load_or_compute_statistics(inception, reference, tmp_path)
     monkeypatch.setattr(metrics, "frechet_distance", lambda *statistics: float(len(statistics[0])))
-    ours = features.measure_quality(inception, fake, statistics, splits=2)
+    patches = features.load_or_compute_patches(reference, tmp_path)
+    ours = features.measure_quality(inception, fake, statistics, patches, splits=2)
     monkeypatch.undo()
     assert ours["Inception score"] - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=1e-2)
     assert ours["IS deviation"] == pytest.approx(theirs["inception_score_std"], rel=1e-2)
@@ -375,12 +376,13 @@ def test_classifier_is_kept_and_scores_perfect_images(tmp_path, capsys):
     assert torch.equal(again(images)[0], first(images)[0])
 
     real = features.load_or_compute_statistics(again, reference, tmp_path)
-    figures = features.measure_quality(again, images, real)
-    assert list(figures) == ["classifier Fréchet distance", "classifier precision", "classifier recall"]
-    assert list(figures.values()) == pytest.approx([0, 1, 1], abs=1e-6)
-    worse = features.measure_quality(
-        again, torch.randint(0, 256, images.shape, generator=make_generator()).byte(), real
-    )
+    patches = features.load_or_compute_patches(reference, tmp_path)
+    figures = features.measure_quality(again, images, real, patches)
+    names = ["classifier Fréchet distance", "classifier precision", "classifier recall"]
+    assert list(figures) == [*names, "patch distance", "tone distance"]
+    assert list(figures.values()) == pytest.approx([0, 1, 1, 0, 0], abs=1e-6)
+    noise = torch.randint(0, 256, images.shape, generator=make_generator()).byte()
+    worse = features.measure_quality(again, noise, real, patches)
     assert worse["classifier Fréchet distance"] > 10 * features.measure_real(real, 50)[1]
 
     with pytest.raises(UsageError, match="no classes"):
@@ -456,6 +458,7 @@ def test_evaluations_end_to_end(models_folder):
     assert "100 of 1,618 images of train" in report["settings"]["reference"]
     for shown in (
         "classifier Fréchet distance",
+        "patch distance of other real images",
         "im_number=8",
         "step_lr=7.5",
         "ensemble=1/2",

@@ -77,6 +77,7 @@ SMALL = {
     "benchmarks/evaluation_precision.py": [
         *("--seeds=2", "--jobs=1", "--precisions=float32,bf16", "--evaluations=democlass", "--call_flags=--num_steps=1")
     ],
+    "benchmarks/measures.py": ["--samples=20", "--fit_steps=1"],
     "benchmarks/time_to_quality.py": ["--libraries=project", "--minutes=0", "--samples=20", "--num_filters=4"],
     "benchmarks/recipes.py": ["--max_iter=1", "--test_interval=1", "--recipes=1", "--seeds=2", QUICK],
 }

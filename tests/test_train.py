@@ -121,7 +121,9 @@ def test_quality(tmp_path):
     assert best["iteration"] == min(measured, key=measured.get) and best["best"] == {
         "classifier": min(measured.values())
     }
-    assert "before training" in result.stdout and "two halves of real data" in result.stdout
+    assert "before training" in result.stdout and "other real images" in result.stdout
+    for name in ("feature_precision", "feature_recall", "patch_distance", "tone_distance"):
+        assert [line["iteration"] for line in lines if name in line] == [0, 2, 4]
 
 
 def test_it_says_what_it_computes_in(run, tmp_path):

@@ -2,8 +2,10 @@
 
     inception = Inception(*read_inception("weights-inception-2015-12-05-6726825d.pth"), device="cuda")
     images = RealImages.choose("cifar10", "train", [dataset], 50_000)
-    real = load_or_compute_statistics(inception, images, cache=pathlib.Path("statistics"))
-    measure_quality(inception, samples, real)  # {"Inception score": …, "FID": …, …}
+    cache = pathlib.Path("statistics")
+    real = load_or_compute_statistics(inception, images, cache)
+    patches = load_or_compute_patches(images, cache)
+    measure_quality(inception, samples, real, patches)  # {"Inception score": …, "FID": …, …}
 
 Images are uint8 (N, C, H, W). A cache folder keeps what takes long to compute: the statistics of real images and the
 classifiers that were trained on them.
@@ -26,6 +28,14 @@ from torch import Tensor
 import checkpoint
 from data import Dataset, match_classes
 from ebm.measures.classifier import FeatureClassifier, check_examples, train_feature_classifier
+from ebm.measures.patches import (
+    CHOICES,
+    MAX_IMAGES,
+    PatchStatistics,
+    build_patch_statistics,
+    compute_patch_statistics,
+    measure_patches,
+)
 from ebm.readers.bounded import describe_failure, read_file
 from ebm.readers.downloads import import_torchvision
 from ebm.readers.state_values import is_mapping_to
@@ -41,7 +51,16 @@ MAX_COMPARED = (
 IMAGES_PER_SPLIT = 5_000  # of the Inception score, as in the reference
 BATCH = 250  # images whose features are computed at once
 MAX_REAL_IMAGES = 100_000  # largest number of real images that a training run compares its samples with
+MAX_COMPARED_IN_RUN = 2_000  # as MAX_COMPARED, at the tests of a training run
 DISTANCE = "classifier Fréchet distance"  # computed in the features of a small classifier; the FID needs Inception
+# The figures of samples: name in the log of a training run -> in words.
+INCEPTION_FIGURES = {"inception_score": "Inception score", "inception_score_std": "IS deviation", "fid": "FID"}
+CLASSIFIER_FIGURES = {
+    "feature_distance": DISTANCE,
+    "feature_precision": "classifier precision",
+    "feature_recall": "classifier recall",
+}
+PATCH_FIGURES = {"patch_distance": "patch distance", "tone_distance": "tone distance"}
 
 MAX_INCEPTION_SIZE = 1 << 29  # bytes of a file of weights; the released one has 95 million
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -236,6 +255,11 @@ class RealImages:
                 if len(index):
                     yield dataset.raw(index)
 
+    def take(self, number: int, start: int = 0) -> Tensor:
+        """Return images uint8 (n, C, H, W): `number` of a random order that is always the same, from `start` on."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        return torch.cat(list(self.batches(self.numbers[order[start : start + number]].sort().values)))
+
     def classes(self) -> Tensor | None:
         """Return the class of each image (N,); None if there are no classes, or if images are read from the disk.
 
@@ -357,6 +381,18 @@ def load_or_compute_statistics(extractor: Extractor, reference: RealImages, cach
     return load_or_compute(path, settings, compute, build_statistics)
 
 
+def load_or_compute_patches(reference: RealImages, cache: pathlib.Path, most: int = MAX_IMAGES) -> PatchStatistics:
+    """Return the patch statistics of `most` real images: compute them at the first call, then read them from the cache.
+
+    They are the images that `reference.take` returns first.
+    """
+    settings = reference.settings() | CHOICES | {"images": most}
+    path = locate_cache(cache, f"{reference.name}_patch_statistics", settings)
+    return load_or_compute(
+        path, settings, lambda: vars(compute_patch_statistics(reference.take(most))), build_patch_statistics
+    )
+
+
 def build_statistics(contents: dict[str, Any]) -> Statistics:
     """Return the statistics in a cache file; raise ValueError unless their shapes fit and they are finite."""
     real = Statistics(contents["mean"], contents["covariance"], contents["features"])
@@ -379,25 +415,35 @@ def measure_real(real: Statistics, number: int) -> tuple[int, float]:
     that perfect samples of this number would have.
     """
     some = real.features[:number]
-    return len(some), metrics.frechet_distance(*metrics.mean_and_covariance(some), real.mean, real.covariance)
+    return len(some), measure_distance(some, real)
+
+
+def describe_patches(images: Tensor, patches: PatchStatistics) -> dict[str, float]:
+    """Return the distances of patches and tones of images to those of real ones, see `measure_patches`, by name."""
+    return {PATCH_FIGURES[name]: value for name, value in measure_patches(images, patches).items()}
 
 
 def measure_quality(
-    extractor: Extractor, images: Tensor, real: Statistics, *, splits: int = IMAGES_PER_SPLIT
+    extractor: Extractor,
+    images: Tensor,
+    real: Statistics,
+    patches: PatchStatistics,
+    *,
+    splits: int = IMAGES_PER_SPLIT,
 ) -> dict[str, float]:
     """Return quality measures of images uint8 (N, C, H, W) by name, computed in the features of the extractor.
 
     With Inception: the Inception score over splits of `splits` images, FID, KID, precision and recall. With a
     classifier: Fréchet distance, precision and recall under names of their own, because they cannot be compared with
-    published figures. KID, precision and recall use at most 10,000 images of each set.
+    published figures. KID, precision and recall use at most 10,000 images of each set. With both: the distances of
+    patches and tones, see `measure_patches`.
     """
     features, probabilities = extract_features(extractor, images.split(BATCH), len(images), "features of samples")
     device, compared = features.device, features[:MAX_COMPARED]
-    mean, covariance = metrics.mean_and_covariance(features)
-    distance = metrics.frechet_distance(mean, covariance, real.mean.to(device), real.covariance.to(device))
+    distance, beside = measure_distance(features, real), describe_patches(images, patches)
     precision, recall = metrics.precision_recall(real.features.to(device), compared)
     if extractor.name != Inception.name:
-        return {DISTANCE: distance, "classifier precision": precision, "classifier recall": recall}
+        return {DISTANCE: distance, "classifier precision": precision, "classifier recall": recall} | beside
     score, deviation = metrics.inception_score(probabilities, splits=max(1, len(images) // splits))
     return {
         "Inception score": score,
@@ -406,7 +452,7 @@ def measure_quality(
         "KID": metrics.kernel_distance(real.features.to(device), compared),
         "precision": precision,
         "recall": recall,
-    }
+    } | beside
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,38 +461,48 @@ def measure_quality(
 
 @dataclasses.dataclass(frozen=True)
 class SampleMeasure:
-    """A measure of samples: Inception score and FID, or the Fréchet distance in the features of a classifier.
+    """A measure of samples: Inception score and FID, or distance, precision and recall in the features of a classifier.
 
-    of_real_images: the Fréchet distance of other real images, as many as there are samples, for comparison; None with
-    Inception.
+    Both come with the distances of patches and tones to those of real images. of_real_images: the figures of other real
+    images, as many as there are samples, for comparison; empty with Inception.
     """
 
     extractor: Extractor
     real: Statistics
-    of_real_images: float | None = None
+    patches: PatchStatistics
+    of_real_images: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def has_inception(self) -> bool:
         """Whether images are compared by Inception."""
         return self.extractor.name == Inception.name
 
+    @property
+    def figures(self) -> dict[str, str]:
+        """The names of its figures in the log, each with its name in words."""
+        return (INCEPTION_FIGURES if self.has_inception else CLASSIFIER_FIGURES) | PATCH_FIGURES
+
     def measure(self, images: Tensor, *, splits: int = 1) -> dict[str, float]:
         """Return the figures of images (N, C, H, W), float in [0, 1] or uint8, by their names in the log.
 
-        They are `nan` if the images are not finite. splits: those of the Inception score. A small number of images
-        biases distances upwards: compare values for equal numbers of images only.
+        They are `nan` if the images are not finite. splits: those of the Inception score. Precision and recall are of
+        at most 2,000 images of each set. A small number of images biases distances upwards: compare values for equal
+        numbers of images only.
         """
-        if self.has_inception and not images.isfinite().all():
-            return dict.fromkeys(("inception_score", "inception_score_std", "fid"), math.nan)
+        if not images.isfinite().all():
+            return dict.fromkeys(self.figures, math.nan)
+        beside = measure_patches(images, self.patches)
         if self.has_inception and images.is_floating_point():
             images = to_bytes(images)
         parts = [self.extractor(batch) for batch in images.split(BATCH)]
         features, probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
         distance = measure_distance(features, self.real)
-        if not self.has_inception:
-            return {"feature_distance": distance}
-        score, deviation = metrics.inception_score(probabilities, splits=splits)
-        return {"inception_score": score, "inception_score_std": deviation, "fid": distance}
+        if self.has_inception:
+            figures = (*metrics.inception_score(probabilities, splits=splits), distance)
+        else:
+            known = self.real.features[:MAX_COMPARED_IN_RUN].to(features.device)
+            figures = (distance, *metrics.precision_recall(known, features[:MAX_COMPARED_IN_RUN]))
+        return dict(zip(self.figures, (*figures, *beside.values()), strict=True))
 
     def get_key_figure(self, figures: Mapping[str, float]) -> float:
         """Return the figure by which the best model is chosen, smaller is better: −score, or the distance."""
@@ -454,10 +510,11 @@ class SampleMeasure:
 
     def describe(self, figures: Mapping[str, float]) -> str:
         """Return figures that `measure` returned in words."""
-        if not self.has_inception:
-            return f"{DISTANCE} {figures['feature_distance']:.2f}"
-        score, deviation, fid = (figures[name] for name in ("inception_score", "inception_score_std", "fid"))
-        return f"Inception score {score:.2f} ± {deviation:.2f}, FID {fid:.2f}"
+        words = [f"{word} {figures[name]:.4g}" for name, word in self.figures.items() if name not in INCEPTION_FIGURES]
+        if self.has_inception:
+            score, deviation, fid = (figures[name] for name in INCEPTION_FIGURES)
+            words = [f"Inception score {score:.2f} ± {deviation:.2f}", f"FID {fid:.2f}", *words]
+        return ", ".join(words)
 
 
 def measure_distance(features: Tensor, real: Statistics) -> float:
@@ -474,20 +531,28 @@ def prepare_inception(dataset: Dataset, inception: Inception, cache: pathlib.Pat
     cache: the folder of statistics of real images.
     """
     reference = RealImages.choose(dataset.name, "train", [dataset], MAX_COMPARED)
-    return SampleMeasure(inception, load_or_compute_statistics(inception, reference, cache))
+    real = load_or_compute_statistics(inception, reference, cache)
+    return SampleMeasure(inception, real, load_or_compute_patches(reference, cache))
+
+
+def split_halves(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Return the indices of the images that samples are compared with, and of others: always the same random halves."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:MAX_REAL_IMAGES]
+    half, others = order.tensor_split(2)
+    return half, others
 
 
 def prepare_distance(dataset: Dataset, number: int, cache: pathlib.Path) -> SampleMeasure:
-    """Return the distance of samples to one half of the data; it includes the distance of real images.
+    """Return the measure by a classifier, which compares samples with one half of the data.
 
-    number: the number of real images, from the other half, whose distance is measured. The classifier is trained on the
+    number: the number of real images, from the other half, whose figures it includes. The classifier is trained on the
     data at the first call, then read from classifier.pt in the cache folder. Raises UsageError if the images have no
     classes.
     """
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:MAX_REAL_IMAGES]
-    reference, rest = order.tensor_split(2)
+    half, others = split_halves(dataset)
     images = RealImages.choose(dataset.name, "train", [dataset], MAX_REAL_IMAGES)
     classifier = load_or_train_classifier(images, cache / "classifier.pt", dataset.index_device)
-    real = load_or_compute_statistics(classifier, RealImages(dataset.name, "train", [dataset], reference), cache)
-    features = torch.cat([classifier(batch)[0] for batch in dataset.raw(rest[:number]).split(BATCH)])
-    return SampleMeasure(classifier, real, measure_distance(features, real))
+    reference = RealImages(dataset.name, "train", [dataset], half)
+    real = load_or_compute_statistics(classifier, reference, cache)
+    measure = SampleMeasure(classifier, real, load_or_compute_patches(reference, cache))
+    return dataclasses.replace(measure, of_real_images=measure.measure(dataset.raw(others[:number])))

@@ -16,7 +16,7 @@ from ebm.settings import TrainSettings
 from ebm.support import cli, pictures
 from ebm.support.logs import RunLog, read_series
 from ebm.support.progress import Progress, describe_energies
-from ebm.support.reports import write_json
+from ebm.support.reports import format_table, write_json
 from ebm.training.samples import FreshChains, Sampler, choose_test_number
 from ebm.training.state import State, Step
 from sampling import compute_input_gradient
@@ -29,8 +29,12 @@ CURVES = {
     "mean energy gradient": {"where chains start": "x_grad_first", "where chains end": "x_grad"},
 }
 INCEPTION_CURVES = {"Inception score": {"Inception score": "inception_score"}, "FID": {"FID": "fid"}}
-DISTANCE_CURVE = {DISTANCE: {DISTANCE: "feature_distance"}}
-LOG_AXES = ("mean energy gradient", "FID", DISTANCE)
+CLASSIFIER_CURVES = {
+    DISTANCE: {DISTANCE: "feature_distance"},
+    "share": {"classifier precision": "feature_precision", "classifier recall": "feature_recall"},
+}
+PATCH_CURVES = {"distance": {"of patches": "patch_distance", "of tones": "tone_distance"}}
+LOG_AXES = ("mean energy gradient", "FID", DISTANCE, "distance")
 PANELS = 20  # rows of start | sample | real
 GRID = 200  # images of the picture of samples, at most
 BINS = 40  # of the histograms of energies in the log
@@ -201,22 +205,25 @@ def report_quality(settings: TrainSettings, sampler: Sampler, images: Tensor, me
         about = {"iteration": state.iteration, "samples": len(images), "num_steps": sampler.num_steps}
         print(f"wrote {write_json(folder / f'quality_{state.iteration}.json', about | figures)}")
     elif measure is not None:
-        distances = dict(zip(*read_series(folder, "feature_distance"), strict=True))  # iteration -> distance
-        print(f"{DISTANCE} to real images of {len(images)} images, smaller is closer:")
-        if 0 in distances:
-            print(f"  before training          {distances[0]:8.2f}")
-        print(f"  now                      {measure.measure(images)['feature_distance']:8.2f}")
-        print(f"  two halves of real data  {measure.of_real_images:8.2f}")
+        logged = {name: dict(zip(*read_series(folder, name), strict=True)) for name in measure.figures}
+        rows: dict[str, Mapping[str, float | None]] = {
+            "before training": {name: series.get(0) for name, series in logged.items()},
+            "now": measure.measure(images),
+            "other real images": measure.of_real_images,
+        }
+        print(f"{len(images)} samples, compared with real images; of distances, smaller is closer:")
+        print(format_table({row: {measure.figures[k]: figures[k] for k in figures} for row, figures in rows.items()}))
 
 
 def draw_curves(settings: TrainSettings, measure: SampleMeasure | None) -> None:
     """Plot the logged figures of a whole run, see docs/figures.md, and print the path of the picture."""
     panels = CURVES
     if measure is not None:
-        panels = panels | (INCEPTION_CURVES if measure.has_inception else DISTANCE_CURVE)
+        panels = panels | (INCEPTION_CURVES if measure.has_inception else CLASSIFIER_CURVES) | PATCH_CURVES
     curves = {
         ylabel: {title: read_series(settings.folder, name) for title, name in lines.items()}
         for ylabel, lines in panels.items()
     }
-    path = settings.folder / "curves.png"
-    print(f"training curves: {pictures.plot_lines(curves, path, xlabel='iteration', log=LOG_AXES, smooth=True)}")
+    path, shares = settings.folder / "curves.png", ("share",)
+    plot = pictures.plot_lines(curves, path, xlabel="iteration", log=LOG_AXES, shares=shares, smooth=True)
+    print(f"training curves: {plot}")
