@@ -403,7 +403,7 @@ EVALUATIONS = {
 }
 SAMPLES = {
     "all classes": "--exp=digits --num=12 --batch_size=5 --seed=3",
-    "float32": "--exp=digits --num=4 --step_lr=300 --logdir={tmp}/float32",
+    "float32": "--exp=digits --num=4 --step_lr=300 --logdir={tmp}/float32 --precision=float32",
     "bf16": "--exp=digits --num=4 --step_lr=300 --logdir={tmp}/bf16 --precision=bf16",
     "more before": "--exp=digits --num=5 --folder --logdir={tmp}/one",
     "one class": "--exp=digits --num=3 --label=Two --folder --logdir={tmp}/one",
