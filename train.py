@@ -75,7 +75,8 @@ def train_step(
     loss_ml, regulariser = contrastive_loss(e_pos, e_neg, settings)
     loss_kl = kl_loss(energy, ends, data_labels, settings)
     loss_wrong, e_wrong = mismatch_loss(energy, e_data, images, labels, settings)
-    loss = loss_ml + regulariser + loss_kl + loss_wrong
+    loss_classify, is_recognised = classification_loss(energy, e_data, images, labels, settings)
+    loss = loss_ml + regulariser + loss_kl + loss_wrong + settings.classify * loss_classify
 
     # Update: Adam on the mean gradient over workers.
     state.optimizer.zero_grad()
@@ -86,7 +87,10 @@ def train_step(
     state.update_ema(settings.ema_decay)
     keep_samples(state, settings, samples)
     energies, losses = (e_pos, e_neg, e_wrong), (loss_ml, loss_kl, loss)
-    return Step(data, start, samples, data_labels, chain_labels, frozen, *energies, *losses, acceptance).detach()
+    classified = (loss_classify, is_recognised)
+    return Step(
+        data, start, samples, data_labels, chain_labels, frozen, *energies, *losses, *classified, acceptance
+    ).detach()
 
 
 def prepare_energies(state: State, settings: TrainSettings) -> tuple[PreparedEnergy, PreparedEnergy]:
@@ -194,6 +198,25 @@ def mismatch_loss(
     e_wrong = energy(images.roll(1, 0), labels)
     contrast, regulariser = contrastive_loss(e_data, e_wrong, settings)
     return settings.mismatch * (contrast + regulariser), e_wrong
+
+
+def classification_loss(
+    energy: PreparedEnergy, e_data: Tensor, images: Tensor, labels: Tensor | None, settings: TrainSettings
+) -> tuple[Tensor, Tensor | None]:
+    """Return the cross-entropy of softmax(−classify_scale · E) over the classes, and whether each image is recognised.
+
+    Added to the contrast of data and samples, it trains a joint energy model (Grathwohl et al. 2020). The classes are
+    those of one-hot labels (N, classes). Without `classify` the loss is 0, and the other value None.
+    """
+    if not settings.classify or labels is None:
+        return e_data.new_zeros(()), None
+    count, classes = labels.shape
+    # The energies under the true classes are known: only the classes after them, cyclically, are left.
+    others = (labels.argmax(1, keepdim=True) + torch.arange(1, classes, device=labels.device)) % classes
+    e_others = energy(images.repeat_interleave(classes - 1, 0), F.one_hot(others.flatten(), classes).to(labels.dtype))
+    energies = torch.cat([e_data[:, None], e_others.view(count, -1)], 1)  # (N, classes), the true class first
+    loss = F.cross_entropy(-settings.classify_scale * energies, labels.new_zeros(count, dtype=torch.long))
+    return loss, e_data < energies[:, 1:].amin(1)  # equal energies recognise nothing
 
 
 def main(settings: TrainSettings) -> None:

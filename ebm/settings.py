@@ -553,6 +553,22 @@ class LossSettings:
         at_least=0,
         not_with=SAMPLES_ONLY,
     )
+    classify: float = flag(
+        0.0,
+        "weight of a classification loss, which trains the energy as a classifier, too (a joint energy model): the "
+        "cross-entropy of softmax(-E * --classify_scale) over all classes, each of which costs an energy of every "
+        "image: with ten classes and 20 steps an iteration takes 1.5 times as long. Needs --cclass; 0: none",
+        at_least=0,
+        not_with=SAMPLES_ONLY,
+    )
+    classify_scale: float = flag(
+        100.0,
+        "factor of the energies in the classification loss: energies of classes come to differ by a few times its "
+        "inverse, so that a small factor makes them steep",
+        at_least=0,
+        only_with="classify",
+        not_with=SAMPLES_ONLY,
+    )
     temperature: float = flag(1.0, "factor of the energy in chains and loss", at_least=0)
     lr: float = flag(3e-4, "learning rate of Adam", at_least=0, not_with=SAMPLES_ONLY)
     lr_schedule: str = flag(

@@ -144,6 +144,7 @@ class Planted:
 
     def __init__(self, energy: Callable[[Tensor, Tensor], Tensor], config: models.ModelConfig):
         self.config = config
+        self.settings: dict[str, Any] = {}
         self.energy = lambda weights, images, labels: energy(images, labels)
         self.bind_images = lambda weights, images: (
             lambda labels: energy(models.repeat_each(images, len(labels)), labels)

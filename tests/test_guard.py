@@ -17,7 +17,9 @@ def make_step(e_pos=0.1, e_neg=-0.1, samples=None, images=None):
     e_pos, e_neg = torch.full((4,), float(e_pos)), torch.full((4,), float(e_neg))
     samples, images = some if samples is None else samples, some if images is None else images
     energy = PreparedEnergy(make_model(), {})
-    return Step(images, some, samples, None, None, energy, e_pos, e_neg, None, zero, zero, e_pos.mean(), None)
+    return Step(
+        images, some, samples, None, None, energy, e_pos, e_neg, None, zero, zero, e_pos.mean(), zero, None, None
+    )
 
 
 BOUNDS = (0.0, 1.0)

@@ -680,6 +680,7 @@ def test_odd_settings_of_training(tmp_path):
     """Breaks if a script takes a step size that is no number, or a data set that is no name, from a checkpoint."""
     odd = {"rescale": [0, -1.0, float("nan"), "1"], "step_lr": [float("inf"), "x"], "num_steps": [1.5, -1]}
     odd |= {"dataset": [3, True], "data_path": [7], "temperature": ["x"], "sample_steps": ["x"]}
+    odd |= {"classify": ["x", -1.0], "classify_scale": ["x"]}
     check_training_flags({"rescale": 1.0, "step_lr": 10, "sample_steps": None, "dataset": "mnist"}, tmp_path)
     for name, values in odd.items():
         for value in values:

@@ -150,6 +150,32 @@ def test_classifier_learns_any_size_and_colour(shape: tuple[int, int, int]) -> N
     assert Classifier(classifier)(torch.rand(600, *shape))[0].shape == (600, 64)
 
 
+def write_logits(confidences: list[float]) -> torch.Tensor:
+    """Return the logits (N, 2) of predictions of class 0 with these confidences."""
+    return torch.tensor([[math.log(p / (1 - p)), 0.0] for p in confidences], dtype=torch.float64)
+
+
+def test_calibration_error_by_hand() -> None:
+    """Red if a bin is not weighted by its predictions, if errors of two bins cancel, or a bin is taken for another."""
+    logits = write_logits([0.75, 0.75, 0.78, 0.7, 0.61, 0.63])
+    classes = torch.tensor([0, 1, 0, 0, 1, 1])
+    found = metrics.measure_reliability(logits, classes)
+    assert found.confidence.tolist() == pytest.approx([0.62, 0.7, 0.76])
+    assert found.accuracy.tolist() == pytest.approx([0, 1, 2 / 3]) and found.share.tolist() == [2 / 6, 1 / 6, 3 / 6]
+    assert found.expected_error == pytest.approx((2 * 0.62 + 0.3 + (2.28 - 2)) / 6)
+    one_bin = metrics.measure_reliability(logits, classes, bins=1)
+    assert one_bin.expected_error == pytest.approx(4.22 / 6 - 3 / 6)
+
+
+def test_calibration_error_of_extremes() -> None:
+    """Red if certain predictions fall out of the bins, or if 0 is not the error of those that are always right."""
+    certain = torch.tensor([[1000.0, 0, 0], [0, 1000.0, 0]])
+    assert metrics.measure_reliability(certain, torch.tensor([0, 1])).expected_error == 0
+    assert metrics.measure_reliability(certain, torch.tensor([1, 0])).expected_error == 1
+    guess = torch.zeros(9, 3)
+    assert metrics.measure_reliability(guess, torch.arange(9) % 3).expected_error == pytest.approx(0)
+
+
 def test_classifier_follows_from_the_seed_alone() -> None:
     """Red if training draws from the global generator, moves it, or ignores the seed."""
     images, labels = draw_sides(100, (1, 8, 8))

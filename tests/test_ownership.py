@@ -408,7 +408,9 @@ def make_step(state, figure):
     images, zero = torch.rand(4, 1, 28, 28), torch.zeros(())
     energies = torch.full((4,), figure)
     energy = PreparedEnergy(state.model, state.model.prepare())
-    return Step(images, images, images, None, None, energy, energies, energies, None, zero, zero, zero, None)
+    return Step(
+        images, images, images, None, None, energy, energies, energies, None, zero, zero, zero, zero, None, None
+    )
 
 
 def test_a_signal_saves_no_diverged_weights(tmp_path):

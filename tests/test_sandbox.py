@@ -616,6 +616,22 @@ def test_finetuning_learns_and_is_kept(tmp_path):
         sandbox.finetune_classifier(make_sandbox_run(examined, tmp_path / "empty", train=False))
 
 
+def test_calibration_of_a_joint_model(tmp_path):
+    """Breaks when the confidence of task label is not that of softmax(−classify_scale · E), without which a model that
+    was not trained to classify has the scale 1; or when the reliability is not drawn.
+    """
+    lowest = torch.tensor([0.0, math.log(2), math.log(4)]) / 10  # at scale 10: probabilities 4/7, 2/7, 1/7
+    box = planted(lambda images, labels: labels @ lowest, label_size=3, num_steps=0)
+    for settings, confidence in (({"classify": 0.5, "classify_scale": 10.0}, 4 / 7), ({"classify_scale": 10.0}, None)):
+        box.model.settings = settings
+        run = make_sandbox_run(box, tmp_path)  # 24 images, of which class 0 has a third
+        figures = sandbox.classify_images(run).figures
+        expected = confidence or (-lowest).softmax(0)[0].item()
+        assert figures["clean"] == pytest.approx(1 / 3)
+        assert figures["calibration error, clean"] == pytest.approx(expected - 1 / 3, rel=1e-5)
+        assert (tmp_path / "reliability.png").stat().st_size > 1000
+
+
 def test_same_seed_same_images(tmp_path):
     """Breaks when the images looked at depend on the task, or on another seed than --seed."""
     examined = make_sandbox("MnistNet", (1, 12, 12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shlex
 import signal
@@ -63,6 +64,18 @@ def test_estimate_of_memory(settings):
         train_step(state, chosen, images, None, images[: chosen.num_chains].clone(), lambda: None)
     found = estimate.estimate_heap(chosen) * max(history.sizes)
     assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_estimate_of_classification():
+    """Breaks when the estimate leaves out the energies of data under all classes, which a joint training computes."""
+    chosen = TrainSettings(batch_size=48, guard=False, zero_kl=True, cclass=True, classify=1.0)
+    expected = estimate_cost(train_step, make_state(), chosen).memory
+    state, images, labels = make_state(), torch.rand(48, 1, 28, 28), torch.eye(3).repeat(16, 1)
+    with MemoryHistory() as history:
+        train_step(state, chosen, images, labels, images.clone(), lambda: None)
+    assert estimate.estimate_heap(chosen) * max(history.sizes) == pytest.approx(expected, rel=0.1)
+    plain = estimate_cost(train_step, make_state(), dataclasses.replace(chosen, classify=0.0)).memory
+    assert expected > 1.5 * plain
 
 
 def test_estimate_of_steps_that_differ():

@@ -85,6 +85,24 @@ def test_resume_is_bit_for_bit(run):
     assert (logdir / "whole" / "log.jsonl").read_text() == (logdir / "halves" / "log.jsonl").read_text()
 
 
+def test_classification_in_a_run(tmp_path):
+    """Breaks when a joint training does not test, log and plot, or does not resume bit for bit with its settings."""
+    flags = ["--classify=0.1", "--classify_scale=50", "--max_iter=20", "--save_interval=10", "--test_interval=10"]
+    result = train(tmp_path, "--exp=joint", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "iteration 20: 179 test images: accuracy " in result.stdout
+    folder = tmp_path / "joint"
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if {"loss_classify", "accuracy"} <= set(line)] == [10, 20]
+    assert [line["iteration"] for line in lines if {"test_accuracy", "test_calibration_error"} <= set(line)] == [10, 20]
+    log = (folder / "log.jsonl").read_text()
+    whole = load_state(folder / "model_20.pt")
+    (folder / "model_20.pt").unlink()
+    resumed = train_with(tmp_path, "--exp=joint", "--resume_iter=latest")
+    assert resumed.returncode == 0, resumed.stderr
+    assert is_same_state(whole, load_state(folder / "model_20.pt")) and (folder / "log.jsonl").read_text() == log
+
+
 def test_resume_on_another_kind_of_device(run, tmp_path):
     """Breaks when a GPU's checkpoint, whose generators have states of another size, does not go on on a CPU."""
     logdir, _ = run
@@ -162,6 +180,9 @@ MISTAKES = {
     "--cuda_graph --nozero_kl": "--cuda_graph is for Langevin steps alone",
     "--cuda_graph --device=cpu": "--cuda_graph needs a GPU",
     "--mismatch=1 --nocclass": "--mismatch contrasts labels",
+    "--classify=1 --nocclass": "--classify needs classes",
+    "--classify=1 --model_cclass": "--classify needs the classes of the data",
+    "--classify=1 --dataset=dsprites --cond_pos": "--classify is for classes, and these labels of dsprites are quant",
     "--num_chains=300": "--num_chains=300 is more than the images of a --batch_size",
     "--dataset=folder": "--data_path",
     "--dataset=mnist --datadir=nothing --nodownload": "nothing",

@@ -6,16 +6,19 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import checkpoint
+import data
 import models
 from conftest import SHAPE, make_generator, make_run, make_state, train_once
 from ebm.settings import TrainSettings
 from ebm.support import hardware
 from ebm.training.chains import infer_labels, run_chains, run_hmc_chain
+from ebm.training.classification import draw_test_images, measure_classification
 from ebm.training.records import compute_label_entropy, compute_statistics
 from ebm.training.run import read_batch
-from train import contrastive_loss, start_chains
+from train import classification_loss, contrastive_loss, start_chains
 from utils import ReplayBuffer
 
 
@@ -179,6 +182,7 @@ def test_pcd_goes_on_from_the_last_end_points():
         {"zero_kl": True, "objective": "softplus"},
         {"zero_kl": True, "hmc": True, "num_steps": 1},
         {"zero_kl": True, "objective": "logsumexp", "temperature": 2.0, "rescale": 2.0},
+        {"cclass": True, "classify": 0.1, "mismatch": 1.0},
         {"zero_kl": True, "model_cclass": True, "proj_norm": 0.01, "proj_norm_type": "l2"},
     ],
     ids=str,
@@ -222,6 +226,94 @@ def test_mismatched_labels():
     assert figures["e_wrong"] == pytest.approx(e_wrong.mean().item(), rel=1e-4)
     gradients = [model.stages["fc5"].weight.grad for model in (chains_only.model, state.model)]
     assert not torch.allclose(*gradients)
+
+
+class EnergyTable(torch.nn.Module):
+    """A network whose energy of an image under class k is the image's first row's pixel k, times a factor."""
+
+    config = models.ModelConfig("MnistNet", SHAPE, num_filters=4, label_size=3)
+
+    def energy(self, weights, images, labels):
+        return weights["factor"] * (images[:, 0, 0, :3] * labels).sum(1)
+
+
+def test_classification_loss_in_closed_form():
+    """Breaks when the loss is not the mean cross-entropy of softmax(−scale · E), or its gradient for the energies not
+    scale · (onehot − softmax) / N; when another class than the true one counts as recognised.
+    """
+    images = torch.rand(5, *SHAPE, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    classes, settings = torch.tensor([0, 1, 2, 1, 0]), TrainSettings(cclass=True, classify=2.0, classify_scale=7.0)
+    labels, energy = torch.eye(3)[classes], models.PreparedEnergy(EnergyTable(), {"factor": torch.ones(())})
+    loss, is_recognised = classification_loss(energy, energy(images, labels), images, labels, settings)
+    energies = images.detach()[:, 0, 0, :3]
+    assert loss.item() == pytest.approx(F.cross_entropy(-7 * energies, classes).item(), rel=1e-5)
+    assert is_recognised.tolist() == (energies.argmin(1) == classes).tolist()
+    (gradient,) = torch.autograd.grad(loss, images)
+    torch.testing.assert_close(gradient[:, 0, 0, :3], 7 * (labels - (-7 * energies).softmax(1)) / 5)
+    level = models.PreparedEnergy(EnergyTable(), {"factor": torch.zeros(())})  # all classes alike: nothing is known
+    assert not classification_loss(level, level(images, labels), images, labels, settings)[1].any()
+
+
+def test_classification_joins_the_loss():
+    """Breaks when --classify weighs otherwise, draws random numbers, changes the other terms, or is left out of the
+    gradient or the log; when a run without it computes more energies, or logs what it does not have.
+    """
+    images = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1))
+    labels = torch.eye(3)[torch.arange(8) % 3]
+    settings = TrainSettings(num_steps=1, batch_size=8, zero_kl=True, num_chains=4, cclass=True)
+    steps, figures, gradients, calls = [], [], [], []
+    for weight in (0.0, 3.0):
+        state, chosen = make_state(), dataclasses.replace(settings, classify=weight)
+        with mock.patch.object(state.model, "energy", wraps=state.model.energy) as energy:
+            steps.append(train_once(state, chosen, images, labels))
+        calls.append([len(call.args[1]) for call in energy.call_args_list])
+        gradients.append(state.model.stages["fc5"].weight.grad)
+        figures.append(compute_statistics(state, chosen, steps[-1]))
+    without, joint = steps
+    assert joint.loss.item() == pytest.approx(without.loss.item() + 3 * joint.loss_classify.item(), rel=1e-5)
+    assert torch.equal(joint.samples, without.samples) and torch.equal(joint.loss_ml, without.loss_ml)
+    assert calls == [[4, 8, 4], [4, 8, 4, 16]]  # the chain, data, samples; 8 images under the two other classes
+    assert not torch.allclose(*gradients)
+    assert figures[1]["loss_classify"] == pytest.approx(joint.loss_classify.item())
+    assert figures[1]["accuracy"] == joint.is_recognised.float().mean()
+    assert not {"loss_classify", "accuracy"} & set(figures[0])
+
+
+def test_classification_is_learnt():
+    """Breaks when the loss does not teach classes: digits of the test split are then guessed, one in ten."""
+    digits, generator = data.load_dataset("digits"), torch.Generator().manual_seed(0)
+    settings = TrainSettings(
+        dataset="digits", cclass=True, classify=1.0, num_steps=1, step_lr=100.0, batch_size=32, zero_kl=True
+    )
+    state = make_state(label_size=10, num_filters=8)
+    state.optimizer.param_groups[0]["lr"] = 1e-2
+    examples = draw_test_images(settings, digits, torch.device("cpu"))
+    assert len(examples.images) == 179 and torch.equal(
+        examples.images, draw_test_images(settings, digits, torch.device("cpu")).images
+    )
+    figures = []
+    for _ in range(2):
+        figures.append(measure_classification(models.freeze_energy(state.model), examples, settings.classify_scale))
+        for _ in range(40 * (len(figures) == 1)):
+            index = torch.randint(len(digits), (32,), generator=generator)
+            train_once(state, settings, *digits.batch(index, generator))
+    assert figures[0]["test_accuracy"] < 0.3 and figures[1]["test_accuracy"] > 0.6
+    assert all(0 <= each["test_calibration_error"] <= 1 for each in figures)
+
+
+def test_data_without_test_images(capsys, tmp_path):
+    """Breaks when training images pass for test images, or a run ends because there are none."""
+    draw = lambda dataset, **settings: draw_test_images(  # noqa: E731
+        TrainSettings(dataset=dataset, cclass=True, classify=1.0, **settings),
+        data.load_dataset("digits"),
+        torch.device("cpu"),
+    )
+    assert draw("imagenet", imagenet_path=str(tmp_path)) is None
+    assert "no accuracy on test images is measured: " in capsys.readouterr().out
+    with mock.patch.object(data, "load_dataset", return_value=data.load_dataset("digits")):
+        assert draw("digits") is None
+    assert "those of digits are the training images" in capsys.readouterr().out
+    assert draw("digits", train=False) is None and not capsys.readouterr().out
 
 
 def test_precision_of_the_loss():

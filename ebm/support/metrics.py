@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -113,6 +115,36 @@ def inception_score(probabilities: Tensor, *, splits: int = 10) -> tuple[float, 
         divergence = torch.xlogy(part, part) - torch.xlogy(part, part.mean(0))
         scores.append(divergence.sum(1).mean().exp())
     return float(torch.stack(scores).mean()), float(torch.stack(scores).std(correction=0))
+
+
+# ---- classification ----
+
+
+class Reliability(NamedTuple):
+    """How often predictions of about equal confidence are right, for each bin of confidences that holds any."""
+
+    confidence: Tensor  # the mean confidence of the predictions in a bin (bins,)
+    accuracy: Tensor  # the share of them that are right (bins,)
+    share: Tensor  # the share of all predictions that are in the bin (bins,)
+
+    @property
+    def expected_error(self) -> float:
+        """The expected calibration error, in [0, 1]: the mean of |accuracy − confidence| over all predictions."""
+        return float((self.share * (self.accuracy - self.confidence).abs()).sum())
+
+
+def measure_reliability(logits: Tensor, classes: Tensor, *, bins: int = 15) -> Reliability:
+    """Return the reliability of the predictions softmax(logits), of which the largest is the confidence.
+
+    Guo et al. 2017, "On calibration of modern neural networks": equally wide bins, each with its upper edge. logits:
+    (N, K), classes: the true ones (N,), N >= 1. The result is on the CPU, whose sums are the same in every call.
+    """
+    confidence, predicted = logits.double().cpu().softmax(1).max(1)
+    is_right = (predicted == classes.cpu()).double()
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.double)
+    _, place = torch.bucketize(confidence, edges).unique(return_inverse=True)  # without the empty bins
+    number = place.bincount().double()
+    return Reliability(place.bincount(confidence) / number, place.bincount(is_right) / number, number / len(place))
 
 
 # ---- out-of-distribution detection: a higher score means "more like the data", as -E does ----

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from data import Dataset, describe_labels, name_classes
+from data import Dataset, describe_labels, have_same_images, name_classes
 from ebm.settings import SandboxSettings
 from ebm.support import metrics, pictures
 from ebm.support.errors import UsageError
@@ -214,7 +214,8 @@ def classify_images(run: SandboxRun) -> Report:
     value, usual = getattr(run.settings, name), getattr(SandboxSettings, name)
     if run.settings.pgd and value != usual:
         print(f"note: {name}={value:g} takes effect; the reference attacks with {usual:g}, except in a grid")
-    return classify_test_images(run)
+    trained = run.model.model.settings
+    return classify_test_images(run, (trained.get("classify") and trained.get("classify_scale")) or 1.0)
 
 
 def finetune_classifier(run: SandboxRun) -> Report:
@@ -241,15 +242,18 @@ def finetune_classifier(run: SandboxRun) -> Report:
     return Report({"mean loss of the epoch": loss, **classify_test_images(run).figures})
 
 
-def classify_test_images(run: SandboxRun) -> Report:
-    """Measure the accuracy on test images, with and without refinement, and the same after the attack."""
+def classify_test_images(run: SandboxRun, scale: float = 1.0) -> Report:
+    """Measure accuracy and calibration on test images, with and without refinement, and the same after the attack.
+
+    scale: the factor of the energies in the probabilities of the classes, softmax(−scale · E).
+    """
     examples = run.draw_examples("test", run.choose_number())
     attack = choose_attack(run.settings)
     announce_classification(run, f"{len(examples.images):,} test images", attack)
     progress = Progress(len(examples.images), what="classify")
-    predictions, attacked = predict_under_attack(run, examples, attack, progress, is_clean_measured=True)
+    logits, attacked = classify_under_attack(run, examples, attack, progress, is_clean_measured=True)
     figures: dict[str, object] = {"attack": str(attack), "refinement": describe_refinement(run)}
-    figures |= measure_accuracies(predictions, examples.classes)
+    figures |= measure_accuracies(logits, examples.classes) | measure_calibration(run, logits, examples.classes, scale)
 
     rows = examples.first(min(ROWS, len(attacked)))
     columns = {"real": rows.images} | ({"attacked": attacked[:ROWS]} if attack.steps else {})
@@ -261,8 +265,8 @@ def classify_test_images(run: SandboxRun) -> Report:
         columns |= {"refined": refined} if run.model.num_steps else {}
         columns |= {"change": 0.5 + 0.5 * change / change.abs().amax().clamp(min=1e-12)}
     true = run.describe_labels(rows.labels)
-    last, predicted = list(predictions.items())[-1]
-    names = name_classes(predicted[:ROWS].tolist(), run.find_class_names())
+    last, values = list(logits.items())[-1]
+    names = name_classes(values[:ROWS].argmax(1).tolist(), run.find_class_names())
     titles = [f"{one} → {other}" for one, other in zip(true, names, strict=True)]
     note = f"true class → predicted class ({last})"
     note += "; change: from the real image, grey where there is none, black or white where it is largest" * (
@@ -284,9 +288,9 @@ def classify_in_balls(run: SandboxRun) -> Report:
     rows: dict[str, dict[str, float]] = {}
     with keep_what_is_done(rows):
         for radius in radii:
-            predictions, _ = predict_under_attack(run, examples, choose_attack(run.settings, radius), progress)
+            logits, _ = classify_under_attack(run, examples, choose_attack(run.settings, radius), progress)
             run.model.require_all()
-            rows[f"{radius}/255"] = measure_accuracies(predictions, examples.classes)
+            rows[f"{radius}/255"] = measure_accuracies(logits, examples.classes)
     run.results.workers.note_part("radii", len(rows), len(radii))
     radii = radii[: len(rows)]
     curves = {name: [row[name] for row in rows.values()] for name in rows["0/255"]}
@@ -319,10 +323,10 @@ def describe_refinement(run: SandboxRun) -> str:
     return f"{steps} Langevin steps under each class, L∞ ball of {run.settings.refine:g}/255" if steps else "none"
 
 
-def predict_under_attack(
+def classify_under_attack(
     run: SandboxRun, examples: Examples, attack: Attack, progress: Progress, *, is_clean_measured: bool = False
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the classes (N,) predicted for images after an attack, also after refinement, and these images.
+    """Return the class logits (N, classes) of images after an attack, also after refinement, and these images.
 
     The refinement is left out if `num_steps` is 0.
     is_clean_measured: measure the images as they are, too, and only these if the attack has no steps. Each batch is
@@ -345,18 +349,34 @@ def predict_under_attack(
     found = model.compute_in_batches(examine, len(images), progress, each=model.classes)
     attacked, *logits = found.split([images[0].numel()] + [model.classes] * len(kinds) * len(refinements), 1)
     names = [kind + words for kind in kinds for words in refinements]
-    predictions = {name: values.argmax(1) for name, values in zip(names, logits, strict=True)}
-    return predictions, attacked.view(-1, *images.shape[1:])
+    return dict(zip(names, logits, strict=True)), attacked.view(-1, *images.shape[1:])
 
 
-def measure_accuracies(predictions: Mapping[str, Tensor], classes: Tensor) -> dict[str, float]:
-    """Return the share of each set of predictions (n,) that are the true classes of the first n images.
+def measure_accuracies(logits: Mapping[str, Tensor], classes: Tensor) -> dict[str, float]:
+    """Return how often each set of logits (n, classes) is largest for the true class, of the first n images.
 
     classes: of all images, (N,).
     """
     return {
-        name: (predicted == classes[: len(predicted)]).double().mean().item() for name, predicted in predictions.items()
+        name: (values.argmax(1) == classes[: len(values)]).double().mean().item() for name, values in logits.items()
     }
+
+
+def measure_calibration(
+    run: SandboxRun, logits: Mapping[str, Tensor], classes: Tensor, scale: float
+) -> dict[str, float]:
+    """Return the expected calibration error of each set of logits (n, classes), and draw the reliability diagram.
+
+    classes: the true ones of all images, (N,); n are the first. scale: the factor of the logits.
+    """
+    found = {
+        name: metrics.measure_reliability(scale * values, classes[: len(values)]) for name, values in logits.items()
+    }
+    lines = {name: (each.confidence.numpy(), each.accuracy.numpy()) for name, each in found.items()}
+    ideal = {"well calibrated": (np.linspace(0, 1, 2), np.linspace(0, 1, 2))}
+    path, xlabel = run.add_file("reliability.png"), "confidence: the probability of the predicted class"
+    pictures.plot_lines({"accuracy": ideal | lines}, path, xlabel=xlabel, shares=["accuracy"])
+    return {f"calibration error, {name}": each.expected_error for name, each in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,14 +417,6 @@ def measure_memorisation(run: SandboxRun, values: Mapping[str, np.ndarray]) -> t
         return None, "train and test are the same images: this data set has no split"
     auroc = metrics.auroc(-values["train"], -values["test"])
     return auroc, f"AUROC of train against test {auroc:.3f} (0.5: alike, 1: memorised)"
-
-
-def have_same_images(one: Dataset, other: Dataset) -> bool:
-    """Return whether two data sets hold the same images; a thousand of them are compared."""
-    if len(one) != len(other):
-        return False
-    some = torch.arange(0, len(one), max(1, len(one) // 1_000))
-    return torch.equal(one.raw(some), other.raw(some))
 
 
 class ChainRecord(NamedTuple):

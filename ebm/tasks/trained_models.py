@@ -105,6 +105,8 @@ def check_training_flags(flags: Mapping[str, Any], path: pathlib.Path) -> None:
         "rescale": lambda value: is_number(value) and value > 0,
         "step_lr": lambda value: is_number(value) and value >= 0,
         "temperature": lambda value: is_number(value) and value >= 0,
+        "classify": lambda value: is_number(value) and value >= 0,
+        "classify_scale": lambda value: is_number(value) and value >= 0,
         "num_steps": is_count,
         "sample_steps": is_count,
     }

@@ -17,6 +17,7 @@ from ebm.support import cli, pictures
 from ebm.support.logs import RunLog, read_series
 from ebm.support.progress import Progress, describe_energies
 from ebm.support.reports import format_table, write_json
+from ebm.training.classification import LabelledImages, measure_classification
 from ebm.training.samples import FreshChains, Sampler, choose_test_number
 from ebm.training.state import State, Step
 from sampling import compute_input_gradient
@@ -29,6 +30,10 @@ CURVES = {
     "mean energy gradient": {"where chains start": "x_grad_first", "where chains end": "x_grad"},
 }
 INCEPTION_CURVES = {"Inception score": {"Inception score": "inception_score"}, "FID": {"FID": "fid"}}
+CLASSIFICATION_CURVES = {
+    "accuracy": {"of the batch": "accuracy", "of test images": "test_accuracy"},
+    "cross-entropy of the classes": {"of the batch": "loss_classify"},
+}
 CLASSIFIER_CURVES = {
     DISTANCE: {DISTANCE: "feature_distance"},
     "share": {"classifier precision": "feature_precision", "classifier recall": "feature_recall"},
@@ -71,6 +76,8 @@ def compute_statistics(state: State, settings: TrainSettings, step: Step) -> dic
     }
     if step.e_wrong is not None:
         figures["e_wrong"] = step.e_wrong.mean()
+    if step.is_recognised is not None:
+        figures |= {"loss_classify": step.loss_classify, "accuracy": step.is_recognised.float().mean()}
     if step.chain_labels is not None and state.model.config.has_classes:
         figures["label_ent"] = compute_label_entropy(step.chain_labels)
     if step.acceptance is not None:
@@ -159,6 +166,16 @@ class Recorder:
         self.progress.say(f"iteration {self.state.iteration}: {self.measure.describe(figures)}")
         return self.measure.get_key_figure(figures)
 
+    def record_classification(self, examples: LabelledImages) -> None:
+        """Log and print how well the model classifies test images."""
+        iteration = self.state.iteration
+        with self.sampler.freeze_model() as energy:
+            figures = measure_classification(energy, examples, self.settings.classify_scale)
+        self.log.write_scalars(iteration, figures)
+        accuracy, error = figures["test_accuracy"], figures["test_calibration_error"]
+        what = f"{len(examples.images):,} test images: accuracy {accuracy:.1%}, calibration error {error:.3f}"
+        self.progress.say(f"iteration {iteration}: {what}")
+
     def record_energies(self, step: Step) -> None:
         """Log histograms of the energies of data, negatives and fresh chains, and how far the fresh chains moved."""
         iteration = self.state.iteration
@@ -220,10 +237,12 @@ def draw_curves(settings: TrainSettings, measure: SampleMeasure | None) -> None:
     panels = CURVES
     if measure is not None:
         panels = panels | (INCEPTION_CURVES if measure.has_inception else CLASSIFIER_CURVES) | PATCH_CURVES
+    if settings.classify:
+        panels = panels | CLASSIFICATION_CURVES
     curves = {
         ylabel: {title: read_series(settings.folder, name) for title, name in lines.items()}
         for ylabel, lines in panels.items()
     }
-    path, shares = settings.folder / "curves.png", ("share",)
+    path, shares = settings.folder / "curves.png", ("share", "accuracy")
     plot = pictures.plot_lines(curves, path, xlabel="iteration", log=LOG_AXES, shares=shares, smooth=True)
     print(f"training curves: {plot}")

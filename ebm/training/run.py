@@ -24,6 +24,7 @@ from ebm.support.hardware import allow_tf32, is_out_of_memory
 from ebm.support.interruption import Break
 from ebm.support.sharing import fold_seed
 from ebm.training import tuning
+from ebm.training.classification import LabelledImages, draw_test_images
 from ebm.training.distributed import GradientAverager, Workers
 from ebm.training.estimate import give_advice, list_remedies
 from ebm.training.guard import CHECK_INTERVAL, NOT_FINITE, SNAPSHOT_INTERVAL, DivergenceGuard
@@ -56,6 +57,7 @@ class Run:
         self.sampler = Sampler(state, settings, dataset)
         self.make_measure = choose_measure(settings, dataset, workers.device) if self.is_first else None
         self.measure: SampleMeasure | None = None  # on rank 0 only, after `prepare_measure`
+        self.test_images: LabelledImages | None = None  # with `classify`, on rank 0 only, after `prepare_measure`
         self.guard = DivergenceGuard() if settings.guard else None
         self.rollbacks = 0
         self.best: dict[str, float] = {}  # network that measures -> smallest key figure, see `SampleMeasure`
@@ -73,8 +75,13 @@ class Run:
         self.is_resumed = False
 
     def prepare_measure(self) -> None:
-        """Make the measure of samples; this may train a classifier and write it to the folder."""
+        """Make the measure of samples, and draw the images that tests classify.
+
+        This may train a classifier and write it to the folder.
+        """
         self.measure = None if self.make_measure is None else self.make_measure()
+        if self.is_first:
+            self.test_images = draw_test_images(self.settings, self.dataset, self.workers.device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield images (batch_size, C, H, W) in [0, rescale] and labels (batch_size, label_size) or None.
@@ -222,9 +229,11 @@ class Run:
             self.recorder.progress.update(self.state.iteration)
 
     def test(self, recorder: Recorder, step: Step) -> None:
-        """Measure fresh samples, save pictures of chains and log energies."""
+        """Measure fresh samples, classify test images, save pictures of chains and log energies."""
         with self.workers.busy():
             self.measure_samples()
+            if self.test_images is not None:
+                recorder.record_classification(self.test_images)
             recorder.draw_panels(step)
             recorder.record_energies(step)
 

@@ -65,8 +65,14 @@ def check_settings(settings: TrainSettings) -> None:
         )
     if settings.mismatch and not settings.cclass:
         raise UsageError("`mismatch` contrasts labels, and without `cclass` there are none; add it")
+    if settings.datasource == "gauss" and settings.model_cclass:
+        raise UsageError("`datasource`=gauss takes the classes of the data, which `model_cclass` replaces; choose one")
     if settings.mismatch and settings.model_cclass:
         raise UsageError("`mismatch` contrasts the labels of the data, which `model_cclass` replaces; leave one out")
+    if settings.classify and not settings.cclass:
+        raise UsageError("`classify` needs classes, and without `cclass` there are none; add it")
+    if settings.classify and settings.model_cclass:
+        raise UsageError("`classify` needs the classes of the data, which `model_cclass` replaces; leave one out")
     if settings.hmc and not settings.zero_kl:
         raise UsageError("`hmc` needs `zero_kl`: no gradient flows through accepting or rejecting a move")
     if settings.cuda_graph and not settings.has_plain_chains:
@@ -85,11 +91,18 @@ def open_dataset(settings: TrainSettings, workers: Workers, class_names: Sequenc
 
     class_names: the classes that the network of a resumed run knows; those of the data are found by their names.
     """
-    read = functools.partial(
-        data.load_dataset,
+    return workers.take_turns(functools.partial(read_split, "train", settings, workers.device, class_names))
+
+
+def read_split(
+    split: str, settings: TrainSettings, device: torch.device, class_names: Sequence[str] = ()
+) -> data.Dataset:
+    """Return the "train" or the "test" split of a run's data. class_names: see `open_dataset`."""
+    dataset = data.load_dataset(
         settings.dataset,
+        split=split,
         root=settings.datadir,
-        device=workers.device,
+        device=device,
         path=settings.find_path(settings.dataset),
         image_size=settings.image_size if settings.dataset == "folder" else None,
         channels=settings.channels if settings.dataset == "folder" else None,
@@ -99,7 +112,6 @@ def open_dataset(settings: TrainSettings, workers: Workers, class_names: Sequenc
         workers=settings.data_workers,
         download=settings.download,
     )
-    dataset = workers.take_turns(read)
     if class_names and dataset.class_names and (settings.cclass or settings.model_cclass):
         return data.match_classes(dataset, tuple(class_names))
     return dataset
@@ -127,10 +139,11 @@ def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.Mod
     )
     if config.start_rank and config.label_size and not config.has_classes:
         raise UsageError(f"`datasource`=gauss needs classes, and these labels of {dataset.name} are quantities")
-    if settings.model_cclass and not config.has_classes:
-        raise UsageError(
-            f"`model_cclass` infers classes, and these labels of {dataset.name} are quantities; leave it out"
-        )
+    for name in ("model_cclass", "classify"):
+        if getattr(settings, name) and not config.has_classes:
+            raise UsageError(
+                f"`{name}` is for classes, and these labels of {dataset.name} are quantities; leave it out"
+            )
     for name, networks in UNUSED.items():
         if getattr(settings, name) and network in networks:
             print(f"note: {name} has no effect: {network} does not have it")

@@ -138,6 +138,8 @@ class Step(NamedTuple):
     loss_ml: Tensor
     loss_kl: Tensor
     loss: Tensor
+    loss_classify: Tensor  # the cross-entropy of the classes, 0 without `classify`
+    is_recognised: Tensor | None  # whether the true class of an image has its lowest energy, (batch_size,)
     acceptance: Tensor | None  # the share of the HMC moves that were accepted
 
     def detach(self) -> Step:
