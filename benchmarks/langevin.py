@@ -36,7 +36,14 @@ import timing
 from ebm.support import cli, pictures
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
-from ebm.support.hardware import PRECISIONS, allow_tf32, keep_freed_memory, set_kernel_choice, set_tf32
+from ebm.support.hardware import (
+    PRECISIONS,
+    allow_tf32,
+    can_compute_bf16,
+    keep_freed_memory,
+    set_kernel_choice,
+    set_tf32,
+)
 from ebm.training import tuning
 from ebm.training.acceleration import REMEDIES, Acceleration
 
@@ -375,7 +382,8 @@ def main(settings: Settings) -> None:
         compile_steps(settings, names)
         return
     set_kernel_choice(deterministic=False)
-    types = {*settings.precisions, "tf32", "bf16"} if settings.device == "cuda" else {*settings.precisions, "float32"}
+    has_bf16 = settings.device == "cuda" or can_compute_bf16()  # train.py may choose it
+    types = {*settings.precisions, "tf32" if settings.device == "cuda" else "float32", *["bf16"] * has_bf16}
     limits = {name: timing.measure_matrix_rate(name, settings.device, settings.limit_size) for name in sorted(types)}
     rows: list[dict[str, Any]] = []
     for name in names:
