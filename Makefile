@@ -14,8 +14,7 @@ concepts: .venv/installed
 		--first_noise=0.1 --limit=48
 
 demo: .venv/installed
-	$(BIN)/python train.py --preset=digits_cpu --save_interval=250 --test_interval=250 --quality --num_samples=200 \
-		--sample_steps=100
+	$(BIN)/python train.py --preset=digits_cpu --save_interval=250 --test_interval=250 --quality --num_samples=200
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder

@@ -4,10 +4,10 @@
     python benchmarks/recipes.py --precisions=float32,bf16 --seeds=4 --output=benchmarks/precision_digits.json
     python benchmarks/recipes.py --device=cuda --jobs=8 --precisions=float32,bf16,fp16 --seeds=6
 
-Quality is the classifier Fréchet distance of train.py --quality, of chains from noise. The first recipe is the preset
-with the published learning rate; each other recipe changes settings of the preset. --precisions compares number types
-of the unchanged preset instead; with --emulate_bf16 also on a CPU without instructions for bf16, which would take many
-times as long. The folders of the runs stay in --logdir.
+Quality is the classifier Fréchet distance and the patch distance of train.py --quality. Each recipe changes settings of
+the preset: "noise" starts chains from noise, "gauss" from a normal distribution of each class. --precisions compares
+number types of the unchanged preset instead; with --emulate_bf16 also on a CPU without instructions for bf16, which
+would take many times as long. The folders of the runs stay in --logdir.
 
 With several seeds, every recipe is compared with the first one by a t-test, paired by seed, of the logarithm of the
 distance, averaged over the second half of each run. Runs that fail are left out, and so is their seed in this test. The
@@ -34,18 +34,29 @@ from ebm.support.errors import UsageError
 from ebm.support.hardware import PRECISIONS
 from ebm.support.logs import read_series
 
+NOISE = "--datasource=random --step_lr=100"
+PUBLISHED = f"{NOISE} --replay_rate=0.95 --sample_steps=100 --lr_schedule=constant"
 RECIPES = {
-    "lr 3e-4, as published": "--lr=3e-4",
-    "lr 3e-3": "--lr=3e-3",
-    "lr 1e-2": "--lr=1e-2",
-    "lr 3e-2": "--lr=3e-2",
-    "lr 1e-2, EMA 0.99": "--lr=1e-2 --ema_decay=0.99",
-    "lr 1e-2, swish": "--lr=1e-2 --swish_act",
-    "lr 1e-2, 40 steps": "--lr=1e-2 --num_steps=40",
-    "lr 1e-2, bf16": "--lr=1e-2 --precision=bf16",
+    "noise, replay 95 %, lr 3e-4, as published": f"{PUBLISHED} --lr=3e-4",
+    "noise, replay 95 %, lr 1e-2": PUBLISHED,
+    "noise, replay 95 %, cosine": f"{NOISE} --replay_rate=0.95 --sample_steps=100",
+    "noise, no replay, 30 steps": f"{NOISE} --noreplay_batch --num_steps=30 --sample_steps=30 --lr=5e-3",
+    "gauss, replay 50 %": "",
+    "gauss, no replay": "--noreplay_batch",
+    "gauss, constant lr": "--lr_schedule=constant",
+    "gauss, step size 100": "--step_lr=100",
+    "gauss, rank 8": "--start_rank=8",
 }
 # The figures that are plotted, on logarithmic axes.
-PANELS = {"feature_distance": "classifier Fréchet distance", "e_pos_std": "std of E(x) of data"}
+PANELS = {"feature_distance": "classifier Fréchet distance", "patch_distance": "patch distance"}
+
+# Further figures of the JSON file.
+OTHERS = {
+    "feature_precision": "precision",
+    "feature_recall": "recall",
+    "patch_distance": "patches",
+    "tone_distance": "tones",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +98,7 @@ def plan_calls(settings: Settings) -> dict[Call, tuple[str, int]]:
             words = [f"--preset={settings.preset}", f"--logdir={settings.logdir}", f"--seed={seed}"]
             words += [f"--exp={find_folder(settings, recipe, seed).name}", "--quality"]
             words += [f"--max_iter={settings.max_iter}", f"--test_interval={settings.test_interval}"]
-            words += ["--num_samples=200", "--sample_steps=100", "--precision=float32", f"--device={settings.device}"]
+            words += ["--num_samples=200", "--precision=float32", f"--device={settings.device}"]
             words += [*shlex.split(settings.train_flags), *shlex.split(flags)]
             calls[Call("train", tuple(words))] = recipe, seed
     return calls
@@ -142,8 +153,9 @@ def write_runs(settings: Settings, runs: Runs) -> pathlib.Path:
     for name, folders in runs.items():
         for seed, folder in sorted(folders.items()):
             iterations, distances = read_series(folder, "feature_distance")
-            row = {"recipe": name, "flags": recipes[name], "seed": seed}
-            rows.append(row | {"iterations": iterations, "distances": distances})
+            row = {"recipe": name, "flags": recipes[name], "seed": seed, "iterations": iterations}
+            others = {name: read_series(folder, key)[1] for key, name in OTHERS.items()}
+            rows.append(row | {"distances": distances} | others)
     return timing.write_rows(settings, rows, compared=compare_recipes(runs))
 
 
