@@ -81,9 +81,8 @@ def show_chains(settings: DemoSettings, workers: Workers, results: Results) -> N
     if settings.classes and not trained.model.config.label_size:
         raise UsageError(f"`classes`: {trained.path} has no classes; leave it out")
     step_lr = trained.choose_step_lr(settings.step_lr, published=180.0)
-    steps = f"{settings.num_steps} Langevin steps with step_lr {step_lr:g}"
-    print(f"model: {trained.path}; {settings.batch_size} images, {steps}")
-
+    chains = f"{settings.batch_size} images, {settings.num_steps} Langevin steps with step_lr {step_lr:g}"
+    print(f"model: {trained.path}; {chains}")
     columns = math.ceil(math.sqrt(settings.batch_size))
     labels, titles = choose_labels(settings, trained)
     for row in range(0, len(titles), columns):
@@ -95,8 +94,7 @@ def show_chains(settings: DemoSettings, workers: Workers, results: Results) -> N
     if workers.rank > 0:
         return
     frames = [pictures.make_grid(images / 255, columns=columns, titles=titles) for images in torch.cat(parts, 1)]
-    path = pictures.save_gif(frames, results.add_file("sample.gif"))
-    print(f"{len(frames)} frames, the first is where the chains start: {path}")
+    print(f"{len(frames)} frames, the first is the start: {pictures.save_gif(frames, results.add_file('sample.gif'))}")
     print(f"the last one: {pictures.save_pixels(frames[-1], results.add_file('sample.png'))}")
     if film := pictures.save_film(frames, results.add_file("sample.mp4")):
         print(f"the film: {film}")
@@ -127,8 +125,7 @@ def record_frames(
     energy = freeze_energy(trained.model, precision=acceleration.precision, rescale=trained.rescale)
     generators = [torch.Generator(device).manual_seed(derive_seed(settings.seed, i)) for i in numbers.tolist()]
     labels = labels[numbers].to(device)
-    starts = [draw_starts(trained.model, 1, labels[i : i + 1], each) for i, each in enumerate(generators)]
-    start = torch.cat(starts)
+    start = draw_starts(trained.model, len(labels), labels, generators)
     progress, frames = Progress(settings.num_steps, what="Langevin step", quiet=quiet), [to_bytes(start).cpu()]
 
     def add_frame(images: Tensor) -> None:

@@ -764,12 +764,20 @@ def compute_class_logits(energy: Callable[[Tensor, Tensor], Tensor], images: Ten
 
 
 def draw_starts(
-    model: EnergyNetwork, number: int, labels: Tensor | None, generator: torch.Generator, rescale: float = 1.0
+    model: EnergyNetwork,
+    number: int,
+    labels: Tensor | None,
+    generator: torch.Generator | Sequence[torch.Generator],
+    rescale: float = 1.0,
 ) -> Tensor:
     """Return images (number, C, H, W) in [0, rescale] for chains to start from, as in the model's training.
 
     They are drawn from `GaussianStarts` under labels (number, label_size) if the model has them, else they are noise.
+    generator: one for all images, or one for each.
     """
+    if not isinstance(generator, torch.Generator):
+        rows = [None] * number if labels is None else labels.split(1)
+        return torch.cat([draw_starts(model, 1, *pair, rescale) for pair in zip(rows, generator, strict=True)])
     if model.starts is None:
         return draw_noise_images(model.config, number, generator, rescale)
     return rescale * model.starts.draw(labels, number, generator)

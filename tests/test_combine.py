@@ -773,9 +773,9 @@ def test_noise_in_joint_chains(small_grid, tmp_path):
 def test_chains_of_joint_training_start_from_noise_and_5_percent_replay(small_grid, tmp_path):
     """Breaks when more or fewer of the chains go on from earlier end points, or those are not as they were."""
     config, generator = unseen.build_product(run_on({}, small_grid, tmp_path), "size").config, make_generator()
-    noise = unseen.draw_starts(config, 2000, torch.empty(0, 1, 64, 64), generator)
+    noise = unseen.mix_starts(config, 2000, torch.empty(0, 1, 64, 64), generator)
     assert noise.mean().item() == pytest.approx(0.5, abs=0.01) and noise.std().item() == pytest.approx(0.5, abs=0.01)
-    starts = unseen.draw_starts(config, 2000, torch.full((10, 1, 64, 64), 0.123456), generator)
+    starts = unseen.mix_starts(config, 2000, torch.full((10, 1, 64, 64), 0.123456), generator)
     assert 60 < (starts == 0.123456).flatten(1).all(1).sum() < 140
 
 

@@ -267,7 +267,7 @@ def draw_fresh_images(
         batch = labels[numbers.to(labels.device)]
         images = descend(
             energy.under(batch),
-            torch.cat([draw_starts(model, 1, batch[i : i + 1], each) for i, each in enumerate(generators)]),
+            draw_starts(model, len(batch), batch, generators),
             num_steps=num_steps,
             step_lr=step_lr,
             noise_std=noise_std,

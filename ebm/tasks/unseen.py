@@ -225,7 +225,7 @@ def train_product(run: ConceptRun, product: ProductNetwork, training: Tensor, ot
     for iteration in run.workers.until_signal(range(1, total + 1)):
         index = training[batches.next()]
         images, labels = run.render_images(index), join_labels(run.sprites.latents[index], other)
-        start = draw_starts(product.config, len(index), replay, run.generator)
+        start = mix_starts(product.config, len(index), replay, run.generator)
         with allow_tf32(settings.precision):
             step = train_product_step(run, product, optimizer, images, labels, start)
         replay = torch.cat([replay, step.samples])[-REPLAY_SIZE:]
@@ -238,7 +238,7 @@ def train_product(run: ConceptRun, product: ProductNetwork, training: Tensor, ot
     return progress.done
 
 
-def draw_starts(config: models.ModelConfig, number: int, replay: Tensor, generator: torch.Generator) -> Tensor:
+def mix_starts(config: models.ModelConfig, number: int, replay: Tensor, generator: torch.Generator) -> Tensor:
     """Draw the starts of an iteration's chains: noise, and for 5 % of them end points of earlier chains.
 
     replay: these end points (M, 1, 64, 64), as floats; as in the release, they are not stored as bytes here.
