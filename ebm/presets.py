@@ -33,7 +33,7 @@ PRESETS = {
     "imagenet128_cond": f"{IMAGENET} --dataset=imagenetfull --swish_act --num_steps=50 --batch_size=16 --step_lr=100",
     **{f"dsprites_{c}": f"--exp=dsprites_cond_{c} --cond_{c} {SPRITES} --num_steps=20 --swish_act" for c in CONCEPTS},
     **{f"dsprites_{c}_cpu": f"--exp=dsprites_{c}_cpu --cond_{c} {SPRITES_CPU}" for c in CONCEPTS},
-    "fashion_cpu": f"--exp=fashion_cpu --dataset=fashion_mnist {SMALL_CPU} --step_lr=10 --max_iter=1200",
+    "fashion_cpu": f"--exp=fashion_cpu --dataset=fashion_mnist {SMALL_CPU} --step_lr=10 --classify=0.1 --max_iter=3000",
     "mnist_cpu": f"--exp=mnist_cpu --dataset=mnist {SMALL_CPU} --step_lr=30 {REPLAY_HALF} --max_iter=600",
     "colour_cpu": f"--exp=colour_cpu {COLOUR_CPU} --batch_size=32 --num_filters=32 --lr=1e-3 --ema_decay=0.99 "
     "--max_iter=600 --test_interval=200 --save_interval=100",

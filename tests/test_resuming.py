@@ -62,13 +62,13 @@ def test_presets(capsys):
     stored = cli.to_dict(parse("--preset=digits_cpu", "--num_steps=40"))
     for words in (["--preset=digits_cpu"], []):
         merged = recall(*words, flags=stored)
-        assert (merged.num_steps, merged.step_lr, merged.preset) == (40, 100, "digits_cpu")
+        assert (merged.num_steps, merged.step_lr, merged.preset) == (40, 30, "digits_cpu")
         assert "but for" not in capsys.readouterr().out
     merged = recall("--preset=fashion_cpu", "--change", flags=stored | {"num_filters": 32})
     assert (merged.dataset, merged.num_steps, merged.max_iter, merged.exp) == (
         "fashion_mnist",
         20,
-        1250,
+        3000,
         "fashion_cpu",
     )
     assert recall(flags=stored | {"preset": ["of another version"]}).preset is None
