@@ -78,7 +78,7 @@ class Settings(timing.BenchmarkOutput):
     outliers: tuple[str, ...] = flag(("rotated", "digits"), "sets of images to tell from MNIST", choices=OUTLIERS)
     num_filters: int = flag(64, "width of the network", at_least=1)
     train_flags: str = flag(
-        "--preset=fashion_cpu --dataset=mnist --cclass=False --lr=3e-3 --step_lr=30",
+        "--dataset=mnist --zero_kl --replay_batch --batch_size=32 --ema_decay=0.99 --lr=3e-3 --step_lr=30",
         "the other flags of train.py for this project",
     )
     seed: int = flag(0, "seed of all libraries", at_least=0)
