@@ -476,7 +476,7 @@ def test_rounds_of_tasks(tmp_path):
     for task, rounds in (("democlass", 1), ("anticorrupt", 5), ("nearestneighbor", 10)):
         examined = planted(lambda x, y: x.flatten(1).sum(1), label_size=3, num_steps=1, step_lr=0.01, noise_std=0.0)
         run = make_sandbox_run(examined, tmp_path)
-        run.draw_noise = lambda number: torch.full((number, 1, 4, 4), 0.5)
+        run.draw_starts = lambda labels: torch.full((len(labels), 1, 4, 4), 0.5)
         run.write_panel = lambda name, columns, *_: shown.update(columns)
         sandbox.TASKS[task](run)
         if task == "anticorrupt":

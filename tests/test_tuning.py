@@ -196,6 +196,7 @@ def test_settings_and_checkpoints_come_before_timing(monkeypatch):
     counted = []
     monkeypatch.setattr(tuning, "choose_way", choose_way)
     monkeypatch.setattr(tuning, "choose_threads", choose_threads)
+    monkeypatch.setattr(tuning, "can_compute_bf16", lambda: False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)

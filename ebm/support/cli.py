@@ -56,7 +56,7 @@ NO_NUMBER = {
     "invalid literal for int": "give a whole number, in digits",
     "could not convert string to float": "give a number such as 0.5",
 }
-SIZES_IN_MEMORY = ("batch_size", "num_filters", "start_rank", "num", "num_samples", "im_number", "limit")
+SIZES_IN_MEMORY = ("batch_size", "num_filters", "num", "num_samples", "im_number", "limit")
 
 
 class Flag(NamedTuple):
