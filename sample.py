@@ -1,4 +1,4 @@
-"""Sample images from a trained model by one Langevin chain from noise per image.
+"""Sample images from a trained model by one new Langevin chain per image.
 
     python sample.py --exp=cifar10_cond --resume_iter=latest --num=64
     python sample.py --exp=cifar10_cond --num=1000 --label=ship --num_steps=200 --seed=3

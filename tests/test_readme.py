@@ -163,7 +163,7 @@ def test_command(place, command):
     """Breaks when a command is refused, hides where its files are, or lets them lie in the working directory."""
     before = set(place.iterdir())
     printed = run(place, command)
-    written = re.findall(r"(?:wrote|saved|frames, [^:]*:|->|samples from noise.*:) ([^\s,]+)", printed)
+    written = re.findall(r"(?:wrote|saved|frames, [^:]*:|->|fresh samples.*:) ([^\s,]+)", printed)
     if "benchmarks/" not in command:
         assert written and all((place / path).exists() for path in written)
     assert set(place.iterdir()) - before <= {place / name for name in ("sandbox_cachedir", "benchmarks", "trained")}

@@ -209,7 +209,7 @@ def write_samples(settings: TrainSettings, sampler: Sampler, images: Tensor, log
     pictures.save_grid(grid, path, columns=columns, titles=titles)
     if log is not None:
         log.write_picture(state.iteration, "samples", path)
-    print(f"samples from noise, {sampler.num_steps} Langevin steps: {path}")
+    print(f"fresh samples, {sampler.num_steps} Langevin steps: {path}")
 
 
 def report_quality(settings: TrainSettings, sampler: Sampler, images: Tensor, measure: SampleMeasure | None) -> None:

@@ -257,7 +257,7 @@ class Run:
             self.unwritten.append(what)
 
     def report(self) -> None:
-        """Sample from noise; write and print the final report on rank 0. Many samples are shared out to all workers."""
+        """Draw samples; write and print the final report on rank 0. Many samples are shared out to all workers."""
         has_inception = self.workers.any(self.measure is not None and self.measure.has_inception)
         number = choose_number(self.settings, has_inception)
         if has_inception:

@@ -1,4 +1,4 @@
-"""Fresh chains from noise during a run: the samples of its model at each test and at the end."""
+"""Fresh chains during a run, none of them replayed: the samples of its model at each test and at the end."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ TEST_SAMPLES = 1_000  # images that a test measures by Inception
 
 
 class FreshChains(NamedTuple):
-    """Chains from noise, `sample_steps` long."""
+    """Chains from new starts, `sample_steps` long."""
 
     iteration: int
     part: int  # the number of the draw
     labels: Tensor | None  # (N, label_size), None for an unconditional model
-    start: Tensor  # the noise (N, C, H, W) that the chains start from, in [0, 1]
+    start: Tensor  # what the chains start from, (N, C, H, W) in [0, 1]
     images: Tensor  # the end points (N, C, H, W) in [0, 1]
     energies: Tensor  # the energies (N,) of the end points
     moved: float  # the mean distance of a pixel from its start, in [0, 1]
