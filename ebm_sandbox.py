@@ -93,7 +93,8 @@ def examine_model(settings: Settings, workers: Workers, results: Results) -> Non
         "network": dataclasses.asdict(config),
         "images": run.used,
         **results.describe_state(),
-        "settings": cli.to_dict(settings) | {"step_lr": model.step_lr, "batch_size": model.images_at_a_time},
+        "settings": cli.to_dict(settings)
+        | {"step_lr": model.step_lr, "num_steps": model.num_steps, "batch_size": model.images_at_a_time},
         "figures": report.figures,
         "paper": report.paper,
     }

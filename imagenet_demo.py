@@ -1,4 +1,4 @@
-"""Show how a trained model samples: make a GIF of Langevin chains, the noise they start from and a frame per step.
+"""Show how a trained model samples: make a GIF of Langevin chains, what they start from and a frame per step.
 
     python imagenet_demo.py --exp=imagenet128_cond --resume_iter=2238000 --swish_act
     python imagenet_demo.py --exp=imagenet128_cond --resume_iter=latest --classes=153,207 --every=5 --seed=3

@@ -429,7 +429,7 @@ class GaussianStarts(nn.Module):
         classes = torch.zeros(len(images), dtype=torch.long) if labels is None else labels.argmax(1).cpu()
         pixels = images.flatten(1).cpu()
         with torch.random.fork_rng([]):  # svd_lowrank draws from the global generator
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             for row in classes.unique().tolist():
                 of_class = pixels[classes == row]
                 mean = of_class.mean(0)
@@ -445,8 +445,10 @@ class GaussianStarts(nn.Module):
         rows = torch.zeros(number, dtype=torch.long, device=self.mean.device)
         if labels is not None and labels.shape[1]:
             rows = labels.argmax(1)
-        noise = torch.randn(number, 1, rank, generator=generator, device=self.mean.device)
-        pixels = self.mean[rows] + (noise @ self.factor[rows]).squeeze(1)
+        noise = torch.randn(number, rank, generator=generator, device=self.mean.device)
+        pixels = self.mean[rows]
+        for row in rows.unique().tolist():  # class by class, because memory may not hold a factor for each image
+            pixels[rows == row] += noise[rows == row] @ self.factor[row]
         return pixels.clamp(0, 1).view(number, *self.image_shape)
 
 

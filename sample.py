@@ -69,7 +69,7 @@ def sample_images(settings: SampleSettings, workers: Workers, results: Results) 
     numbers = torch.arange(settings.num) % max(classes, 1)
     if settings.label is not None:
         numbers.fill_(find_class("label", settings.label, trained.class_names, classes))
-    num_steps = trained.sample_steps if settings.num_steps is None else settings.num_steps
+    num_steps = trained.choose_num_steps(cli.AUTO if settings.num_steps is None else settings.num_steps)
     step_lr = trained.choose_step_lr(settings.step_lr)
     steps = f"{num_steps} Langevin steps with step_lr {step_lr:g}"
     print(f"model: {path}; {settings.num} images, {steps}, seed {settings.seed}, on {device}")

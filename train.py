@@ -104,7 +104,7 @@ def prepare_energies(state: State, settings: TrainSettings) -> tuple[PreparedEne
 
 
 def start_chains(state: State, settings: TrainSettings, images: Tensor, labels: Tensor | None) -> Tensor:
-    """Return the images (N, C, H, W) that this iteration's chains start from: noise, noised data or replayed samples.
+    """Return the images (N, C, H, W) that this iteration's chains start from: noise, draws, noised data or replays.
 
     images, labels: the batch. N is `num_chains`, by default the batch size.
     """
@@ -247,7 +247,8 @@ def open_run(settings: TrainSettings, workers: Workers, owner: FolderOwner) -> R
     run = Run(settings, state, dataset, workers, owner)
     trials = tuning.tune_run(state, settings, workers, contents)
     if path is None:
-        setup.fit_starts(state, dataset)
+        with workers.busy():
+            setup.fit_starts(settings, state, dataset, workers)
     else:
         run.resume(path, contents)
     cost = check_cost(train_step, state, settings, workers, run.stop, is_new=path is None)

@@ -37,5 +37,6 @@ PRESETS = {
     "mnist_cpu": f"--exp=mnist_cpu --dataset=mnist {SMALL_CPU} --step_lr=30 {REPLAY_HALF} --max_iter=600",
     "colour_cpu": f"--exp=colour_cpu {COLOUR_CPU} --batch_size=32 --num_filters=32 --lr=1e-3 --ema_decay=0.99 "
     "--max_iter=600 --test_interval=200 --save_interval=100",
-    "digits_cpu": f"--exp=digits_cpu --dataset=digits {SMALL_CPU} --step_lr=30 {REPLAY_HALF} --max_iter=500",
+    "digits_cpu": f"--exp=digits_cpu --dataset=digits {SMALL_CPU} --step_lr=30 {REPLAY_HALF} --classify=0.1 "
+    "--max_iter=500",
 }

@@ -573,8 +573,8 @@ class LossSettings:
     lr: float = flag(3e-4, "learning rate of Adam", at_least=0, not_with=SAMPLES_ONLY)
     lr_schedule: str = flag(
         "constant",
-        "learning rate over the run: constant, or cosine, which falls from --lr to 0 at the last iteration (Loshchilov "
-        "and Hutter 2017)",
+        "learning rate over the run: constant, or cosine, which falls from --lr towards 0 at the last iteration "
+        "(Loshchilov and Hutter 2017); a later end raises it again",
         choices=("constant", "cosine"),
         not_with=SAMPLES_ONLY,
     )
@@ -702,7 +702,7 @@ class SandboxChains(ChainPrecision):
     num_steps: int = flag(
         20,
         "Langevin steps per round of a chain, and per refinement before classification; 0: none; auto: so many "
-        "that all rounds of a task together are as long as the chains of the training run's own samples",
+        "that all rounds of a task together are about as long as the chains of the training run's own samples",
         at_least=0,
         not_with="task=energyeval|mixenergy",
         takes_auto=True,
@@ -1094,6 +1094,7 @@ class SampleChains(CompiledChains):
         None,
         "Langevin steps per image; default: as many as the training run takes for its own samples, else 200",
         at_least=0,
+        takes_auto=True,
     )
     step_lr: float | None = flag(
         None,
@@ -1241,7 +1242,7 @@ class ReleasedInceptionFlags:
 
     scaled: bool = flag(True, "the noise is that of --noise_scale in all steps", inert=True)
     single: bool = flag(False, "--ensemble chooses how many checkpoints take turns", inert=True)
-    datasource: str = flag("random", "chains start from noise", inert=True)
+    datasource: str = flag("random", "chains start as in the model's training", inert=True)
 
 
 @dataclasses.dataclass(frozen=True)

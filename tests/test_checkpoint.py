@@ -33,8 +33,8 @@ def test_round_trip(tmp_path):
 def test_names_of_models(tmp_path, monkeypatch, capsys):
     """Breaks when Python finds another model by a name than scripts do, or old paths of shipped models lead nowhere."""
     monkeypatch.chdir(tmp_path)
-    shipped = SHIPPED / "digits_cond/model_400.pt"
-    old = ("cachedir/digits_cond/model_400", "cachedir/digits_cond/model_400.pt", "pretrained/digits_cond")
+    shipped = SHIPPED / "digits_cond/model_500.pt"
+    old = ("cachedir/digits_cond/model_500", "cachedir/digits_cond/model_500.pt", "pretrained/digits_cond")
     for name in ("digits_cond", SHIPPED / "digits_cond", *old):
         assert checkpoint.locate(pathlib.Path(name)).with_suffix(".pt") == shipped
     (tmp_path / "cachedir/digits_cond").mkdir(parents=True)
@@ -53,8 +53,8 @@ def test_names_of_models(tmp_path, monkeypatch, capsys):
         UsageError, match=r"no experiment folder cachedir/digit_cond; cachedir has digits_cond; .*fashion"
     ):
         checkpoint.load_energy("digit_cond")
-    with pytest.raises(UsageError, match=r"cachedir/digits_cond/model_400\.pt cannot be read"):
-        checkpoint.load_energy("cachedir/digits_cond/model_400")
+    with pytest.raises(UsageError, match=r"cachedir/digits_cond/model_500\.pt cannot be read"):
+        checkpoint.load_energy("cachedir/digits_cond/model_500")
 
 
 def test_names_of_experiments(tmp_path, capsys):

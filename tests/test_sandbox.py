@@ -558,12 +558,12 @@ def test_diagnosis_of_chains_that_are_known(tmp_path):
     figures = sandbox.diagnose_chains(make_sandbox_run(steep, tmp_path / "steep", classes=0)).figures
     start = np.load(tmp_path / "steep" / "energies_from_images.npy")[0]
     row = figures["step 50"]
-    assert figures["data mean"] == pytest.approx(start.mean()) and row["E from noise"] == row["within data"] == 0
+    assert figures["data mean"] == pytest.approx(start.mean()) and row["E from starts"] == row["within data"] == 0
     assert row["moved from images"] == pytest.approx(start.mean() / 64) and figures["verdict"].startswith("0%")
     plane = planted(lambda x, y: 0 * x.flatten(1).sum(1) + 3.0, (1, 8, 8), num_steps=2)
     row = sandbox.diagnose_chains(make_sandbox_run(plane, tmp_path / "plane", classes=0)).figures["step 100"]
-    assert row["E from noise"] == row["E from images"] == 3.0 and row["within data"] == 1.0
-    assert row["moved from noise"] == pytest.approx(0.005 * 10 * math.sqrt(2 / math.pi), rel=0.1)
+    assert row["E from starts"] == row["E from images"] == 3.0 and row["within data"] == 1.0
+    assert row["moved from starts"] == pytest.approx(0.005 * 10 * math.sqrt(2 / math.pi), rel=0.1)
 
 
 def test_outlier_figures_against_scikit_learn(tmp_path):

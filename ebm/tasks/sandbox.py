@@ -38,7 +38,15 @@ from models import ModelConfig, draw_starts
 ROWS = 20  # rows of a picture
 LONG = 50  # rounds of a long chain, 1,000 steps by default
 SHOWN_ROUNDS = (0, 1, LONG // 10, LONG // 2, LONG)  # rounds after which figures and pictures are reported
-ROUNDS = {"anticorrupt": 5, "boxcorrupt": 10, "crossclass": 10, "cycleclass": 20, "democlass": 1, "nearestneighbor": 10}
+ROUNDS = {
+    "anticorrupt": 5,
+    "boxcorrupt": 10,
+    "crossclass": 10,
+    "cycleclass": 20,
+    "democlass": 1,
+    "diagnose": LONG,
+    "nearestneighbor": 10,
+}
 DIRECTIONS = 3  # number of directions in which task latent moves an image
 STAGES_NOTE = "columns: Langevin steps"
 MOVES = 7  # of task latent: from the image itself, then six from where the last one led
@@ -175,11 +183,6 @@ class SandboxRun:
         if names := self.find_class_names():
             return name_classes(labels.argmax(1).tolist(), names)
         return describe_labels(labels, self.load("test")) if self.model.classes else []
-
-    @property
-    def source(self) -> str:
-        """What chains start from: noise, or gauss if the model has normal distributions of its own."""
-        return "noise" if self.model.model.starts is None else "gauss"
 
     def draw_starts(self, labels: Tensor) -> Tensor:
         """Return images from which chains start as in training, one for each of the labels (n, label_size)."""
@@ -470,21 +473,21 @@ def follow_chains(run: SandboxRun, starts: Mapping[str, Tensor], labels: Tensor)
 def diagnose_chains(run: SandboxRun) -> Report:
     """Follow chains of 50 rounds from where training starts them and from test images: their energies and moves."""
     examples = run.draw_examples("test", run.choose_number(100))
-    run.announce(f"{2 * len(examples.images):,} chains, from {run.source} and from test images", LONG)
-    starts = {run.source: run.draw_starts(examples.labels), "images": examples.images}
+    run.announce(f"{2 * len(examples.images):,} chains, from new starts and from test images", LONG)
+    starts = {"starts": run.draw_starts(examples.labels), "images": examples.images}
     chains = follow_chains(run, starts, examples.labels)
     for name, followed in chains.items():
         run.write_array(f"energies_from_{name}", followed.energies)
     of_data = chains["images"].energies[0]
     low, high = of_data.quantile(torch.tensor([0.05, 0.95], device=of_data.device)).tolist()
-    of_starts = chains[run.source].energies
+    of_starts = chains["starts"].energies
     within = ((low <= of_starts) & (of_starts <= high)).double().mean(1).tolist()
     plot_chains(run, chains, (low, high), within)
     columns = {
         f"{name}, {k * run.model.num_steps}": x for name, followed in chains.items() for k, x in followed.shown.items()
     }
     titles = run.describe_labels(examples.first(ROWS).labels)
-    note = f"chains from {run.source} and from test images, after so many Langevin steps"
+    note = "chains from new starts and from test images, after so many Langevin steps"
     run.write_panel("images", columns, titles, note)
     rows = {
         f"step {k * run.model.num_steps}": {
@@ -492,9 +495,9 @@ def diagnose_chains(run: SandboxRun) -> Report:
             "within data": within[k],
             **{f"moved from {name}": followed.moved[k] for name, followed in chains.items()},
         }
-        for k in chains[run.source].shown
+        for k in chains["starts"].shown
     }
-    verdict = f"{within[-1]:.0%} of the chains from {run.source} end within the middle 90 % of the data's energies"
+    verdict = f"{within[-1]:.0%} of the chains from new starts end within the middle 90 % of the data's energies"
     return Report({"data mean": of_data.mean().item(), "verdict": verdict, **rows})
 
 
@@ -503,8 +506,8 @@ def plot_chains(
 ) -> None:
     """Plot energies and distances over Langevin steps, and histograms of energies.
 
-    data_range: the middle 90 % of the data's energies. within: share of the chains from noise or gauss
-    inside this range, after each round.
+    data_range: the middle 90 % of the data's energies. within: share of the chains from new
+    starts inside this range, after each round.
     """
     steps = [k * run.model.num_steps for k in range(len(within))]
     lines = {f"from {name}": (steps, followed.energies.mean(1).cpu()) for name, followed in chains.items()}
@@ -516,10 +519,10 @@ def plot_chains(
     panels: dict[str, Any] = {
         "mean energy": lines | band,
         "mean pixel change": {f"from {name}": (steps, followed.moved) for name, followed in chains.items()},
-        share: {f"from {run.source}": (steps, within)},
+        share: {"from starts": (steps, within)},
     }
     pictures.plot_lines(panels, run.add_file("chains.png"), xlabel="Langevin steps", shares=[share])
-    ends = {f"{run.source}, {steps[k]} steps": chains[run.source].energies[k].cpu() for k in (1, -1)}
+    ends = {f"starts, {steps[k]} steps": chains["starts"].energies[k].cpu() for k in (1, -1)}
     of_data = chains["images"].energies[0].cpu()
     pictures.plot_histograms({"data": of_data, **ends}, run.add_file("energies.png"), xlabel="energy")
 
@@ -672,7 +675,7 @@ def number_stages(run: SandboxRun, stages: Sequence[Tensor]) -> dict[str, Tensor
 def sample_stages(run: SandboxRun) -> Report:
     """Sample by 20 rounds of Langevin steps under the labels of test images; show all rounds and images."""
     real = run.draw_examples("test", run.choose_number(100))
-    run.announce(f"{len(real.images):,} images from {run.source}", ROUNDS["cycleclass"])
+    run.announce(f"{len(real.images):,} images", ROUNDS["cycleclass"])
     start = run.draw_starts(real.labels)
     stages = list(run.model.run_stages(start, real.labels, rounds=ROUNDS["cycleclass"], progress="cycleclass"))
     columns = number_stages(run, stages) | {"real": real.images}
@@ -686,7 +689,7 @@ def sample_classes(run: SandboxRun) -> Report:
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(run.settings.seed))
     classes = order[:10].sort().values
     labels = torch.eye(len(names))[classes.repeat_interleave(5)].to(run.model.device)
-    run.announce(f"{len(labels)} images from {run.source}", ROUNDS["democlass"])
+    run.announce(f"{len(labels)} images", ROUNDS["democlass"])
     samples = run.model.run_chain(run.draw_starts(labels), labels, rounds=ROUNDS["democlass"], progress="democlass")
     samples = samples[: len(samples) // 5 * 5]  # the images of the last class may not all be done
     if not len(samples):
@@ -700,7 +703,7 @@ def find_training_neighbours(run: SandboxRun) -> Report:
     """Sample 10 images and find the 5 nearest training images of each in L2; do the same for test images."""
     train, rows = run.load("train"), run.choose_number(10)
     search = f"the nearest of {len(train):,} training images to {rows} test images and {rows} samples"
-    run.announce(f"{search}; these from {run.source}", ROUNDS["nearestneighbor"])
+    run.announce(f"{search}", ROUNDS["nearestneighbor"])
     labels = run.sample_labels(rows)
     samples = run.model.run_chain(
         run.draw_starts(labels), labels, rounds=ROUNDS["nearestneighbor"], progress="nearestneighbor"

@@ -60,7 +60,8 @@ class TrainedModel(NamedTuple):
     @property
     def sample_steps(self) -> int:
         """The number of Langevin steps with which the training run samples, 200 if that is not recorded."""
-        return self.flags.get("sample_steps") or 10 * self.flags.get("num_steps", 20)
+        steps, own = self.flags.get("sample_steps"), self.flags.get("num_steps")
+        return steps if steps is not None else 10 * (20 if own is None else own)
 
     def choose_num_steps(self, num_steps: int, rounds: int = 1) -> int:
         """Return the number of Langevin steps of each of several rounds: `num_steps`, or a part of `sample_steps`.

@@ -33,7 +33,17 @@ PATHS = {source.path_setting for source in DATASETS.values() if source.path_sett
 DATA_SETTINGS = {"dataset", "image_size", "channels", "antialias", "single", "rescale", *CONDITIONS, *SUBSETS, *PATHS}
 NETWORK_SETTINGS = {"start_rank", *(field.name for field in dataclasses.fields(NetworkSettings))}
 # Those on which the shapes of the weights and of the images depend, which a trained network cannot change.
-SHAPE_SETTINGS = {"image_size", "channels", "num_filters", "cclass", "use_attention", "spec_norm", "start_rank", *SIZES}
+SHAPE_SETTINGS = {
+    "image_size",
+    "channels",
+    "num_filters",
+    "cclass",
+    "use_attention",
+    "spec_norm",
+    "start_rank",
+    "datasource",
+    *SIZES,
+}
 
 
 def choose_checkpoint(settings: RunSettings) -> pathlib.Path | None:
@@ -165,6 +175,7 @@ def refuse_changes(
     """
     moved = {name for name in PATHS if not os.path.exists(str(before.get(name) or ""))}
     refused = [name for name in changes if name in (NETWORK_SETTINGS | DATA_SETTINGS) - moved]
+    refused += ["datasource"] * ("gauss" in changes.get("datasource", ""))  # the network keeps these distributions
     if not refused:
         return
     words = "; ".join(f"{name}: {changes[name]}" for name in refused)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from ebm.presets import PRESETS
 from ebm.settings import CONDITIONS, SIZES, SUBSETS, TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
-from ebm.support.hardware import has_compiler
+from ebm.support.hardware import find_free_memory, has_compiler
 from ebm.support.reports import write_json
 from ebm.support.sharing import fold_seed
 from ebm.training.acceleration import Acceleration
@@ -33,6 +34,7 @@ UNUSED = {
 }
 
 STARTS_IMAGES = 20_000  # to which the distribution of chains' starts is fitted
+STARTS_PIXELS = 100_000_000  # of these images at most
 
 # ---- settings ----
 
@@ -137,8 +139,9 @@ def choose_network(settings: TrainSettings, dataset: data.Dataset) -> models.Mod
         downsample=settings.downsample,
         start_rank=settings.start_rank if settings.datasource == "gauss" else 0,
     )
-    if config.start_rank and config.label_size and not config.has_classes:
-        raise UsageError(f"`datasource`=gauss needs classes, and these labels of {dataset.name} are quantities")
+    check_starts(config)
+    if settings.classify and config.label_size < 2:
+        raise UsageError(f"`classify` tells classes apart, and {dataset.name} has one; leave it out")
     for name in ("model_cclass", "classify"):
         if getattr(settings, name) and not config.has_classes:
             raise UsageError(
@@ -241,12 +244,28 @@ def build_state(settings: TrainSettings, config: models.ModelConfig, dataset: da
     )
 
 
-def fit_starts(state: State, dataset: data.Dataset) -> None:
-    """Fit the distribution of a new run's starts, if it has one, to at most `STARTS_IMAGES` random images."""
-    if state.model.starts is None:
+def check_starts(config: models.ModelConfig) -> None:
+    """Raise UsageError if the normal distributions of starts do not fit the network or the memory."""
+    if not config.start_rank:
         return
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:STARTS_IMAGES]
+    if config.network == "DspritesNet":
+        raise UsageError("`datasource`=gauss is not for sprites, whose models are combined from noise; leave it out")
+    size = 4 * config.start_rank * max(config.label_size, 1) * math.prod(config.image_shape)
+    if 4 * size > find_free_memory():  # the weights, their average, and what is saved
+        raise UsageError(f"`start_rank`={config.start_rank} takes {size / 1e9:.1f} GB several times over; lower it")
+
+
+def fit_starts(settings: TrainSettings, state: State, dataset: data.Dataset, workers: Workers) -> None:
+    """Fit the distribution of a new run's starts, if it has one, to at most `STARTS_IMAGES` random images.
+
+    Rank 0 does so; the others receive it with the weights.
+    """
+    if state.model.starts is None or workers.rank > 0:
+        return
+    most = min(STARTS_IMAGES, STARTS_PIXELS // math.prod(dataset.image_shape))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:most]
     generator = torch.Generator(state.generator.device).manual_seed(0)
+    order = torch.zeros(1, dtype=torch.long) if settings.single else order
     images, labels = dataset.batch(order.to(dataset.index_device), generator)
     state.model.starts.fit(images, labels if state.model.config.label_size else None)
     state.start_ema()

@@ -48,8 +48,8 @@ class State:
         if self.ema is not None:
             decay = min(decay, (1 + self.iteration) / (10 + self.iteration))
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
-            # The buffers are the power iterations' vectors, estimates that an average would not improve.
-            for averaged, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            # The buffers of stages are the power iterations' vectors, estimates that an average would not improve.
+            for averaged, current in zip(self.ema.stages.buffers(), self.model.stages.buffers(), strict=True):
                 averaged.copy_(current)
 
     def get_shared_state(self) -> dict[str, Any]:
@@ -111,14 +111,14 @@ class State:
 
         These are the generators, the place in the data and the vectors of the power iterations.
         """
-        vectors = [vector.clone() for vector in self.model.buffers()]
+        vectors = [vector.clone() for vector in self.model.stages.buffers()]
         return self.get_generators() | {"batches": self.batches.state_dict(), "vectors": vectors}
 
     def undo_draws(self, draws: dict[str, Any]) -> None:
         """Set back what an iteration has changed before it updated the weights. draws: of `get_draws` before it."""
         self.set_generators(draws)
         self.batches.load_state_dict(draws["batches"])
-        for vector, before in zip(self.model.buffers(), draws["vectors"], strict=True):
+        for vector, before in zip(self.model.stages.buffers(), draws["vectors"], strict=True):
             vector.copy_(before)
         self.optimizer.zero_grad()
 
