@@ -84,6 +84,8 @@ def test_the_word_auto():
     lengths = [model.choose_num_steps(cli.AUTO, rounds) for rounds in (1, 5, 20, 100)]
     assert lengths == [40, 8, 2, 1] and model.choose_num_steps(7, 5) == 7
     assert model._replace(flags={"num_steps": 6}).choose_num_steps(cli.AUTO) == 60
+    assert model._replace(flags={"sample_steps": 0, "num_steps": None}).sample_steps == 0
+    assert model._replace(flags={"sample_steps": None, "num_steps": None}).sample_steps == 200
 
 
 def test_flag_files(tmp_path):

@@ -72,6 +72,10 @@ def test_presets(capsys):
         "fashion_cpu",
     )
     assert recall(flags=stored | {"preset": ["of another version"]}).preset is None
+    with pytest.raises(
+        UsageError, match=r"datasource: gauss → random; leave out `datasource`; the weights fit no other"
+    ):
+        recall("--datasource=random", flags=stored)
     with pytest.raises(UsageError, match=r"dataset: digits → dsprites.*; leave out `preset`, or add `change`"):
         recall("--preset=dsprites_pos_cpu", flags=stored)
 

@@ -14,6 +14,8 @@ import models
 from conftest import SHAPE, make_generator, make_run, make_state, train_once
 from ebm.settings import TrainSettings
 from ebm.support import hardware
+from ebm.support.errors import UsageError
+from ebm.training import setup
 from ebm.training.chains import infer_labels, run_chains, run_hmc_chain
 from ebm.training.classification import draw_test_images, measure_classification
 from ebm.training.records import compute_label_entropy, compute_statistics
@@ -146,6 +148,31 @@ def test_gaussian_starts_of_few_images():
     off = (drawn[2::3] - images[1]).flatten(1)
     along = (off @ line / (line @ line))[:, None] * line
     torch.testing.assert_close(off, along, rtol=0, atol=1e-5)
+
+
+def test_starts_that_do_not_fit(monkeypatch):
+    """Breaks when sprites, whose models are combined from noise, get starts, or starts that memory cannot hold."""
+    setup.check_starts(models.ModelConfig("DspritesNet", (1, 64, 64), 4, 3))
+    with pytest.raises(UsageError, match=r"`datasource`=gauss is not for sprites"):
+        setup.check_starts(models.ModelConfig("DspritesNet", (1, 64, 64), 4, 3, start_rank=2))
+    large = models.ModelConfig("MnistNet", (1, 28, 28), 4, 10, start_rank=64)  # 2 MB
+    monkeypatch.setattr(setup, "find_free_memory", lambda: 9_000_000)
+    setup.check_starts(large)
+    monkeypatch.setattr(setup, "find_free_memory", lambda: 7_000_000)
+    with pytest.raises(UsageError, match=r"`start_rank`=64 takes 0.0 GB"):
+        setup.check_starts(large)
+
+
+def test_a_run_on_one_image_starts_there(tmp_path):
+    """Breaks when --single fits its starts to other images than the first, or another rank than 0 fits them."""
+    for rank, place in ((0, 0.0), (1, 0.5)):
+        state = make_state(label_size=0, start_rank=2)
+        run = make_run(state, tmp_path, single=True)
+        run.workers.rank = rank
+        setup.fit_starts(run.settings, state, run.dataset, run.workers)
+        first = run.dataset.raw(torch.zeros(1, dtype=torch.long)).flatten() / 256
+        expected = first if rank == 0 else torch.full_like(first, place)
+        torch.testing.assert_close(state.model.starts.mean[0], expected, rtol=0, atol=1 / 256)
 
 
 def test_learning_rate_falls_along_half_a_cosine(tmp_path):
