@@ -81,7 +81,8 @@ class Run:
         """
         self.measure = None if self.make_measure is None else self.make_measure()
         if self.is_first:
-            self.test_images = draw_test_images(self.settings, self.dataset, self.workers.device)
+            with self.workers.busy():
+                self.test_images = draw_test_images(self.settings, self.dataset, self.workers.device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield images (batch_size, C, H, W) in [0, rescale] and labels (batch_size, label_size) or None.
