@@ -407,8 +407,8 @@ class GlobalSum(nn.Module):
 class GaussianStarts(nn.Module):
     """The distribution of chains' starts: a normal distribution for each class, fitted to its images.
 
-    Yang and Ji 2021 (JEM++), section 4.2, there with full covariances; here they have the rank `config.start_rank`. An
-    unconditional network has one distribution for all images.
+    This is the informative initialisation of JEM++ (Yang and Ji 2021), here with covariances of the rank
+    `config.start_rank`. An unconditional network has one distribution for all images.
     """
 
     def __init__(self, config: ModelConfig):
