@@ -14,16 +14,13 @@ IMAGENET = "--exp=imagenet_cond --replay_batch --cclass --zero_kl"
 SPRITES = "--dataset=dsprites --cclass --zero_kl --replay_batch --step_lr=500"
 # On a CPU: a hundred times the published learning rate, half the steps, leaky ReLU (see docs/concepts.md).
 SPRITES_CPU = f"{SPRITES} --num_steps=10 --batch_size=16 --lr=3e-2 --ema_decay=0.99"
-# Short chains from a normal distribution of each class (see docs/recipes.md).
-SMALL_CPU = (
-    "--cclass --zero_kl --datasource=gauss --num_steps=20 --sample_steps=20 --batch_size=32 --num_filters=32 --lr=1e-2 "
+# Short chains from a normal distribution of the images, or of each class (see docs/recipes.md).
+GAUSS_CPU = (
+    "--zero_kl --datasource=gauss --num_steps=20 --sample_steps=20 --batch_size=32 --num_filters=32 "
     "--lr_schedule=cosine --ema_decay=0.99"
 )
-
+SMALL_CPU = f"{GAUSS_CPU} --cclass --lr=1e-2"
 REPLAY_HALF = "--replay_batch --replay_rate=0.5"
-
-# image_size and channels count for --dataset=folder, whose images then become 32x32 in colour.
-COLOUR_CPU = "--dataset=cifar10 --image_size=32 --channels=3 --zero_kl --replay_batch --num_steps=10 --step_lr=100"
 
 PRESETS = {
     "cifar10_uncond": f"--exp=cifar10_uncond {CIFAR10} --large_model",
@@ -35,8 +32,9 @@ PRESETS = {
     **{f"dsprites_{c}_cpu": f"--exp=dsprites_{c}_cpu --cond_{c} {SPRITES_CPU}" for c in CONCEPTS},
     "fashion_cpu": f"--exp=fashion_cpu --dataset=fashion_mnist {SMALL_CPU} --step_lr=10 --classify=0.1 --max_iter=3000",
     "mnist_cpu": f"--exp=mnist_cpu --dataset=mnist {SMALL_CPU} --step_lr=30 {REPLAY_HALF} --max_iter=600",
-    "colour_cpu": f"--exp=colour_cpu {COLOUR_CPU} --batch_size=32 --num_filters=32 --lr=1e-3 --ema_decay=0.99 "
-    "--max_iter=600 --test_interval=200 --save_interval=100",
+    # image_size and channels count for --dataset=folder, whose images then become 32x32 in colour.
+    "colour_cpu": f"--exp=colour_cpu --dataset=cifar10 --image_size=32 --channels=3 {GAUSS_CPU} --step_lr=10 --lr=2e-3 "
+    "--ema_decay=0.995 --max_iter=1500",
     "digits_cpu": f"--exp=digits_cpu --dataset=digits {SMALL_CPU} --step_lr=30 {REPLAY_HALF} --classify=0.1 "
     "--max_iter=500",
 }

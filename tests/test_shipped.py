@@ -46,7 +46,7 @@ def test_digits_are_told_apart():
 @pytest.mark.slow
 @pytest.mark.parametrize(("concept", "least"), [("pos", 0.9), ("size", 0.8), ("shape", 0.85), ("rot", 0.6)])
 def test_sprites_show_what_was_asked_for(concept, least, tmp_path):
-    """Breaks when the model of a concept no longer samples it: 1, 44, 33 or 15 % would be right by chance.
+    """Breaks when the model of a concept no longer samples it: 1, 45, 33 or 15 % would be right by chance.
 
     The sprite nearest to a sample must show it. Samples of a single concept are blobs, and hardly ever sprites.
     """
