@@ -122,17 +122,26 @@ def start_chains(state: State, settings: TrainSettings, images: Tensor, labels: 
             models.draw_starts(state.model, len(images) - num_noised, start_labels, generator, settings.rescale)
         )
     start = torch.cat(starts)
+    exploring = count_exploring(settings, len(images))
+    if settings.noise_rate:
+        start[:exploring] = models.draw_noise_images(state.model.config, exploring, generator, settings.rescale)
     if settings.replay_batch and len(state.buffer) > len(images):
         replayed = state.buffer.sample(len(images), generator, settings.rescale)
         is_replayed = torch.rand(len(images), 1, 1, 1, generator=generator, device=device) < settings.replay_rate
+        is_replayed[exploring:] = False
         start = torch.where(is_replayed, replayed, start)
     return start
+
+
+def count_exploring(settings: TrainSettings, number: int) -> int:
+    """Return how many of an iteration's chains, the first ones, may be replayed: all, or those of `noise_rate`."""
+    return round(settings.noise_rate * number) if settings.noise_rate else number
 
 
 def keep_samples(state: State, settings: TrainSettings, samples: Tensor) -> None:
     """Keep the end points of the chains, so that later chains can start from them."""
     if settings.replay_batch:
-        state.buffer.push(samples, settings.rescale)
+        state.buffer.push(samples[: count_exploring(settings, len(samples))], settings.rescale)
     if settings.pcd:
         state.previous = samples
 

@@ -451,6 +451,14 @@ class NegativeSettings:
         at_most=1024,
         only_with="datasource=gauss",
     )
+    noise_rate: float = flag(
+        0.0,
+        "share of the chains that start from noise in spite of --datasource=gauss, 0 to 1, so that the energy of noise "
+        "is learnt, too; with --replay_batch only these are replayed",
+        at_least=0,
+        at_most=1,
+        only_with="datasource=gauss",
+    )
     num_chains: int | None = flag(
         None, "chains per iteration on each worker, at most --batch_size; default: --batch_size", at_least=1
     )

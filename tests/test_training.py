@@ -20,7 +20,7 @@ from ebm.training.chains import infer_labels, run_chains, run_hmc_chain
 from ebm.training.classification import draw_test_images, measure_classification
 from ebm.training.records import compute_label_entropy, compute_statistics
 from ebm.training.run import read_batch
-from train import classification_loss, contrastive_loss, start_chains
+from train import classification_loss, contrastive_loss, keep_samples, start_chains
 from utils import ReplayBuffer
 
 
@@ -134,6 +134,22 @@ def test_gaussian_starts_have_the_moments_of_their_class():
     settings = TrainSettings(datasource="gauss")
     state.generator.manual_seed(2)
     torch.testing.assert_close(start_chains(state, settings, images.view(-1, *SHAPE), labels).flatten(1), drawn)
+
+
+def test_some_chains_start_from_noise_in_spite_of_gaussian_starts():
+    """Breaks when another share of the chains than --noise_rate starts from noise, or others are replayed or kept."""
+    state, images = make_state(label_size=0, start_rank=1), torch.full((8, *SHAPE), 0.3)
+    state.model.starts.fit(images[:1], None)
+    settings = TrainSettings(datasource="gauss", noise_rate=0.25, replay_batch=True, replay_rate=1.0)
+    for _ in range(5):
+        start = start_chains(state, settings, images, None)
+        assert start[:2].std().item() == pytest.approx(12**-0.5, rel=0.1)  # uniform
+        torch.testing.assert_close(start[2:], images[2:])
+        keep_samples(state, settings, torch.zeros_like(images))
+    assert len(state.buffer) == 10 > len(images)
+    start = start_chains(state, settings, images, None)
+    assert start[:2].max() < 1 / 255  # black, as bytes
+    torch.testing.assert_close(start[2:], images[2:])
 
 
 def test_gaussian_starts_of_few_images():
