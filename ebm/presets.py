@@ -1,8 +1,8 @@
 """The flags of published and shipped training runs by name, for `python train.py --preset=NAME`.
 
 Flags on the command line override those of the preset. The first rows are the published commands. The presets that end
-in _cpu train in minutes on two CPU cores; the models in `pretrained/` were trained with them, but for colour_cpu. Their
-runs have the names of the presets, not of the shipped models.
+in _cpu train in minutes on two CPU cores; the models in `pretrained/` were trained with them. Their runs have the names
+of the presets, not of the shipped models.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PRESETS = {
     "mnist_cpu": f"--exp=mnist_cpu --dataset=mnist {SMALL_CPU} --step_lr=30 {REPLAY_HALF} --max_iter=600",
     # image_size and channels count for --dataset=folder, whose images then become 32x32 in colour.
     "colour_cpu": f"--exp=colour_cpu --dataset=cifar10 --image_size=32 --channels=3 {GAUSS_CPU} --step_lr=10 --lr=2e-3 "
-    "--ema_decay=0.995 --max_iter=1500",
+    "--noise_rate=0.1 --ema_decay=0.995 --max_iter=1500",
     "digits_cpu": f"--exp=digits_cpu --dataset=digits {SMALL_CPU} --step_lr=30 {REPLAY_HALF} --classify=0.1 "
     "--max_iter=500",
 }

@@ -14,6 +14,7 @@ from ebm.tasks.concept_models import ConceptModel
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.results import Results
 from ebm.training.distributed import work_alone
+from sampling import langevin
 
 SHIPPED = sorted(ROOT.glob("pretrained/*_cond*/model_*.pt"))
 CONCEPTS = ("pos", "rot", "shape", "size")
@@ -21,7 +22,7 @@ CONCEPTS = ("pos", "rot", "shape", "size")
 
 def test_they_are_small_and_hold_weights_alone():
     """Breaks when a model is lost or too large, or carries optimizer, buffer or places of a machine."""
-    assert {path.parent.name for path in SHIPPED} >= {"digits_cond", "fashion_cond", "mnist_cond"} | {
+    assert {path.parent.name for path in SHIPPED} >= {"cifar_cond", "digits_cond", "fashion_cond", "mnist_cond"} | {
         f"dsprites_cond_{concept}" for concept in CONCEPTS
     }
     assert sum(path.stat().st_size for path in SHIPPED) < 40e6
@@ -41,6 +42,17 @@ def test_digits_are_told_apart():
     )
     logits = ExaminedModel(checkpoint.load_energy(path), torch.Generator().manual_seed(0)).compute_logits(images)
     assert (logits.argmax(1) == labels.argmax(1)).double().mean() > 0.95
+
+
+def test_noise_is_told_from_samples_of_cifar():
+    """Breaks when noise gets a lower energy than the model's samples, as it had before --noise_rate."""
+    (path,) = ROOT.glob("pretrained/cifar_cond/model_*.pt")
+    model, generator, labels = checkpoint.load_energy(path), torch.Generator().manual_seed(0), torch.eye(10)
+    energy = models.freeze_energy(model).under(labels)
+    settings = {"num_steps": model.settings["sample_steps"], "step_lr": model.settings["step_lr"]}
+    samples = langevin(energy, models.draw_starts(model, 10, labels, generator), generator=generator, **settings)
+    with torch.no_grad():
+        assert energy(samples).max() < energy(models.draw_noise_images(model.config, 10, generator)).min()
 
 
 @pytest.mark.slow
