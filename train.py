@@ -123,7 +123,7 @@ def start_chains(state: State, settings: TrainSettings, images: Tensor, labels: 
         )
     start = torch.cat(starts)
     exploring = count_exploring(settings, len(images))
-    if settings.noise_rate:
+    if settings.explores:
         start[:exploring] = models.draw_noise_images(state.model.config, exploring, generator, settings.rescale)
     if settings.replay_batch and len(state.buffer) > len(images):
         replayed = state.buffer.sample(len(images), generator, settings.rescale)
@@ -135,7 +135,7 @@ def start_chains(state: State, settings: TrainSettings, images: Tensor, labels: 
 
 def count_exploring(settings: TrainSettings, number: int) -> int:
     """Return how many of an iteration's chains, the first ones, may be replayed: all, or those of `noise_rate`."""
-    return round(settings.noise_rate * number) if settings.noise_rate else number
+    return round(settings.noise_rate * number) if settings.explores else number
 
 
 def keep_samples(state: State, settings: TrainSettings, samples: Tensor) -> None:

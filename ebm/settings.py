@@ -535,6 +535,11 @@ class NegativeSettings:
         at_least=1,
     )
 
+    @property
+    def explores(self) -> bool:
+        """Whether a share of the chains, `noise_rate`, starts from noise and the others from normal distributions."""
+        return self.datasource == "gauss" and self.noise_rate > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:

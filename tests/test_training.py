@@ -150,6 +150,8 @@ def test_some_chains_start_from_noise_in_spite_of_gaussian_starts():
     start = start_chains(state, settings, images, None)
     assert start[:2].max() < 1 / 255  # black, as bytes
     torch.testing.assert_close(start[2:], images[2:])
+    without = dataclasses.replace(settings, datasource="random")
+    assert start_chains(state, without, images, None).max() < 1 / 255  # all are replayed
 
 
 def test_gaussian_starts_of_few_images():
