@@ -85,14 +85,16 @@ model = checkpoint.load_energy("$out/runs/shapes")
 labels = torch.eye(3).repeat_interleave(4, 0)
 starts = models.draw_starts(model, len(labels), labels, torch.Generator().manual_seed(0))
 energy = models.freeze_energy(model).under(labels)
-images = sampling.langevin(energy, starts, num_steps=200, step_lr=model.settings["step_lr"])
+images = sampling.langevin(
+    energy, starts, num_steps=model.settings["sample_steps"], step_lr=model.settings["step_lr"]
+)
 path = pictures.save_grid(images, "$out/five_lines.png", columns=4)
 print(f"four images of each of {', '.join(model.class_names)}: {path}")
 END
 step "9 Five lines of Python" "images" "python - < $place/five_lines.py"
 
 step "10 A GIF of sampling" "frames" \
-    "python imagenet_demo.py --exp=shapes --num_steps=200 --every=4 --batch_size=9 --modeldir=$runs --logdir=$results"
+    "python imagenet_demo.py --exp=shapes --num_steps=auto --batch_size=9 --modeldir=$runs --logdir=$results"
 
 printf '\n%-42s %6s %6s   %s\n' "step" "first" "all" "look at (seconds to the first output, and in all)"
 printf '%s\n' "${table[@]}"
