@@ -17,9 +17,9 @@ SPRITES_CPU = f"{SPRITES} --num_steps=10 --batch_size=16 --lr=3e-2 --ema_decay=0
 # Short chains from a normal distribution of the images, or of each class (see docs/recipes.md).
 GAUSS_CPU = (
     "--zero_kl --datasource=gauss --num_steps=20 --sample_steps=20 --batch_size=32 --num_filters=32 "
-    "--lr_schedule=cosine --ema_decay=0.99"
+    "--lr_schedule=cosine"
 )
-SMALL_CPU = f"{GAUSS_CPU} --cclass --lr=1e-2"
+SMALL_CPU = f"{GAUSS_CPU} --cclass --lr=1e-2 --ema_decay=0.99"
 REPLAY_HALF = "--replay_batch --replay_rate=0.5"
 
 PRESETS = {

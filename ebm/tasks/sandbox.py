@@ -506,8 +506,8 @@ def plot_chains(
 ) -> None:
     """Plot energies and distances over Langevin steps, and histograms of energies.
 
-    data_range: the middle 90 % of the data's energies. within: share of the chains from new
-    starts inside this range, after each round.
+    data_range: the middle 90 % of the data's energies. within: share of the chains from new starts inside this range,
+    after each round.
     """
     steps = [k * run.model.num_steps for k in range(len(within))]
     lines = {f"from {name}": (steps, followed.energies.mean(1).cpu()) for name, followed in chains.items()}
@@ -703,7 +703,7 @@ def find_training_neighbours(run: SandboxRun) -> Report:
     """Sample 10 images and find the 5 nearest training images of each in L2; do the same for test images."""
     train, rows = run.load("train"), run.choose_number(10)
     search = f"the nearest of {len(train):,} training images to {rows} test images and {rows} samples"
-    run.announce(f"{search}", ROUNDS["nearestneighbor"])
+    run.announce(search, ROUNDS["nearestneighbor"])
     labels = run.sample_labels(rows)
     samples = run.model.run_chain(
         run.draw_starts(labels), labels, rounds=ROUNDS["nearestneighbor"], progress="nearestneighbor"

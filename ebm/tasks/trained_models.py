@@ -181,9 +181,9 @@ def find_class(setting: str, word: str, names: Sequence[str], classes: int) -> i
         raise UsageError(f"`{setting}`: {word!r} is the name of the classes {several}; give a number")
     if not matches:
         similar = ", ".join(difflib.get_close_matches(word.casefold(), numbers, 3))
-        raise UsageError(
-            f"`{setting}`: no class is called {word!r}" + (f"; did you mean {similar}?" if similar else "")
-        )
+        some = ", ".join(names[:10]) + ", …" * (len(names) > 10)
+        remedy = f"did you mean {similar}?" if similar else f"the classes are {some}"
+        raise UsageError(f"`{setting}`: no class is called {word!r}; {remedy}")
     return matches[0]
 
 
