@@ -1,5 +1,6 @@
 """ImageNet in the formats it comes in, on small files written here: pickles, .npz, TFRecords, class folders."""
 
+import contextlib
 import functools
 import io
 import json
@@ -273,10 +274,11 @@ if __name__ == "__main__":
     assert run.returncode == -signal.SIGKILL
     worker = int(run.stdout)
     deadline = time.monotonic() + 60
-    while pathlib.Path(f"/proc/{worker}/stat").exists() and time.monotonic() < deadline:
-        if pathlib.Path(f"/proc/{worker}/stat").read_text().split(")")[1].split()[0] == "Z":
-            break
-        time.sleep(0.05)
+    with contextlib.suppress(OSError):  # the file of a process that has ended can no longer be read
+        while time.monotonic() < deadline:
+            if pathlib.Path(f"/proc/{worker}/stat").read_text().split(")")[1].split()[0] == "Z":
+                break
+            time.sleep(0.05)
     assert time.monotonic() < deadline, "the decode worker still runs"
 
 
