@@ -29,8 +29,9 @@ from ebm.support.hardware import set_up_process
 from ebm.support.interruption import keep_what_is_done
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.results import Results, own_results
-from ebm.tasks.sandbox import ROUNDS, TASKS, Report, SandboxRun
+from ebm.tasks.sandbox import ROUNDS, TASKS
 from ebm.tasks.sandbox_data import list_outliers, load_model_split, load_outlier_set
+from ebm.tasks.sandbox_run import Report, SandboxRun
 from ebm.tasks.trained_models import check_network, find_checkpoint, open_model
 from ebm.training.distributed import Workers, share_evaluation
 from ebm.training.tuning import settle_precision

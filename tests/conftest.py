@@ -35,7 +35,7 @@ from ebm.support.launch import Launch
 from ebm.support.progress import Progress
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.results import Results
-from ebm.tasks.sandbox import SandboxRun
+from ebm.tasks.sandbox_run import SandboxRun
 from ebm.training import distributed
 from ebm.training.acceleration import Acceleration
 from ebm.training.run import Run

@@ -14,11 +14,11 @@ import checkpoint
 from conftest import make_dataset, make_generator, make_progress
 from ebm.settings import SandboxSettings
 from ebm.support import metrics
-from ebm.tasks import sandbox
+from ebm.tasks import label_tasks, outliers, sandbox
 from ebm.tasks.attacks import restrict_to_ball, restrict_to_lower_half
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.results import Results
-from ebm.tasks.sandbox import Examples, SandboxRun
+from ebm.tasks.sandbox_run import Examples, SandboxRun
 from golden_cases import (
     assert_close,
     assert_digests_close,
@@ -108,7 +108,7 @@ def test_classification(name):
         l2val=flags["l2val"],
         l2_per_step=flags["lnorm"] == 2,
     )
-    examined, attack = run.model, sandbox.choose_attack(run.settings)
+    examined, attack = run.model, label_tasks.choose_attack(run.settings)
     attacked = examined.attack_batch(images, torch.from_numpy(inputs["y"]).argmax(1), attack, offset)
     if attack.steps:
         assert_close(examined.compute_logits(images + offset), case[f"{name}_start_logits"], 1e-4)
@@ -182,7 +182,7 @@ def test_energies(prefix, tmp_path):
         batch = {split: (images[part], labels[part]) for split, (images, labels) in examples.items()}
         run = make_golden_run(examined, tmp_path, batch)
         sandbox.compare_energies(run)
-        sandbox.detect_outliers(run)
+        outliers.detect_outliers(run)
         for name, key in stored.items():
             scores[name].extend(np.load(tmp_path / f"{name}.npy"))
             assert_close(scores[name][first:], case[f"{prefix}_{key}"][part], 1e-4)

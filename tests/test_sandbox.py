@@ -33,7 +33,7 @@ from conftest import (
 from ebm.settings import SandboxSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
-from ebm.tasks import analysis, attacks, sandbox, sandbox_data
+from ebm.tasks import analysis, attacks, label_tasks, outliers, sandbox, sandbox_data
 from ebm.tasks.attacks import Attack, ascend_loss, draw_offset, restrict_to_ball
 from ebm.tasks.examined_model import ExaminedModel
 from ebm.tasks.trained_models import TrainedModel, find_subset, load_split
@@ -192,14 +192,14 @@ def test_attack_describes_itself():
 def test_flags_of_the_attack():
     """Breaks when --l2val, --lival, --pgd, --lnorm, --l2_per_step or --adaptive do not reach the attack."""
     settings = SandboxSettings(lival=4, l2val=20, pgd=3, adaptive=2)
-    assert sandbox.choose_attack(settings) == Attack("li", 4 / 255, 3, 2)
+    assert label_tasks.choose_attack(settings) == Attack("li", 4 / 255, 3, 2)
     settings = SandboxSettings(lival=4, l2val=20, pgd=3, lnorm="2")
-    assert sandbox.choose_attack(settings) == Attack("l2", 20 / 255, 3)
-    assert sandbox.choose_attack(settings, 7) == Attack("l2", 7 / 255, 3)
+    assert label_tasks.choose_attack(settings) == Attack("l2", 20 / 255, 3)
+    assert label_tasks.choose_attack(settings, 7) == Attack("l2", 7 / 255, 3)
     settings = SandboxSettings(pgd=3, lnorm="2", l2_per_step=True)
-    assert sandbox.choose_attack(settings) == Attack("l2", 40 / 255, 3, per_step=True)
+    assert label_tasks.choose_attack(settings) == Attack("l2", 40 / 255, 3, per_step=True)
     with pytest.raises(UsageError, match="`l2_per_step` needs an L2 attack, `lnorm`=2"):
-        sandbox.choose_attack(SandboxSettings(l2_per_step=True))
+        label_tasks.choose_attack(SandboxSettings(l2_per_step=True))
 
 
 # ---- chains ----
@@ -573,7 +573,7 @@ def test_outlier_figures_against_scikit_learn(tmp_path):
     examined = planted(lambda x, y: x.mean((1, 2, 3)), (1, 4, 4))
     bright = data.StoredImages("bright", (make_dataset((3, 5, 5)).images // 2 + 90), None)
     run = make_sandbox_run(examined, tmp_path, classes=0, mixes=["bright"], load_mix=lambda name: bright)
-    figures = sandbox.detect_outliers(run).figures["bright"]
+    figures = outliers.detect_outliers(run).figures["bright"]
     inside, outside = (np.load(tmp_path / f"scores_{name}.npy") for name in ("in_distribution", "bright"))
     truth, scores = np.repeat([1, 0], 24), np.concatenate([inside, outside])
     assert figures["images"] == 24
@@ -603,17 +603,17 @@ def test_finetuning_learns_and_is_kept(tmp_path):
     losses = [examined.finetune(images, always_first, lr=0.02) for _ in range(5)]
     assert losses[-1] < 0.7 * losses[0]
     assert all(not torch.equal(before[name], parameter) for name, parameter in examined.model.named_parameters())
-    trained = sandbox.finetune_classifier(run).figures
+    trained = label_tasks.finetune_classifier(run).figures
     fresh = make_sandbox_run(make_sandbox("MnistNet", (1, 12, 12), 3, num_steps=0), tmp_path, train=False)
-    reloaded = sandbox.finetune_classifier(fresh).figures
+    reloaded = label_tasks.finetune_classifier(fresh).figures
     assert reloaded["clean"] == trained["clean"]
     torch.testing.assert_close(fresh.model.compute_logits(images), examined.compute_logits(images))
     path = tmp_path / "model_supervised.pt"
     torch.save(load_state(path) | {"bias": torch.zeros(3)}, path)
     with pytest.raises(UsageError, match="earlier version, which trained a bias"):
-        sandbox.finetune_classifier(fresh)
+        label_tasks.finetune_classifier(fresh)
     with pytest.raises(UsageError, match="run once with `train`"):
-        sandbox.finetune_classifier(make_sandbox_run(examined, tmp_path / "empty", train=False))
+        label_tasks.finetune_classifier(make_sandbox_run(examined, tmp_path / "empty", train=False))
 
 
 def test_calibration_of_a_joint_model(tmp_path):
@@ -625,7 +625,7 @@ def test_calibration_of_a_joint_model(tmp_path):
     for settings, confidence in (({"classify": 0.5, "classify_scale": 10.0}, 4 / 7), ({"classify_scale": 10.0}, None)):
         box.model.settings = settings
         run = make_sandbox_run(box, tmp_path)  # 24 images, of which class 0 has a third
-        figures = sandbox.classify_images(run).figures
+        figures = label_tasks.classify_images(run).figures
         expected = confidence or (-lowest).softmax(0)[0].item()
         assert figures["clean"] == pytest.approx(1 / 3)
         assert figures["calibration error, clean"] == pytest.approx(expected - 1 / 3, rel=1e-5)

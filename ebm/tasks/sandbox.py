@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import checkpoint
-from data import Dataset, describe_labels, have_same_images, name_classes
-from ebm.settings import SandboxSettings
+from data import have_same_images, name_classes
 from ebm.support import metrics, pictures
-from ebm.support.errors import UsageError
-from ebm.support.files import write_file
 from ebm.support.interruption import Interruption, keep_what_is_done
 from ebm.support.progress import Progress
 from ebm.tasks.analysis import (
     add_salt_and_pepper,
-    average_with_next,
     find_feature_directions,
     find_hessian_directions,
     find_neighbours,
-    fit_images,
     read_images,
 )
-from ebm.tasks.attacks import SHADES, Attack, draw_offset, restrict_to_ball, restrict_to_lower_half
-from ebm.tasks.examined_model import ExaminedModel, count_most_images
-from ebm.tasks.results import Results
-from models import ModelConfig, draw_starts
+from ebm.tasks.attacks import restrict_to_lower_half
+from ebm.tasks.label_tasks import classify_images, finetune_classifier
+from ebm.tasks.outliers import detect_outliers
+from ebm.tasks.sandbox_run import ROWS, Report, SandboxRun
 
-ROWS = 20  # rows of a picture
 LONG = 50  # rounds of a long chain, 1,000 steps by default
 SHOWN_ROUNDS = (0, 1, LONG // 10, LONG // 2, LONG)  # rounds after which figures and pictures are reported
 ROUNDS = {
@@ -50,341 +41,6 @@ ROUNDS = {
 DIRECTIONS = 3  # number of directions in which task latent moves an image
 STAGES_NOTE = "columns: Langevin steps"
 MOVES = 7  # of task latent: from the image itself, then six from where the last one led
-
-# The paper's figures for CIFAR-10, as later papers quote them: the accuracy of a conditional model, and the AUROC of an
-# unconditional one. "?": not verified.
-PAPER_ACCURACY = "0.491"
-PAPER_AUROC = {
-    "svhn": "0.63",
-    "textures": "0.48",
-    "cifar100": "0.50",
-    "interpolation": "0.70",
-    "random": "1.0 ? (uniform noise)",
-}
-
-
-class Examples(NamedTuple):
-    """Images of a data set with the labels that the model is conditioned on."""
-
-    images: Tensor  # (N, C, H, W) in [0, 1]
-    labels: Tensor  # (N, label_size), of width 0 for an unconditional model
-
-    @property
-    def classes(self) -> Tensor:
-        """The classes (N,) of one-hot labels."""
-        return self.labels.argmax(1)
-
-    def first(self, number: int) -> Examples:
-        """Return the first `number` images with their labels."""
-        return Examples(self.images[:number], self.labels[:number])
-
-
-class Report(NamedTuple):
-    """The result of a task: figures, or rows of figures, by name; `paper` holds the published ones of these names."""
-
-    figures: Mapping[str, Any]
-    paper: Mapping[str, str] = {}
-
-
-@dataclasses.dataclass
-class SandboxRun:
-    """One task on one model, with its data sets and its results.
-
-    load: returns the model's data set for a split, "train" or "test". mixes: names of out-of-distribution sets:
-    "random", "interpolation", or a name that load_mix accepts. results: the files. names: of the classes, from the
-    checkpoint; if empty, the names come from the data set. used: a description of the images that the task has
-    examined.
-    """
-
-    model: ExaminedModel
-    settings: SandboxSettings
-    load: Callable[[str], Dataset]
-    load_mix: Callable[[str], Dataset]
-    mixes: Sequence[str]
-    results: Results
-    names: tuple[str, ...] = ()
-    used: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def config(self) -> ModelConfig:
-        """The configuration of the model's network."""
-        return self.model.model.config
-
-    @property
-    def refine(self) -> float:
-        """The radius of the L∞ ball within which Langevin steps refine an image before it is classified."""
-        return self.settings.refine / SHADES
-
-    def choose_number(self, usual: int | None = None) -> int:
-        """Return how many images to use: `limit` if it is set, else the usual number of a task.
-
-        usual: None stands for as many as possible, up to a number that memory surely holds.
-        """
-        if self.settings.most_images:
-            return self.settings.most_images
-        return count_most_images(self.config.image_shape) if usual is None else usual
-
-    def count_images(self, split: str, number: int) -> int:
-        """Return how many images of a split there are to examine, if `number` are wanted."""
-        return min(number, len(self.load(split)))
-
-    def announce(self, work: str, rounds: int = 0) -> None:
-        """Print how much work the task does. rounds: of each chain; 0 if no chain runs."""
-        steps = f"{self.model.num_steps} Langevin steps with step_lr {self.model.step_lr:g}"
-        chain = f", for each {rounds} round{'s' * (rounds > 1)} of {steps}" if rounds else ""
-        print(f"work: {work}{chain}", flush=True)
-
-    def draw_index(self, dataset: Dataset, number: int, what: str) -> Tensor:
-        """Return the indices of `number` random images; the same seed gives the same indices.
-
-        what: the name of the images in the report.
-        """
-        number = min(number, len(dataset))
-        self.used[what] = f"{number} of {len(dataset)} images of {dataset.name}, dequantisation: {dataset.noise}"
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.settings.seed))
-        return order[:number].to(self.model.device)
-
-    def draw_examples(self, split: str, number: int) -> Examples:
-        """Return random images of the model's data set with their labels."""
-        dataset = self.load(split)
-        images, labels = dataset.batch(self.draw_index(dataset, number, split), self.model.generator)
-        return Examples(images, images.new_zeros(len(images), 0) if labels is None else labels)
-
-    def find_class_names(self) -> tuple[str, ...]:
-        """Return the names of the classes that the model is conditioned on; none if its labels are not classes."""
-        return (self.names or self.load("test").class_names) if self.model.classes else ()
-
-    def require_class_names(self, needed_by: str) -> tuple[str, ...]:
-        """Return the names of the classes; raise UsageError if the model is not conditioned on classes.
-
-        needed_by: the task, for the message.
-        """
-        names = self.find_class_names()
-        if not names:
-            kind = "conditioned on other labels" if self.model.classes else "unconditional"
-            raise UsageError(f"`task`={needed_by} needs a model conditioned on classes, this one is {kind}")
-        return names
-
-    def sample_labels(self, number: int) -> Tensor:
-        """Return labels (number, label_size) for samples: the classes in order, or labels of real images.
-
-        The latter are used if the model is conditioned on labels that are not classes.
-        """
-        place = torch.arange(number, device=self.model.device)
-        if not self.model.classes:
-            return torch.zeros(number, 0, device=self.model.device)
-        if self.find_class_names():
-            return torch.eye(self.model.classes, device=self.model.device)[place * self.model.classes // number]
-        labels = self.draw_examples("test", number).labels
-        return labels[place % len(labels)]
-
-    def describe_labels(self, labels: Tensor) -> list[str]:
-        """Return labels (n, label_size) in words, such as the names of classes; [] for an unconditional model."""
-        if names := self.find_class_names():
-            return name_classes(labels.argmax(1).tolist(), names)
-        return describe_labels(labels, self.load("test")) if self.model.classes else []
-
-    def draw_starts(self, labels: Tensor) -> Tensor:
-        """Return images from which chains start as in training, one for each of the labels (n, label_size)."""
-        return draw_starts(self.model.model, len(labels), labels, self.model.generator)
-
-    def get_published(self, figures: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the published figures if the data set is CIFAR-10, on which they were measured; else none."""
-        return figures if self.load("test").name == "cifar10" else {}
-
-    # ------------------------------------------------------------------------------------------ files
-
-    def add_file(self, name: str) -> Path:
-        """Return the path of a file of the results, which is about to be written."""
-        return self.results.add_file(name)
-
-    def write_panel(self, name: str, columns: Mapping[str, Tensor], rows: Sequence[str] = (), note: str = "") -> None:
-        """Write a picture with a titled column per batch of images and a row per image, see `pictures.make_panel`."""
-        pictures.save_panel(columns, self.add_file(f"{name}.png"), rows=rows, note=note)
-
-    def write_array(self, name: str, values: Tensor | list[float]) -> np.ndarray:
-        """Write numbers to an .npy file and return them as an array."""
-        array = torch.as_tensor(values).cpu().numpy()
-        write_file(self.add_file(f"{name}.npy"), lambda file: np.save(file, array))
-        return array
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Classification
-
-
-def classify_images(run: SandboxRun) -> Report:
-    """Classify test images by −E(x, y), also after an attack (`pgd`), or attacks of growing radius (`labelgrid`)."""
-    run.require_class_names("label")
-    if run.settings.labelgrid:
-        return classify_in_balls(run)
-    name = "lival" if run.settings.lnorm == "-1" else "l2val"
-    value, usual = getattr(run.settings, name), getattr(SandboxSettings, name)
-    if run.settings.pgd and value != usual:
-        print(f"note: {name}={value:g} takes effect; the reference attacks with {usual:g}, except in a grid")
-    trained = run.model.model.settings
-    return classify_test_images(run, (trained.get("classify") and trained.get("classify_scale")) or 1.0)
-
-
-def finetune_classifier(run: SandboxRun) -> Report:
-    """Train the model for one epoch as a classifier, or load it with `train`=False, then classify as task label."""
-    run.require_class_names("labelfinetune")
-    model, path = run.model, run.results.folder / "model_supervised.pt"
-    if not run.settings.train:
-        if not path.exists():
-            raise UsageError(f"`train`=False loads {path}, which is missing; run once with `train`")
-        contents = checkpoint.load(path)
-        if "bias" in contents:
-            raise UsageError(f"{path} is of an earlier version, which trained a bias, too; run again with `train`")
-        finetuned = checkpoint.load_energy(path, device=model.device)
-        checkpoint.check_config(finetuned.config, model.model.config, path)
-        run.model = dataclasses.replace(model, model=finetuned)
-        report = classify_test_images(run)
-        checkpoint.save(run.add_file(path.name), contents)  # the earlier results, with their copy, are now elsewhere
-        return report
-    number = run.count_images("train", run.choose_number())
-    run.announce(f"one epoch of {number:,} training images under each of {model.classes} classes")
-    loss = model.finetune(*run.draw_examples("train", run.choose_number()))
-    contents = {"config": dataclasses.asdict(model.model.config), "model": model.model.state_dict(), "iteration": 0}
-    checkpoint.save(run.add_file(path.name), contents)
-    return Report({"mean loss of the epoch": loss, **classify_test_images(run).figures})
-
-
-def classify_test_images(run: SandboxRun, scale: float = 1.0) -> Report:
-    """Measure accuracy and calibration on test images, with and without refinement, and the same after the attack.
-
-    scale: the factor of the energies in the probabilities of the classes, softmax(−scale · E).
-    """
-    examples = run.draw_examples("test", run.choose_number())
-    attack = choose_attack(run.settings)
-    announce_classification(run, f"{len(examples.images):,} test images", attack)
-    progress = Progress(len(examples.images), what="classify")
-    logits, attacked = classify_under_attack(run, examples, attack, progress, is_clean_measured=True)
-    figures: dict[str, object] = {"attack": str(attack), "refinement": describe_refinement(run)}
-    figures |= measure_accuracies(logits, examples.classes) | measure_calibration(run, logits, examples.classes, scale)
-
-    rows = examples.first(min(ROWS, len(attacked)))
-    columns = {"real": rows.images} | ({"attacked": attacked[:ROWS]} if attack.steps else {})
-    with contextlib.suppress(Interruption):
-        ball = functools.partial(restrict_to_ball, radius=run.refine)
-        refined = run.model.run_chain(attacked[:ROWS], rows.labels, rounds=1, restrict=ball, progress="images to show")
-        run.model.require_all()
-        change = refined - rows.images
-        columns |= {"refined": refined} if run.model.num_steps else {}
-        columns |= {"change": 0.5 + 0.5 * change / change.abs().amax().clamp(min=1e-12)}
-    true = run.describe_labels(rows.labels)
-    last, values = list(logits.items())[-1]
-    names = name_classes(values[:ROWS].argmax(1).tolist(), run.find_class_names())
-    titles = [f"{one} → {other}" for one, other in zip(true, names, strict=True)]
-    note = f"true class → predicted class ({last})"
-    note += "; change: from the real image, grey where there is none, black or white where it is largest" * (
-        "change" in columns
-    )
-    run.write_panel("images", columns, titles, note)
-    return Report(figures, run.get_published({"clean": PAPER_ACCURACY}))
-
-
-def classify_in_balls(run: SandboxRun) -> Report:
-    """Measure the accuracy on attacked images as a function of the radius: L∞ 0 … 30/255, or L2 0 … 95/255."""
-    if not run.settings.pgd:
-        raise UsageError("`labelgrid` needs an attack; give its number of steps with `pgd`")
-    examples = run.draw_examples("test", run.choose_number())
-    radii = list(range(31) if run.settings.lnorm == "-1" else range(0, 100, 5))
-    several = f"{len(examples.images):,} test images, attacked in balls of {len(radii)} radii"
-    announce_classification(run, several, choose_attack(run.settings, radii[-1]))
-    progress = Progress(len(radii) * len(examples.images), what="images under attacks of growing radius")
-    rows: dict[str, dict[str, float]] = {}
-    with keep_what_is_done(rows):
-        for radius in radii:
-            logits, _ = classify_under_attack(run, examples, choose_attack(run.settings, radius), progress)
-            run.model.require_all()
-            rows[f"{radius}/255"] = measure_accuracies(logits, examples.classes)
-    run.results.workers.note_part("radii", len(rows), len(radii))
-    radii = radii[: len(rows)]
-    curves = {name: [row[name] for row in rows.values()] for name in rows["0/255"]}
-    run.write_array("accuracies", torch.tensor([radii, *curves.values()]))
-    lines = {name: (radii, values) for name, values in curves.items()}
-    xlabel = f"radius of the {'L∞' if run.settings.lnorm == '-1' else 'L2'} ball / (1/255)"
-    pictures.plot_lines({"accuracy": lines}, run.add_file("accuracies.png"), xlabel=xlabel, shares=["accuracy"])
-    largest = {"attack in the largest ball": str(choose_attack(run.settings, radii[-1]))}
-    return Report({**largest, "refinement": describe_refinement(run), **rows})
-
-
-def choose_attack(settings: SandboxSettings, radius: float | None = None) -> Attack:
-    """Return the attack that the settings describe. radius: replaces that of the settings, in units of 1/255."""
-    norm, usual = ("li", settings.lival) if settings.lnorm == "-1" else ("l2", settings.l2val)
-    if settings.l2_per_step and norm == "li":
-        raise UsageError("`l2_per_step` needs an L2 attack, `lnorm`=2")
-    radius = (usual if radius is None else radius) / SHADES
-    return Attack(norm, radius, settings.pgd, settings.adaptive, settings.l2_per_step)
-
-
-def announce_classification(run: SandboxRun, images: str, attack: Attack) -> None:
-    """Print how much work a classification of these images is."""
-    refinement = describe_refinement(run)
-    run.announce(f"{images}, under each of {run.model.classes} classes; attack: {attack}; refinement: {refinement}")
-
-
-def describe_refinement(run: SandboxRun) -> str:
-    """Return a description of the refinement before classification."""
-    steps = run.model.num_steps
-    return f"{steps} Langevin steps under each class, L∞ ball of {run.settings.refine:g}/255" if steps else "none"
-
-
-def classify_under_attack(
-    run: SandboxRun, examples: Examples, attack: Attack, progress: Progress, *, is_clean_measured: bool = False
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the class logits (N, classes) of images after an attack, also after refinement, and these images.
-
-    The refinement is left out if `num_steps` is 0.
-    is_clean_measured: measure the images as they are, too, and only these if the attack has no steps. Each batch is
-    attacked and classified before the next one, so that after a signal the figures are those of the images done so far.
-    """
-    model, (images, classes) = run.model, (examples.images, examples.classes)
-    kinds = ["clean"] * is_clean_measured + ["attacked"] * (attack.steps > 0 or not is_clean_measured)
-    refinements = {"": None} | ({", refined": run.refine} if model.num_steps else {})
-
-    @torch.no_grad()
-    def examine(part: slice) -> Tensor:
-        moved = images[part]
-        if attack.steps:
-            offset = draw_offset(moved, attack, model.generator)
-            moved = model.attack_batch(moved, classes[part], attack, offset, run.refine)
-        batches = {"clean": images[part], "attacked": moved}
-        logits = [model.classify_batch(batches[kind], radius) for kind in kinds for radius in refinements.values()]
-        return torch.cat([moved.flatten(1), *logits], 1)
-
-    found = model.compute_in_batches(examine, len(images), progress, each=model.classes)
-    attacked, *logits = found.split([images[0].numel()] + [model.classes] * len(kinds) * len(refinements), 1)
-    names = [kind + words for kind in kinds for words in refinements]
-    return dict(zip(names, logits, strict=True)), attacked.view(-1, *images.shape[1:])
-
-
-def measure_accuracies(logits: Mapping[str, Tensor], classes: Tensor) -> dict[str, float]:
-    """Return how often each set of logits (n, classes) is largest for the true class, of the first n images.
-
-    classes: of all images, (N,).
-    """
-    return {
-        name: (values.argmax(1) == classes[: len(values)]).double().mean().item() for name, values in logits.items()
-    }
-
-
-def measure_calibration(
-    run: SandboxRun, logits: Mapping[str, Tensor], classes: Tensor, scale: float
-) -> dict[str, float]:
-    """Return the expected calibration error of each set of logits (n, classes), and draw the reliability diagram.
-
-    classes: the true ones of all images, (N,); n are the first. scale: the factor of the logits.
-    """
-    found = {
-        name: metrics.measure_reliability(scale * values, classes[: len(values)]) for name, values in logits.items()
-    }
-    lines = {name: (each.confidence.numpy(), each.accuracy.numpy()) for name, each in found.items()}
-    ideal = {"well calibrated": (np.linspace(0, 1, 2), np.linspace(0, 1, 2))}
-    path, xlabel = run.add_file("reliability.png"), "confidence: the probability of the predicted class"
-    pictures.plot_lines({"accuracy": ideal | lines}, path, xlabel=xlabel, shares=["accuracy"])
-    return {f"calibration error, {name}": each.expected_error for name, each in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -525,55 +181,6 @@ def plot_chains(
     ends = {f"starts, {steps[k]} steps": chains["starts"].energies[k].cpu() for k in (1, -1)}
     of_data = chains["images"].energies[0].cpu()
     pictures.plot_histograms({"data": of_data, **ends}, run.add_file("energies.png"), xlabel="energy")
-
-
-def detect_outliers(run: SandboxRun) -> Report:
-    """Detect out-of-distribution images by −E (of a conditional model: under the class of lowest energy)."""
-    if run.model.classes:
-        run.require_class_names("mixenergy")
-    images = run.draw_examples("test", run.choose_number()).images
-    classes = f", under each of {run.model.classes} classes" if run.model.classes else ""
-    others = f"as many for comparison ({', '.join(run.mixes)})"
-    run.announce(f"energies of {len(images):,} test images and {others}{classes}")
-    in_scores = run.write_array("scores_in_distribution", run.model.compute_scores(images, progress="scores of test"))
-    scores: dict[str, np.ndarray] = {}
-    with contextlib.suppress(Interruption):
-        for name, outsiders in load_outliers(run, images):
-            found = run.model.compute_scores(outsiders, progress=f"scores of {name}")
-            scores[name] = run.write_array(f"scores_{name}", found)
-    run.results.workers.note_part("data sets", len(scores), len(run.mixes))
-    figures = {
-        name: {
-            "images": len(out_scores),
-            "AUROC": metrics.auroc(in_scores, out_scores),
-            "AUPR": metrics.aupr(in_scores, out_scores),
-            "FPR at 95 % TPR": metrics.fpr_at_95_tpr(in_scores, out_scores),
-        }
-        for name, out_scores in scores.items()
-    }
-    xlabel = "score −E (higher: more like the data of training)"
-    pictures.plot_histograms({"in distribution": in_scores, **scores}, run.add_file("scores.png"), xlabel=xlabel)
-    if scores:
-        curves = {name: (in_scores, out_scores) for name, out_scores in scores.items()}
-        pictures.plot_roc(curves, run.add_file("roc.png"))
-    return Report(figures, run.get_published({} if run.model.classes else PAPER_AUROC))
-
-
-def load_outliers(run: SandboxRun, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and the images (M, C, H, W) of each out-of-distribution set.
-
-    The images are converted to the shape of the test images.
-    """
-    generator = run.model.generator
-    for name in run.mixes:
-        if name == "interpolation":
-            yield name, average_with_next(images)
-        elif name == "random":
-            yield name, 0.5 + 0.5 * torch.randn(images.shape, generator=generator, device=images.device)
-        else:
-            dataset = run.load_mix(name)
-            outsiders, _ = dataset.batch(run.draw_index(dataset, run.choose_number(), dataset.name), generator)
-            yield dataset.name, fit_images(outsiders, run.config.image_shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
