@@ -206,7 +206,7 @@ def load_dataset(
 ) -> Dataset:
     """Load the "train" or "test" split of a data set, one of DATASETS, onto the device.
 
-    digits: scikit-learn's 1,797 digits, of which a tenth of each class is the test split. mnist, fashion_mnist,
+    digits: scikit-learn's 1,797 digits, of which a tenth of each class is the test split. mnist, fashion_mnist, kmnist,
     cifar10, cifar100, svhn, textures: torchvision's files below `root`, downloaded if they are missing. celeba: the
     aligned faces below `root`, squeezed to 32x32 pixels. folder: the images below `path`, see `folders.read_folder`;
     `image_size` is their side or (height, width). dsprites: drawn, or read from the published file `path`; `condition`
@@ -377,6 +377,12 @@ DATASETS = {
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         label_breakers=("cutout",),
     ),
+    "kmnist": make_torchvision_source(
+        image_files.read_kmnist,
+        lambda sets, root, _: sets.KMNIST(root, download=True),
+        "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
+        label_breakers=("augment", "cutout"),
+    ),
     "cifar10": make_torchvision_source(
         image_files.read_cifar10,
         lambda sets, root, _: download_into(root / "cifar-10-batches-py", lambda: sets.CIFAR10(root, download=True)),
@@ -427,6 +433,32 @@ def describe_labels(labels: Tensor | None, dataset: Dataset) -> list[str]:
     if dataset.concept:
         return dsprites.describe_sprite_labels(labels, dataset.concept)
     return name_classes(labels.argmax(1).tolist(), dataset.class_names)
+
+
+def split_class_off(dataset: Dataset, name: str) -> tuple[Dataset, Dataset]:
+    """Return a data set without one class, whose other classes are numbered anew, and the images of that class.
+
+    name: of the class, or its number if no class has this name. Raises UsageError if there is no such class, and for a
+    data set that is not in memory.
+    """
+    names = dataset.class_names
+    if not isinstance(dataset, StoredImages) or not isinstance(dataset.images, Tensor) or not names:
+        raise UsageError(f"`leave_out`={name}: {dataset.name} has no images of classes in memory; leave it out")
+    images, labels = dataset.images, dataset.labels
+    assert labels is not None, "names of classes belong to labels"
+    numbers = {unify_spelling(synonym): k for k, each in enumerate(names) for synonym in (each, *each.split(","))}
+    number = numbers.get(unify_spelling(name), int(name) if name.isdecimal() and int(name) < len(names) else None)
+    if number is None:
+        raise UsageError(f"`leave_out`={name}: no class of {dataset.name} is called so; it has {', '.join(names[:20])}")
+    if len(names) < 3:
+        raise UsageError(f"`leave_out`={name}: {dataset.name} has {len(names)} classes; at least two must be left")
+    is_left_out, index = labels == number, torch.arange(len(labels), device=labels.device)
+    kept, left_out = index[~is_left_out], index[is_left_out]
+    others, numbered = (*names[:number], *names[number + 1 :]), labels[kept] - (labels[kept] > number).long()
+    return (
+        dataclasses.replace(dataset, images=images[kept], labels=numbered, class_names=others),
+        StoredImages(f"left out: {names[number]}", images[left_out], None, noise=dataset.noise),
+    )
 
 
 def have_same_images(one: Dataset, other: Dataset) -> bool:

@@ -32,7 +32,7 @@ from ebm.tasks.results import Results, own_results
 from ebm.tasks.sandbox import ROUNDS, TASKS
 from ebm.tasks.sandbox_data import list_outliers, load_model_split, load_outlier_set
 from ebm.tasks.sandbox_run import Report, SandboxRun
-from ebm.tasks.trained_models import check_network, find_checkpoint, open_model
+from ebm.tasks.trained_models import check_network, find_checkpoint, load_split, open_model
 from ebm.training.distributed import Workers, share_evaluation
 from ebm.training.tuning import settle_precision
 
@@ -72,14 +72,16 @@ def examine_model(settings: Settings, workers: Workers, results: Results) -> Non
     )
     load = functools.partial(load_model_split, settings=settings, trained=trained, device=device)
     load_mix = functools.partial(load_outlier_set, settings=settings, config=config, device=device)
+    load_left_out = functools.partial(load_split, "test", trained, settings, device, left_out=True)
     run = SandboxRun(
         model,
         settings,
         load=functools.cache(lambda split: workers.take_turns(functools.partial(load, split))),
-        load_mix=lambda name: workers.take_turns(functools.partial(load_mix, name)),
+        load_mix=lambda *words, **options: workers.take_turns(functools.partial(load_mix, *words, **options)),
         mixes=list_outliers(settings),
         results=results,
         names=trained.class_names,
+        load_left_out=load_left_out if trained.flags.get("leave_out") else None,
     )
     labels = f"{config.label_size} classes" if config.has_classes else f"labels of width {config.label_size}"
     kind = f"conditioned on {labels}" if config.label_size else "unconditional"

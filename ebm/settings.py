@@ -396,6 +396,11 @@ class TrainingData(DataFiles):
         only_with=USES_WORKERS,
         at_most=MOST_WORKERS,
     )
+    leave_out: str | None = flag(
+        None,
+        "train without the images of this class, its name or number; ebm_sandbox.py --task=ood then measures how well "
+        "the model tells them from the others",
+    )
     batch_size: int = flag(256, "images per iteration on each worker", at_least=1, at_most=MOST_AT_ONCE)
     single: bool = flag(False, "train on a single image, to check that the model can overfit it")
     augment: bool = flag(
@@ -814,7 +819,7 @@ class ClassificationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OutlierSettings:
-    """Out-of-distribution sets of task mixenergy (several are possible; default: --interpolationmix)"""
+    """Out-of-distribution sets of tasks mixenergy (default: --interpolationmix) and ood (default: all there are)"""
 
     svhnmix: bool = flag(False, "compare with SVHN", only_with="task=mixenergy")
     cifar100mix: bool = flag(False, "compare with CIFAR-100", only_with="task=mixenergy")
@@ -823,15 +828,23 @@ class OutlierSettings:
     interpolationmix: bool = flag(False, "compare with averages of two test images", only_with="task=mixenergy")
     mixset: tuple[str, ...] = flag(
         (),
-        "compare with further data sets, names separated by commas, such as mnist,digits",
-        only_with="task=mixenergy",
+        "compare with further data sets, names separated by commas, such as mnist,digits; in task ood instead of all "
+        "data sets that are in --datadir",
+        only_with="task=mixenergy|ood",
     )
     mixfolder: tuple[str, ...] = flag(
         (),
         "compare with the images of this folder; may be repeated",
         repeated=True,
-        only_with="task=mixenergy",
+        only_with="task=mixenergy|ood",
         is_path=True,
+    )
+    repeats: int = flag(
+        3,
+        "task ood: number of times that everything is measured, with other noise and, with --limit, other images",
+        at_least=1,
+        at_most=1000,
+        only_with="task=ood",
     )
 
 

@@ -31,6 +31,7 @@ from ebm.readers import dsprites
 from ebm.readers.downloads import import_torchvision
 from ebm.readers.streaming import SIDE
 from ebm.settings import SandboxSettings, TrainSettings
+from ebm.support.errors import UsageError
 from ebm.support.launch import Launch
 from ebm.support.progress import Progress
 from ebm.tasks.examined_model import ExaminedModel
@@ -258,13 +259,18 @@ def make_sandbox(
     return ExaminedModel(make_model(config), make_generator(), **{"num_steps": 2, "batch_size": 16} | settings)
 
 
+def refuse_set(name: str, **options: Any) -> data.Dataset:
+    """Raise UsageError, as loading an out-of-distribution set does whose files are missing."""
+    raise UsageError(f"{name} is missing")
+
+
 def make_sandbox_run(
     box: ExaminedModel,
     folder: pathlib.Path,
     *,
     classes: int = 3,
     mixes: Sequence[str] = (),
-    load_mix: Any = None,
+    load_mix: Any = refuse_set,
     **settings: Any,
 ) -> SandboxRun:
     """Return a run of a sandbox's tasks on small random data sets."""

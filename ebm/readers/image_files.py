@@ -22,6 +22,7 @@ from ebm.readers.pickles import read_pickle, to_texts, to_whole_numbers
 Contents = tuple[Tensor, Tensor | None, tuple[str, ...]]
 
 DIGITS = tuple("0123456789")
+KANA = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
@@ -55,6 +56,11 @@ def read_fashion_mnist(root: pathlib.Path, split: str, workers: int) -> Contents
     return *read_idx_pair(find_idx_folder(root, folders, split), split), CLOTHES
 
 
+def read_kmnist(root: pathlib.Path, split: str, workers: int) -> Contents:
+    """Read a split of Kuzushiji-MNIST."""
+    return *read_idx_pair(find_idx_folder(root, ("KMNIST", "kmnist"), split), split), KANA
+
+
 def read_cifar10(root: pathlib.Path, split: str, workers: int) -> Contents:
     """Read a split of CIFAR-10."""
     files = [f"data_batch_{k}" for k in range(1, 6)] if split == "train" else ["test_batch"]
@@ -66,7 +72,7 @@ def read_cifar100(root: pathlib.Path, split: str, workers: int) -> Contents:
     return read_cifar(root / "cifar-100-python", [split], "meta", "fine_labels", "fine_label_names")
 
 
-# ---- MNIST and Fashion-MNIST: IDX files ----
+# ---- MNIST, Fashion-MNIST and Kuzushiji-MNIST: IDX files ----
 
 
 def find_idx_folder(root: pathlib.Path, names: Sequence[str], split: str) -> pathlib.Path:
@@ -96,7 +102,7 @@ def find_idx(folder: pathlib.Path, split: str, content: str) -> pathlib.Path:
 
 
 def read_idx_pair(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor]:
-    """Read the images and classes of MNIST or Fashion-MNIST from a folder of IDX files."""
+    """Read the images and classes of MNIST, Fashion-MNIST or Kuzushiji-MNIST from a folder of IDX files."""
     path = find_idx(folder, split, "labels")
     images, classes = read_idx(find_idx(folder, split, "images")), read_idx(path)
     with report_unreadable_file(path):

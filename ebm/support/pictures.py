@@ -425,6 +425,32 @@ def plot_roc(scores: Mapping[str, tuple[ArrayLike, ArrayLike]], path: str | Path
     return save_figure(figure, path)
 
 
+def plot_scores(scores: Mapping[str, Mapping[str, np.ndarray]], inside: str, path: str | Path) -> Path:
+    """Plot for each score a histogram of every set, and beside it the ROC curves of the outliers; return the path.
+
+    scores: {name of the score: {set: values}}. inside: the set of the data, from which the others are told.
+    """
+    figure = import_figure()(figsize=(13, 1 + 3 * len(scores)), dpi=120, layout="constrained")
+    for (histogram, roc), (score, sets) in zip(
+        figure.subplots(len(scores), 2, squeeze=False), scores.items(), strict=True
+    ):
+        # A few extreme outliers would leave nothing to see of the others.
+        low, high = np.quantile(np.concatenate(list(sets.values())), [0.01, 0.99])
+        edges = np.linspace(low, high + 1e-6 * (high == low), 80)
+        for k, (name, values) in enumerate(sets.items()):
+            look = choose_line_look(k)
+            heights, _ = np.histogram(values.clip(low, high), edges, density=True)
+            histogram.stairs(heights, edges, label=escape_text(name), **look)
+            if name != inside:
+                label = f"{escape_text(name)}, AUROC {metrics.auroc(sets[inside], values):.3f}"
+                roc.plot(*metrics.roc_curve(sets[inside], values), label=label, **look)
+        roc.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
+        histogram.set(xlabel=f"score {score} (higher: more like the data)", ylabel="density")
+        roc.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+        roc.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return save_figure(figure, path)
+
+
 def import_figure() -> type[Figure]:
     """Import matplotlib's figure, with its own defaults instead of what the environment says about screens and styles.
 

@@ -27,7 +27,7 @@ from ebm.support.sharing import ShareOut, compute_all, derive_seed
 from ebm.tasks.attacks import Attack, Restriction, ascend_loss, restrict_to_ball, restrict_to_bounds
 from ebm.training.distributed import Workers, work_alone
 from models import EnergyNetwork, PreparedEnergy, compute_class_logits, freeze_energy
-from sampling import langevin
+from sampling import compute_input_gradient, langevin
 from utils import ClippedAdam
 
 MOST = 50_000  # largest number of images to examine at once
@@ -275,6 +275,25 @@ class ExaminedModel:
         if self.classes:
             return self.compute_logits(images, progress=progress).amax(1)
         return -self.compute_energies(images, images.new_zeros(len(images), 0), progress=progress)
+
+    @torch.no_grad()
+    def follow_energies(self, images: Tensor, *, progress: Progress | str = "scores") -> Tensor:
+        """Return what scores of outliers are made of: energy, length of its gradient, and energy after a round, (N, 3).
+
+        All are those of the image under its class of lowest energy, if the model is conditioned on classes.
+        """
+
+        def follow(part: slice) -> Tensor:
+            x, labels = images[part], images.new_zeros(len(images[part]), 0)
+            if self.classes:
+                labels = F.one_hot(self.classify_batch(x).argmax(1), self.classes).to(x.dtype)
+            energy = self.energy.under(labels)
+            slope = compute_input_gradient(energy, x).flatten(1).norm(dim=1)
+            end = self.run_round(x, labels, x, restrict_to_bounds)
+            return torch.stack([energy(x), slope, energy(end)], 1)
+
+        each = self.classes + 2 * self.num_steps + 4
+        return self.compute_in_batches(follow, len(images), show_progress(progress, len(images)), each=each)
 
     def run_stages(
         self,

@@ -24,7 +24,7 @@ from ebm.tasks.analysis import (
 )
 from ebm.tasks.attacks import restrict_to_lower_half
 from ebm.tasks.label_tasks import classify_images, finetune_classifier
-from ebm.tasks.outliers import detect_outliers
+from ebm.tasks.outliers import compare_scores, detect_outliers
 from ebm.tasks.sandbox_run import ROWS, Report, SandboxRun
 
 LONG = 50  # rounds of a long chain, 1,000 steps by default
@@ -409,6 +409,7 @@ TASKS: dict[str, Callable[[SandboxRun], Report]] = {
     "energyeval": compare_energies,
     "diagnose": diagnose_chains,
     "mixenergy": detect_outliers,
+    "ood": compare_scores,
     "anticorrupt": denoise_images,
     "boxcorrupt": inpaint_images,
     "crossclass": change_classes,

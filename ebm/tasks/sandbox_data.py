@@ -46,8 +46,13 @@ def load_model_split(
     return remove_step_noise(match_labels(dataset, trained))
 
 
-def load_outlier_set(name: str, settings: SandboxSettings, config: ModelConfig, device: torch.device) -> data.Dataset:
-    """Return an out-of-distribution data set: that of this name, or the images of the folder at this path."""
+def load_outlier_set(
+    name: str, settings: SandboxSettings, config: ModelConfig, device: torch.device, *, download: bool = True
+) -> data.Dataset:
+    """Return an out-of-distribution data set: that of this name, or the images of the folder at this path.
+
+    download: whether missing files may be downloaded, if the settings allow it.
+    """
     if name not in settings.mixfolder:
         dataset = data.load_dataset(
             name,
@@ -56,7 +61,7 @@ def load_outlier_set(name: str, settings: SandboxSettings, config: ModelConfig, 
             device=device,
             path=settings.find_path(name) if name in data.DATASETS else None,
             workers=settings.data_workers,
-            download=settings.download,
+            download=settings.download and download,
         )
         return remove_step_noise(dataset)
     channels, height, width = config.image_shape

@@ -51,19 +51,21 @@ class Report(NamedTuple):
 class SandboxRun:
     """One task on one model, with its data sets and its results.
 
-    load: returns the model's data set for a split, "train" or "test". mixes: names of out-of-distribution sets:
-    "random", "interpolation", or a name that load_mix accepts. results: the files. names: of the classes, from the
-    checkpoint; if empty, the names come from the data set. used: a description of the images that the task has
-    examined.
+    load: returns the model's data set for a split, "train" or "test". load_mix: returns an out-of-distribution set by
+    its name, downloaded if it is missing unless download=False is given. mixes: names of such sets, "random" or
+    "interpolation". results: the files. names: of the classes, from the checkpoint; if empty, the names come from the
+    data set. load_left_out: returns the test images of the class that the training left out; None if it left out none.
+    used: a description of the images that the task has examined.
     """
 
     model: ExaminedModel
     settings: SandboxSettings
     load: Callable[[str], Dataset]
-    load_mix: Callable[[str], Dataset]
+    load_mix: Callable[..., Dataset]
     mixes: Sequence[str]
     results: Results
     names: tuple[str, ...] = ()
+    load_left_out: Callable[[], Dataset] | None = None
     used: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -75,6 +77,11 @@ class SandboxRun:
     def refine(self) -> float:
         """The radius of the L∞ ball within which Langevin steps refine an image before it is classified."""
         return self.settings.refine / SHADES
+
+    def with_seed(self, seed: int) -> SandboxRun:
+        """Return the same task with random numbers from another seed."""
+        self.model.generator.manual_seed(seed)
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, seed=seed))
 
     def choose_number(self, usual: int | None = None) -> int:
         """Return how many images to use: `limit` if it is set, else the usual number of a task.

@@ -223,10 +223,13 @@ def load_split(
     *,
     name: str | None = None,
     condition: str | None = None,
+    left_out: bool = False,
 ) -> data.Dataset:
     """Return a split of a data set: `name` if given, else that of the settings, else that the model was trained on.
 
-    condition: the concept that the labels of sprites describe. Raises UsageError if the images do not fit the model.
+    If the training left a class of its data set out, so does the split. condition: the concept that the labels of
+    sprites describe. left_out: return the images of that class instead. Raises UsageError if the images do not fit the
+    model.
     """
     name, config = name or settings.dataset or trained.flags.get("dataset", "cifar10"), trained.model.config
     source = data.DATASETS.get(name)
@@ -253,6 +256,8 @@ def load_split(
         raise UsageError(
             f"`dataset`={name} has images of shape {dataset.image_shape}, the model takes {config.image_shape}"
         )
+    if trained.flags.get("leave_out") and name == trained.flags.get("dataset"):
+        return data.split_class_off(dataset, trained.flags["leave_out"])[left_out]
     return dataset
 
 

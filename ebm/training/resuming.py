@@ -30,7 +30,18 @@ from ebm.training.ownership import check_new_folder
 CALL_SETTINGS = {"exp", "logdir", "train", "resume_iter", "change", "device", "backend", "num_gpus"}
 # Settings that define the network and its data: changing one by mistake would spoil what a run has learnt.
 PATHS = {source.path_setting for source in DATASETS.values() if source.path_setting}
-DATA_SETTINGS = {"dataset", "image_size", "channels", "antialias", "single", "rescale", *CONDITIONS, *SUBSETS, *PATHS}
+DATA_SETTINGS = {
+    "dataset",
+    "image_size",
+    "channels",
+    "antialias",
+    "leave_out",
+    "single",
+    "rescale",
+    *CONDITIONS,
+    *SUBSETS,
+    *PATHS,
+}
 NETWORK_SETTINGS = {"start_rank", *(field.name for field in dataclasses.fields(NetworkSettings))}
 # Those on which the shapes of the weights and of the images depend, which a trained network cannot change.
 SHAPE_SETTINGS = {

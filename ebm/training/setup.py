@@ -114,6 +114,8 @@ def read_split(
         workers=settings.data_workers,
         download=settings.download,
     )
+    if settings.leave_out:
+        dataset, _ = data.split_class_off(dataset, settings.leave_out)
     if class_names and dataset.class_names and (settings.cclass or settings.model_cclass):
         return data.match_classes(dataset, tuple(class_names))
     return dataset

@@ -1,0 +1,162 @@
+"""Tests of task ood: scores, sets and measures with known answers, and classes that training leaves out."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import models
+import train
+from conftest import Planted, make_dataset, make_generator, make_sandbox_run
+from ebm.support.errors import UsageError
+from ebm.tasks import outliers
+from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.outliers import MADE, SCORES, compare_scores, find_group
+
+
+def examine(energy, image_shape=(1, 8, 8), **settings):
+    model = Planted(energy, models.ModelConfig("MnistNet", image_shape, 1, 0))
+    return ExaminedModel(model, make_generator(), **{"num_steps": 2, "step_lr": 0.25} | settings)
+
+
+def read_measures(folder):
+    with (folder / "measures.csv").open(newline="") as file:
+        return {(row["set"], row["score"], row["measure"]): float(row["mean"]) for row in csv.DictReader(file)}
+
+
+def test_scores_of_a_planted_energy(tmp_path, monkeypatch):
+    """Breaks when a score has another sign, another gradient, another chain, or is compared with other images.
+
+    The energy is |x − ½|². A chain without noise halves the distance from ½ in each step of size ¼. Bright images are
+    farther from ½ than the data, grey ones nearer: −E and its kin accept these, and typicality alone refuses both.
+    """
+    examined = examine(lambda x, y: (x - 0.5).square().flatten(1).sum(1), noise_std=0.0)
+    images = torch.rand(5, 1, 8, 8, generator=make_generator())
+    energy, slope, end = examined.follow_energies(images).unbind(1)
+    squares = (images - 0.5).square().flatten(1).sum(1)
+    torch.testing.assert_close(energy, squares)
+    torch.testing.assert_close(slope, 2 * squares.sqrt())
+    torch.testing.assert_close(end, squares / 16)
+
+    monkeypatch.setattr(outliers, "MADE", {"bright": lambda x, g: x * 0 + 1, "grey": lambda x, g: x * 0.1 + 0.45})
+    report = compare_scores(make_sandbox_run(examined, tmp_path, classes=0, repeats=2))
+    found = read_measures(tmp_path)
+    for score in SCORES:
+        of_bright = [found["bright", score, measure] for measure in outliers.MEASURES]
+        assert of_bright == pytest.approx([1, 1, 1, 0])
+        assert found["grey", score, "AUROC"] == (score == "typicality")
+    assert report.figures["bright"] == {"group": "made", "images": 24} | dict.fromkeys(SCORES, "1.000 ± 0.000")
+
+
+def test_measures_are_those_of_scikit_learn(tmp_path):
+    """Breaks when inside and outside change places, or the area of outliers counts the data as positives."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    examined = examine(lambda x, y: x.mean((1, 2, 3)))
+    bright = data.StoredImages("bright", make_dataset((1, 8, 8)).images[:10] // 2 + 70, None, noise="floor")
+    load_mix = lambda name, download: bright  # noqa: E731
+    run = make_sandbox_run(examined, tmp_path, classes=0, load_mix=load_mix, mixset=("bright",), repeats=1)
+    run.load = lambda split: dataclasses.replace(make_dataset((1, 8, 8), 0, seed=1), noise="floor")
+    compare_scores(run)
+    found = read_measures(tmp_path)
+    inside, outside = (-dataset.images.float().mean((1, 2, 3)).numpy() for dataset in (run.load("test"), bright))
+    scores, is_in = np.concatenate([inside, outside]), np.repeat([1, 0], [24, 10])
+    assert found["bright", "−E", "AUROC"] == pytest.approx(roc_auc_score(is_in, scores))
+    assert found["bright", "−E", "AUPR in"] == pytest.approx(average_precision_score(is_in, scores))
+    assert found["bright", "−E", "AUPR out"] == pytest.approx(average_precision_score(1 - is_in, -scores))
+
+
+def test_sets_made_of_test_images():
+    """Breaks when a set leaves [0, 1], repeats itself, or is not what its name says."""
+    images = torch.rand(6, 3, 14, 14, generator=make_generator())
+    made = {name: make(images, make_generator(1)) for name, make in MADE.items()}
+    for each in made.values():
+        assert each.shape == images.shape and each.min() >= 0 and each.max() <= 1
+        assert len({tuple(image.flatten().tolist()) for image in each}) == 6
+    assert (made["constant"] == made["constant"][:, :, :1, :1]).all()
+    as_rows = lambda x: x.flatten(2).transpose(1, 2)  # noqa: E731
+    for before, after in zip(as_rows(images), as_rows(made["shuffled"]), strict=True):
+        assert sorted(before.tolist()) == sorted(after.tolist()) and not torch.equal(before, after)
+    point = torch.zeros(1, 1, 29, 29)
+    point[0, 0, 14, 14] = 1
+    blurred = outliers.blur_images(point)[0, 0]
+    sigma = 29 / 14
+    assert blurred[14, 14].item() == pytest.approx(1 / (2 * math.pi * sigma**2), rel=0.01)
+    assert (blurred[14, 16] / blurred[14, 14]).item() == pytest.approx(math.exp(-2 / sigma**2), rel=1e-3)
+
+
+def test_groups():
+    """Breaks when a near set is called far, or the other way round."""
+    assert [find_group(name, "fashion_mnist") for name in ("mnist", "notMNIST_small", "digits", "svhn")] == [
+        "near",
+        "near",
+        "far",
+        "far",
+    ]
+    assert find_group("cifar100", "cifar10") == "near" and find_group("mnist", "cifar10") == "far"
+    assert find_group("left out: 3", "mnist") == "left out" and find_group("mnist", "a folder") == "far"
+
+
+def test_missing_sets(tmp_path, capsys):
+    """Breaks when a data set that is not there ends the task, is downloaded unasked, or is missing though asked for."""
+    calls = []
+
+    def load_mix(name, download):
+        calls.append((name, download))
+        raise UsageError(f"{name} is missing")
+
+    examined = examine(lambda x, y: x.mean((1, 2, 3)))
+    compare_scores(make_sandbox_run(examined, tmp_path, classes=0, load_mix=load_mix, repeats=1))
+    assert "kmnist" in capsys.readouterr().out and not any(download for _, download in calls)
+    asked = make_sandbox_run(examined, tmp_path, classes=0, load_mix=load_mix, mixset=("kmnist",))
+    with pytest.raises(UsageError, match="kmnist is missing"):
+        compare_scores(asked)
+    assert calls[-1] == ("kmnist", True)
+
+
+def test_splitting_a_class_off():
+    """Breaks when images of the class stay, others go, or labels no longer fit their names."""
+    dataset = make_dataset((1, 4, 4), classes=4)
+    kept, left_out = data.split_class_off(dataset, "class 1")
+    labels = dataset.labels
+    assert torch.equal(left_out.images, dataset.images[labels == 1]) and left_out.name == "left out: class 1"
+    assert torch.equal(kept.images, dataset.images[labels != 1])
+    names = [kept.class_names[label] for label in kept.labels.tolist()]
+    assert names == [dataset.class_names[label] for label in labels[labels != 1].tolist()]
+    assert torch.equal(data.split_class_off(dataset, "1")[1].images, left_out.images)
+    with pytest.raises(UsageError, match="`leave_out`=dog: no class of toy is called so; it has class 0, class 1"):
+        data.split_class_off(dataset, "dog")
+    with pytest.raises(UsageError, match="at least two must be left"):
+        data.split_class_off(make_dataset((1, 4, 4), classes=2), "0")
+    with pytest.raises(UsageError, match="has no images of classes in memory"):
+        data.split_class_off(make_dataset((1, 4, 4), classes=0), "0")
+
+
+def test_leaving_each_class_out(tmp_path, monkeypatch, capsys):
+    """Breaks when a model sees the class it was to leave out, its test images are not those, or the table lacks one."""
+    monkeypatch.syspath_prepend(str(train.__file__).replace("train.py", "benchmarks"))
+    leave_one_out = importlib.import_module("leave_one_out")
+    flags = "--max_iter=1 --num_steps=1 --num_filters=2 --batch_size=4 --sample_steps=1 --notune --threads=1"
+    settings = leave_one_out.Settings(
+        preset="digits_cpu",
+        train_flags=flags,
+        ood_flags="--limit=20 --repeats=1 --num_steps=1",
+        classes=("3",),
+        datadir=str(tmp_path),
+        logdir=str(tmp_path / "runs"),
+        output=str(tmp_path / "figures.json"),
+    )
+    leave_one_out.main(settings)
+    table = capsys.readouterr().out
+    assert "without 3" in table and "mean" in table and (tmp_path / "figures.png").exists()
+    saved = torch.load(tmp_path / "runs/without_3/model_1.pt", weights_only=True)
+    assert saved["config"]["label_size"] == 9 and "3" not in saved["class_names"]
+    row = leave_one_out.read_auroc(settings, "3")
+    assert set(row) == set(SCORES) and all(0 <= value <= 1 for value in row.values())
