@@ -292,8 +292,8 @@ class ExaminedModel:
             end = self.run_round(x, labels, x, restrict_to_bounds)
             return torch.stack([energy(x), slope, energy(end)], 1)
 
-        each = self.classes + 2 * self.num_steps + 4
-        return self.compute_in_batches(follow, len(images), show_progress(progress, len(images)), each=each)
+        progress = show_progress(progress, len(images))
+        return self.compute_in_batches(follow, len(images), progress, each=self.classes)
 
     def run_stages(
         self,
