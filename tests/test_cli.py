@@ -64,6 +64,24 @@ def test_forms_of_flags(words, values):
     assert settings == expected
 
 
+def test_a_word_that_stands_alone():
+    """Breaks when a word without a name is taken for the value of another flag, or sets a flag that needs its name."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        """Rows"""
+
+        row: str | None = cli.flag(None, "the row", takes_word=True)
+        folder: str = cli.flag("data", "a folder")
+        quick: bool = cli.flag(False, "be quick")
+
+    for words in (["a", "--quick"], ["--quick", "a"], ["--folder", "b", "a"], ["--row=a"]):
+        assert cli.parse(["script", *words], Settings).row == "a"
+    assert cli.parse(["script", "--folder", "b"], Settings) == Settings(folder="b")
+    with pytest.raises(UsageError, match="unexpected word"):
+        parse("a")
+
+
 def test_the_word_auto():
     """Breaks when --num_steps=auto is refused, does not come last or first as it was given, or is written otherwise;
     when other flags or other words take it; when rounds of steps do not have the length of training's samples."""

@@ -20,11 +20,14 @@ FALSE = {"false", "f", "0", "no", "n", "off"}
 NEGATIVE = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)  # the beginning of a number, not of a flag
 
 
-def read_words(words: Sequence[str], switches: Collection[str], others: Collection[str]) -> list[tuple[str, str]]:
+def read_words(
+    words: Sequence[str], switches: Collection[str], others: Collection[str], alone: str | None = None
+) -> list[tuple[str, str]]:
     """Return the flags that the words set, in order, each with its value; that of a switch is "true" or "false".
 
-    switches: names of the flags that are on or off. others: names of the flags that take a value. Raises UsageError for
-    an unknown flag, a word that belongs to none, and a value that is missing.
+    switches: names of the flags that are on or off. others: names of the flags that take a value. alone: the one of
+    these whose value may stand alone. Raises UsageError for an unknown flag, a word that belongs to none, and a value
+    that is missing.
     """
     pairs, names, left = [], [*switches, *others], collections.deque(expand_flag_files(words))
     while left:
@@ -32,6 +35,9 @@ def read_words(words: Sequence[str], switches: Collection[str], others: Collecti
         if word.endswith("\r"):
             raise UsageError(f"{word!r} ends with a carriage return: save the command with Unix line ends (dos2unix)")
         if word == "--":  # the conventional end of a program's own flags; here all flags are its own
+            continue
+        if alone and not word.startswith("-") and "=" not in word:
+            pairs.append((alone, word))
             continue
         name, equals, value = split_word(word, names)
         if name in switches:

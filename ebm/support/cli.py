@@ -75,6 +75,7 @@ class Flag(NamedTuple):
     is_path: bool  # the text is the path of a file or folder
     can_be_empty: bool  # an empty text means something
     takes_auto: bool  # the word auto stands for AUTO
+    takes_word: bool  # a word that stands alone, without the flag's name, is its value
 
 
 def flag(
@@ -93,6 +94,7 @@ def flag(
     is_path: bool = False,
     can_be_empty: bool = False,
     takes_auto: bool = False,
+    takes_word: bool = False,
 ) -> Any:
     """Return a dataclass field that defines a flag, with its default, help text, and range or choices.
 
@@ -104,7 +106,7 @@ def flag(
     only_with, not_with = ((each,) if isinstance(each, str) else tuple(each) for each in (only_with, not_with))
     about = Flag(
         words, at_least, at_most, choices, alias, repeated, presets, inert, only_with, not_with, is_path, can_be_empty,
-        takes_auto,
+        takes_auto, takes_word,
     )  # fmt: skip
     return dataclasses.field(default=default, metadata={"flag": about})
 
@@ -385,7 +387,8 @@ def split_words(words: Sequence[str], kind: type) -> list[tuple[str, str]]:
     abouts = list_flags(kind)
     names = {name: name for name in abouts} | {about.alias: name for name, about in abouts.items() if about.alias}
     switches = [name for name, target in names.items() if split_type(hints[target])[0] is bool]
-    pairs = read_words(words, switches, [name for name in names if name not in switches])
+    alone = next((name for name, about in abouts.items() if about.takes_word), None)
+    pairs = read_words(words, switches, [name for name in names if name not in switches], alone)
     return [(names[name], value) for name, value in pairs]
 
 
