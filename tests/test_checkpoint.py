@@ -40,6 +40,8 @@ def test_names_of_models(tmp_path, monkeypatch, capsys):
     (tmp_path / "cachedir/digits_cond").mkdir(parents=True)
     assert checkpoint.locate(pathlib.Path("digits_cond")) == shipped
     assert "note: cachedir/digits_cond holds no checkpoint; the model is the shipped one" in capsys.readouterr().out
+    assert find_model_folder("digits_cond", (str(SHIPPED),)) == SHIPPED / "digits_cond"
+    assert capsys.readouterr().out == ""  # the folder that was asked for
     for iteration in (5, 10):
         contents = {"flags": {"step_lr": 7.0}, "class_names": ["a", "b", "c"]} if iteration == 10 else {}
         model = make_model(dataclasses.replace(CONFIG, label_size=3)) if iteration == 10 else make_model()

@@ -99,7 +99,7 @@ def find_model_folder(exp: str, roots: Sequence[str], setting: str = "exp") -> p
         raise report_missing_experiment(exp, [*roots, get_shipped_root()], setting)
     if folder != shipped and has_checkpoints(shipped) and not folder.samefile(shipped):
         print(f"note: the model is that of {folder}; modeldir={shipped.parent} takes the shipped one of the same name")
-    elif folder == shipped and (empty := next(filter(pathlib.Path.is_dir, folders), None)):
+    elif folder not in folders and (empty := next(filter(pathlib.Path.is_dir, folders), None)):
         print(f"note: {empty} holds no checkpoint; the model is the shipped one of the same name, {shipped}")
     return folder
 
