@@ -60,6 +60,7 @@ SMALL = {
     "eval_inception.py": ["--num_steps=1", "--im_number=20", "--repeat_scale=1", "--real_number=100", "--nodownload"],
     "ais.py": ["--pdist=1,2", "--limit=4", "--batch_size=2"],
     "scripts/convert_checkpoint.py": [],
+    "scripts/reproduce.py": ["--call_flags=--limit=20"],
     "scripts/slim_checkpoint.py": [],
     "benchmarks/langevin.py": [
         "--networks=MnistNet",
