@@ -68,9 +68,7 @@ WIDER = "cifar10_wider_model_cond/model_21600"
 LATE_CHECKPOINTS = tuple(f"cifar10_large_model_uncond/model_{121200 - SPACING * k}" for k in range(LATE))
 INCEPTION = "eval_inception.py --features=inception"
 UNCOND = f"{INCEPTION} --exp=cifar10_large_model_uncond --resume_iter=121200 --dataset=cifar10 --large_model"
-OUTLIERS = (
-    "ebm_sandbox.py --task=mixenergy --exp=cifar10_large_model_uncond --resume_iter=121200 --large_model --cclass=False"
-)
+OUTLIERS = "ebm_sandbox.py --exp=cifar10_large_model_uncond --resume_iter=121200 --large_model --cclass=False"
 CLASSIFY = "ebm_sandbox.py --task=label --exp=cifar10_wider_model_cond --resume_iter=21600 --wider_model"
 SHIPPED_ONLY = "--modeldir=pretrained"
 NO_FILES = "no: no checkpoint, data, Inception weights"
@@ -163,18 +161,18 @@ ROWS = {
             ("interpolation", "AUROC"): "0.70",
         },
         "paper, quoted in DiffPath and HybViT",
-        f"{OUTLIERS} --svhnmix --texturemix --cifar100mix --interpolationmix",
+        f"{OUTLIERS} --task=mixenergy --svhnmix --texturemix --cifar100mix --interpolationmix",
         (LARGE,),
         ("cifar10", "svhn", "textures", "cifar100"),
         NO_DATA,
     ),
-    "outliers_drawn": Row(
+    "outliers_made": Row(
         "CIFAR-10, unconditional, AUROC of −E against images of one colour and uniform noise",
-        {("constant", "AUROC"): "0.30 ?", ("uniform", "AUROC"): "1.0 ?"},
+        {("constant", "−E"): "0.30 ?", ("uniform noise", "−E"): "1.0 ?"},
         "not verified",
-        f"{OUTLIERS} --mixfolder=<datadir>/drawn/constant --mixfolder=<datadir>/drawn/uniform",
+        f"{OUTLIERS} --task=ood --repeats=1",
         (LARGE,),
-        ("cifar10", "drawn"),
+        ("cifar10",),
         NO_DATA,
     ),
     "ais_gauss": Row(
@@ -369,8 +367,6 @@ def list_data_files(name: str, settings: Settings) -> list[NeededFile]:
     if name in ("imagenet", "imagenetfull"):
         setting = {"imagenet": "imagenet_path", "imagenetfull": "imagenet_datadir"}[name]
         return [NeededFile(pathlib.Path(require_setting(setting, settings)))]
-    if name == "drawn":
-        return [NeededFile(root / "drawn" / kind) for kind in ("constant", "uniform")]
     if name == "textures":
         return [NeededFile(root / "dtd/dtd/images")]
     if name == "fashion_mnist":  # copies are packed differently, so that no hash of them is known
