@@ -342,8 +342,8 @@ def test_classification_is_learnt():
         for _ in range(40 * (len(figures) == 1)):
             index = torch.randint(len(digits), (32,), generator=generator)
             train_once(state, settings, *digits.batch(index, generator))
-    assert figures[0]["test_accuracy"] < 0.3 and figures[1]["test_accuracy"] > 0.6
-    assert all(0 <= each["test_calibration_error"] <= 1 for each in figures)
+    assert figures[0].total_accuracy < 0.3 and figures[1].total_accuracy > 0.6
+    assert all(0 <= each.expected_error <= 1 for each in figures)
 
 
 def test_data_without_test_images(capsys, tmp_path):

@@ -128,6 +128,11 @@ class Reliability(NamedTuple):
     share: Tensor  # the share of all predictions that are in the bin (bins,)
 
     @property
+    def total_accuracy(self) -> float:
+        """The share of all predictions that are right."""
+        return float((self.share * self.accuracy).sum())
+
+    @property
     def expected_error(self) -> float:
         """The expected calibration error, in [0, 1]: the mean of |accuracy − confidence| over all predictions."""
         return float((self.share * (self.accuracy - self.confidence).abs()).sum())

@@ -451,6 +451,14 @@ def plot_scores(scores: Mapping[str, Mapping[str, np.ndarray]], inside: str, pat
     return save_figure(figure, path)
 
 
+def plot_reliability(found: Mapping[str, metrics.Reliability], path: str | Path) -> Path:
+    """Plot how often predictions of about equal confidence are right, a line for each name, and return the path."""
+    lines = {name: (each.confidence.numpy(), each.accuracy.numpy()) for name, each in found.items()}
+    ideal = {"well calibrated": (np.linspace(0, 1, 2), np.linspace(0, 1, 2))}
+    xlabel = "confidence: the probability of the predicted class"
+    return plot_lines({"accuracy": ideal | lines}, path, xlabel=xlabel, shares=["accuracy"])
+
+
 def import_figure() -> type[Figure]:
     """Import matplotlib's figure, with its own defaults instead of what the environment says about screens and styles.
 

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -192,8 +191,5 @@ def measure_calibration(
     found = {
         name: metrics.measure_reliability(scale * values, classes[: len(values)]) for name, values in logits.items()
     }
-    lines = {name: (each.confidence.numpy(), each.accuracy.numpy()) for name, each in found.items()}
-    ideal = {"well calibrated": (np.linspace(0, 1, 2), np.linspace(0, 1, 2))}
-    path, xlabel = run.add_file("reliability.png"), "confidence: the probability of the predicted class"
-    pictures.plot_lines({"accuracy": ideal | lines}, path, xlabel=xlabel, shares=["accuracy"])
+    pictures.plot_reliability(found, run.add_file("reliability.png"))
     return {f"calibration error, {name}": each.expected_error for name, each in found.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 import data
 from ebm.settings import TrainSettings
 from ebm.support.errors import UsageError
-from ebm.support.metrics import measure_reliability
+from ebm.support.metrics import Reliability, measure_reliability
 from ebm.training.setup import read_split
 from models import PreparedEnergy, compute_class_logits
 
@@ -49,13 +49,9 @@ def draw_test_images(settings: TrainSettings, dataset: data.Dataset, device: tor
 
 
 @torch.no_grad()
-def measure_classification(energy: PreparedEnergy, examples: LabelledImages, scale: float) -> dict[str, float]:
-    """Return accuracy and expected calibration error of the predictions softmax(−scale · E) for test images."""
+def measure_classification(energy: PreparedEnergy, examples: LabelledImages, scale: float) -> Reliability:
+    """Return how reliable the predictions softmax(−scale · E) for test images are."""
     classes = energy.model.config.label_size
     parts = examples.images.split(max(1, EVALUATIONS // classes))
-    logits = scale * torch.cat([compute_class_logits(energy, part, classes) for part in parts])
-    reliability = measure_reliability(logits, examples.classes)
-    return {
-        "test_accuracy": float((logits.argmax(1) == examples.classes).double().mean()),
-        "test_calibration_error": reliability.expected_error,
-    }
+    logits = torch.cat([compute_class_logits(energy, part, classes) for part in parts])
+    return measure_reliability(scale * logits, examples.classes)

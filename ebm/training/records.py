@@ -167,14 +167,16 @@ class Recorder:
         return self.measure.get_key_figure(figures)
 
     def record_classification(self, examples: LabelledImages) -> None:
-        """Log and print how well the model classifies test images."""
+        """Log and print how well the model classifies test images, and plot how far its confidence can be trusted."""
         iteration = self.state.iteration
         with self.sampler.freeze_model() as energy:
-            figures = measure_classification(energy, examples, self.settings.classify_scale)
-        self.log.write_scalars(iteration, figures)
-        accuracy, error = figures["test_accuracy"], figures["test_calibration_error"]
-        what = f"{len(examples.images):,} test images: accuracy {accuracy:.1%}, calibration error {error:.3f}"
-        self.progress.say(f"iteration {iteration}: {what}")
+            found = measure_classification(energy, examples, self.settings.classify_scale)
+        accuracy, error = found.total_accuracy, found.expected_error
+        self.log.write_scalars(iteration, {"test_accuracy": accuracy, "test_calibration_error": error})
+        number = len(examples.images)
+        what = f"{number:,} test images: accuracy {accuracy:.1%}, calibration error {error:.3f}"
+        path = pictures.plot_reliability({f"iteration {iteration}": found}, self.folder / "reliability.png")
+        self.progress.say(f"iteration {iteration}: {what}, {path}")
 
     def record_energies(self, step: Step) -> None:
         """Log histograms of the energies of data, negatives and fresh chains, and how far the fresh chains moved."""
