@@ -35,7 +35,7 @@ def test_scores_of_a_planted_energy(tmp_path, monkeypatch):
     """Breaks when a score has another sign, another gradient, another chain, or is compared with other images.
 
     The energy is |x − ½|². A chain without noise halves the distance from ½ in each step of size ¼. Bright images are
-    farther from ½ than the data, grey ones nearer: −E and its kin accept these, and typicality alone refuses both.
+    farther from ½ than the data, grey ones nearer: −E and its kin accept these; typicality and density refuse both.
     """
     examined = examine(lambda x, y: (x - 0.5).square().flatten(1).sum(1), noise_std=0.0)
     images = torch.rand(5, 1, 8, 8, generator=make_generator())
@@ -51,8 +51,24 @@ def test_scores_of_a_planted_energy(tmp_path, monkeypatch):
     for score in SCORES:
         of_bright = [found["bright", score, measure] for measure in outliers.MEASURES]
         assert of_bright == pytest.approx([1, 1, 1, 0])
-        assert found["grey", score, "AUROC"] == (score == "typicality")
+        assert found["grey", score, "AUROC"] == (score in ("typicality", "density"))
     assert report.figures["bright"] == {"group": "made", "images": 24} | dict.fromkeys(SCORES, "1.000 ± 0.000")
+
+
+def test_density_of_states():
+    """Breaks when a figure is left out of the density, or one that never varies ends the task.
+
+    Training figures are independent and normal, so that log densities are near those of the normal distribution.
+    """
+    draw = np.random.default_rng(0)
+    train = draw.normal(size=(2_000, 3)) * [1, 10, 0.1] + [0, 5, 0]
+    at = lambda *units: np.array([units]) * [1, 10, 0.1] + [0, 5, 0]  # noqa: E731
+    middle = outliers.estimate_log_density(at(0, 0, 0), train)[0]
+    for place in range(3):
+        units = np.eye(3)[place] * 2
+        assert middle - outliers.estimate_log_density(at(*units), train)[0] == pytest.approx(2, abs=0.5)
+    constant = np.concatenate([train[:, :2], np.full((2_000, 1), 7.0)], 1)
+    assert np.isfinite(outliers.estimate_log_density(constant, constant)).all()
 
 
 def test_measures_are_those_of_scikit_learn(tmp_path):

@@ -68,7 +68,7 @@ def test_presets(capsys):
     assert (merged.dataset, merged.num_steps, merged.max_iter, merged.exp) == (
         "fashion_mnist",
         20,
-        3000,
+        4500,
         "fashion_cpu",
     )
     assert recall(flags=stored | {"preset": ["of another version"]}).preset is None

@@ -436,14 +436,16 @@ def plot_scores(scores: Mapping[str, Mapping[str, np.ndarray]], inside: str, pat
     ):
         # A few extreme outliers would leave nothing to see of the others.
         low, high = np.quantile(np.concatenate(list(sets.values())), [0.01, 0.99])
-        edges = np.linspace(low, high + 1e-6 * (high == low), 80)
+        bins = min(80, max(8, min(map(len, sets.values())) // 10))
+        edges = np.linspace(low, high + 1e-6 * (high == low), bins)
         for k, (name, values) in enumerate(sets.items()):
             look = choose_line_look(k)
             heights, _ = np.histogram(values.clip(low, high), edges, density=True)
-            histogram.stairs(heights, edges, label=escape_text(name), **look)
-            if name != inside:
-                label = f"{escape_text(name)}, AUROC {metrics.auroc(sets[inside], values):.3f}"
-                roc.plot(*metrics.roc_curve(sets[inside], values), label=label, **look)
+            histogram.stairs(heights, edges, **look)
+            is_inside = name == inside
+            curve = ([], []) if is_inside else metrics.roc_curve(sets[inside], values)
+            auroc = "" if is_inside else f", AUROC {metrics.auroc(sets[inside], values):.3f}"
+            roc.plot(*curve, label=escape_text(name) + auroc, **look)
         roc.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
         histogram.set(xlabel=f"score {score} (higher: more like the data)", ylabel="density")
         roc.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")

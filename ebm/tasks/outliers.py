@@ -56,17 +56,16 @@ MADE: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 OWN = "test images"
 LEFT_OUT = "left out"  # the group of a class that training has left out, and the beginning of its name
 
-# Scores by name, each larger for images that are more like the data. Their arguments: what `follow_energies` returned,
-# by column, and the mean energy of training images.
-Score = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-SCORES: dict[str, Score] = {
-    "−E": lambda energy, slope, end, typical: -energy,
-    "−|∂E/∂x|": lambda energy, slope, end, typical: -slope,  # approximate mass, Grathwohl et al. 2020
-    "fall of E": lambda energy, slope, end, typical: (
-        end - energy
-    ),  # of a chain from the image: far from data it is deep
-    "typicality": lambda energy, slope, end, typical: -(energy - typical).abs(),  # Nalisnick et al. 2019, one image
+# Scores by name, each larger for images that are more like the data, as functions of what `follow_energies` returns of
+# images (N, 3) and of training images (M, 3): the energy, the length of its gradient, and the energy after a chain.
+SCORES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "−E": lambda found, train: -found[:, 0],
+    "−|∂E/∂x|": lambda found, train: -found[:, 1],  # approximate mass, Grathwohl et al. 2020
+    "fall of E": lambda found, train: found[:, 2] - found[:, 0],  # far from the data a chain falls deep
+    "typicality": lambda found, train: -np.abs(found[:, 0] - train[:, 0].mean()),  # Nalisnick et al. 2019, one image
+    "density": lambda found, train: estimate_log_density(found, train),
 }
+DENSITY_POINTS = 2_000  # training images, at most, from which the density of the score of this name is estimated
 
 Scores = dict[str, np.ndarray]  # of one set: name of the score -> (N,)
 Measures = dict[tuple[str, str, str], list[float]]  # set, score, measure -> its value in each repeat
@@ -78,6 +77,19 @@ MEASURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "AUPR out": lambda inside, outside: metrics.aupr(-outside, -inside),
     "FPR at 95 % TPR": metrics.fpr_at_95_tpr,
 }
+
+
+def estimate_log_density(found: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Return the log density (N,) of figures of images (N, 3) among those of training images (M, 3).
+
+    This is the density of states estimation of Morningstar et al. 2021 with a kernel density estimate of each figure,
+    as if they were independent: what is unusual in any of them has a low density.
+    """
+    from scipy.stats import gaussian_kde
+
+    pairs = zip(train[:DENSITY_POINTS].T, found.T, strict=True)
+    parts = [gaussian_kde(points).logpdf(values) for points, values in pairs if points.std() > 0]
+    return sum(parts, np.zeros(len(found)))
 
 
 def draw_gaussian_noise(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -209,7 +221,7 @@ def make_from_test_images(make: Callable[[Tensor, torch.Generator], Tensor]) -> 
 
 
 def compare_scores(run: SandboxRun) -> Report:
-    """Detect outliers of many kinds several times by four scores: −E, its gradient, its fall in a chain, typicality."""
+    """Detect outliers of many kinds, several times, by five scores that the energy and its gradient give."""
     if run.model.classes:
         run.require_class_names("ood")
     sets, repeats = find_outlier_sets(run), run.settings.repeats
@@ -233,16 +245,16 @@ def compare_scores(run: SandboxRun) -> Report:
 def score_sets(run: SandboxRun, sets: Mapping[str, OutlierSet]) -> Iterator[tuple[str, Scores]]:
     """Yield the name and the scores of the test images, then of each set of outliers; after a signal Interruption."""
 
-    def follow(images: Tensor, title: str) -> Tensor:
+    def follow(images: Tensor, title: str) -> np.ndarray:
         found = run.model.follow_energies(images, progress=title)
         run.model.require_all()
-        return found
+        return found.double().cpu().numpy()
 
-    typical = follow(run.draw_examples("train", run.choose_number()).images, "training images")[:, 0].mean().item()
+    train = follow(run.draw_examples("train", run.choose_number()).images, "training images")
     test = run.draw_examples("test", run.choose_number()).images
     for title, images in itertools.chain([(OWN, test)], ((name, each.draw(run, test)) for name, each in sets.items())):
-        energy, slope, end = follow(images, title).double().unbind(1)
-        yield title, {name: score(energy, slope, end, typical).cpu().numpy() for name, score in SCORES.items()}
+        found = follow(images, title)
+        yield title, {name: score(found, train) for name, score in SCORES.items()}
 
 
 def measure_scores(scored: Sequence[Mapping[str, Scores]]) -> Measures:
