@@ -38,6 +38,7 @@ USES_WORKERS = ("dataset=celeba|folder|imagenetfull|textures", "texturemix", "mi
 IS_GAUSS = "dataset=gauss|2d"  # ais.py checks itself on a density that is no trained model
 SAMPLES_ONLY = "train=False"
 CLASSIFIES = "task=label|labelfinetune"
+ATTACKS = ("pgd", "attack=autoattack")
 
 # A setting that chooses a larger network for colour images -> the name of this network.
 SIZES = {"large_model": "ResNet32Large", "larger_model": "ResNet32Larger", "wider_model": "ResNet32Wider"}
@@ -773,12 +774,31 @@ class SandboxData(TestData):
 class ClassificationSettings:
     """Classification (tasks label and labelfinetune)"""
 
-    pgd: int = flag(0, "steps of the PGD attack on test images; 0: no attack", at_least=0, only_with=CLASSIFIES)
+    attack: str = flag(
+        "pgd",
+        "attacks of task label: pgd, the one of the reference, with --pgd steps; autoattack, those of AutoAttack on "
+        "100 images, which stay in [0, 1], and checks of these attacks (needs the package torchattacks)",
+        choices=("pgd", "autoattack"),
+        only_with="task=label",
+    )
+    attack_steps: int = flag(
+        100, "gradient steps of each attack of AutoAttack", at_least=1, only_with="attack=autoattack"
+    )
+    attack_queries: int = flag(
+        5000, "queries of AutoAttack's attack without gradients, Square", at_least=1, only_with="attack=autoattack"
+    )
+    pgd: int = flag(
+        0,
+        "steps of the PGD attack on test images; 0: no attack",
+        at_least=0,
+        only_with=CLASSIFIES,
+        not_with="attack=autoattack",
+    )
     lnorm: str = flag(
         "-1",
         "norm of the ball within which the attack moves an image: -1 is L∞, 2 is L2",
         choices=("-1", "2"),
-        only_with="pgd",
+        only_with=ATTACKS,
     )
     lival: float = flag(
         8.0, "radius of the attack's L∞ ball, in units of 1/255", at_least=0, only_with="lnorm=-1", not_with="labelgrid"
@@ -796,7 +816,7 @@ class ClassificationSettings:
         "number of draws of the refinement's noise over which the attack averages gradients through the refinement; "
         "0: the attack ignores the refinement",
         at_least=0,
-        only_with="pgd",
+        only_with=ATTACKS,
     )
     refine: float = flag(
         8.0,
@@ -809,6 +829,7 @@ class ClassificationSettings:
         False,
         "task label: repeat the attack with L∞ balls of 0 to 30/255, or L2 balls of 0 to 95/255",
         only_with="task=label",
+        not_with="attack=autoattack",
     )
     train: bool = flag(
         True,

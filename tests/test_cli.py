@@ -226,6 +226,12 @@ def test_effects_that_depend_on_others(monkeypatch, capsys):
     assert notes("--lival=3 --lnorm=2 --pgd=3") == "note: --lival has no effect without --lnorm=-1"
     needs = "has no effect without --task=label|labelfinetune"
     assert notes("--task=latent --pgd=3 --lnorm=2").splitlines() == [f"note: --pgd {needs}", f"note: --lnorm {needs}"]
+    assert notes("--attack=autoattack --lnorm=2 --l2val=3 --adaptive=2 --attack_steps=3 --attack_queries=3") == ""
+    given = "--attack=autoattack --pgd=3 --labelgrid --l2_per_step --lnorm=2"
+    unused = ("--pgd", "--l2_per_step", "--labelgrid")
+    expected = [f"note: {flag} has no effect with --attack=autoattack" for flag in unused]
+    assert notes(given).splitlines() == expected
+    assert notes("--attack_steps=3") == "note: --attack_steps has no effect without --attack=autoattack"
     assert notes("--task=mixenergy --svhnmix") == ""
     assert notes("--task=mixenergy --num_steps=3") == "note: --num_steps has no effect with --task=mixenergy"
     assert notes("--imagenet_path=x --dataset=svhn --mixset=imagenet --task=mixenergy") == ""

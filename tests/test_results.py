@@ -156,6 +156,13 @@ CASES = [
     ("anticorrupt", {"limit": 24}, 3, {"anticorrupt": "16 of 24"}, {"MSE restored"}),
     ("label", {"pgd": 1}, 3, {"classify": "16 of 24"}, {"clean", "clean, refined", "attacked", "attacked, refined"}),
     ("label", {"pgd": 1, "labelgrid": True}, 8, {"radii": "2 of 31"}, {"0/255", "1/255"}),
+    (
+        "label",
+        {"attack": "autoattack", "attack_steps": 1},
+        8,
+        {"attacks": "1 of 6"},
+        {"no attack", "APGD-CE", "verdict"},
+    ),
     ("cycleclass", {}, 8, {"rounds of cycleclass": "2 of 20"}, set()),
 ]
 

@@ -18,6 +18,7 @@ from ebm.support.errors import UsageError
 from ebm.support.interruption import Interruption, keep_what_is_done
 from ebm.support.progress import Progress
 from ebm.tasks.attacks import SHADES, Attack, draw_offset, restrict_to_ball
+from ebm.tasks.robustness import measure_robustness
 from ebm.tasks.sandbox_run import ROWS, Examples, Report, SandboxRun
 
 # The accuracy of a conditional model in the paper, for CIFAR-10, as later papers quote it.
@@ -25,16 +26,19 @@ PAPER_ACCURACY = "0.491"
 
 
 def classify_images(run: SandboxRun) -> Report:
-    """Classify test images by −E(x, y), also after an attack (`pgd`), or attacks of growing radius (`labelgrid`)."""
+    """Classify test images by −E(x, y), also under attack: `pgd`, `labelgrid` (growing radii), `attack`=autoattack."""
     run.require_class_names("label")
+    trained = run.model.model.settings
+    scale = (trained.get("classify") and trained.get("classify_scale")) or 1.0
+    if run.settings.attack == "autoattack":
+        return measure_robustness(run, scale)
     if run.settings.labelgrid:
         return classify_in_balls(run)
     name = "lival" if run.settings.lnorm == "-1" else "l2val"
     value, usual = getattr(run.settings, name), getattr(SandboxSettings, name)
     if run.settings.pgd and value != usual:
         print(f"note: {name}={value:g} takes effect; the reference attacks with {usual:g}, except in a grid")
-    trained = run.model.model.settings
-    return classify_test_images(run, (trained.get("classify") and trained.get("classify_scale")) or 1.0)
+    return classify_test_images(run, scale)
 
 
 def finetune_classifier(run: SandboxRun) -> Report:
@@ -71,7 +75,7 @@ def classify_test_images(run: SandboxRun, scale: float = 1.0) -> Report:
     announce_classification(run, f"{len(examples.images):,} test images", attack)
     progress = Progress(len(examples.images), what="classify")
     logits, attacked = classify_under_attack(run, examples, attack, progress, is_clean_measured=True)
-    figures: dict[str, object] = {"attack": str(attack), "refinement": describe_refinement(run)}
+    figures: dict[str, object] = {"attack": str(attack), "refinement": run.describe_refinement()}
     figures |= measure_accuracies(logits, examples.classes) | measure_calibration(run, logits, examples.classes, scale)
 
     rows = examples.first(min(ROWS, len(attacked)))
@@ -118,7 +122,7 @@ def classify_in_balls(run: SandboxRun) -> Report:
     xlabel = f"radius of the {'L∞' if run.settings.lnorm == '-1' else 'L2'} ball / (1/255)"
     pictures.plot_lines({"accuracy": lines}, run.add_file("accuracies.png"), xlabel=xlabel, shares=["accuracy"])
     largest = {"attack in the largest ball": str(choose_attack(run.settings, radii[-1]))}
-    return Report({**largest, "refinement": describe_refinement(run), **rows})
+    return Report({**largest, "refinement": run.describe_refinement(), **rows})
 
 
 def choose_attack(settings: SandboxSettings, radius: float | None = None) -> Attack:
@@ -132,14 +136,8 @@ def choose_attack(settings: SandboxSettings, radius: float | None = None) -> Att
 
 def announce_classification(run: SandboxRun, images: str, attack: Attack) -> None:
     """Print how much work a classification of these images is."""
-    refinement = describe_refinement(run)
+    refinement = run.describe_refinement()
     run.announce(f"{images}, under each of {run.model.classes} classes; attack: {attack}; refinement: {refinement}")
-
-
-def describe_refinement(run: SandboxRun) -> str:
-    """Return a description of the refinement before classification."""
-    steps = run.model.num_steps
-    return f"{steps} Langevin steps under each class, L∞ ball of {run.settings.refine:g}/255" if steps else "none"
 
 
 def classify_under_attack(

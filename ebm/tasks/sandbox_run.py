@@ -83,6 +83,15 @@ class SandboxRun:
         self.model.generator.manual_seed(seed)
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, seed=seed))
 
+    def describe_refinement(self) -> str:
+        """Return a description of the refinement before classification."""
+        steps = self.model.num_steps
+        return (
+            f"{steps} Langevin steps under each class, L∞ ball of {self.settings.refine:g}/{SHADES}"
+            if steps
+            else "none"
+        )
+
     def choose_number(self, usual: int | None = None) -> int:
         """Return how many images to use: `limit` if it is set, else the usual number of a task.
 
