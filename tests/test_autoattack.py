@@ -253,6 +253,15 @@ def test_checks_of_the_attacks(check, row, wrong):
     assert figures["verdict"].startswith(f"failed: {check} (plain); do not trust the robust accuracy")
 
 
+def test_one_image_fails_no_check():
+    """Breaks when with few images chance alone makes a check fail, or two of them pass for chance."""
+    for wrong, passes in ((4, True), (5, False)):
+        found = make_judgements(**{"APGD-CE, another start": wrong, "APGD-CE": 3, "APGD-CE, twice the steps": wrong})
+        few = {row: {name: is_right[:10] for name, is_right in columns.items()} for row, columns in found.items()}
+        checks = robustness.check_attacks(few, "plain")
+        assert checks["another start"] is checks["more steps"] is passes
+
+
 # ---- the task ----
 
 
