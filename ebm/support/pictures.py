@@ -434,8 +434,9 @@ def plot_scores(scores: Mapping[str, Mapping[str, np.ndarray]], inside: str, pat
     for (histogram, roc), (score, sets) in zip(
         figure.subplots(len(scores), 2, squeeze=False), scores.items(), strict=True
     ):
-        # A few extreme outliers would leave nothing to see of the others.
-        low, high = np.quantile(np.concatenate(list(sets.values())), [0.01, 0.99])
+        # The outermost bins also hold what is farther out: noise would else leave nothing to see of the other sets.
+        lowest, highest = np.quantile(sets[inside], [0.01, 0.99])
+        low, high = lowest - 2 * (highest - lowest), highest + 2 * (highest - lowest)
         bins = min(80, max(8, min(map(len, sets.values())) // 10))
         edges = np.linspace(low, high + 1e-6 * (high == low), bins)
         for k, (name, values) in enumerate(sets.items()):

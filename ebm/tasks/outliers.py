@@ -65,7 +65,7 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "typicality": lambda found, train: -np.abs(found[:, 0] - train[:, 0].mean()),  # Nalisnick et al. 2019, one image
     "density": lambda found, train: estimate_log_density(found, train),
 }
-DENSITY_POINTS = 2_000  # training images, at most, from which the density of the score of this name is estimated
+TRAINING_IMAGES = 2_000  # at most, with which a score compares images
 
 Scores = dict[str, np.ndarray]  # of one set: name of the score -> (N,)
 Measures = dict[tuple[str, str, str], list[float]]  # set, score, measure -> its value in each repeat
@@ -87,7 +87,7 @@ def estimate_log_density(found: np.ndarray, train: np.ndarray) -> np.ndarray:
     """
     from scipy.stats import gaussian_kde
 
-    pairs = zip(train[:DENSITY_POINTS].T, found.T, strict=True)
+    pairs = zip(train.T, found.T, strict=True)
     parts = [gaussian_kde(points).logpdf(values) for points, values in pairs if points.std() > 0]
     return sum(parts, np.zeros(len(found)))
 
@@ -226,7 +226,7 @@ def compare_scores(run: SandboxRun) -> Report:
         run.require_class_names("ood")
     sets, repeats = find_outlier_sets(run), run.settings.repeats
     number = run.count_images("test", run.choose_number())
-    run.announce(f"{number:,} training and test images and as many of each of {len(sets)} sets, {repeats} times", 1)
+    run.announce(f"{number:,} test images and as many of each of {len(sets)} sets, {repeats} times", 1)
     scored: list[dict[str, Scores]] = []
     with contextlib.suppress(Interruption):
         for repeat in range(repeats):
@@ -250,7 +250,8 @@ def score_sets(run: SandboxRun, sets: Mapping[str, OutlierSet]) -> Iterator[tupl
         run.model.require_all()
         return found.double().cpu().numpy()
 
-    train = follow(run.draw_examples("train", run.choose_number()).images, "training images")
+    number = min(run.choose_number(), TRAINING_IMAGES)
+    train = follow(run.draw_examples("train", number).images, "training images")
     test = run.draw_examples("test", run.choose_number()).images
     for title, images in itertools.chain([(OWN, test)], ((name, each.draw(run, test)) for name, each in sets.items())):
         found = follow(images, title)
