@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -223,7 +223,10 @@ def compute_hamiltonian(energy: Energy, x: Tensor, velocity: Tensor) -> Tensor:
 
 
 def draw_hmc_move(x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Return the random numbers of a `make_hmc_move` of images x (N, ...): N(0, 1) shaped like x, and U(0, 1), (N,)."""
+    """Return the random numbers of a move of images x (N, ...): N(0, 1) shaped like x, and U(0, 1), (N,).
+
+    They are those of a `make_hmc_move` or a `make_mala_move`.
+    """
     velocity = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return velocity, torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
 
@@ -247,3 +250,84 @@ def hmc(
 ) -> tuple[Tensor, Tensor]:
     """Draw random numbers and make one Hamiltonian Monte Carlo move with them, see `make_hmc_move`."""
     return make_hmc_move(energy, x, *draw_hmc_move(x, generator), step_size=step_size, num_steps=num_steps)
+
+
+# ---- MALA: Langevin steps that are accepted or rejected, in a box ----
+
+
+class MalaState(NamedTuple):
+    """The images of a MALA chain, with the energies and gradients that its next move needs."""
+
+    x: Tensor  # (N, ...)
+    energy: Tensor  # (N,)
+    gradient: Tensor  # dE/dx, (N, ...)
+
+
+def evaluate_mala_state(energy: Energy, x: Tensor) -> MalaState:
+    """Return the state of a MALA chain at images x (N, ...), from one evaluation of the energy and its gradient."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        values = energy(x)
+        gradient = torch.autograd.grad(values.sum(), x)[0]
+    return MalaState(x.detach(), values.detach(), gradient)
+
+
+def reflect_at_bounds(x: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Return x within the bounds: a value outside is mirrored at the nearer bound, again and again if need be."""
+    lower, upper = bounds
+    width = upper - lower
+    return lower + (width - ((x - lower).remainder(2 * width) - width).abs())
+
+
+def compute_reflected_density(y: Tensor, mean: Tensor, std: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Return the log density (N,), float64, of y (N, ...) under reflected normal noise around a mean inside the bounds.
+
+    It lacks a constant that depends on std only. A pixel is reached directly or from its mirror images. Those that are
+    left out are at least twice the box's width from the mean, which no noise reaches whose std is a fifth of the width.
+    """
+    lower, upper = bounds
+    width = upper - lower
+    images = torch.stack([y, 2 * lower - y, 2 * upper - y, y - 2 * width, y + 2 * width])
+    exponents = -(((images - mean) / std).square() / 2)
+    return exponents.logsumexp(0).flatten(1).sum(1, dtype=torch.float64)
+
+
+def make_mala_move(
+    energy: Energy,
+    state: MalaState,
+    noise: Tensor,
+    uniform: Tensor,
+    *,
+    step_lr: float,
+    noise_std: float,
+    scale: Tensor | float = 1.0,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> tuple[MalaState, Tensor]:
+    """Make one move of the Metropolis-adjusted Langevin algorithm; return the state and whether each image moved, (N,).
+
+    The density, exp(−E · 2·step_lr / noise_std²) within the bounds, is kept exactly, whatever the step size (Roberts &
+    Tweedie 1996). It is the one that Langevin steps of this step size and noise sample approximately. A proposal is a
+    Langevin step, x − step_lr·gradient, put back into the bounds, plus noise that is reflected at the bounds. (If
+    proposals outside were rejected, images with many black pixels would never move.)
+
+    noise: N(0, 1), shaped like the images. uniform: U(0, 1), (N,). scale: a factor, or one for each image (N,), of
+    step_lr and noise_std²; it leaves the density as it is. noise_std·√scale: at most a fifth of the width of the box,
+    see `compute_reflected_density`.
+    """
+    scale = torch.as_tensor(scale, device=noise.device, dtype=noise.dtype).expand(len(noise))
+    scale = scale.view(-1, *[1] * (noise.dim() - 1))
+    rate, std = step_lr * scale, noise_std * scale.sqrt()
+
+    def find_mean(place: MalaState) -> Tensor:
+        return (place.x - rate * place.gradient).clamp(*bounds)
+
+    mean = find_mean(state)
+    proposal = evaluate_mala_state(energy, reflect_at_bounds(mean + std * noise, bounds))
+    change = (proposal.energy.double() - state.energy.double()) * (2 * step_lr / noise_std**2)
+    back = compute_reflected_density(state.x, find_mean(proposal), std, bounds)
+    is_accepted = uniform.log() < back - compute_reflected_density(proposal.x, mean, std, bounds) - change
+    chosen = (
+        torch.where(is_accepted.view(-1, *[1] * (old.dim() - 1)), new, old)
+        for new, old in zip(proposal, state, strict=True)
+    )
+    return MalaState(*chosen), is_accepted

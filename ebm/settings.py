@@ -104,7 +104,7 @@ class ChainPrecision:
         "number type of energies and gradients in Langevin chains; images stay in float32. auto: on a CPU bf16 if that "
         "is faster there, for networks whose figures it does not change; else float32",
         choices=("auto", *PRECISIONS),
-        not_with="task=energyeval|mixenergy",
+        not_with=("task=energyeval|mixenergy", "sampler=mala"),
     )
 
 
@@ -723,7 +723,7 @@ class SandboxChains(ChainPrecision):
         "Langevin steps per round of a chain, and per refinement before classification; 0: none; auto: so many "
         "that all rounds of a task together are about as long as the chains of the training run's own samples",
         at_least=0,
-        not_with="task=energyeval|mixenergy",
+        not_with="task=energyeval|mixenergy|mixing",
         takes_auto=True,
     )
     step_lr: float | None = flag(
@@ -736,7 +736,7 @@ class SandboxChains(ChainPrecision):
         0.0,
         "clip each element of the gradient to ± this value; 0: no clipping",
         at_least=0,
-        not_with="task=energyeval|mixenergy",
+        not_with=("task=energyeval|mixenergy", "sampler=mala"),
     )
     batch_size: int = flag(
         32,
@@ -746,7 +746,8 @@ class SandboxChains(ChainPrecision):
     )
     limit: int | None = flag(
         None,
-        "number of images to examine; default: all, or as many as a picture shows",
+        "number of images to examine; default: all, or as many as a picture shows; task mixing: of chains from new "
+        "starts, and of chains from test images; default: 8",
         at_least=1,
         not_with=("single", "task=democlass"),
         at_most=MOST_IMAGES,
@@ -882,8 +883,42 @@ class LatentSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixingSettings:
+    """Long chains in task mixing"""
+
+    sampler: str = flag(
+        "langevin",
+        "how chains move: langevin, as in training, or mala, Langevin steps that are accepted or rejected so that the "
+        "density is kept exactly",
+        choices=("langevin", "mala"),
+        only_with="task=mixing",
+    )
+    chain_steps: int = flag(
+        10_000, "length of the chains, in steps", at_least=50, at_most=10**6, only_with="task=mixing"
+    )
+    noise_scale: float = flag(
+        NOISE_UNIT,
+        "standard deviation of a step's noise, for images in [0, 1]; with --step_lr it decides the density, about "
+        "exp(−E · 2·step_lr / noise_scale²)",
+        at_least=1e-6,
+        at_most=0.2,
+        only_with="task=mixing",
+    )
+    label: str | None = flag(
+        None, "class of all chains, by its number or name; default: the first", only_with="task=mixing"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class SandboxSettings(
-    ModelChoice, SandboxData, SandboxChains, ClassificationSettings, OutlierSettings, LatentSettings, CheckedNetwork
+    ModelChoice,
+    SandboxData,
+    SandboxChains,
+    ClassificationSettings,
+    OutlierSettings,
+    LatentSettings,
+    MixingSettings,
+    CheckedNetwork,
 ):
     """All settings of ebm_sandbox.py."""
 

@@ -105,6 +105,7 @@ def test_start_is_quick():
         "sklearn",
         "scipy",
         "matplotlib",
+        "arviz_stats",
         "torchvision",
         "torch_fidelity",
         "torch.utils.tensorboard",

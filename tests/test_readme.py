@@ -53,7 +53,14 @@ QUICK = "--train_flags=--num_filters=4 --num_samples=20 --sample_steps=2"  # of 
 LIMIT = ["--limit_size=64"]  # of the matrix products that are a machine's limit
 SMALL = {
     "train.py": [*TRAIN, "--data_workers=1"],
-    "ebm_sandbox.py": ["--num_steps=1", "--limit=4", "--batch_size=4", "--attack_steps=1", "--attack_queries=1"],
+    "ebm_sandbox.py": [
+        "--num_steps=1",
+        "--limit=4",
+        "--batch_size=4",
+        "--chain_steps=50",
+        "--attack_steps=1",
+        "--attack_queries=1",
+    ],
     "ebm_combine.py": ["--num_steps=1", "--limit=2", "--batch_size=2", "--break_steps=1", "--precision=float32"],
     "imagenet_demo.py": ["--num_steps=2", "--batch_size=2"],
     "sample.py": ["--num_steps=1", "--num=2"],

@@ -149,6 +149,7 @@ CASES = [
     ("energyeval", {}, 4, {}, {"train mean", "verdict"}),
     ("democlass", {}, 2, {"democlass": "8 of 15"}, set()),
     ("diagnose", {"limit": 4}, 15, {"rounds": "6 of 50"}, {"step 5"}),
+    ("mixing", {"limit": 4, "chain_steps": 50}, 30, {"steps": "28 of 50"}, {"energy", "verdict"}),
     ("mixenergy", {}, 6, {"scores of interpolation": "16 of 24"}, {"interpolation"}),
     ("mixenergy", {}, 2, {"scores of test": "8 of 24"}, set()),
     ("boxcorrupt", {}, 3, {"inpaint train": "16 of 24"}, {"train MSE mean", "verdict"}),
@@ -186,8 +187,8 @@ def test_tasks_report_what_is_done(tmp_path, monkeypatch, task, settings, number
 def test_nothing_done_is_no_result(tmp_path, monkeypatch):
     """Breaks when a signal in the first batch, or in work whose parts cannot be told apart, leaves results."""
     box = ExaminedModel(make_model(ModelConfig("MnistNet", (1, 8, 8), 2, 3)), make_generator(), 1, batch_size=8)
-    for task, number in (("energyeval", 1), ("diagnose", 9), ("crossclass", 2)):
-        run = make_sandbox_run(box, tmp_path, limit=24)
+    for task, number in (("energyeval", 1), ("diagnose", 9), ("mixing", 19), ("crossclass", 2)):
+        run = make_sandbox_run(box, tmp_path, limit=4 if task == "mixing" else 24, chain_steps=50)
         with monkeypatch.context() as patch, pytest.raises(Interruption), box.workers.keep_results():
             stop_in_batch(patch, number)
             sandbox.TASKS[task](run)

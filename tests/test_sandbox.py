@@ -516,7 +516,7 @@ NEED_CLASSES = {"label", "labelfinetune", "crossclass", "democlass"}
 @pytest.mark.parametrize("task", sandbox.TASKS)
 def test_task_on_a_conditional_model_of_grey_images(task, tmp_path):
     """Breaks when a task does not run, writes no picture, or reports what JSON cannot hold."""
-    settings = {"limit": 1 if task == "latent" else 8, "hessian": False}
+    settings = {"limit": 1 if task == "latent" else 8, "hessian": False, "chain_steps": 50}
     run = make_sandbox_run(
         make_sandbox("MnistNet", (1, 12, 12), 3), tmp_path, mixes=["random", "interpolation"], pgd=2, **settings
     )
@@ -538,7 +538,9 @@ def test_samples_of_classes_need_no_data(tmp_path):
 def test_task_on_an_unconditional_model_of_colour_images(task, tmp_path):
     """Breaks when a task needs labels for nothing, or one that does need them fails without saying so."""
     examined = make_sandbox("ResNet32", (3, 16, 16), num_steps=1)
-    run = make_sandbox_run(examined, tmp_path, classes=0, mixes=["interpolation"], limit=2, hessian=False)
+    run = make_sandbox_run(
+        examined, tmp_path, classes=0, mixes=["interpolation"], limit=2, hessian=False, chain_steps=50
+    )
     if task in NEED_CLASSES:
         with pytest.raises(UsageError, match=f"`task`={task} needs a model conditioned on classes"):
             sandbox.TASKS[task](run)

@@ -1,4 +1,4 @@
-"""Quality measures: distances between samples and data, and how well a score separates two sets."""
+"""Quality measures: distances between samples and data, how well a score separates two sets, and how chains mix."""
 
 from __future__ import annotations
 
@@ -202,3 +202,47 @@ def fpr_at_95_tpr(in_scores: ArrayLike, out_scores: ArrayLike) -> float:
     """Return the share of out-scores above the highest threshold that accepts at least 95 % of the in-scores."""
     fpr, tpr = roc_curve(in_scores, out_scores)
     return float(fpr[tpr >= 0.95].min())
+
+
+# ---- Markov chains: whether they have forgotten where they started ----
+
+
+class ChainFigures(NamedTuple):
+    """How well chains of a number mix; the figures are None if no chain has moved."""
+
+    rhat: float | None  # 1 if chains, and their halves, have the same distribution; more if they stay apart
+    ess: float | None  # effective sample size: so many independent draws would tell as much about the mean
+    tau: float | None  # integrated autocorrelation time: draws per effective one
+
+
+def measure_chains(values: ArrayLike) -> ChainFigures:
+    """Return R-hat, the effective sample size and the autocorrelation time of chains of a number (chains, draws).
+
+    There must be two chains and eight draws at least. R-hat and the effective sample size are those of split chains and
+    ranks (Vehtari et al. 2021), which need no finite variance; they are computed by arviz-stats.
+    """
+    from arviz_stats.base import array_stats  # imported here because it is slow and few runs need it
+
+    draws = np.asarray(values, dtype=np.float64)
+    if (draws == draws[:, :1]).all():
+        return ChainFigures(None, None, None)
+    ess = float(array_stats.ess(draws, method="bulk"))
+    return ChainFigures(float(array_stats.rhat(draws, method="rank")), ess, draws.size / ess)
+
+
+def compute_autocorrelation(values: ArrayLike) -> np.ndarray:
+    """Return the autocorrelation of chains of a number (chains, draws) at every lag from 0, (draws,).
+
+    The mean and the variance are those of all chains together, so that chains that stay apart remain correlated at
+    every lag (Vehtari et al. 2021, equation 10). 1 at all lags if no chain has moved.
+    """
+    from arviz_stats.base import array_stats
+
+    draws = np.asarray(values, dtype=np.float64)
+    number = draws.shape[1]
+    covariance = np.asarray(array_stats.autocov(draws, axis=1)).mean(0)
+    within = covariance[0] * number / (number - 1)
+    total = covariance[0] + (draws.mean(1).var(ddof=1) if len(draws) > 1 else 0.0)
+    if covariance[0] == 0:
+        return np.ones(number)
+    return np.concatenate([[1.0], 1 - (within - covariance[1:]) / total])

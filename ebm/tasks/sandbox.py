@@ -24,6 +24,7 @@ from ebm.tasks.analysis import (
 )
 from ebm.tasks.attacks import restrict_to_lower_half
 from ebm.tasks.label_tasks import classify_images, finetune_classifier
+from ebm.tasks.mixing import measure_mixing
 from ebm.tasks.outliers import compare_scores, detect_outliers
 from ebm.tasks.sandbox_run import ROWS, Report, SandboxRun
 
@@ -408,6 +409,7 @@ TASKS: dict[str, Callable[[SandboxRun], Report]] = {
     "labelfinetune": finetune_classifier,
     "energyeval": compare_energies,
     "diagnose": diagnose_chains,
+    "mixing": measure_mixing,
     "mixenergy": detect_outliers,
     "ood": compare_scores,
     "anticorrupt": denoise_images,
