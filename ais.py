@@ -2,6 +2,7 @@
 
     python ais.py --exp=mnist --resume_iter=latest --pdist=1000
     python ais.py --exp=cifar10_uncond --temperature=1000 --pdist=100,1000,10000
+    python ais.py --exp=fashion_cond --temperature=1000 --pdist=100,1000 --label=sneaker
     python ais.py --dataset=gauss --pdist=10,100,1000
 
 The model is the density exp(−temperature·E(x) − Σ (100·distance to the box)²) / Z over images in the box [0, rescale];
@@ -34,7 +35,15 @@ from ebm.support.hardware import set_up_process
 from ebm.support.interruption import keep_what_is_done
 from ebm.support.progress import Progress
 from ebm.support.reports import format_table
-from ebm.tasks.likelihood import GAUSSIANS, Target, bound_log_z_of_classes, build_gauss, compute_figures, load_target
+from ebm.tasks.likelihood import (
+    GAUSSIANS,
+    Target,
+    bound_log_z_of_classes,
+    build_gauss,
+    compute_figures,
+    find_refuted_bounds,
+    load_target,
+)
 from ebm.tasks.results import Results, own_results
 from ebm.tasks.trained_models import find_checkpoint, open_model
 from ebm.training.distributed import Workers, share_evaluation
@@ -50,17 +59,23 @@ def describe_target(settings: AisSettings, target: Target) -> dict[str, Any]:
 
 
 def plot_bounds(contents: Mapping[str, Any], numbers: Sequence[int], path: pathlib.Path) -> pathlib.Path:
-    """Plot the bounds of log Z and the shares of accepted moves over the number of distributions; return the path."""
+    """Plot bounds and shares of accepted moves over the number of distributions; return the path.
+
+    The bounds are those of log Z and, for a model, of the bits per dimension of its test images.
+    """
     rows, xlabel = list(contents["bounds"].values()), "number of distributions"
-    bounds = {"upper bound": "log Z ≤", "lower bound": "log Z ≥"}
-    lines = {title: (numbers, [row[name] for row in rows]) for title, name in bounds.items()}
+
+    def read_columns(columns: Mapping[str, str]) -> dict[str, Any]:
+        return {title: (numbers, [row[name] for row in rows]) for title, name in columns.items()}
+
+    panels = {"log Z / nats": read_columns({"upper bound": "log Z ≤", "lower bound": "log Z ≥"})}
     if "log Z" in contents:
-        lines["exact"] = (numbers, [contents["log Z"]] * len(numbers))
+        panels["log Z / nats"]["exact"] = (numbers, [contents["log Z"]] * len(numbers))
+    if "bits/dim ≤" in rows[0]:
+        panels["bits per dimension"] = read_columns({"upper bound": "bits/dim ≤", "lower bound": "bits/dim ≥"})
     ways = {"from box to model": "accepted", "from model to box": "accepted back"}
-    accepted = {title: (numbers, [row[name] for row in rows]) for title, name in ways.items()}
-    return pictures.plot_lines(
-        {"log Z / nats": lines, "share of accepted moves": accepted}, path, xlabel=xlabel, log=[xlabel]
-    )
+    panels["share of accepted moves"] = read_columns(ways)
+    return pictures.plot_lines(panels, path, xlabel=xlabel, log=[xlabel])
 
 
 def main(settings: AisSettings) -> None:
@@ -106,6 +121,8 @@ def measure_likelihood(settings: AisSettings, workers: Workers, results: Results
             "note: log Z ≤, log p ≥ and bits/dim ≤ assume that the chains reached the model: trust them only if they do"
         )
         print("not change with ten times the --pdist; the other bounds always hold")
+        if refuted := find_refuted_bounds(contents["bounds"]):
+            print(f"note: they did not reach it with {', '.join(refuted)}: log Z ≤ is below another row's log Z ≥")
     least = min(rows[-1]["accepted"], rows[-1]["accepted back"])
     if least < 0.5:
         print(f"note: only {least:.0%} of the moves were accepted; try a smaller --alr than {target.alr:g}")

@@ -1345,6 +1345,11 @@ class AnnealingSettings:
         not_with=IS_GAUSS,
         at_most=MOST_IMAGES,
     )
+    label: str | None = flag(
+        None,
+        "class to measure, its density and its test images, by its number or name; default: all classes",
+        not_with=IS_GAUSS,
+    )
     pdist: tuple[int, ...] = flag(
         (10,),
         "number of distributions on the way from the box, where chains start, to the model; several numbers, such as "

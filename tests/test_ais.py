@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import ais
 import models
 from conftest import make_model, run_commands, write_checkpoint
 from ebm.tasks.likelihood import (
@@ -20,6 +21,7 @@ from ebm.tasks.likelihood import (
     compute_wall_energy,
     draw_box_images,
     draw_gauss_samples,
+    find_refuted_bounds,
 )
 
 
@@ -161,8 +163,43 @@ def test_script_on_a_model(tmp_path):
         model.stages["fc5"].b.fill_(0.5)
     flags = {"dataset": "digits", "temperature": 3.0, "rescale": 2.0}
     write_checkpoint(tmp_path / "digits" / "model_1.pt", model, flags=flags)
-    _, found = run_ais(tmp_path, {"digits": "--exp=digits --pdist=2 --limit=3 --batch_size=2"})["digits"]
+    common = "--exp=digits --batch_size=2"
+    _, found = run_ais(tmp_path, {"digits": f"{common} --pdist=2 --limit=3"})["digits"]
     assert found["−T·E of test images"] == pytest.approx(-1.5) and found["rescale"] == 2 and found["alr"] == 0.0065
     bounds, exact = found["bounds"]["pdist 2"], 8 + math.log2(1 + SPILL / 2)
     assert bounds["bits/dim ≥"] == pytest.approx(exact, abs=1e-6) == bounds["bits/dim ≤"]
     assert 1 < len(found["by class"]["pdist 2"]) <= 3
+    printed, found = run_ais(tmp_path, {"digits": f"{common} --pdist=1,2 --label=4 --limit=5"})["digits"]
+    assert found["images"].endswith("test images of digits, class 4") and "5 of " in printed
+    assert all(set(by_class) == {"class 4"} for by_class in found["by class"].values())
+    assert found["bounds"]["pdist 1"]["bits/dim ≥"] == pytest.approx(exact, abs=1e-6)
+    wrong = run_commands(
+        "ais", {"wrong": [f"--logdir={tmp_path}/out", f"--modeldir={tmp_path}", "--exp=digits", "--label=x"]}
+    )
+    assert "`label`" not in wrong["wrong"][1] and "--label" in wrong["wrong"][1]
+
+
+def test_refuted_bounds():
+    """Breaks when an upper bound that another row's lower bound exceeds, by more than the errors, is not noticed."""
+
+    def row(lower, upper, error):
+        return {"log Z ≥": lower, "log Z ≤": upper, "error": error}
+
+    rows = {"pdist 1": row(-9.0, -7.5, 0.4), "pdist 2": row(-8.0, -6.5, 0.4), "pdist 3": row(-6.0, -5.0, 0.3)}
+    assert find_refuted_bounds(rows) == ["pdist 1"]
+    assert find_refuted_bounds({"pdist 1": row(-9.0, -10.0, 1.0)}) == []
+
+
+def test_the_plot_shows_how_the_bounds_close(tmp_path, monkeypatch):
+    """Breaks when bits per dimension are missing from the plot of a model, or bounds are swapped."""
+    panels = {}
+    monkeypatch.setattr(ais.pictures, "plot_lines", lambda found, *_, **__: panels.update(found))
+    names = ("log Z ≥", "log Z ≤", "bits/dim ≥", "bits/dim ≤", "accepted", "accepted back")
+    rows = {f"pdist {n}": dict(zip(names, (-9.0, 9.0 / n, 1.0, 5.0 / n, 0.9, 0.8), strict=True)) for n in (1, 3)}
+    ais.plot_bounds({"bounds": rows}, [1, 3], tmp_path / "ais.png")
+    assert list(panels) == ["log Z / nats", "bits per dimension", "share of accepted moves"]
+    assert panels["bits per dimension"] == {
+        "upper bound": ([1, 3], [5.0, 5.0 / 3]),
+        "lower bound": ([1, 3], [1.0, 1.0]),
+    }
+    assert panels["log Z / nats"]["upper bound"] == ([1, 3], [9.0, 3.0])

@@ -934,7 +934,7 @@ def test_training_all_four(commands):
 
 def test_table():
     """Breaks when figures are not to be found below the name of their column, or columns that change get no heads."""
-    rows = {"a": {"x": 0.25, "y": None}, "b": {"x": 1.0, "y": 2}, "all": 3, "c": {"long name": 0.5}}
+    rows = {"a": {"x": 0.25, "y": None}, "b": {"x": 1.0, "y": 2}, "all": 3, "c": {"long name": 0.5}, "d": {"z": -1e6}}
     lines = [
         "              x         y",
         "a        0.2500         –",
@@ -942,6 +942,8 @@ def test_table():
         "all  3",
         "       long name",
         "c         0.5000",
+        "                   z",
+        "d      -1000000.0000",
     ]
     assert reports.format_table(rows) == "\n".join(lines)
 

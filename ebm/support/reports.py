@@ -25,6 +25,10 @@ def format_table(figures: Mapping[str, Any], published: Mapping[str, str] | None
     def format_cell(value: object) -> str:
         return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
+    def measure_width(column: str) -> int:
+        rows = [row for row in figures.values() if isinstance(row, Mapping) and column in row]
+        return max(8, len(column), *(len(format_cell(row[column])) for row in rows)) + 2
+
     width = max(map(len, figures)) + 2
     lines: list[str] = []
     columns: dict[str, int] = {}
@@ -32,7 +36,7 @@ def format_table(figures: Mapping[str, Any], published: Mapping[str, str] | None
         line = f"{name:<{width}}"
         if isinstance(value, Mapping):
             if list(value) != list(columns):
-                columns = {column: max(len(column), 8) + 2 for column in value}
+                columns = {column: measure_width(column) for column in value}
                 lines.append(" " * width + "".join(f"{column:>{size}}" for column, size in columns.items()))
             line += "".join(f"{format_cell(value[column]):>{size}}" for column, size in columns.items())
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from ebm.settings import AisSettings
 from ebm.support.errors import UsageError
 from ebm.support.sharing import ShareOut, compute_all, derive_seed, fold_seed
 from ebm.tasks.examined_model import ExaminedModel, count_most_images
-from ebm.tasks.trained_models import TrainedModel, load_split, match_labels, note_contradictions
+from ebm.tasks.trained_models import TrainedModel, find_class, load_split, match_labels, note_contradictions
 from ebm.training.distributed import Workers
 from models import freeze_energy
 from sampling import Energy, draw_hmc_move, make_hmc_move
@@ -223,6 +223,17 @@ def compute_figures(target: Target, bounds_by_class: dict[str, LogZBounds]) -> d
     return figures
 
 
+def find_refuted_bounds(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the names of the rows of `compute_figures` whose upper bound of log Z cannot be one.
+
+    It is below the lower bound of another row by more than both errors: the chains of its row did not reach the model.
+    """
+    highest = max(figures.values(), key=lambda row: row["log Z ≥"])
+    return [
+        name for name, row in figures.items() if row["log Z ≤"] + row["error"] < highest["log Z ≥"] - highest["error"]
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A density whose log Z is known: a Gaussian in the middle of the box [0, rescale]ᵈ
 
@@ -322,15 +333,25 @@ def load_target(settings: AisSettings, trained: TrainedModel, workers: Workers) 
 def load_test_images(settings: AisSettings, trained: TrainedModel, device: torch.device) -> tuple[Tensor, Tensor, str]:
     """Return random test images in [0, 1], their label vectors, and a description of them.
 
-    The labels of an unconditional model have width 0. Raises UsageError if the images do not fit the model or are not
-    dequantised.
+    The labels of an unconditional model have width 0. Raises UsageError if the images do not fit the model, are not
+    dequantised, or if there are none of the class `label`.
     """
     dataset = match_labels(load_split("test", trained, settings, device), trained)
     if dataset.name == "dsprites":
         raise UsageError("`dataset`=dsprites has pixels of two values without noise, which have no density")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))
+    name = dataset.name
+    if settings.label is not None:
+        number = find_class("label", settings.label, trained.class_names, trained.model.config.label_size)
+        if dataset.labels is None or dataset.labels.dim() != 1:
+            raise UsageError(f"`label`={settings.label}: the classes of {name} are not in memory; leave it out")
+        order = order[dataset.labels.cpu()[order] == number]
+        if not len(order):
+            raise UsageError(f"`label`={settings.label}: no test image of {name} is of this class")
+        name += f", class {settings.label}"
+    found = len(order)
     order = order[: settings.limit or count_most_images(dataset.image_shape)]
     images, labels = dataset.batch(order.to(device), torch.Generator(device).manual_seed(settings.seed))
     if labels is None or not trained.model.config.label_size:
         labels = images.new_zeros(len(images), 0)
-    return images, labels, f"{len(images)} of {len(dataset)} test images of {dataset.name}"
+    return images, labels, f"{len(images)} of {found} test images of {name}"
