@@ -173,7 +173,7 @@ def test_a_sampler_that_mixes(sampler, tmp_path):
     """
     run = make_run(lambda x, y: quadratic(0.5, 0.5)(x), tmp_path, step_lr=1.0, sampler=sampler, noise_scale=0.05)
     figures = mixing.measure_mixing(run).figures
-    assert figures["verdict"].startswith("mixes: R-hat 1.0") and figures["factor of the energy"] == pytest.approx(800)
+    assert figures["verdict"].startswith("mixes: R-hat 1.00") and figures["factor of the energy"] == pytest.approx(800)
     row = figures["energy"]
     assert row["R-hat"] < 1.01 and row["effective samples"] > 400
     # A mean energy of half the temperature for each of 16 pixels. Langevin steps have a third of this here: one takes
@@ -212,9 +212,9 @@ def test_verdicts():
     def judge(*pairs):
         return mixing.judge_mixing({str(k): metrics.ChainFigures(*pair, 1.0) for k, pair in enumerate(pairs)}, 10_000)
 
-    assert judge((1.004, 900.0), (1.0, 2345.0)) == "mixes: R-hat 1.00, 900 effective samples of 10,000"
-    assert judge((1.0, 5000.0), (1.05, 900.0)).startswith("not mixed yet: R-hat 1.05, 900 ")
-    assert judge((1.0, 5000.0), (1.0, 300.0)).startswith("not mixed yet: R-hat 1.00, 300 ")
+    assert judge((1.004, 900.0), (1.0, 2345.0)) == "mixes: R-hat 1.004, 900 effective samples of 10,000"
+    assert judge((1.0, 5000.0), (1.05, 900.0)).startswith("not mixed yet: R-hat 1.050, 900 ")
+    assert judge((1.0, 5000.0), (1.0, 300.0)).startswith("not mixed yet: R-hat 1.000, 300 ")
     assert judge((None, None), (None, None)) == "stuck: the chains do not move"
     assert judge((None, None), (1.0, 5000.0)).startswith("mixes")  # a constant energy says nothing
     assert judge((3.2, 1.4), (1.0, 5000.0)) == "stuck: R-hat 3.20, 1.4 effective samples of 10,000"

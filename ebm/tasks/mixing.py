@@ -32,7 +32,7 @@ MOST_NOISE = 0.2  # the largest noise of a move, a fifth of the box, see `make_m
 SLOWEST_TUNING = 0.1  # least change of the logarithm of MALA's step size by a move
 LEAST_DRAWS = 8  # steps that R-hat needs after the warm-up
 MOST_EXAMPLES = 2_000  # test images among which those of a class are looked for
-# Vehtari et al. (2021) ask for an R-hat below 1.01 and 400 effective samples; Gelman & Rubin (1992) found 1.1 too much.
+# Vehtari et al. (2021) ask for an R-hat below 1.01 and 400 effective samples; 1.1 was the usual limit before.
 MIXED_RHAT, MIXED_ESS, STUCK_RHAT = 1.01, 400, 1.1
 DRAWN_POINTS, RATE_POINTS = 300, 40  # of a line in the plot, and of one of acceptance
 
@@ -237,7 +237,7 @@ def judge_mixing(figures: Mapping[str, metrics.ChainFigures], draws: int) -> str
     rhat, ess = max(rhats), min(sizes)
     word = "mixes" if rhat <= MIXED_RHAT and ess >= MIXED_ESS else "stuck" if rhat > STUCK_RHAT else "not mixed yet"
     effective = f"{ess:,.0f}" if ess >= 100 else f"{ess:.1f}"
-    return f"{word}: R-hat {rhat:.2f}, {effective} effective samples of {draws:,}"
+    return f"{word}: R-hat {rhat:.{2 if word == 'stuck' else 3}f}, {effective} effective samples of {draws:,}"
 
 
 def plot_mixing(run: SandboxRun, traces: ChainTraces, title: str) -> None:
