@@ -56,19 +56,21 @@ def test_scores_of_a_planted_energy(tmp_path, monkeypatch):
 
 
 def test_density_of_states():
-    """Breaks when a figure is left out of the density, or one that never varies ends the task.
+    """Breaks when a figure, or how figures go together, is left out of the density, or one that never varies ends it.
 
-    Training figures are independent and normal, so that log densities are near those of the normal distribution.
+    Training figures are on two lines that cross: a point between the arms is unusual, though none of its figures is.
     """
     draw = np.random.default_rng(0)
-    train = draw.normal(size=(2_000, 3)) * [1, 10, 0.1] + [0, 5, 0]
-    at = lambda *units: np.array([units]) * [1, 10, 0.1] + [0, 5, 0]  # noqa: E731
-    middle = outliers.estimate_log_density(at(0, 0, 0), train)[0]
-    for place in range(3):
-        units = np.eye(3)[place] * 2
-        assert middle - outliers.estimate_log_density(at(*units), train)[0] == pytest.approx(2, abs=0.5)
-    constant = np.concatenate([train[:, :2], np.full((2_000, 1), 7.0)], 1)
+    line = draw.normal(size=(2_000, 1))
+    train = np.concatenate([line, np.sign(draw.normal(size=line.shape)) * line], 1) + 0.05 * draw.normal(
+        size=(2_000, 2)
+    )
+    density = lambda *point: outliers.estimate_log_density(np.array([point]), train)[0]  # noqa: E731
+    assert min(density(1.0, 1.0), density(1.0, -1.0), density(-1.0, 1.0)) > density(1.5, 0.0) + 5
+    assert density(0.0, 0.0) > density(0.0, 3.0) + 5 and density(0.0, 0.0) > density(9.0, 9.0) + 5
+    constant = np.concatenate([train, np.full((2_000, 1), 7.0)], 1)
     assert np.isfinite(outliers.estimate_log_density(constant, constant)).all()
+    assert np.isfinite(outliers.estimate_log_density(train, train[:3])).all()
 
 
 def test_measures_are_those_of_scikit_learn(tmp_path):

@@ -280,17 +280,20 @@ class ExaminedModel:
     def follow_energies(self, images: Tensor, *, progress: Progress | str = "scores") -> Tensor:
         """Return what scores of outliers are made of: energy, length of its gradient, and energy after a round, (N, 3).
 
-        All are those of the image under its class of lowest energy, if the model is conditioned on classes.
+        If the model is conditioned on classes, they are those under the image's class of lowest energy, and the
+        energies under all classes follow, (N, 3 + classes).
         """
 
         def follow(part: slice) -> Tensor:
             x, labels = images[part], images.new_zeros(len(images[part]), 0)
+            energies = labels
             if self.classes:
-                labels = F.one_hot(self.classify_batch(x).argmax(1), self.classes).to(x.dtype)
+                energies = -self.classify_batch(x)
+                labels = F.one_hot(energies.argmin(1), self.classes).to(x.dtype)
             energy = self.energy.under(labels)
             slope = compute_input_gradient(energy, x).flatten(1).norm(dim=1)
             end = self.run_round(x, labels, x, restrict_to_bounds)
-            return torch.stack([energy(x), slope, energy(end)], 1)
+            return torch.cat([torch.stack([energy(x), slope, energy(end)], 1), energies], 1)
 
         progress = show_progress(progress, len(images))
         return self.compute_in_batches(follow, len(images), progress, each=self.classes)

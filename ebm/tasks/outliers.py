@@ -57,7 +57,7 @@ OWN = "test images"
 LEFT_OUT = "left out"  # the group of a class that training has left out, and the beginning of its name
 
 # Scores by name, each larger for images that are more like the data, as functions of what `follow_energies` returns of
-# images (N, 3) and of training images (M, 3): the energy, the length of its gradient, and the energy after a chain.
+# images, and of training images: energy, length of its gradient, energy after a chain, and energies under all classes.
 SCORES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "−E": lambda found, train: -found[:, 0],
     "−|∂E/∂x|": lambda found, train: -found[:, 1],  # approximate mass, Grathwohl et al. 2020
@@ -65,7 +65,9 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "typicality": lambda found, train: -np.abs(found[:, 0] - train[:, 0].mean()),  # Nalisnick et al. 2019, one image
     "density": lambda found, train: estimate_log_density(found, train),
 }
-TRAINING_IMAGES = 2_000  # at most, with which a score compares images
+TRAINING_IMAGES = 5_000  # at most, with which a score compares images
+COMPONENTS = 20  # normal distributions in the density of the figures of training images, at most
+IMAGES_PER_COMPONENT = 50
 
 Scores = dict[str, np.ndarray]  # of one set: name of the score -> (N,)
 Measures = dict[tuple[str, str, str], list[float]]  # set, score, measure -> its value in each repeat
@@ -80,16 +82,17 @@ MEASURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def estimate_log_density(found: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Return the log density (N,) of figures of images (N, 3) among those of training images (M, 3).
+    """Return the log density (N,) of figures of images (N, D) among those of training images (M, D).
 
-    This is the density of states estimation of Morningstar et al. 2021 with a kernel density estimate of each figure,
-    as if they were independent: what is unusual in any of them has a low density.
+    This is the density of states estimation of Morningstar et al. 2021, here by a mixture of normal distributions: what
+    is unusual in any figure, or in several together, has a low density.
     """
-    from scipy.stats import gaussian_kde
+    from sklearn.mixture import GaussianMixture
 
-    pairs = zip(train.T, found.T, strict=True)
-    parts = [gaussian_kde(points).logpdf(values) for points, values in pairs if points.std() > 0]
-    return sum(parts, np.zeros(len(found)))
+    mean, spread = train.mean(0), train.std(0).clip(1e-12)
+    components = max(1, min(COMPONENTS, len(train) // IMAGES_PER_COMPONENT))
+    mixture = GaussianMixture(components, reg_covar=1e-3, random_state=0).fit((train - mean) / spread)
+    return mixture.score_samples((found - mean) / spread)
 
 
 def draw_gaussian_noise(images: Tensor, generator: torch.Generator) -> Tensor:
