@@ -146,6 +146,7 @@ class Planted:
     def __init__(self, energy: Callable[[Tensor, Tensor], Tensor], config: models.ModelConfig):
         self.config = config
         self.settings: dict[str, Any] = {}
+        self.stages: dict[str, Any] = {}  # without layers, the features are the pixels
         self.energy = lambda weights, images, labels: energy(images, labels)
         self.bind_images = lambda weights, images: (
             lambda labels: energy(models.repeat_each(images, len(labels)), labels)

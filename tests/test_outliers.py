@@ -17,7 +17,7 @@ import train
 from conftest import Planted, make_dataset, make_generator, make_sandbox_run
 from ebm.support.errors import UsageError
 from ebm.tasks import outliers
-from ebm.tasks.examined_model import ExaminedModel
+from ebm.tasks.examined_model import EnergyTraits, ExaminedModel
 from ebm.tasks.outliers import MADE, SCORES, compare_scores, find_group
 
 
@@ -39,11 +39,12 @@ def test_scores_of_a_planted_energy(tmp_path, monkeypatch):
     """
     examined = examine(lambda x, y: (x - 0.5).square().flatten(1).sum(1), noise_std=0.0)
     images = torch.rand(5, 1, 8, 8, generator=make_generator())
-    energy, slope, end = examined.follow_energies(images).unbind(1)
-    squares = (images - 0.5).square().flatten(1).sum(1)
-    torch.testing.assert_close(energy, squares)
-    torch.testing.assert_close(slope, 2 * squares.sqrt())
-    torch.testing.assert_close(end, squares / 16)
+    traits = examined.measure_traits(images)
+    squares = (images - 0.5).square().flatten(1).sum(1).double().numpy()
+    np.testing.assert_allclose(traits.energy, squares, rtol=1e-5)
+    np.testing.assert_allclose(traits.slope, 2 * np.sqrt(squares), rtol=1e-5)
+    np.testing.assert_allclose(traits.end, squares / 16, rtol=1e-5)
+    np.testing.assert_allclose(traits.features, images.flatten(1))
 
     monkeypatch.setattr(outliers, "MADE", {"bright": lambda x, g: x * 0 + 1, "grey": lambda x, g: x * 0.1 + 0.45})
     report = compare_scores(make_sandbox_run(examined, tmp_path, classes=0, repeats=2))
@@ -51,7 +52,8 @@ def test_scores_of_a_planted_energy(tmp_path, monkeypatch):
     for score in SCORES:
         of_bright = [found["bright", score, measure] for measure in outliers.MEASURES]
         assert of_bright == pytest.approx([1, 1, 1, 0])
-        assert found["grey", score, "AUROC"] == (score in ("typicality", "density"))
+        if score != "features":
+            assert found["grey", score, "AUROC"] == (score in ("typicality", "density"))
     assert report.figures["bright"] == {"group": "made", "images": 24} | dict.fromkeys(SCORES, "1.000 ± 0.000")
 
 
@@ -71,6 +73,22 @@ def test_density_of_states():
     constant = np.concatenate([train, np.full((2_000, 1), 7.0)], 1)
     assert np.isfinite(outliers.estimate_log_density(constant, constant)).all()
     assert np.isfinite(outliers.estimate_log_density(train, train[:3])).all()
+
+
+def test_feature_distance():
+    """Breaks when distances are measured from another class, or without the covariance of the features within classes.
+
+    Classes lie 100 apart; within them the first feature varies by 1 and the second by 10.
+    """
+    draw = np.random.default_rng(0)
+    classes = draw.integers(0, 2, 5_000)
+    features = draw.normal(size=(5_000, 2)) * [1, 10] + 100 * classes[:, None]
+    none = np.zeros(5_000)
+    train = EnergyTraits(none, none, none, -np.eye(2)[classes], features)
+    points = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 20.0], [100.0, 100.0], [100.0, 100.0]])
+    found = EnergyTraits(none[:5], none[:5], none[:5], -np.eye(2)[[0, 0, 0, 1, 0]], points)
+    distances = outliers.measure_feature_distance(found, train)
+    assert distances[:4] == pytest.approx([0, 4, 4, 0], abs=0.3) and distances[4] > 5_000
 
 
 def test_measures_are_those_of_scikit_learn(tmp_path):

@@ -14,7 +14,9 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,6 +52,16 @@ def choose_size(batch_size: int, each: int) -> int:
 def count_most_images(image_shape: tuple[int, int, int]) -> int:
     """Return how many images (C, H, W) to examine at most, so that memory surely holds them: 2 GB as floats."""
     return min(MOST, MOST_PIXELS // math.prod(image_shape))
+
+
+class EnergyTraits(NamedTuple):
+    """What an energy says of N images, each under its class of lowest energy if there are classes."""
+
+    energy: np.ndarray  # (N,)
+    slope: np.ndarray  # the length of the energy's gradient at the image (N,)
+    end: np.ndarray  # the energy at the end of one round of Langevin steps from the image (N,)
+    energies: np.ndarray  # under every class (N, classes)
+    features: np.ndarray  # the input of the network's last layer (N, width)
 
 
 @dataclasses.dataclass
@@ -277,14 +289,10 @@ class ExaminedModel:
         return -self.compute_energies(images, images.new_zeros(len(images), 0), progress=progress)
 
     @torch.no_grad()
-    def follow_energies(self, images: Tensor, *, progress: Progress | str = "scores") -> Tensor:
-        """Return what scores of outliers are made of: energy, length of its gradient, and energy after a round, (N, 3).
+    def measure_traits(self, images: Tensor, *, progress: Progress | str = "scores") -> EnergyTraits:
+        """Return what the energy says of images: what scores of outliers are made of."""
 
-        If the model is conditioned on classes, they are those under the image's class of lowest energy, and the
-        energies under all classes follow, (N, 3 + classes).
-        """
-
-        def follow(part: slice) -> Tensor:
+        def measure(part: slice) -> Tensor:
             x, labels = images[part], images.new_zeros(len(images[part]), 0)
             energies = labels
             if self.classes:
@@ -293,10 +301,13 @@ class ExaminedModel:
             energy = self.energy.under(labels)
             slope = compute_input_gradient(energy, x).flatten(1).norm(dim=1)
             end = self.run_round(x, labels, x, restrict_to_bounds)
-            return torch.cat([torch.stack([energy(x), slope, energy(end)], 1), energies], 1)
+            features = self.compute_features(x, labels).flatten(1)
+            return torch.cat([torch.stack([energy(x), slope, energy(end)], 1), energies, features], 1)
 
         progress = show_progress(progress, len(images))
-        return self.compute_in_batches(follow, len(images), progress, each=self.classes)
+        found = self.compute_in_batches(measure, len(images), progress, each=self.classes).double().cpu().numpy()
+        energy, slope, end = found[:, :3].T
+        return EnergyTraits(energy, slope, end, found[:, 3 : 3 + self.classes], found[:, 3 + self.classes :])
 
     def run_stages(
         self,

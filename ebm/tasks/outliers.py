@@ -21,6 +21,7 @@ from ebm.support.files import write_file
 from ebm.support.interruption import Interruption
 from ebm.support.sharing import fold_seed
 from ebm.tasks.analysis import average_with_next, fit_images
+from ebm.tasks.examined_model import EnergyTraits
 from ebm.tasks.sandbox_run import Report, SandboxRun
 
 # The AUROC of an unconditional model in the paper, for CIFAR-10, as later papers quote it. "?": not verified.
@@ -56,14 +57,15 @@ MADE: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 OWN = "test images"
 LEFT_OUT = "left out"  # the group of a class that training has left out, and the beginning of its name
 
-# Scores by name, each larger for images that are more like the data, as functions of what `follow_energies` returns of
-# images, and of training images: energy, length of its gradient, energy after a chain, and energies under all classes.
-SCORES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "−E": lambda found, train: -found[:, 0],
-    "−|∂E/∂x|": lambda found, train: -found[:, 1],  # approximate mass, Grathwohl et al. 2020
-    "fall of E": lambda found, train: found[:, 2] - found[:, 0],  # far from the data a chain falls deep
-    "typicality": lambda found, train: -np.abs(found[:, 0] - train[:, 0].mean()),  # Nalisnick et al. 2019, one image
-    "density": lambda found, train: estimate_log_density(found, train),
+# Scores by name, each larger for images that are more like the data, as functions of the traits of images and of
+# training images.
+SCORES: dict[str, Callable[[EnergyTraits, EnergyTraits], np.ndarray]] = {
+    "−E": lambda found, train: -found.energy,
+    "−|∂E/∂x|": lambda found, train: -found.slope,  # approximate mass, Grathwohl et al. 2020
+    "fall of E": lambda found, train: found.end - found.energy,  # far from the data a chain falls deep
+    "typicality": lambda found, train: -np.abs(found.energy - train.energy.mean()),  # Nalisnick et al. 2019, one image
+    "density": lambda found, train: estimate_log_density(join_energies(found), join_energies(train)),
+    "features": lambda found, train: -measure_feature_distance(found, train),
 }
 TRAINING_IMAGES = 5_000  # at most, with which a score compares images
 COMPONENTS = 20  # normal distributions in the density of the figures of training images, at most
@@ -81,6 +83,11 @@ MEASURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
+def join_energies(traits: EnergyTraits) -> np.ndarray:
+    """Return all energies and gradients of images, (N, 3 + classes)."""
+    return np.column_stack([traits.energy, traits.slope, traits.end, traits.energies])
+
+
 def estimate_log_density(found: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Return the log density (N,) of figures of images (N, D) among those of training images (M, D).
 
@@ -93,6 +100,25 @@ def estimate_log_density(found: np.ndarray, train: np.ndarray) -> np.ndarray:
     components = max(1, min(COMPONENTS, len(train) // IMAGES_PER_COMPONENT))
     mixture = GaussianMixture(components, reg_covar=1e-3, random_state=0).fit((train - mean) / spread)
     return mixture.score_samples((found - mean) / spread)
+
+
+def measure_feature_distance(found: EnergyTraits, train: EnergyTraits) -> np.ndarray:
+    """Return the squared Mahalanobis distance (N,) of the features of images from the mean of their class.
+
+    Lee et al. 2018, with the features of the last layer: means of the classes, which are those of lowest energy, and
+    one covariance for all, with the shrinkage of Ledoit and Wolf 2004.
+    """
+    from sklearn.covariance import LedoitWolf
+
+    number = train.energies.shape[1]
+    of_train, of_found = (
+        traits.energies.argmin(1) if number else np.zeros(len(traits.energy), int) for traits in (train, found)
+    )
+    centres = np.tile(train.features.mean(0), (max(number, 1), 1))  # also for classes that no training image is in
+    for k in np.unique(of_train):
+        centres[k] = train.features[of_train == k].mean(0)
+    covariance = LedoitWolf(assume_centered=True).fit(train.features - centres[of_train])
+    return covariance.mahalanobis(found.features - centres[of_found])
 
 
 def draw_gaussian_noise(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -224,7 +250,7 @@ def make_from_test_images(make: Callable[[Tensor, torch.Generator], Tensor]) -> 
 
 
 def compare_scores(run: SandboxRun) -> Report:
-    """Detect outliers of many kinds, several times, by five scores that the energy and its gradient give."""
+    """Detect outliers of many kinds, several times, by six scores that a trained energy gives."""
     if run.model.classes:
         run.require_class_names("ood")
     sets, repeats = find_outlier_sets(run), run.settings.repeats
@@ -248,16 +274,16 @@ def compare_scores(run: SandboxRun) -> Report:
 def score_sets(run: SandboxRun, sets: Mapping[str, OutlierSet]) -> Iterator[tuple[str, Scores]]:
     """Yield the name and the scores of the test images, then of each set of outliers; after a signal Interruption."""
 
-    def follow(images: Tensor, title: str) -> np.ndarray:
-        found = run.model.follow_energies(images, progress=title)
+    def measure(images: Tensor, title: str) -> EnergyTraits:
+        traits = run.model.measure_traits(images, progress=title)
         run.model.require_all()
-        return found.double().cpu().numpy()
+        return traits
 
     number = min(run.choose_number(), TRAINING_IMAGES)
-    train = follow(run.draw_examples("train", number).images, "training images")
+    train = measure(run.draw_examples("train", number).images, "training images")
     test = run.draw_examples("test", run.choose_number()).images
     for title, images in itertools.chain([(OWN, test)], ((name, each.draw(run, test)) for name, each in sets.items())):
-        found = follow(images, title)
+        found = measure(images, title)
         yield title, {name: score(found, train) for name, score in SCORES.items()}
 
 
