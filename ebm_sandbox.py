@@ -73,6 +73,7 @@ def examine_model(settings: Settings, workers: Workers, results: Results) -> Non
     load = functools.partial(load_model_split, settings=settings, trained=trained, device=device)
     load_mix = functools.partial(load_outlier_set, settings=settings, config=config, device=device)
     load_left_out = functools.partial(load_split, "test", trained, settings, device, left_out=True)
+    is_class_left_out = trained.find_left_out("svhn" if settings.svhn else settings.dataset) is not None
     run = SandboxRun(
         model,
         settings,
@@ -81,7 +82,7 @@ def examine_model(settings: Settings, workers: Workers, results: Results) -> Non
         mixes=list_outliers(settings),
         results=results,
         names=trained.class_names,
-        load_left_out=load_left_out if trained.flags.get("leave_out") else None,
+        load_left_out=(lambda: workers.take_turns(load_left_out)) if is_class_left_out else None,
     )
     labels = f"{config.label_size} classes" if config.has_classes else f"labels of width {config.label_size}"
     kind = f"conditioned on {labels}" if config.label_size else "unconditional"

@@ -457,6 +457,8 @@ def build_command(row: Row, prefixes: Sequence[pathlib.Path], settings: Settings
         place = prefixes[0]
         changes = {"resume_iter": place.name.removeprefix("model_"), "exp": place.parent.name}
         changes |= {"modeldir": str(place.parent.parent)}
+    elif SHIPPED_ONLY in row.command:
+        changes = {"modeldir": str(get_shipped_root())}  # those whose hashes were checked
     if row.data and settings.datadir != Settings.datadir:
         changes["datadir"] = settings.datadir
     if "inception" in row.data and settings.inception_weights:
@@ -493,6 +495,8 @@ def run_command(words: Sequence[str]) -> pathlib.Path:
     if process.returncode:
         print(f"error: {words[0]} ended with the exit status {process.returncode}", file=sys.stderr)
         sys.exit(process.returncode if process.returncode > 0 else 128 - process.returncode)
+    if not paths:
+        raise UsageError(f"{words[0]} wrote no report; are the further flags those of a measurement?")
     return pathlib.Path(paths[-1])
 
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import importlib
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ import data
 import models
 import train
 from conftest import Planted, make_dataset, make_generator, make_sandbox_run
+from ebm.settings import SandboxSettings
 from ebm.support.errors import UsageError
 from ebm.tasks import outliers
 from ebm.tasks.examined_model import EnergyTraits, ExaminedModel
 from ebm.tasks.outliers import MADE, SCORES, compare_scores, find_group
+from ebm.tasks.trained_models import TrainedModel, load_split
 
 
 def examine(energy, image_shape=(1, 8, 8), **settings):
@@ -130,14 +133,41 @@ def test_sets_made_of_test_images():
 
 def test_groups():
     """Breaks when a near set is called far, or the other way round."""
-    assert [find_group(name, "fashion_mnist") for name in ("mnist", "notMNIST_small", "digits", "svhn")] == [
-        "near",
-        "near",
-        "far",
-        "far",
-    ]
-    assert find_group("cifar100", "cifar10") == "near" and find_group("mnist", "cifar10") == "far"
-    assert find_group("left out: 3", "mnist") == "left out" and find_group("mnist", "a folder") == "far"
+    groups = {name: find_group(name, "fashion_mnist") for name in ("mnist", "notMNIST_small", "digits", "svhn")}
+    assert groups == {"mnist": "near", "notMNIST_small": "near", "digits": "near", "svhn": "far"}
+    assert find_group("cifar100", "cifar10") == find_group("mnist", "digits") == "near"
+    assert find_group("mnist", "cifar10") == find_group("mnist", "a folder") == "far"
+    assert find_group("left out: 3", "mnist") == "left out"
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "message"),
+    [
+        ({"mixset": ("toy",)}, 1, "`mixset`=toy: the model is of this data set"),
+        ({"mixfolder": ("folder/constant",)}, 1, "itself makes a set called constant; rename the folder"),
+        ({"mixfolder": ("folder/test images",)}, 1, "itself makes a set called test images"),
+        ({}, 0, "`num_steps`=0: task ood"),
+        ({"limit": 1}, 1, "take more than one"),
+    ],
+)
+def test_sets_that_cannot_be_compared(settings, steps, message, tmp_path):
+    """Breaks when a set takes the place of another one without a word, or figures of nothing are reported."""
+    load_mix = lambda name, **_: dataclasses.replace(make_dataset((1, 8, 8), 0), name=name.split("/")[-1])  # noqa: E731
+    examined = examine(lambda x, y: x.mean((1, 2, 3)), num_steps=steps)
+    with pytest.raises(UsageError, match=message):
+        compare_scores(make_sandbox_run(examined, tmp_path, classes=0, load_mix=load_mix, **settings))
+
+
+def test_a_class_is_left_out_of_its_own_data_set_alone():
+    """Breaks when another data set, whole, passes for the class that the training left out."""
+    trained = TrainedModel(None, pathlib.Path(), {"dataset": "digits", "leave_out": "3"}, ())
+    assert [trained.find_left_out(name) for name in (None, "digits", "mnist")] == ["3", "3", None]
+    settings = SandboxSettings(datadir="nowhere")
+    trained = trained._replace(model=Planted(lambda x, y: x, models.ModelConfig("MnistNet", (1, 28, 28), 1)))
+    three = load_split("test", trained, settings, torch.device("cpu"), left_out=True)
+    others = load_split("test", trained, settings, torch.device("cpu"))
+    whole = data.load_dataset("digits", split="test")
+    assert torch.equal(three.images, whole.images[whole.labels == 3]) and len(three) + len(others) == len(whole)
 
 
 def test_missing_sets(tmp_path, capsys):

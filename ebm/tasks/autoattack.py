@@ -26,7 +26,7 @@ from ebm.tasks.attacks import SHADES
 from ebm.tasks.examined_model import ExaminedModel
 
 TARGETS = 9  # classes that APGD-T aims at, the most probable ones besides the true one, as in AutoAttack
-LARGE = 128  # radius of a ball, in shades, that holds a grey image around every image: there no classifier can be right
+LARGE = 128  # radius of a ball, in shades, that holds one grey image around every image, which has one class
 
 # Rows of the report: attacks, and what checks them.
 FIRST, TARGETED, DLR, FAB, SQUARE = "APGD-CE", "APGD-T", "APGD-DLR", "FAB", "Square"

@@ -34,15 +34,10 @@ PAPER_AUROC = {
 }
 
 # Sets of images that task ood looks for, and which of them are near a data set. For MNIST and CIFAR-10 these are the
-# lists of OpenOOD (Zhang et al. 2023), and KMNIST, as far as torchvision has the sets. The others are far.
+# lists of OpenOOD (Zhang et al. 2023), as far as torchvision has the sets, and other grey sets. The others are far.
 LOOKED_FOR = ("mnist", "fashion_mnist", "kmnist", "digits", "cifar10", "cifar100", "svhn", "textures", "celeba")
-NEAR = {
-    "mnist": ("fashion_mnist", "kmnist", "notmnist"),
-    "fashion_mnist": ("mnist", "kmnist", "notmnist"),
-    "kmnist": ("mnist", "fashion_mnist", "notmnist"),
-    "cifar10": ("cifar100",),
-    "cifar100": ("cifar10",),
-}
+GREY = ("mnist", "fashion_mnist", "kmnist", "digits", "notmnist")  # the last one, no data set here, as a folder
+NEAR = dict.fromkeys(GREY, GREY) | {"cifar10": ("cifar100",), "cifar100": ("cifar10",)}
 
 # Sets that are made of the test images (N, C, H, W), and need no files.
 MADE: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
@@ -218,6 +213,8 @@ def find_outlier_sets(run: SandboxRun) -> dict[str, OutlierSet]:
     loaded, missing = [run.load_left_out()] if run.load_left_out else [], []
     for name in (*(settings.mixset or LOOKED_FOR), *settings.mixfolder):
         is_asked = name in settings.mixset or name in settings.mixfolder
+        if name == own and is_asked:
+            raise UsageError(f"`mixset`={name}: the model is of this data set; leave it out")
         try:
             loaded += [] if name == own else [run.load_mix(name, download=is_asked)]
         except UsageError:
@@ -228,6 +225,8 @@ def find_outlier_sets(run: SandboxRun) -> dict[str, OutlierSet]:
         print(
             f"note: not in {settings.datadir}: {', '.join(missing)}; to download and compare some, name them in mixset"
         )
+    if reserved := next((each.name for each in loaded if each.name in (OWN, *MADE)), None):
+        raise UsageError(f"`mixfolder`: task ood itself makes a set called {reserved}; rename the folder")
     sets = {each.name: OutlierSet(find_group(each.name, own), draw_from(each)) for each in loaded}
     return sets | {name: OutlierSet("made", make_from_test_images(make)) for name, make in MADE.items()}
 
@@ -253,6 +252,10 @@ def compare_scores(run: SandboxRun) -> Report:
     """Detect outliers of many kinds, several times, by six scores that a trained energy gives."""
     if run.model.classes:
         run.require_class_names("ood")
+    if not run.model.num_steps:
+        raise UsageError("`num_steps`=0: task ood also looks at what a chain does to an image; give at least 1")
+    if min(run.count_images(split, run.choose_number()) for split in ("train", "test")) < 2:
+        raise UsageError("task ood compares images with several of training; take more than one")
     sets, repeats = find_outlier_sets(run), run.settings.repeats
     number = run.count_images("test", run.choose_number())
     run.announce(f"{number:,} test images and as many of each of {len(sets)} sets, {repeats} times", 1)

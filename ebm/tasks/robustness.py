@@ -217,7 +217,8 @@ def summarise_attacks(judgements: Judgements, names: Sequence[str]) -> dict[str,
     failed = [
         f"{check} ({name})" for name, found in checks.items() for check, result in found.items() if result is False
     ]
-    verdict = "no check failed"
+    made = sum(result is not None for found in checks.values() for result in found.values())
+    verdict = f"no check failed, of {made} that were made" if made else "no check was made"
     if failed:
         remedy = "take more steps, or look for masked gradients"
         verdict = f"failed: {', '.join(failed)}; do not trust the robust accuracy: {remedy}"

@@ -95,5 +95,5 @@ def list_outliers(settings: SandboxSettings) -> list[str]:
     titles = names + [folder.resolve().name for folder in folders]
     twice = [title for title in titles if titles.count(title) > 1]
     if twice:
-        raise UsageError(f"two sets of mixenergy are called {twice[0]}; give each set only once")
+        raise UsageError(f"two sets are called {twice[0]}; give each set only once")
     return names + list(settings.mixfolder) or ["interpolation"]

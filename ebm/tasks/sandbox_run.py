@@ -79,7 +79,7 @@ class SandboxRun:
         return self.settings.refine / SHADES
 
     def with_seed(self, seed: int) -> SandboxRun:
-        """Return the same task with random numbers from another seed."""
+        """Seed the model's generator anew, and return the same task with this seed."""
         self.model.generator.manual_seed(seed)
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, seed=seed))
 

@@ -70,6 +70,13 @@ class TrainedModel(NamedTuple):
         """
         return max(1, round(self.sample_steps / rounds)) if num_steps == AUTO else num_steps
 
+    def find_left_out(self, dataset: str | None) -> str | None:
+        """Return the class that the training left out of a data set; None if it left out none, or used another one.
+
+        dataset: its name; None stands for that of the training.
+        """
+        return self.flags.get("leave_out") if dataset in (None, self.flags.get("dataset")) else None
+
     def choose_step_lr(self, step_lr: float | None, published: float = 10.0) -> float:
         """Return the step size of Langevin steps: `step_lr` if it is given, else that of training, or `published`."""
         return self.flags.get("step_lr", published) if step_lr is None else step_lr
@@ -228,8 +235,8 @@ def load_split(
     """Return a split of a data set: `name` if given, else that of the settings, else that the model was trained on.
 
     If the training left a class of its data set out, so does the split. condition: the concept that the labels of
-    sprites describe. left_out: return the images of that class instead. Raises UsageError if the images do not fit the
-    model.
+    sprites describe. left_out: return the images of that class instead, see `find_left_out`. Raises UsageError if the
+    images do not fit the model.
     """
     name, config = name or settings.dataset or trained.flags.get("dataset", "cifar10"), trained.model.config
     source = data.DATASETS.get(name)
@@ -256,9 +263,8 @@ def load_split(
         raise UsageError(
             f"`dataset`={name} has images of shape {dataset.image_shape}, the model takes {config.image_shape}"
         )
-    if trained.flags.get("leave_out") and name == trained.flags.get("dataset"):
-        return data.split_class_off(dataset, trained.flags["leave_out"])[left_out]
-    return dataset
+    class_left_out = trained.find_left_out(name)
+    return dataset if class_left_out is None else data.split_class_off(dataset, class_left_out)[left_out]
 
 
 def match_labels(dataset: data.Dataset, trained: TrainedModel) -> data.Dataset:
