@@ -140,6 +140,20 @@ def test_groups():
     assert find_group("left out: 3", "mnist") == "left out"
 
 
+def test_means_of_groups():
+    """Breaks when a mean is that of other sets, or the mean of the near sets counts as a set itself."""
+    near, far = ("mnist", "kmnist"), ("svhn", "textures")
+    sets = {name: outliers.OutlierSet("near" if name in near else "far", None) for name in near + far}
+    scored = {name: {score: np.zeros(5) for score in SCORES} for name in sets}
+    values = {"mnist": [0.2, 0.4], "kmnist": [0.6, 0.8], "svhn": [1.0, 1.0], "textures": [0.5, 0.5]}
+    measures = {(name, score, "AUROC"): values[name] for name in sets for score in SCORES}
+    rows = outliers.tabulate_auroc(sets, scored, measures)
+    assert (
+        rows["mean of the near sets"]["−E"] == "0.500 ± 0.141" and rows["mean of the far sets"]["−E"] == "0.750 ± 0.000"
+    )
+    assert rows["mean of the far sets"]["images"] == 10 and len(rows) == 6
+
+
 @pytest.mark.parametrize(
     ("settings", "steps", "message"),
     [

@@ -437,7 +437,7 @@ def plot_scores(scores: Mapping[str, Mapping[str, np.ndarray]], inside: str, pat
         # The outermost bins also hold what is farther out: noise would else leave nothing to see of the other sets.
         lowest, highest = np.quantile(sets[inside], [0.01, 0.99])
         low, high = lowest - 2 * (highest - lowest), highest + 2 * (highest - lowest)
-        bins = min(80, max(8, min(map(len, sets.values())) // 10))
+        bins = min(80, max(8, len(sets[inside]) // 25))
         edges = np.linspace(low, high + 1e-6 * (high == low), bins)
         for k, (name, values) in enumerate(sets.items()):
             look = choose_line_look(k)

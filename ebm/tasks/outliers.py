@@ -337,7 +337,7 @@ def tabulate_auroc(
             cells = {score: format_cell(measures[title, score, "AUROC"]) for score in SCORES}
             rows[title] = {"group": group, "images": len(next(iter(scored[title].values())))} | cells
     for group in ("near", "far"):
-        members = [title for title in rows if sets[title].group == group]
+        members = [title for title, each in sets.items() if title in scored and each.group == group]
         if len(members) > 1:
             # The repeats that a signal has left out of some sets are left out of all.
             columns = {score: [measures[title, score, "AUROC"] for title in members] for score in SCORES}
