@@ -254,7 +254,7 @@ def test_an_iteration_without_memory(tmp_path):
 
 
 def test_presets_of_cpus_are_small():
-    """Breaks when a preset for CPUs has the gradient through the chains, a GPU's width of the network, or many chains."""
+    """Breaks when a preset for CPUs has the gradient through the chains, a wide network, or many chains."""
     for name in filter(lambda name: name.endswith("_cpu"), PRESETS):
         settings = cli.parse(["train.py", f"--preset={name}"], TrainSettings)
         chains = settings.num_chains or settings.batch_size
