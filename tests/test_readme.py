@@ -87,6 +87,11 @@ SMALL = {
     ],
     "benchmarks/measures.py": ["--samples=20", "--fit_steps=1"],
     "benchmarks/time_to_quality.py": ["--libraries=project", "--minutes=0", "--samples=20", "--num_filters=4"],
+    "benchmarks/leave_one_out.py": [
+        "--classes=3",
+        "--train_flags=--max_iter=1 --num_steps=1 --num_filters=2 --batch_size=4 --sample_steps=1 --notune",
+        "--ood_flags=--limit=10 --repeats=1 --num_steps=1",
+    ],
     "benchmarks/recipes.py": ["--max_iter=1", "--test_interval=1", "--recipes=1", "--seeds=2", QUICK],
 }
 TRAINED = {  # the published checkpoints: experiment -> network, iteration, shape of the images, label size
