@@ -12,6 +12,7 @@ ahead of time by worker processes.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import pathlib
 import re
@@ -435,21 +436,55 @@ def describe_labels(labels: Tensor | None, dataset: Dataset) -> list[str]:
     return name_classes(labels.argmax(1).tolist(), dataset.class_names)
 
 
+def find_class(setting: str, word: str, names: Sequence[str], classes: int) -> int:
+    """Return the number of a class, given its number or its name.
+
+    setting: the name of the setting, for messages. word: its value. names: of the classes; one entry may hold several
+    names of its class, separated by commas. If they are numbers other than those of the classes, as of the folders 1
+    to 9, a number is a name. classes: the number of classes. Raises UsageError if no class has this name or number, or
+    if several classes have this name.
+    """
+    if not classes:
+        raise UsageError(f"`{setting}`={word}: the model is not conditioned on classes; leave it out")
+    has_other_numbers = any(
+        name.isdecimal() and (name.lstrip("0") or "0") != str(number) for number, name in enumerate(names)
+    )
+    if word.isdecimal() and not has_other_numbers:
+        if int(word) >= classes:
+            raise UsageError(f"`{setting}`: there is no class {word}; they are 0 to {classes - 1}")
+        return int(word)
+    if not names:
+        remedy = f"give numbers from 0 to {classes - 1}"
+        remedy += ", or a file of names with `class_names`" * (setting == "classes")
+        raise UsageError(f"`{setting}`: the class {word!r} is unknown, because this model has no class names; {remedy}")
+    numbers: dict[str, list[int]] = {}
+    for number, name in enumerate(map(str.casefold, names)):
+        for synonym in {name, *map(str.strip, name.split(","))}:
+            numbers.setdefault(synonym, []).append(number)
+    matches = numbers.get(word.casefold(), [])
+    if len(matches) > 1:
+        several = ", ".join(map(str, matches))
+        raise UsageError(f"`{setting}`: {word!r} is the name of the classes {several}; give a number")
+    if not matches:
+        similar = ", ".join(difflib.get_close_matches(word.casefold(), numbers, 3))
+        some = ", ".join(names[:10]) + ", …" * (len(names) > 10)
+        remedy = f"did you mean {similar}?" if similar else f"the classes are {some}"
+        raise UsageError(f"`{setting}`: no class is called {word!r}; {remedy}")
+    return matches[0]
+
+
 def split_class_off(dataset: Dataset, name: str) -> tuple[Dataset, Dataset]:
     """Return a data set without one class, whose other classes are numbered anew, and the images of that class.
 
-    name: of the class, or its number if no class has this name. Raises UsageError if there is no such class, and for a
-    data set that is not in memory.
+    name: of the class, or its number, see `find_class`. Raises UsageError if there is no such class, and for a data set
+    that is not in memory.
     """
     names = dataset.class_names
     if not isinstance(dataset, StoredImages) or not isinstance(dataset.images, Tensor) or not names:
         raise UsageError(f"`leave_out`={name}: {dataset.name} has no images of classes in memory; leave it out")
     images, labels = dataset.images, dataset.labels
     assert labels is not None, "names of classes belong to labels"
-    numbers = {unify_spelling(synonym): k for k, each in enumerate(names) for synonym in (each, *each.split(","))}
-    number = numbers.get(unify_spelling(name), int(name) if name.isdecimal() and int(name) < len(names) else None)
-    if number is None:
-        raise UsageError(f"`leave_out`={name}: no class of {dataset.name} is called so; it has {', '.join(names[:20])}")
+    number = find_class("leave_out", name, names, len(names))
     if len(names) < 3:
         raise UsageError(f"`leave_out`={name}: {dataset.name} has {len(names)} classes; at least two must be left")
     is_left_out, index = labels == number, torch.arange(len(labels), device=labels.device)

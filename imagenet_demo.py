@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data import name_classes
+from data import find_class, name_classes
 from ebm.settings import DemoSettings
 from ebm.support import cli, pictures
 from ebm.support.errors import UsageError
@@ -35,7 +35,6 @@ from ebm.tasks.results import Results, own_results
 from ebm.tasks.trained_models import (
     TrainedModel,
     find_checkpoint,
-    find_class,
     note_contradictions,
     open_model,
     read_names,

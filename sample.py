@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import name_classes
+from data import find_class, name_classes
 from ebm.settings import SampleSettings
 from ebm.support import cli, pictures
 from ebm.support.files import write_file
@@ -35,7 +35,6 @@ from ebm.tasks.quality import draw_fresh_images, report_memory_shortage
 from ebm.tasks.results import Results, own_results
 from ebm.tasks.trained_models import (
     find_checkpoint,
-    find_class,
     note_contradictions,
     open_model,
     refuse_concept_model,

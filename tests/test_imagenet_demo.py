@@ -71,7 +71,7 @@ MISTAKES = {
     "no_model": (["--exp=nomed"], "no experiment folder models/nomed or cachedir/nomed; models has named, "),
     "no_iteration": (["--exp=digits", "--resume_iter=8"], "no checkpoint model_8 in models/digits (it has 7)"),
     "no_classes": (["--exp=rescaled", "--classes=1"], "model_7.pt has no classes"),
-    "no_such_class": (["--exp=digits", "--classes=5"], "there is no class 5; the network has 0 to 4"),
+    "no_such_class": (["--exp=digits", "--classes=5"], "there is no class 5; they are 0 to 4"),
     "negative": (["--exp=named", "--classes=-1"], "no class is called '-1'; the classes are "),
     "no_names": (
         ["--exp=digits", "--classes=hen"],

@@ -211,7 +211,7 @@ def test_splitting_a_class_off():
     names = [kept.class_names[label] for label in kept.labels.tolist()]
     assert names == [dataset.class_names[label] for label in labels[labels != 1].tolist()]
     assert torch.equal(data.split_class_off(dataset, "1")[1].images, left_out.images)
-    with pytest.raises(UsageError, match="`leave_out`=dog: no class of toy is called so; it has class 0, class 1"):
+    with pytest.raises(UsageError, match="`leave_out`: no class is called 'dog'; the classes are class 0, class 1"):
         data.split_class_off(dataset, "dog")
     with pytest.raises(UsageError, match="at least two must be left"):
         data.split_class_off(make_dataset((1, 4, 4), classes=2), "0")

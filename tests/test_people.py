@@ -30,13 +30,14 @@ from conftest import (
     write_pickle,
     write_records,
 )
+from data import find_class
 from ebm.measures.features import RealImages
 from ebm.readers import decoding, folders, imagenet, streaming, tf_images
 from ebm.settings import AisSettings, SandboxSettings, TrainSettings
 from ebm.support import hardware
 from ebm.support.errors import UsageError
 from ebm.tasks import sandbox_data
-from ebm.tasks.trained_models import TrainedModel, find_class, load_split, match_labels
+from ebm.tasks.trained_models import TrainedModel, load_split, match_labels
 from ebm.training.setup import choose_network
 
 CPU = torch.device("cpu")

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from data import find_class
 from ebm.settings import AisSettings
 from ebm.support.errors import UsageError
 from ebm.support.sharing import ShareOut, compute_all, derive_seed, fold_seed
 from ebm.tasks.examined_model import ExaminedModel, count_most_images
-from ebm.tasks.trained_models import TrainedModel, find_class, load_split, match_labels, note_contradictions
+from ebm.tasks.trained_models import TrainedModel, load_split, match_labels, note_contradictions
 from ebm.training.distributed import Workers
 from models import freeze_energy
 from sampling import Energy, draw_hmc_move, make_hmc_move

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data import find_class
 from ebm.support import metrics, pictures
 from ebm.support.hardware import allow_tf32
 from ebm.support.interruption import Interruption
 from ebm.support.progress import Progress
 from ebm.support.sharing import derive_seed
 from ebm.tasks.sandbox_run import ROWS, Report, SandboxRun
-from ebm.tasks.trained_models import find_class
 from sampling import draw_hmc_move, evaluate_mala_state, langevin, make_mala_move
 
 CHAINS = 8  # usual number of chains from new starts, and as many from test images

@@ -294,10 +294,11 @@ def measure_scores(scored: Sequence[Mapping[str, Scores]]) -> Measures:
     """Return how well each score separates each set from the test images: (set, score, measure) -> one for a repeat."""
     measures: Measures = {}
     for sets in scored:
-        for title in sets.keys() - {OWN}:
-            for name, outside in sets[title].items():
-                for measure, separate in MEASURES.items():
-                    measures.setdefault((title, name, measure), []).append(separate(sets[OWN][name], outside))
+        for title, scores in sets.items():
+            if title == OWN:
+                continue
+            for (name, outside), (measure, separate) in itertools.product(scores.items(), MEASURES.items()):
+                measures.setdefault((title, name, measure), []).append(separate(sets[OWN][name], outside))
     return measures
 
 
@@ -311,12 +312,9 @@ def write_measures(run: SandboxRun, sets: Mapping[str, OutlierSet], measures: Me
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["set", "group", "score", "measure", "repeats", "mean", "standard deviation"])
-    for title in sets:
-        for (name, score, measure), values in measures.items():
-            if name == title:
-                deviation = statistics.stdev(values) if len(values) > 1 else ""
-                row = [title, sets[title].group, score, measure, len(values), statistics.fmean(values), deviation]
-                table.writerow(row)
+    for (title, score, measure), values in measures.items():
+        deviation = statistics.stdev(values) if len(values) > 1 else ""
+        table.writerow([title, sets[title].group, score, measure, len(values), statistics.fmean(values), deviation])
     write_file(run.add_file("measures.csv"), lambda file: file.write(text.getvalue().encode()))
 
 
@@ -331,11 +329,12 @@ def tabulate_auroc(
     def format_cell(values: Sequence[float]) -> str:
         return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
+    images = {title: len(next(iter(scores.values()))) for title, scores in scored.items()}
     rows: dict[str, dict[str, object]] = {}
     for title, (group, _) in sets.items():
         if title in scored:
             cells = {score: format_cell(measures[title, score, "AUROC"]) for score in SCORES}
-            rows[title] = {"group": group, "images": len(next(iter(scored[title].values())))} | cells
+            rows[title] = {"group": group, "images": images[title]} | cells
     for group in ("near", "far"):
         members = [title for title, each in sets.items() if title in scored and each.group == group]
         if len(members) > 1:
@@ -344,8 +343,9 @@ def tabulate_auroc(
             means = {
                 score: [statistics.fmean(row) for row in zip(*each, strict=False)] for score, each in columns.items()
             }
-            images = sum(int(str(rows[title]["images"])) for title in members)
-            rows[f"mean of the {group} sets"] = {"group": group, "images": images} | {
-                score: format_cell(values) for score, values in means.items()
-            }
+            cells = {score: format_cell(values) for score, values in means.items()}
+            rows[f"mean of the {group} sets"] = {
+                "group": group,
+                "images": sum(map(images.__getitem__, members)),
+            } | cells
     return rows

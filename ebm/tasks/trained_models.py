@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -155,43 +154,6 @@ def note_contradictions(settings: CheckedNetwork, trained: TrainedModel) -> None
     """Print a note for each network setting without effect, because it contradicts the checkpoint."""
     for name, (value, stored) in find_contradictions(settings, trained.model.config).items():
         print(f"note: {name}={value} has no effect: the checkpoint's network has {name}={stored}")
-
-
-def find_class(setting: str, word: str, names: Sequence[str], classes: int) -> int:
-    """Return the number of a class, given its number or its name.
-
-    setting: the name of the setting, for messages. word: its value. names: of the classes; one entry may hold several
-    names of its class, separated by commas. If they are numbers other than those of the classes, as of the folders 1
-    to 9, a number is a name. classes: the number of classes. Raises UsageError if no class has this name or number, or
-    if several classes have this name.
-    """
-    if not classes:
-        raise UsageError(f"`{setting}`={word}: the model is not conditioned on classes; leave it out")
-    has_other_numbers = any(
-        name.isdecimal() and (name.lstrip("0") or "0") != str(number) for number, name in enumerate(names)
-    )
-    if word.isdecimal() and not has_other_numbers:
-        if int(word) >= classes:
-            raise UsageError(f"`{setting}`: there is no class {word}; the network has 0 to {classes - 1}")
-        return int(word)
-    if not names:
-        remedy = f"give numbers from 0 to {classes - 1}"
-        remedy += ", or a file of names with `class_names`" * (setting == "classes")
-        raise UsageError(f"`{setting}`: the class {word!r} is unknown, because this model has no class names; {remedy}")
-    numbers: dict[str, list[int]] = {}
-    for number, name in enumerate(map(str.casefold, names)):
-        for synonym in {name, *map(str.strip, name.split(","))}:
-            numbers.setdefault(synonym, []).append(number)
-    matches = numbers.get(word.casefold(), [])
-    if len(matches) > 1:
-        several = ", ".join(map(str, matches))
-        raise UsageError(f"`{setting}`: {word!r} is the name of the classes {several}; give a number")
-    if not matches:
-        similar = ", ".join(difflib.get_close_matches(word.casefold(), numbers, 3))
-        some = ", ".join(names[:10]) + ", …" * (len(names) > 10)
-        remedy = f"did you mean {similar}?" if similar else f"the classes are {some}"
-        raise UsageError(f"`{setting}`: no class is called {word!r}; {remedy}")
-    return matches[0]
 
 
 def read_names(path: pathlib.Path, classes: int) -> list[str]:
