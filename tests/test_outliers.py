@@ -112,6 +112,20 @@ def test_measures_are_those_of_scikit_learn(tmp_path):
     assert found["bright", "−E", "AUPR out"] == pytest.approx(average_precision_score(1 - is_in, -scores))
 
 
+def test_repeats_have_noise_of_their_own(tmp_path):
+    """Breaks when every repeat draws the same noise, or the same call does not give the same figures again."""
+    tables = []
+    for name in ("first", "again"):
+        (tmp_path / name).mkdir()
+        examined = examine(lambda x, y: x.mean((1, 2, 3)))
+        compare_scores(make_sandbox_run(examined, tmp_path / name, classes=0, repeats=3))
+        tables.append((tmp_path / name / "measures.csv").read_text())
+    rows = [row for row in csv.DictReader(tables[0].splitlines()) if row["measure"] == "AUROC"]
+    deviations = {row["set"]: float(row["standard deviation"]) for row in rows if row["score"] == "−E"}
+    assert deviations["uniform noise"] > 0 and {row["repeats"] for row in rows} == {"3"}
+    assert tables[0] == tables[1]
+
+
 def test_sets_made_of_test_images():
     """Breaks when a set leaves [0, 1], repeats itself, or is not what its name says."""
     images = torch.rand(6, 3, 14, 14, generator=make_generator())

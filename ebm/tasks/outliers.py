@@ -344,8 +344,6 @@ def tabulate_auroc(
                 score: [statistics.fmean(row) for row in zip(*each, strict=False)] for score, each in columns.items()
             }
             cells = {score: format_cell(values) for score, values in means.items()}
-            rows[f"mean of the {group} sets"] = {
-                "group": group,
-                "images": sum(map(images.__getitem__, members)),
-            } | cells
+            total = sum(images[title] for title in members)
+            rows[f"mean of the {group} sets"] = {"group": group, "images": total} | cells
     return rows
