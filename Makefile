@@ -25,18 +25,19 @@ lint: .venv/installed-dev
 	$(BIN)/mypy .
 
 horovod: .venv/installed
+	$(BIN)/pip install -q -e '.[mpi]' -c constraints.txt
 	PYTHON=$(BIN)/python scripts/install_horovod.sh
 
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/measure_gpu.py --device=$(DEVICE) --output=$(OUT)
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q -r requirements.txt -c constraints.txt
 	touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/pip install -q -r requirements-dev.txt
+.venv/installed-dev: .venv/installed pyproject.toml
+	$(BIN)/pip install -q -e '.[dev]' -c constraints.txt
 	touch $@
 
 clean:

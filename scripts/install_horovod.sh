@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs Horovod into the Python environment that runs it: run it once, after `pip install -r requirements.txt`.
+# Installs Horovod into the Python environment that runs it: run it once, after `pip install -e '.[mpi]'`.
 #
 #   scripts/install_horovod.sh                              # about 3 minutes on 2 cores; a second time: nothing to do
 #   PYTHON=.venv/bin/python scripts/install_horovod.sh      # another environment than the `python` of the PATH
@@ -35,7 +35,7 @@ if [ -z "$(wheel)" ]; then
         fail "Horovod needs a C++ compiler and there is no '${CXX:-g++}'; install one (apt-get install g++ make)" \
             "or do without Horovod: torch.distributed takes over"
     command -v make >/dev/null || fail "Horovod needs make; install it (apt-get install make)"
-    command -v mpicxx >/dev/null || fail "no mpicxx; run '$python -m pip install -r requirements.txt' first"
+    command -v mpicxx >/dev/null || fail "no mpicxx; run $python -m pip install -e '.[mpi]' first"
     echo "building Horovod $version for torch $torch, a few minutes"
     pip install setuptools wheel packaging cloudpickle psutil pyyaml cffi
     command -v cmake >/dev/null || pip install cmake

@@ -107,7 +107,7 @@ class Inception:
             import_torchvision()  # torch-fidelity imports it
             from torch_fidelity import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise UsageError(f"Inception features need {error.name}; pip install -r requirements.txt") from None
+            raise UsageError(f"Inception features need {error.name}; pip install -e '.[quality]'") from None
         # torch-fidelity unpickles its file without protection, so it gets a file that was written here.
         file = io.BytesIO()
         torch.save(state, file)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import pathlib
+import importlib
 import sys
 from types import ModuleType
 
@@ -16,13 +14,14 @@ def import_torchvision() -> ModuleType:
 
     The Python parts of torchvision can then be imported after these operators have been declared.
     """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is not None and spec.origin and "torchvision" not in sys.modules:
-        with contextlib.suppress(OSError):
-            for library in pathlib.Path(spec.origin).parent.glob("_C.*"):
-                torch.ops.load_library(library)
-        if not hasattr(torch.ops.torchvision, "nms"):
-            declare_operators()
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:  # "operator torchvision::nms does not exist"
+        if "torchvision::nms" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.startswith("torchvision.")]:
+        del sys.modules[name]  # what the import that failed has left
+    declare_operators()
     return importlib.import_module("torchvision")
 
 

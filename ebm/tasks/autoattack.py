@@ -95,7 +95,7 @@ def import_torchattacks() -> Any:
     try:
         import torchattacks
     except ImportError as error:
-        raise UsageError(f"`attack`=autoattack needs {error.name}; pip install torchattacks==3.5.1") from None
+        raise UsageError(f"`attack`=autoattack needs {error.name}; pip install -e '.[attacks]'") from None
     return torchattacks
 
 

@@ -49,7 +49,7 @@ BACKENDS = ("auto", "horovod", "torch", "none")
 ARRIVALS = 3.0  # times the timeout in which all workers have to arrive: some load PyTorch from a cold disk
 BUCKET_BYTES = 8 << 20  # few messages, yet enough of them to overlap with the backward pass of a 20 MB network
 ALONE = Launch()  # one process, started by nobody
-INSTALL = "pip install -r requirements.txt"
+INSTALL = "pip install -e '.[mpi]'"
 
 
 def choose_engine(backend: str, launch: Launch, horovod_problem: Callable[[], str]) -> tuple[str, str]:
