@@ -2,6 +2,7 @@
 
 model = load_energy("cachedir/cifar10_cond/model_74700")      # ours (.pt) or TensorFlow's (.index, .data-*)
 model = load_energy("digits_cond")                            # the latest of an experiment or of a shipped model
+model = load_energy("digits.safetensors")                     # what scripts/export.py wrote
 
 Ours are written whole or not at all. They hold tensors and plain values only, so that a file from a stranger never
 executes code. A TensorFlow checkpoint holds variables by name; the network is inferred from their names and shapes.
@@ -25,6 +26,7 @@ from torch import Tensor
 import models
 from ebm.readers.bounded import describe_failure, make_printable, report_unreadable_file
 from ebm.readers.pickles import ForeignName
+from ebm.readers.safetensors_files import ENDING, encode_safetensors, read_safetensors
 from ebm.readers.state_values import find_odd_entry, is_number
 from ebm.readers.tensorflow import read_tf_checkpoint
 from ebm.readers.torch_files import read_torch_file
@@ -38,8 +40,15 @@ KEEP_SECONDS = 6 * 3600.0  # of older ones, the first of every such period is ke
 
 
 def save(path: pathlib.Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all, and its folder if it does not exist; see `write_file`."""
-    write_file(path, lambda file: torch.save(state, file))
+    """Write a checkpoint, whole or not at all, and its folder if it does not exist; see `write_file`.
+
+    A file of the ending `.safetensors` gets the network alone, see `encode_safetensors`.
+    """
+    if path.suffix == ENDING:
+        contents = encode_safetensors(state)
+        write_file(path, lambda file: file.write(contents))
+    else:
+        write_file(path, lambda file: torch.save(state, file))
 
 
 def list_iterations(folder: pathlib.Path) -> list[int]:
@@ -101,13 +110,15 @@ def find(folder: pathlib.Path, resume_iter: str, setting: str = "resume_iter") -
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
-    """Read a checkpoint of this project onto the CPU.
+    """Read a checkpoint of this project, `.pt` or `.safetensors`, onto the CPU.
 
     It verifies checksums, types, shapes and ranges, and executes no code of the file. Raises UsageError for a missing,
     damaged or foreign file.
     """
     try:
-        state = read_torch_file(path)
+        state = read_safetensors(path) if path.suffix == ENDING else read_torch_file(path)
+    except UsageError:
+        raise
     except ForeignName as error:
         what = f"more than tensors and plain values ({describe_failure(error)})"
         raise UsageError(f"{path} holds {what}; not loaded, it could run code") from None
@@ -193,19 +204,18 @@ def load_energy(
 
     Its `settings` are those it was trained with, by the names of train.py's flags, and `class_names` those of its
     classes; a TF1 checkpoint has neither.
-    prefix: may also be a folder, or the name of an experiment in cachedir/ or of a shipped model, of which the latest
-    checkpoint is taken. ema: take the averaged weights of a run with `ema_decay`. unrecorded: fields of the network's
-    config that a TF1 checkpoint does not show, such as swish_act=True, see UNRECORDED; ours holds them. Raises
-    UsageError for a missing, damaged or foreign file, and for `ema` if the checkpoint has no averaged weights.
+    prefix: may also be a `.safetensors` file, a folder, or the name of an experiment in cachedir/ or of a shipped
+    model, of which the latest checkpoint is taken. ema: take the averaged weights of a run with `ema_decay`.
+    unrecorded: fields of the network's config that a TF1 checkpoint does not show, such as swish_act=True, see
+    UNRECORDED; ours holds them. Raises UsageError for a missing, damaged or foreign file, and for `ema` if the
+    checkpoint has no averaged weights.
     """
-    named = locate(pathlib.Path(prefix))
-    prefix = strip_ending(named)
-    path, index = (prefix.with_name(prefix.name + ending) for ending in (".pt", ".index"))
-    is_named_by_tf_file = named not in (prefix, path)
-    if index.exists() and (is_named_by_tf_file or not path.exists()):
+    path = find_file(prefix)
+    if path.suffix == ".index":
         if ema:
-            raise UsageError(f"{prefix} has no averaged weights, being a TensorFlow checkpoint; leave out `ema`")
-        return load_tf_energy(prefix, **unrecorded).to(device)
+            message = "has no averaged weights, being a TensorFlow checkpoint; leave out `ema`"
+            raise UsageError(f"{strip_ending(path)} {message}")
+        return load_tf_energy(path, **unrecorded).to(device)
     state = load(path)
     config = read_config(state, path)
     if ema and not state.get("ema"):
@@ -219,11 +229,27 @@ def load_energy(
     return model.eval().to(device)
 
 
+def find_file(prefix: str | pathlib.Path) -> pathlib.Path:
+    """Return the file of the checkpoint that a path or a name stands for: `.pt`, `.safetensors` or TF1's `.index`.
+
+    prefix: see `load_energy`. The file need not exist.
+    """
+    named = locate(pathlib.Path(prefix))
+    if named.suffix == ENDING:
+        return named
+    stem = strip_ending(named)
+    path, index = (stem.with_name(stem.name + ending) for ending in (".pt", ".index"))
+    is_named_by_tf_file = named not in (stem, path)
+    return index if index.exists() and (is_named_by_tf_file or not path.exists()) else path
+
+
 def locate(named: pathlib.Path) -> pathlib.Path:
     """Return the path of the checkpoint that a path or the name of an experiment stands for, see `load_energy`."""
     prefix, folder, shipped = strip_ending(named), named.parent, get_shipped_root()
     if named.is_dir():
         return find(named, "latest")
+    if named.suffix == ENDING:
+        return named
     if any(os.path.lexists(f"{prefix}{ending}") for ending in (".pt", ".index")):
         return named
     if named == prefix and len(named.parts) == 1 and not named.name.startswith("model_"):
@@ -254,7 +280,8 @@ def check_fit(model: models.EnergyNetwork, weights: dict[str, Tensor], path: pat
     stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in [*needed, *stored]:
         if needed.get(name) != stored.get(name):
-            reason = f"{name[:100]} has shape {stored.get(name)} there, and the network's has {needed.get(name)}"
+            shapes = f"has shape {stored.get(name)} there, and the network's has {needed.get(name)}"
+            reason = f"{make_printable(name[:100])} {shapes}"
             raise UsageError(f"{path} does not fit its own configuration: {reason}; use an earlier checkpoint")
 
 

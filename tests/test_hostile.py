@@ -123,6 +123,12 @@ def fuzz_network(folder):
     return folder / "model_1.pt", lambda: checkpoint.load_energy(folder / "model_1").state_dict(), None
 
 
+def fuzz_safetensors(folder):
+    state = {"config": dataclasses.asdict(CONFIG), "model": make_model().state_dict(), "iteration": 1}
+    checkpoint.save(folder / "x.safetensors", state | {"flags": {"lr": 0.1}, "class_names": ["a"]})
+    return folder / "x.safetensors", lambda: checkpoint.load(folder / "x.safetensors"), None
+
+
 def fuzz_cache(folder):
     """A damaged cache is made again, so that whatever happens to its file, the result is the same."""
 
@@ -307,6 +313,7 @@ def test_random_damage(tmp_path, capsys, name):
 READERS = {
     "checkpoint": checkpoint.load,
     "network": checkpoint.load_energy,
+    "safetensors": checkpoint.load_energy,
     "pickle": imagenet.read_imagenet32_file,
     "npz": imagenet.read_imagenet32_file,
     "dsprites": dsprites.read_published,
@@ -318,7 +325,7 @@ READERS = {
 def test_what_is_no_file(tmp_path, kind):
     """Breaks if a pipe is waited for, a device read without end, or the answer is a traceback."""
     for name, read in READERS.items():
-        path = tmp_path / f"{name}{'.npz' if name == 'npz' else '.pt'}"
+        path = tmp_path / f"{name}{f'.{name}' if name in ('npz', 'safetensors') else '.pt'}"
         if kind == "pipe":
             os.mkfifo(path)
         elif kind == "folder":

@@ -68,7 +68,7 @@ SMALL = {
     "ais.py": ["--pdist=1,2", "--limit=4", "--batch_size=2"],
     "scripts/convert_checkpoint.py": [],
     "scripts/reproduce.py": ["--call_flags=--limit=20"],
-    "scripts/slim_checkpoint.py": [],
+    "scripts/export.py": [],
     "benchmarks/langevin.py": [
         "--networks=MnistNet",
         "--batch_size=1",

@@ -72,15 +72,15 @@ def test_sprites_show_what_was_asked_for(concept, least, tmp_path):
     assert concepts.combine_concepts(run)[f"right, {concept}"]["by nearest"] > least
 
 
-def test_slim_checkpoint(tmp_path):
+def test_export(tmp_path):
     """Breaks when the averaged weights are not the ones kept, more than rounding is lost, or a path gets out."""
     config = models.ModelConfig("MnistNet", (1, 12, 12), 4, 3)
     averaged = make_model(config, seed=1)
     contents = {"ema": averaged.state_dict(), "optimizer": {}, "class_names": ["a", "b", "c"]}
     contents |= {"flags": {"lr": 0.01, "datadir": "somewhere"}}
     write_checkpoint(tmp_path / "run" / "model_7.pt", make_model(config), 7, **contents)
-    script = ROOT / "scripts/slim_checkpoint.py"
-    run_python(script, "run/model_7.pt", "slim/model_7.pt", "--ema", cwd=tmp_path, check=True)
+    script = ROOT / "scripts/export.py"
+    run_python(script, "run/model_7.pt", "slim/model_7.pt", "--ema", "--half", cwd=tmp_path, check=True)
     assert load_state(tmp_path / "slim/model_7.pt")["flags"] == {"lr": 0.01}
     images, labels = torch.rand(5, 1, 12, 12), torch.eye(3)[torch.arange(5) % 3]
     energies = checkpoint.load_energy(tmp_path / "slim/model_7")(images, labels)
