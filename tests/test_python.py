@@ -1,5 +1,6 @@
 """The project from Python, in a working directory and beside modules of someone else: imports, torch.hub."""
 
+import re
 import sys
 from unittest import mock
 
@@ -49,6 +50,15 @@ def test_five_lines_anywhere(tmp_path):
     images = sample(IMPORTS, tmp_path, PYTHONPATH=str(ROOT))
     assert images.shape == (2, 10, 1, 28, 28) and images.min() >= 0 and images.max() <= 1
     assert torch.equal(images, sample(f"import sys\nsys.path.append({str(ROOT)!r})\n{IMPORTS}", tmp_path))
+
+
+def test_page(tmp_path):
+    """Breaks when the lines of docs/python.md no longer run, or their samples are no images."""
+    sampling, hub = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+    hub = hub.replace("<folder>", str(ROOT)).replace("<name or path>", "digits_cond")
+    checks = "assert images.shape == (10, 1, 28, 28) and 0 <= images.min() and images.max() <= 1"
+    run_python("-c", sampling + checks, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, check=True)
+    run_python("-c", f"{hub}\nassert model.class_names == tuple('0123456789')", cwd=tmp_path, check=True)
 
 
 def test_hub_beside_modules_of_someone_else(elsewhere, tmp_path_factory):

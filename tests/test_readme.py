@@ -134,6 +134,7 @@ def place(tmp_path_factory):
         config = models.ModelConfig(network, shape, 2, label_size, swish_act=network == "ResNet128")
         state = {"config": config.__dict__, "model": models.build_model(config).state_dict(), "iteration": iteration}
         checkpoint.save(root / "cachedir" / exp / f"model_{iteration}.pt", state)
+        checkpoint.save(root / "fashion_cond.safetensors", state)
     return root
 
 
