@@ -134,7 +134,7 @@ def test_missing_package(tmp_path):
             lambda: export.export_network(str(tmp_path / "x.pt"), tmp_path / "x.safetensors"),
             lambda: checkpoint.load_energy(tmp_path / "y.safetensors"),
         ):
-            with pytest.raises(UsageError, match="pip install safetensors"):
+            with pytest.raises(UsageError, match=r"pip install -e '\.\[export\]'"):
                 call()
 
 

@@ -25,7 +25,7 @@ REQUIRED = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").r
 DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl-py", "sklearn": "scikit-learn"}  # import -> package, if they differ
 NOT_LISTED = {"horovod"}  # scripts/install_horovod.sh builds it
 NOT_IMPORTED = {"openmpi", "torchvision"}  # brings mpiexec; is imported by its name, in ebm/readers/downloads.py
-RUN_BY = {"quality", "mpi", "attacks"}  # the extras that modules of the project import
+RUN_BY = {"quality", "mpi", "attacks", "export"}  # the extras that modules of the project import
 
 
 def read_names(requirements):

@@ -31,7 +31,7 @@ def import_safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError:
-        raise UsageError(f"files of the ending {ENDING} need a package: pip install safetensors") from None
+        raise UsageError(f"files of the ending {ENDING} need the package safetensors; pip install -e '.[export]'") from None
     return safetensors
 
 
