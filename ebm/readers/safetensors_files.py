@@ -31,7 +31,9 @@ def import_safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError:
-        raise UsageError(f"files of the ending {ENDING} need the package safetensors; pip install -e '.[export]'") from None
+        raise UsageError(
+            f"files of the ending {ENDING} need the package safetensors; pip install -e '.[export]'"
+        ) from None
     return safetensors
 
 
