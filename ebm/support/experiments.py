@@ -111,8 +111,7 @@ def report_missing_experiment(exp: str, roots: Sequence[str | pathlib.Path], set
     message = f"{what} {' or '.join(map(str, folders))}"
     lists = [f"{root} has {names}" for root in roots if (names := describe_experiments(pathlib.Path(root), exp))]
     if not lists:
-        shipped = "" if SHIPPED.is_dir() else " (pip install -e keeps the shipped models, which this install lacks)"
-        return UsageError(f"{message}; train a model first, or check `{setting}` and `modeldir`{shipped}")
+        return UsageError(f"{message}; train a model first, or check `{setting}` and `modeldir`")
     return UsageError(f"{message}; {'; '.join(lists)}: choose with `modeldir` and `{setting}`")
 
 
