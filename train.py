@@ -249,6 +249,7 @@ def open_run(settings: TrainSettings, workers: Workers, owner: FolderOwner) -> R
     cli.note_flags_without_effect(settings, settings.given_names)
     setup.check_settings(settings)
     setup.check_device(settings, workers)
+    setup.check_trackers(settings, workers)
     if workers.device.type == "cuda":
         set_kernel_choice(deterministic=settings.deterministic)
     dataset = setup.open_dataset(settings, workers, contents.get("class_names", ()))
@@ -267,7 +268,7 @@ def open_run(settings: TrainSettings, workers: Workers, owner: FolderOwner) -> R
     run.prepare_measure()
     if workers.rank == 0:
         if settings.train:
-            setup.write_config(settings, state, workers)
+            setup.write_config(settings, state, workers, run.stop)
         setup.announce_run(settings, state, dataset, workers, run.stop, trials, cost)
     return run
 

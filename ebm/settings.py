@@ -321,6 +321,9 @@ class RunSettings(DeviceChoice, IncompleteSettings):
     )
     exp: str = flag("default", "name of the experiment; its files go to <logdir>/<exp>/")
     logdir: str = flag("cachedir", "folder of all experiments", is_path=True)
+    tag: tuple[str, ...] = flag(
+        (), "words, commas between, by which scripts/compare.py finds this run among others, such as those of one study"
+    )
     train: bool = flag(True, "train the model; --train=False only samples from a checkpoint and writes the report")
     resume_iter: str = flag(
         "-1",
@@ -689,8 +692,39 @@ class OutputSettings(InceptionWeights):
 
 
 @dataclasses.dataclass(frozen=True)
+class TrackerSettings:
+    """Experiment trackers (the packages wandb and trackio, which are needed only here)"""
+
+    wandb: str = flag(
+        "",
+        "project on Weights & Biases that gets a copy of the log and the pictures; empty: none",
+        not_with=SAMPLES_ONLY,
+        can_be_empty=True,
+    )
+    trackio: str = flag(
+        "",
+        "project in Trackio, which runs on this machine, that gets a copy of the log and the pictures; empty: none",
+        not_with=SAMPLES_ONLY,
+        can_be_empty=True,
+    )
+
+    @property
+    def projects(self) -> dict[str, str]:
+        """The projects of the trackers that are on, by the names of their packages."""
+        projects = {"wandb": self.wandb, "trackio": self.trackio}
+        return {package: project for package, project in projects.items() if project}
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainSettings(
-    RunSettings, TrainingData, SpriteSettings, NegativeSettings, LossSettings, NetworkSettings, OutputSettings
+    RunSettings,
+    TrainingData,
+    SpriteSettings,
+    NegativeSettings,
+    LossSettings,
+    NetworkSettings,
+    OutputSettings,
+    TrackerSettings,
 ):
     """All settings of train.py."""
 

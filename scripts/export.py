@@ -4,8 +4,8 @@
     python scripts/export.py fashion_cond.safetensors cachedir/mine/model_6000.pt
     python scripts/export.py --half --ema cachedir/digits_cpu/model_500.pt model_500.pt
 
-The file holds the weights, the network's configuration, the classes' names, the settings of the training without those
-that name folders of this machine, the iteration and, if the model has it, the distribution its chains start from. A
+The file holds the weights, the network's configuration, the classes' names, the settings of the training without tags,
+trackers and folders of this machine, the iteration and, if the model has it, the distribution its chains start from. A
 safetensors file has all this in its metadata, as texts in JSON, so that there is no config.json to be lost. Tensors
 keep their numbers and types, unless --half is given. The optimizer, the replay buffer and the generators are left out:
 a run can start from a written checkpoint, but not continue bit for bit. The models in pretrained/ were written with
@@ -15,11 +15,11 @@ a run can start from a written checkpoint, but not continue bit for bit. The mod
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from ebm.support import interruption
@@ -29,11 +29,12 @@ if __name__ == "__main__":
 
 import checkpoint
 from ebm.readers.safetensors_files import ENDING, ENTRIES
-from ebm.settings import DataFiles
+from ebm.settings import DataFiles, TrackerSettings
 from ebm.support.errors import UsageError
 from ebm.support.streams import note_dropped_output, replace_standard_streams
 
-PLACES = {"exp", "logdir", *(field.name for field in dataclasses.fields(DataFiles))}
+# Settings of one machine and one study, which are nobody else's.
+OWN = {"exp", "logdir", "tag"} | {field.name for kind in (DataFiles, TrackerSettings) for field in fields(kind)}
 
 
 def export_network(source: str, target: pathlib.Path, *, ema: bool = False, half: bool = False) -> pathlib.Path:
@@ -56,8 +57,8 @@ def export_network(source: str, target: pathlib.Path, *, ema: bool = False, half
     if half:
         weights = {name: tensor.half() for name, tensor in weights.items()}
         checkpoint.check_finite_weights(weights, f"{path} in half precision")
-    network = {name: state[name] for name in ENTRIES if name in state} | {"config": dataclasses.asdict(config)}
-    network["flags"] = {name: value for name, value in state.get("flags", {}).items() if name not in PLACES}
+    network = {name: state[name] for name in ENTRIES if name in state} | {"config": asdict(config)}
+    network["flags"] = {name: value for name, value in state.get("flags", {}).items() if name not in OWN}
     checkpoint.save(target, network | {"model": weights})
     return path
 

@@ -163,8 +163,7 @@ def write_flags(settings: Any) -> str:
             elif about.repeated:
                 words += [f"--{field.name}={item}" for item in value]
             else:
-                text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-                text = "auto" if about.takes_auto and value == AUTO else text
+                text = "auto" if about.takes_auto and value == AUTO else write_value(value)
                 words.append(f"--{field.name}={text}")
     return shlex.join(words)
 
@@ -418,8 +417,15 @@ def convert_values(values: Mapping[str, Any], kind: type[Settings]) -> Settings:
 
     values: plain values by name, which may come from a stranger. Names of no setting are left out, and so is None.
     """
-    known = list_flags(kind)
-    return convert_words([(k, str(v)) for k, v in values.items() if k in known and v is not None], kind)
+    known, hints = list_flags(kind), list_types(kind)  # type: ignore[arg-type]
+    given = {name: value for name, value in values.items() if name in known and value is not None}
+    is_list = {name: split_type(hints[name])[1] for name in given}
+    return convert_words([(k, write_value(v) if is_list[k] else str(v)) for k, v in given.items()], kind)
+
+
+def write_value(value: object) -> str:
+    """Return the value of a setting as a command line has it, a list with commas between its items."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def name_flags(message: str, kind: type) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import pathlib
+import re
 from collections.abc import Sequence
 
 from ebm.support.errors import UsageError
@@ -15,6 +16,7 @@ from ebm.support.errors import UsageError
 SHIPPED = pathlib.Path(__file__).resolve().parents[2] / "pretrained"
 MAX_BYTES = 200  # of a name; file systems take 255, and an earlier run that is set aside gets a longer name
 MOST_LISTED = 8  # names of experiments in a message
+TAG = re.compile(r"[\w.+-]{1,64}")  # what every tracker of experiments takes, too
 
 
 def count_bytes(name: str) -> int:
@@ -40,6 +42,15 @@ def find_problem(exp: str) -> str:
     if any(count_bytes(part) > MAX_BYTES for part in parts) or count_bytes(exp) > 5 * MAX_BYTES:
         return f"is longer than {MAX_BYTES} bytes"
     return ""
+
+
+def check_tags(tags: Sequence[str], setting: str = "tag") -> None:
+    """Raise UsageError, which names the setting, if one of these words cannot be the tag of a run."""
+    for tag in tags:
+        if not TAG.fullmatch(tag):
+            raise UsageError(
+                f"`{setting}`={shorten(tag)!r} is no word; give letters, digits, -, _, . and +, at most 64 in all"
+            )
 
 
 def find_experiment(root: str | pathlib.Path, exp: str, setting: str = "exp") -> pathlib.Path:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
+import math
 import os
 import pathlib
 import secrets
 import socket
+import statistics
+import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ebm.readers.bounded import Fault, open_file
+from ebm.readers.tensorflow import read_varint
 from ebm.support.files import RecordFile, write_file
+from ebm.support.trackers import Tracker
 
-LOG_NAME = "log.jsonl"
+CONFIG_NAME, LOG_NAME = "config.json", "log.jsonl"  # the files of a run's settings and of its figures
 MAX_LINE = 1 << 20  # bytes; a longer line is no entry
 
 
@@ -55,8 +62,13 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def read_series(folder: pathlib.Path, name: str) -> tuple[list[int], list[float]]:
     """Return the iterations and values at which a run logged the number of this name."""
+    return extract_series(read_log(folder), name)
+
+
+def extract_series(entries: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return the iterations and values of the entries of a log that have a number of this name."""
     series: list[tuple[int, float]] = []
-    for entry in read_log(folder):
+    for entry in entries:
         value = entry.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             with contextlib.suppress(OverflowError):  # an integer that is no float
@@ -86,13 +98,20 @@ class RunLog:
 
     An entry that cannot be written, for example because the disk is full, is left out, which is said once. resume:
     entries after this iteration are left out, so that a resumed run's log reads as if it had never stopped. is_branch:
-    the run leaves a later history, whose log stays in its place until `publish`. say: prints a line. Raises WriteError
-    if the log cannot be begun.
+    the run leaves a later history, whose log stays in its place until `publish`. say: prints a line. trackers: get a
+    copy of the numbers and pictures. Raises WriteError if the log cannot be begun.
     """
 
     def __init__(
-        self, folder: pathlib.Path, resume: int = 0, *, is_branch: bool = False, say: Callable[[str], None] = print
+        self,
+        folder: pathlib.Path,
+        resume: int = 0,
+        *,
+        is_branch: bool = False,
+        say: Callable[[str], None] = print,
+        trackers: Sequence[Tracker] = (),
     ):
+        self.trackers = trackers
         self.path = folder / LOG_NAME
         branch_path = folder / f".branch_{LOG_NAME}"
         branch_path.unlink(missing_ok=True)  # of a run that was killed before it published its log
@@ -127,12 +146,16 @@ class RunLog:
         self.append(self.lines, json.dumps({"iteration": iteration, **values}).encode() + b"\n")
 
     def write_scalars(self, iteration: int, values: dict[str, float]) -> None:
-        """Write numbers by name to log.jsonl and TensorBoard."""
+        """Write numbers by name to log.jsonl, TensorBoard and the trackers."""
         self.write_event(iteration, values)
+        for tracker in self.trackers:
+            tracker.log_figures(iteration, values)
         self.append(self.board, encode_values(iteration, {k: {"simple_value": v} for k, v in values.items()}))
 
     def write_picture(self, iteration: int, name: str, path: pathlib.Path) -> None:
-        """Add a PNG file to TensorBoard."""
+        """Add a PNG file to TensorBoard and the trackers."""
+        for tracker in self.trackers:
+            tracker.log_picture(iteration, name, path)
         self.append(self.board, encode_values(iteration, {name: describe_picture(path)}))
 
     def write_table(self, iteration: int, name: str, values: Mapping[str, Any]) -> None:
@@ -150,6 +173,48 @@ class RunLog:
 def name_event_file() -> str:
     """Return a new name for a file that TensorBoard shows; later ones come later in the alphabet."""
     return f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+
+
+class RunTimes(NamedTuple):
+    """The time that a run took until its last entry, and that of an iteration without the tests, both in seconds."""
+
+    total: float | None = None
+    per_iteration: float | None = None
+
+
+def measure_times(folder: pathlib.Path) -> RunTimes:
+    """Return the times of a run by the clock in its files for TensorBoard, as far as they tell.
+
+    The time between the end of a run and its resumption does not count. The time of an iteration is a median.
+    """
+    total, each = 0.0, list[float]()
+    for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
+        moments = list(read_moments(path))
+        total += max(moments[-1][0] - moments[0][0], 0) if moments else 0
+        # The first two only say that the file begins. After a test several have its iteration.
+        for (before, first), (now, second) in itertools.pairwise(moments[2:]):
+            each += [(now - before) / (second - first)] if second > first and now > before else []
+    return RunTimes(total or None, statistics.median(each) if each else None)
+
+
+def read_moments(path: pathlib.Path) -> Iterator[tuple[float, int]]:
+    """Yield the time, in seconds since 1970, and the iteration of each record of a file for TensorBoard.
+
+    It ends at the first record that is damaged, or not written to its end yet.
+    """
+    with contextlib.suppress(OSError, Fault), open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        while len(head := file.read(12)) == 12:
+            end = file.tell() + int.from_bytes(head[:8], "little") + 4
+            event = file.read(min(20, max(end - 4 - file.tell(), 0)))  # the time comes first, then the iteration
+            if end > size or event[:1] != b"\x09" or len(event) < 9:
+                return
+            (moment,) = struct.unpack("<d", event[1:9])
+            iteration, _ = read_varint(event, 10) if event[9:10] == b"\x10" else (0, 0)
+            if not math.isfinite(moment) or iteration >= 1 << 53:
+                return
+            yield moment, iteration
+            file.seek(end)
 
 
 def encode_start(first_step: int) -> bytes:

@@ -15,6 +15,7 @@ from typing import Any
 import checkpoint
 from ebm.support.errors import UsageError
 from ebm.support.interruption import Interruption
+from ebm.support.logs import CONFIG_NAME
 from ebm.support.reports import format_table, write_json
 from ebm.training.distributed import Workers
 from ebm.training.ownership import FolderOwner, own_folder
@@ -75,7 +76,7 @@ def own_results(folder: pathlib.Path, workers: Workers, setting: str) -> Iterato
     """Own a folder for the results of a call inside the block, see `own_folder`; a training run's folder is refused."""
 
     def check() -> None:
-        if checkpoint.list_iterations(folder) or (folder / "config.json").exists():
+        if checkpoint.list_iterations(folder) or (folder / CONFIG_NAME).exists():
             raise UsageError(f"{folder} is the folder of a training run; choose another `{setting}`")
 
     with own_folder(folder, workers, check, setting) as owner:

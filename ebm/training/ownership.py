@@ -30,7 +30,7 @@ from typing import Any
 import checkpoint
 from ebm.support.errors import UsageError
 from ebm.support.files import prepare_folder
-from ebm.support.logs import LOG_NAME
+from ebm.support.logs import CONFIG_NAME, LOG_NAME
 from ebm.training.distributed import Workers
 
 LOCK_NAME = ".lock"
@@ -40,7 +40,7 @@ HELD = {errno.EACCES, errno.EAGAIN}  # the errors with which the system refuses 
 OPEN_LOCK = os.O_RDWR | os.O_NOFOLLOW  # a lock file is overwritten, and a link in a stranger's folder may lead anywhere
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 # What shows that a folder is a run's: one of these, besides checkpoints.
-MARKS = (LOCK_NAME, "config.json", LOG_NAME, "tensorboard")
+MARKS = (LOCK_NAME, CONFIG_NAME, LOG_NAME, "tensorboard")
 
 
 # ---- the lock ----

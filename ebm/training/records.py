@@ -17,6 +17,7 @@ from ebm.support import cli, pictures
 from ebm.support.logs import RunLog, read_series
 from ebm.support.progress import Progress, describe_energies
 from ebm.support.reports import format_table, write_json
+from ebm.support.trackers import TrackedRun, start_trackers
 from ebm.training.classification import LabelledImages, measure_classification
 from ebm.training.samples import FreshChains, Sampler, choose_test_number
 from ebm.training.state import State, Step
@@ -40,6 +41,7 @@ CLASSIFIER_CURVES = {
 }
 PATCH_CURVES = {"distance": {"of patches": "patch_distance", "of tones": "tone_distance"}}
 LOG_AXES = ("mean energy gradient", "FID", DISTANCE, "distance")
+SHARES = ("share", "accuracy")  # the labels of axes from 0 to 1
 PANELS = 20  # rows of start | sample | real
 GRID = 200  # images of the picture of samples, at most
 BINS = 40  # of the histograms of energies in the log
@@ -109,8 +111,14 @@ class Recorder:
     ):
         self.state, self.settings, self.sampler, self.measure = state, settings, sampler, measure
         self.folder = settings.folder
+        about = TrackedRun(settings.exp, self.folder, cli.to_dict(settings), settings.tag)
+        self.trackers = start_trackers(settings.projects, about, print)  # may take a while, which is no iteration's
         self.progress = Progress(stop, state.iteration, what="iteration")
-        self.log = RunLog(self.folder, state.iteration, is_branch=is_branch, say=self.progress.say)
+        for tracker in self.trackers:
+            tracker.say = self.progress.say
+        self.log = RunLog(
+            self.folder, state.iteration, is_branch=is_branch, say=self.progress.say, trackers=self.trackers
+        )
         self.log.write_table(state.iteration, "settings", cli.to_dict(settings))
 
     def record_step(self, step: Step) -> None:
@@ -201,6 +209,11 @@ class Recorder:
         """Close the progress line."""
         self.progress.close()
 
+    def finish_trackers(self) -> None:
+        """Let the trackers send what is left."""
+        for tracker in self.trackers:
+            tracker.finish()
+
 
 def write_samples(settings: TrainSettings, sampler: Sampler, images: Tensor, log: RunLog | None) -> None:
     """Save a picture of samples (N, C, H, W), float in [0, 1] or uint8, add it to a log, and print its path."""
@@ -245,6 +258,6 @@ def draw_curves(settings: TrainSettings, measure: SampleMeasure | None) -> None:
         ylabel: {title: read_series(settings.folder, name) for title, name in lines.items()}
         for ylabel, lines in panels.items()
     }
-    path, shares = settings.folder / "curves.png", ("share", "accuracy")
-    plot = pictures.plot_lines(curves, path, xlabel="iteration", log=LOG_AXES, shares=shares, smooth=True)
+    path = settings.folder / "curves.png"
+    plot = pictures.plot_lines(curves, path, xlabel="iteration", log=LOG_AXES, shares=SHARES, smooth=True)
     print(f"training curves: {plot}")

@@ -167,7 +167,7 @@ def list_changes(settings: TrainSettings, before: Mapping[str, Any], given: Coll
 
 def show_value(value: object) -> str:
     """Return the text of a setting's value, which may come from a stranger."""
-    return "unset" if value is None else make_printable(str(value)[:100])
+    return "unset" if value in (None, "", (), []) else make_printable(cli.write_value(value)[:100])
 
 
 def is_same_setting(before: object, now: object, *, is_path: bool) -> bool:

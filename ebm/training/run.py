@@ -104,7 +104,10 @@ class Run:
         state = self.state
         if self.is_first:
             is_branch = self.is_resumed and bool(list_branch_files(self.settings.folder, state.iteration))
-            self.recorder = Recorder(state, self.settings, self.sampler, self.measure, self.stop, is_branch=is_branch)
+            with self.workers.busy():  # trackers may have to wait for their servers
+                self.recorder = Recorder(
+                    state, self.settings, self.sampler, self.measure, self.stop, is_branch=is_branch
+                )
         if self.is_resumed and state.iteration >= self.stop:
             self.say(f"note: iteration {self.stop} is the last of this run; a larger max_iter goes on")
         state.acceleration.say = bind_notes(self.recorder, self.workers.rank)
@@ -282,7 +285,11 @@ class Run:
             draw_curves(self.settings, self.measure)
 
     def finish(self) -> None:
-        """Try once more to save the last state if that failed; raise UsageError if it or the report is not written."""
+        """End the trackers, and try once more to save the last state if that failed.
+
+        Raises UsageError if the state or the report is not written.
+        """
+        self.finish_trackers()
         if self.unsaved is not None:
             path, contents = self.unsaved
             try:
@@ -298,6 +305,12 @@ class Run:
                 f"the run is over, but {' and '.join(self.unwritten)} could not be written; "
                 f"make room, then {name_resumption(self.settings)} with `train`=False does it again"
             )
+
+    def finish_trackers(self) -> None:
+        """Let the trackers send what is left."""
+        if self.recorder is not None:
+            with self.workers.busy():
+                self.recorder.finish_trackers()
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -510,6 +523,7 @@ class Run:
         number = self.signal = self.signal or signal.SIGTERM
         self.save()
         self.say(f"stopped by {interruption.name_signal(number)}; go on with {name_resumption(self.settings)}")
+        self.finish_trackers()
         self.workers.barrier()
         if self.stop_signals is not None:
             self.stop_signals.release_launcher()

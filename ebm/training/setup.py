@@ -17,9 +17,12 @@ from ebm.presets import PRESETS
 from ebm.settings import CONDITIONS, SIZES, SUBSETS, TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
+from ebm.support.experiments import check_tags
 from ebm.support.hardware import find_free_memory, has_compiler
+from ebm.support.logs import CONFIG_NAME
 from ebm.support.reports import write_json
 from ebm.support.sharing import fold_seed
+from ebm.support.trackers import import_packages
 from ebm.training.acceleration import Acceleration
 from ebm.training.distributed import Workers
 from ebm.training.state import State
@@ -46,6 +49,9 @@ def list_enabled(settings: Any, names: dict[str, str]) -> list[str]:
 
 def check_settings(settings: TrainSettings) -> None:
     """Raise UsageError if settings contradict each other."""
+    check_tags(settings.tag)
+    for package, project in settings.projects.items():
+        check_tags([project], package)
     conditions, subsets = list_enabled(settings, CONDITIONS), list_enabled(settings, SUBSETS)
     for names in (conditions, subsets, list_enabled(settings, SIZES)):
         if len(names) > 1:
@@ -294,8 +300,14 @@ def check_device(settings: TrainSettings, workers: Workers) -> None:
         workers.print("note: deterministic has no effect on a CPU, where runs are the same bit for bit anyway")
 
 
-def write_config(settings: TrainSettings, state: State, workers: Workers) -> None:
-    """Write the settings, the network and the versions of a run to config.json."""
+def check_trackers(settings: TrainSettings, workers: Workers) -> None:
+    """Raise UsageError if the package of a tracker cannot be used. Rank 0 alone needs it."""
+    if settings.train:
+        workers.call_first(lambda: import_packages(settings.projects, settings.folder))
+
+
+def write_config(settings: TrainSettings, state: State, workers: Workers, stop: int) -> None:
+    """Write the settings, the network, the versions and the last iteration of a run to config.json."""
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     config = {
         "flags": cli.to_dict(settings),
@@ -303,7 +315,7 @@ def write_config(settings: TrainSettings, state: State, workers: Workers) -> Non
         "parameters": parameters,
     }
     config |= {"torch": torch.__version__, "workers": workers.size, "energies": str(state.acceleration)}
-    write_json(settings.folder / "config.json", config)
+    write_json(settings.folder / CONFIG_NAME, config | {"last_iteration": stop})
 
 
 def note_name_of_preset(settings: TrainSettings) -> None:
