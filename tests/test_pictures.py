@@ -210,6 +210,16 @@ def test_noisy_lines_are_shown_with_their_means(tmp_path, figures) -> None:
     assert axis.get_xlabel().startswith("x\npale: every value") and legend(axis) == ["a", "b"]
 
 
+def test_many_noisy_lines_do_not_hide_their_means(tmp_path, figures) -> None:
+    """Red if the values of many long lines cover all means, or the axis tells of values that are not drawn."""
+    x = np.arange(200)
+    panels = {"y": {f"line {k}": (x, k + 50.0 * (-1) ** x) for k in range(pictures.MOST_PALE + 1)}}
+    pictures.plot_lines(panels, tmp_path / "many.png", xlabel="x", smooth=True)
+    (axis,) = figures[0].axes
+    assert len(axis.lines) == pictures.MOST_PALE + 1 and axis.get_ylim()[1] < 50
+    assert axis.get_xlabel() == "x\nmeans over a twentieth of the run"
+
+
 def test_lines_that_coincide_can_all_be_seen(tmp_path, figures) -> None:
     """Red if a line is drawn over an equal one so that this is hidden."""
     pictures.plot_lines({"y": {name: ([1, 2], [1, 2]) for name in "abc"}}, tmp_path / "same.png", xlabel="x")

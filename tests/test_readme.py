@@ -31,6 +31,7 @@ from conftest import (
 )
 from ebm.settings import TrainSettings
 from ebm.support import cli
+from ebm.support.reports import write_json
 from ebm.tasks import sandbox
 
 pytestmark = pytest.mark.slow
@@ -66,6 +67,7 @@ SMALL = {
     "sample.py": ["--num_steps=1", "--num=2"],
     "eval_inception.py": ["--num_steps=1", "--im_number=20", "--repeat_scale=1", "--real_number=100", "--nodownload"],
     "ais.py": ["--pdist=1,2", "--limit=4", "--batch_size=2"],
+    "scripts/compare.py": ["--logdir=compared"],
     "scripts/convert_checkpoint.py": [],
     "scripts/reproduce.py": ["--call_flags=--limit=20"],
     "scripts/export.py": [],
@@ -130,6 +132,9 @@ def place(tmp_path_factory):
     write_imagenet(root / "imagenet")
     write_imagenetfull(root / "imagenetfull")
     shutil.copytree(ROOT / "tests/golden/tf_checkpoints/cifar10_cond", root / "cachedir" / "cifar10_cond")
+    for name in ("compared/steps20", "compared/steps5", "cachedir/steps20", "cachedir/steps5"):
+        write_json(root / name / "config.json", {"flags": {"tag": ["steps"], "max_iter": 10}})
+        (root / name / "log.jsonl").write_text('{"iteration": 10, "e_diff": 0.1}\n')
     for exp, (network, iteration, shape, label_size) in TRAINED.items():
         config = models.ModelConfig(network, shape, 2, label_size, swish_act=network == "ResNet128")
         state = {"config": config.__dict__, "model": models.build_model(config).state_dict(), "iteration": iteration}

@@ -36,7 +36,7 @@ def read_words(
             raise UsageError(f"{word!r} ends with a carriage return: save the command with Unix line ends (dos2unix)")
         if word == "--":  # the conventional end of a program's own flags; here all flags are its own
             continue
-        if alone and not word.startswith("-") and "=" not in word:
+        if alone and not word.startswith("-") and ("=" not in word or word.partition("=")[0] not in names):
             pairs.append((alone, word))
             continue
         name, equals, value = split_word(word, names)

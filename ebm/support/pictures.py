@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
@@ -46,6 +46,7 @@ FONT_SIZES = (10, 11, 12, 13)
 FIRST_PAUSE, LAST_PAUSE = 0.5, 2.0  # seconds that a GIF rests on its first and on its last frame
 LINE_STYLES = ("-", "--", "-.", ":")
 LONG_LINE = 50  # points from which on a noisy line is also drawn as a mean
+MOST_PALE = 4  # lines in a panel whose values are drawn below their means; those of more would hide each other
 # Okabe & Ito's palette, whose colours can be told apart by colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -250,6 +251,32 @@ def save_grid(images: Tensor, path: str | Path, *, columns: int, titles: Sequenc
     return save_pixels(make_grid(images, columns=columns, titles=titles), path)
 
 
+def save_gallery(gallery: Mapping[str, Image.Image], path: str | Path) -> Path:
+    """Write pictures of any sizes, each under its title, to one file of about SIDE x SIDE pixels; return its path.
+
+    gallery: colour pictures by title. Those that are too large are made smaller.
+    """
+    columns = choose_columns(len(gallery))
+    room = SIDE // columns
+    tiles = [np.asarray(ImageOps.contain(image, (room, room)) if max(image.size) > room else image)
+             for image in gallery.values()]  # fmt: skip
+    width, titles = max(tile.shape[1] for tile in tiles), list(gallery)
+    font, rows = fit_font(titles, width), list[np.ndarray]()
+    for start in range(0, len(tiles), columns):
+        line = tiles[start : start + columns]
+        height = max(tile.shape[0] for tile in line) + LINE + BLOCK_GAP
+        row = np.full((height, columns * (width + BLOCK_GAP) - BLOCK_GAP, 3), WHITE, np.uint8)
+        for i, tile in enumerate(line):
+            left = i * (width + BLOCK_GAP)
+            shape = (LINE, width, 3)
+            row[:LINE, left : left + width] = draw_texts(
+                titles[start + i : start + i + 1], shape, [(0, LINE // 2)], width, font, anchor="lm"
+            )
+            row[LINE : LINE + tile.shape[0], left : left + tile.shape[1]] = tile
+        rows.append(row)
+    return save_pixels(np.concatenate(rows)[:-BLOCK_GAP], path)
+
+
 def save_panel(stages: Mapping[str, Tensor], path: str | Path, *, rows: Sequence[str] = (), note: str = "") -> Path:
     """Write a panel of named batches to a file and return its path, see `make_panel`."""
     return save_pixels(make_panel(stages, rows=rows, note=note), path)
@@ -312,21 +339,27 @@ def plot_lines(
     log: Collection[str] = (),
     shares: Collection[str] = (),
     smooth: bool = False,
+    columns: int = 1,
 ) -> Path:
     """Plot lines in panels that share one x axis, and return the file's path.
 
     panels: {y label: {name of the line: (x, y)}}. log: the labels of axes that are logarithmic if all their values are
     positive. shares: the y labels of axes from 0 to 1. smooth: draw a line of more than LONG_LINE points pale, and its
-    mean over a window of points on top.
+    mean over a window of points on top; in a panel of more than MOST_PALE lines only the mean. columns: in which the
+    panels stand; in several columns all panels have lines of the same names, some perhaps without points, and one
+    legend.
     """
-    figure, axes = make_figure(len(panels), title)
+    figure, axes = make_figure(len(panels), title, columns)
     has_means = False
     for axis, (ylabel, lines) in zip(axes, panels.items(), strict=True):
-        arrays = {name: (np.asarray(x), np.asarray(y)) for name, (x, y) in lines.items()}
+        arrays = {
+            name: (np.asarray(x) if np.size(x) else np.zeros(0, int), np.asarray(y)) for name, (x, y) in lines.items()
+        }
         for k, (name, (x, y)) in enumerate(arrays.items()):
             look, marker = choose_line_look(k), "." if x.size <= 20 else ""  # dots mark the few measured points
             if smooth and x.size > LONG_LINE:
-                axis.plot(x, y, color=look["color"], alpha=0.25, linewidth=0.6)
+                if len(arrays) <= MOST_PALE:
+                    axis.plot(x, y, color=look["color"], alpha=0.25, linewidth=0.6, zorder=1.5)
                 y, has_means = smooth_values(y, x.size // 40), True
             axis.plot(x, y, label=escape_text(name), marker=marker, **look)
         axis.set_ylabel(ylabel)
@@ -340,10 +373,18 @@ def plot_lines(
             set_plain_ticks(axis.xaxis)
         elif all(np.issubdtype(x.dtype, np.integer) for x, _ in arrays.values()):
             axis.locator_params(axis="x", integer=True)  # integers, such as iterations, get integer ticks
-        if [*arrays] != [ylabel]:
+        if [*arrays] != [ylabel] and columns == 1:
             add_legend(axis)
-    means = "\npale: every value; strong: mean over a twentieth of them"
-    axes[-1].set_xlabel(xlabel + means * has_means)
+    if columns > 1:
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right upper", frameon=False)
+    is_pale = max(map(len, panels.values())) <= MOST_PALE
+    means = (
+        "pale: every value; strong: mean over a twentieth of them" if is_pale else "means over a twentieth of the run"
+    )
+    for axis in axes[-columns:]:  # the lowest of each column
+        axis.set_xlabel(xlabel + f"\n{means}" * has_means)
+        axis.tick_params(labelbottom=True)
     return save_figure(figure, path)
 
 
@@ -480,10 +521,14 @@ def import_figure() -> type[Figure]:
     return Figure
 
 
-def make_figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
-    """Return an empty matplotlib figure and its axes, one per panel, stacked over a shared x axis."""
-    figure = import_figure()(figsize=(8, 2 + 2 * panels), dpi=150, layout="constrained")
-    axes = list(figure.subplots(panels, sharex=True, squeeze=False)[:, 0])
+def make_figure(panels: int, title: str, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return an empty matplotlib figure and its axes, one per panel, in columns over a shared x axis."""
+    rows = -(-panels // columns)
+    figure = import_figure()(figsize=(2 + 6 * columns, 2 + 2 * rows), dpi=150, layout="constrained")
+    places = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+    axes = places[:panels]
+    for place in places[panels:]:
+        place.remove()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="0.9", linewidth=0.8)
