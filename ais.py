@@ -98,7 +98,7 @@ def measure_likelihood(settings: AisSettings, workers: Workers, results: Results
     chains = f"{settings.batch_size} chains" + f" for each of {densities} densities" * (densities > 1)
     print(f"work: {2 * sum(numbers):,} Hamiltonian moves of {chains}", flush=True)
     progress = Progress(2 * sum(numbers) * len(target.energies), what="HMC move")
-    with keep_what_is_done(contents["bounds"]):
+    with keep_what_is_done(contents["bounds"]), progress:
         for number in numbers:
             bounds_by_class = bound_log_z_of_classes(target, settings, number, progress.advance, workers)
             contents["by class"][f"pdist {number}"] = {
@@ -111,7 +111,6 @@ def measure_likelihood(settings: AisSettings, workers: Workers, results: Results
     if len(rows) > 1:
         plot_bounds(contents, numbers[: len(rows)], results.add_file("ais.png"))
     results.write_report("ais.json", contents | results.describe_state())
-    progress.close()
     figures_of_target = {
         name: contents[name] for name in ("log Z", "−T·E of test images", "its std") if name in contents
     }

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import models
-from ebm.readers.bounded import describe_failure, make_printable, report_unreadable_file
+from ebm.readers.bounded import describe_failure, make_printable, report_unreadable_file, show_reading
 from ebm.readers.pickles import ForeignName
 from ebm.readers.safetensors_files import ENDING, encode_safetensors, read_safetensors
 from ebm.readers.state_values import find_odd_entry, is_number
@@ -33,6 +33,7 @@ from ebm.readers.torch_files import read_torch_file
 from ebm.support.errors import UsageError
 from ebm.support.experiments import find_model_folder, get_shipped_root
 from ebm.support.files import write_file
+from ebm.support.progress import show_waiting
 from utils import ClippedAdam
 
 KEEP = 30  # the newest checkpoints, which are kept
@@ -44,11 +45,12 @@ def save(path: pathlib.Path, state: dict[str, Any]) -> None:
 
     A file of the ending `.safetensors` gets the network alone, see `encode_safetensors`.
     """
-    if path.suffix == ENDING:
-        contents = encode_safetensors(state)
-        write_file(path, lambda file: file.write(contents))
-    else:
-        write_file(path, lambda file: torch.save(state, file))
+    with show_waiting(f"writing {path}"):
+        if path.suffix == ENDING:
+            contents = encode_safetensors(state)
+            write_file(path, lambda file: file.write(contents))
+        else:
+            write_file(path, lambda file: torch.save(state, file))
 
 
 def list_iterations(folder: pathlib.Path) -> list[int]:
@@ -116,7 +118,8 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     damaged or foreign file.
     """
     try:
-        state = read_safetensors(path) if path.suffix == ENDING else read_torch_file(path)
+        with show_reading(path, path.stat().st_size):
+            state = read_safetensors(path) if path.suffix == ENDING else read_torch_file(path)
     except UsageError:
         raise
     except ForeignName as error:

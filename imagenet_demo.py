@@ -93,10 +93,11 @@ def show_chains(settings: DemoSettings, workers: Workers, results: Results) -> N
     if workers.rank > 0:
         return
     frames = [pictures.make_grid(images / 255, columns=columns, titles=titles) for images in torch.cat(parts, 1)]
-    print(f"{len(frames)} frames, the first is the start: {pictures.save_gif(frames, results.add_file('sample.gif'))}")
-    print(f"the last one: {pictures.save_pixels(frames[-1], results.add_file('sample.png'))}")
-    if film := pictures.save_film(frames, results.add_file("sample.mp4")):
-        print(f"the film: {film}")
+    print(f"{len(frames)} frames: the first is the start, the picture sample.png the last")
+    pictures.save_gif(frames, results.add_file("sample.gif"))
+    pictures.save_pixels(frames[-1], results.add_file("sample.png"))
+    pictures.save_film(frames, results.add_file("sample.mp4"))
+    results.print_paths()
 
 
 def choose_labels(settings: DemoSettings, trained: TrainedModel) -> tuple[Tensor, list[str]]:
@@ -132,15 +133,15 @@ def record_frames(
         if progress.done % settings.every == 0 or progress.done == settings.num_steps:
             frames.append(to_bytes(images).cpu())
 
-    end = acceleration.descend(
-        energy.under(labels),
-        start,
-        num_steps=settings.num_steps,
-        step_lr=step_lr / trained.rescale,  # for images in [0, 1] the gradient is `rescale` times larger
-        generator=generators,
-        after_step=add_frame,
-    )
-    progress.close()
+    with progress:
+        end = acceleration.descend(
+            energy.under(labels),
+            start,
+            num_steps=settings.num_steps,
+            step_lr=step_lr / trained.rescale,  # for images in [0, 1] the gradient is `rescale` times larger
+            generator=generators,
+            after_step=add_frame,
+        )
     check_finite(end, "lower `step_lr`")
     return torch.stack(frames)
 

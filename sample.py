@@ -30,7 +30,7 @@ from ebm.settings import SampleSettings
 from ebm.support import cli, pictures
 from ebm.support.files import write_file
 from ebm.support.hardware import set_up_process
-from ebm.support.progress import Progress
+from ebm.support.progress import SHORT, Progress, show_waiting
 from ebm.tasks.quality import draw_fresh_images, report_memory_shortage
 from ebm.tasks.results import Results, own_results
 from ebm.tasks.trained_models import (
@@ -76,7 +76,7 @@ def sample_images(settings: SampleSettings, workers: Workers, results: Results) 
     batches = workers.count_share(-(-settings.num // settings.batch_size))
     progress = Progress(num_steps * batches, what="Langevin step")
     acceleration = accelerate_chains(settings)
-    with report_memory_shortage(settings.batch_size):
+    with report_memory_shortage(settings.batch_size), progress:
         images = draw_fresh_images(
             freeze_energy(model, precision=acceleration.precision, rescale=rescale),
             torch.eye(classes)[numbers].to(device) if classes else torch.zeros(settings.num, 0, device=device),
@@ -91,7 +91,6 @@ def sample_images(settings: SampleSettings, workers: Workers, results: Results) 
             share_out=workers.share_out,
             descend=acceleration.descend,
         )
-    progress.close()
     if workers.rank == 0:
         if len(images) < settings.num:
             print(f"stopped early: {len(images)} of {settings.num} images are done")
@@ -108,15 +107,19 @@ def write_images(
     """
     titles = [] if numbers is None else name_classes(numbers[:GRID].tolist(), names)
     grid, columns = images[:GRID] / 255, pictures.choose_columns(min(settings.num, GRID), len(set(titles)))
-    print(f"wrote {pictures.save_grid(grid, results.add_file('samples.png'), columns=columns, titles=titles)}")
+    pictures.save_grid(grid, results.add_file("samples.png"), columns=columns, titles=titles)
     pixels = images.permute(0, 2, 3, 1).numpy()
     arrays: dict[str, Any] = {"images": pixels} | ({} if numbers is None else {"labels": numbers.numpy()})
-    print(f"wrote {write_file(results.add_file('samples.npz'), lambda file: np.savez_compressed(file, **arrays))}")
+    path = results.add_file("samples.npz")
+    with show_waiting(f"packing {len(images):,} images into {path}"):
+        write_file(path, lambda file: np.savez_compressed(file, **arrays))
     if settings.folder:
         folder = results.add_file("images")
-        for i, image in enumerate(pixels):
-            pictures.save_pixels(image, folder / f"{i:06}.png", sync=False)
-        print(f"wrote {folder}/")
+        with Progress(len(pixels), what="writing image", patience=SHORT) as progress:
+            for i, image in enumerate(pixels):
+                pictures.save_pixels(image, folder / f"{i:06}.png", sync=False)
+                progress.advance()
+    results.print_paths()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ebm.support import cli
+from ebm.support.progress import Progress
 
 PRODUCTS = (F.conv2d, F.linear, Tensor.matmul, Tensor.__matmul__)
 
@@ -81,13 +82,14 @@ def run_calls(calls: Sequence[Call], jobs: int, *, emulate_bf16: bool = False) -
     context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
     with concurrent.futures.ProcessPoolExecutor(jobs, context, prepare_process, (threads, emulate_bf16)) as pool:
         futures = {pool.submit(call.run): call for call in calls}
+        progress = Progress(len(futures), what="call")
         try:
             for future in concurrent.futures.as_completed(futures):
                 call, error = futures[future], future.exception()
+                progress.say(f"done: {call}" if error is None else f"failed: {call}: {error!r}")
+                progress.advance()
                 if error is None:
-                    print(f"done: {call}", flush=True)
                     yield call
-                else:
-                    print(f"failed: {call}: {error!r}", flush=True)
         finally:
+            progress.close()
             pool.shutdown(cancel_futures=True)  # after a signal no further call begins

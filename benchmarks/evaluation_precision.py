@@ -30,7 +30,7 @@ from ebm.support.cli import flag
 from ebm.support.errors import UsageError
 from ebm.support.experiments import SHIPPED
 from ebm.support.hardware import PRECISIONS
-from ebm.support.reports import format_table
+from ebm.support.reports import format_table, print_written
 
 
 class Evaluation(NamedTuple):
@@ -180,6 +180,7 @@ def main(settings: Settings) -> None:
     compared = compare_precisions(figures, settings.precisions)
     table = {f"{row.pop('figure')}, {row.pop('precision')}": row for row in compared}
     print(format_table(table) if table else "there are fewer than two number types or seeds to compare")
+    print_written(map(pathlib.Path, filter(None, [settings.output, settings.logdir])))
 
 
 if __name__ == "__main__":

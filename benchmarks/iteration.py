@@ -35,6 +35,7 @@ from ebm.settings import TrainSettings
 from ebm.support import cli, pictures
 from ebm.support.cli import flag
 from ebm.support.hardware import allow_tf32, set_kernel_choice, set_tf32
+from ebm.support.reports import print_written
 from ebm.training.acceleration import Acceleration
 from ebm.training.chains import run_chains
 from ebm.training.state import State
@@ -148,6 +149,7 @@ def main(settings: Settings) -> None:
     plans += [(steps[0], n, scales[0], what) for n in batch_sizes[1:] for what in ("chain", "iteration")]
     plans += [(steps[0], batch_sizes[0], scale, what) for scale in scales[1:] for what in ("chain", "iteration")]
     rows: list[dict[str, Any]] = []
+    print(f"work: {len(plans)} measurements, a line after each", flush=True)
     for plan in plans:
         if settings.device == "cuda":
             row = measure_iteration(settings, *plan)
@@ -164,7 +166,7 @@ def main(settings: Settings) -> None:
     if settings.output:
         machine = timing.describe_machine(settings.device)
         path = timing.write_rows(settings, rows, **machine)
-        print(f"wrote {path} and {plot_costs(settings, rows, machine['hardware'])}")
+        print_written([path, plot_costs(settings, rows, machine["hardware"])])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ import timing
 from ebm.support import cli
 from ebm.support.cli import flag
 from ebm.support.hardware import set_kernel_choice, set_tf32
+from ebm.support.progress import show_waiting
+from ebm.support.reports import print_written
 from ebm.training.acceleration import Acceleration
 
 
@@ -56,7 +58,8 @@ def main(settings: Settings) -> None:
     def run() -> None:
         acceleration.run(chain, weights, x, None, generator, repeated=False)
 
-    timing.measure_seconds(run, settings.device)  # the first run compiles and chooses kernels
+    with show_waiting("running a first chain, which chooses kernels" + ", and compiling its step" * on_gpu):
+        timing.measure_seconds(run, settings.device)
     activities = [ProfilerActivity.CPU] + on_gpu * [ProfilerActivity.CUDA]
     with profile(activities=activities) as profiler:
         timing.measure_seconds(run, settings.device)
@@ -74,8 +77,7 @@ def main(settings: Settings) -> None:
     print(f"{total / settings.steps:10.1f} us per step in all")
     if settings.output:
         machine = timing.describe_machine(settings.device)
-        path = timing.write_rows(settings, rows, **machine, total=total / settings.steps)
-        print(f"wrote {path}")
+        print_written([timing.write_rows(settings, rows, **machine, total=total / settings.steps)])
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from ebm.support.hardware import (
     set_kernel_choice,
     set_tf32,
 )
+from ebm.support.reports import print_written
 from ebm.training import tuning
 from ebm.training.acceleration import REMEDIES, Acceleration
 
@@ -326,7 +327,10 @@ def measure_network(settings: Settings, name: str, limits: dict[str, float]) -> 
     model = timing.build_network(name, settings.num_filters, settings.device)
     x = timing.draw_images(model, settings.batch_size, settings.device)
     memory: dict[Variant, float | None] = {}
-    for variant in list_variants(settings, model, x):
+    variants = list_variants(settings, model, x)
+    compiling = ", and steps are compiled first, each in up to a minute" * settings.compile
+    print(f"{name}: {len(variants)} variants are timed{compiling}", flush=True)
+    for variant in variants:
         try:  # the first run compiles, captures and chooses kernels
             if settings.device == "cuda":
                 memory[variant] = timing.measure_peak_memory(variant.run, settings.device)
@@ -386,6 +390,7 @@ def main(settings: Settings) -> None:
     types = {*settings.precisions, "tf32" if settings.device == "cuda" else "float32", *["bf16"] * has_bf16}
     limits = {name: timing.measure_matrix_rate(name, settings.device, settings.limit_size) for name in sorted(types)}
     rows: list[dict[str, Any]] = []
+    written: list[pathlib.Path] = []
     for name in names:
         rows += measure_network(settings, name, limits)
         for row in (row for row in rows if row["network"] == name):
@@ -399,11 +404,12 @@ def main(settings: Settings) -> None:
                 flush=True,
             )
         if settings.output:
-            write_figures(settings, rows)
+            written = write_figures(settings, rows)
+    print_written(written)
 
 
-def write_figures(settings: Settings, rows: list[dict[str, Any]]) -> None:
-    """Write the rows so far as JSON, and plot the shares of the limit as bars."""
+def write_figures(settings: Settings, rows: list[dict[str, Any]]) -> list[pathlib.Path]:
+    """Write the rows so far as JSON, and plot the shares of the limit as bars; return the paths of both."""
     machine = timing.describe_machine(settings.device)
     path = timing.write_rows(settings, rows, operations="of direct convolutions, not folded", **machine)
     # With several number types, this project has one bar for each, that of its fastest variant.
@@ -414,7 +420,7 @@ def write_figures(settings: Settings, rows: list[dict[str, Any]]) -> None:
         bar[row["network"]] = max(row["of limit"], bar.get(row["network"], 0))
     title = f"a Langevin step, batch {settings.batch_size}, {machine['hardware']}"
     plot = pictures.plot_bars(bars, path.with_suffix(".png"), ylabel="share of the matrix-product rate", title=title)
-    print(f"wrote {path} and {plot}")
+    return [path, plot]
 
 
 if __name__ == "__main__":

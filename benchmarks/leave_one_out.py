@@ -27,7 +27,7 @@ from ebm.settings import DEVICES, TrainSettings
 from ebm.support import cli, pictures
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
-from ebm.support.reports import format_table
+from ebm.support.reports import format_table, print_written
 from ebm.tasks.outliers import LEFT_OUT
 from ebm.training.setup import read_split
 
@@ -87,7 +87,8 @@ def main(settings: Settings) -> None:
         path = timing.write_rows(settings, [{"left out": name} | row for name, row in table.items()])
         bars = {score: {name: row[score] for name, row in table.items()} for score in scores}
         title = f"AUROC of the class left out, {settings.preset} {settings.train_flags}"
-        print(f"wrote {path} and {pictures.plot_bars(bars, path.with_suffix('.png'), ylabel='AUROC', title=title)}")
+        print_written([path, pictures.plot_bars(bars, path.with_suffix(".png"), ylabel="AUROC", title=title)])
+    print_written([pathlib.Path(settings.logdir)])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from ebm.readers import imagenet, streaming
 from ebm.readers.downloads import import_torchvision
 from ebm.support import cli
 from ebm.support.cli import flag
+from ebm.support.progress import SHORT, Progress
+from ebm.support.reports import print_written
 
 Loader = tuple[Callable[[], object], Callable[[], None]]  # a call that reads the next batch, one that ends the workers
 
@@ -49,15 +51,17 @@ def make_jpegs(settings: Settings, folder: pathlib.Path) -> float:
     """Write pictures with detail at all scales, like photographs, to two class folders; return the mean size in kB."""
     generator = np.random.default_rng(0)
     size = settings.width, settings.height
-    for number in range(settings.files):
-        picture = np.full((settings.height, settings.width, 3), 128.0)
-        for scale in (2, 4, 8, 16, 32, 64, 128):  # pixels between independent values
-            noise = generator.normal(128, 30, (settings.height // scale + 2, settings.width // scale + 2, 3))
-            layer = Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-            picture += (np.asarray(layer) - 128.0) * (scale / 32) ** 0.3
-        path = folder / f"class_{number % 2}" / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=95)
+    with Progress(settings.files, what="making JPEG", patience=SHORT) as progress:
+        for number in range(settings.files):
+            picture = np.full((settings.height, settings.width, 3), 128.0)
+            for scale in (2, 4, 8, 16, 32, 64, 128):  # pixels between independent values
+                noise = generator.normal(128, 30, (settings.height // scale + 2, settings.width // scale + 2, 3))
+                layer = Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+                picture += (np.asarray(layer) - 128.0) * (scale / 32) ** 0.3
+            path = folder / f"class_{number % 2}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=95)
+            progress.advance()
     return sum(path.stat().st_size for path in folder.glob("*/*")) / settings.files / 1000
 
 
@@ -126,7 +130,7 @@ def main(settings: Settings) -> None:
                 print(f"{variant:13} {workers:3} workers {rate:7.0f} images/s {rate / workers:7.0f} each", flush=True)
     if settings.output:
         figures = {"torch": torch.__version__, "kilobytes": kilobytes, "processor ms": processor}
-        print(f"wrote {timing.write_rows(settings, rows, **figures)}")
+        print_written([timing.write_rows(settings, rows, **figures)])
 
 
 if __name__ == "__main__":

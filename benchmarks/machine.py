@@ -15,6 +15,7 @@ import timing
 from ebm.support import cli
 from ebm.support.cli import flag
 from ebm.support.hardware import PRECISIONS
+from ebm.support.reports import print_written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ def main(settings: Settings) -> None:
     rows.append({"what": "copy", "GB/s": rate})
     print(f"{'copy':19} {rate:10.0f} GB/s")
     if settings.output:
-        print(f"wrote {timing.write_rows(settings, rows, **machine)}")
+        print_written([timing.write_rows(settings, rows, **machine)])
 
 
 if __name__ == "__main__":

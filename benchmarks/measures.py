@@ -38,7 +38,8 @@ from ebm.measures.features import (
 from ebm.support import cli, pictures
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
-from ebm.support.reports import format_table
+from ebm.support.progress import show_waiting
+from ebm.support.reports import format_table, print_written
 
 SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "folder")
 FIGURES = CLASSIFIER_FIGURES | PATCH_FIGURES
@@ -215,7 +216,8 @@ def measure_sets(settings: Settings, dataset: data.Dataset) -> tuple[list[dict[s
     examples = [images[:EXAMPLES]]
     for name, (degrade, strengths) in plan.items():
         for strength in strengths:
-            degraded = degrade(source, strength).clamp(0, 1)
+            with show_waiting(f"making images: {name} {strength:g}"):
+                degraded = degrade(source, strength).clamp(0, 1)
             rows.append({"set": name, "strength": float(strength)} | measure.measure(degraded))
             examples.append(degraded[:EXAMPLES])
             print(name_set(rows[-1]), *(f"{FIGURES[key]} {rows[-1][key]:.4g}" for key in FIGURES), sep="; ", flush=True)
@@ -265,7 +267,7 @@ def write_results(settings: Settings, rows: list[dict[str, Any]], examples: list
     plot = plot_sets(rows, path.with_suffix(".png"), f"{settings.samples} images of {settings.dataset} a set")
     stages = {str(i + 1): column for i, column in enumerate(torch.stack(examples, 1))}
     picture = pictures.save_panel(stages, path.with_name(f"{path.stem}_sets.png"), rows=list(map(name_set, rows)))
-    print(f"wrote {path}, {plot} and {picture}")
+    print_written([path, plot, picture])
 
 
 def main(settings: Settings) -> None:

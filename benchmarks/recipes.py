@@ -33,6 +33,7 @@ from ebm.support.cli import flag
 from ebm.support.errors import UsageError
 from ebm.support.hardware import PRECISIONS
 from ebm.support.logs import read_series
+from ebm.support.reports import print_written
 
 NOISE = "--datasource=random --step_lr=100"
 PUBLISHED = f"{NOISE} --replay_rate=0.95 --sample_steps=100 --lr_schedule=constant"
@@ -185,7 +186,8 @@ def main(settings: Settings) -> None:
         }
         title = f"{settings.preset} {settings.train_flags}"
         plot = pictures.plot_lines(curves, path.with_suffix(".png"), xlabel="iteration", title=title, log=list(curves))
-        print(f"wrote {path} and {plot}")
+        print_written([path, plot])
+    print_written([pathlib.Path(settings.logdir)])
 
 
 if __name__ == "__main__":

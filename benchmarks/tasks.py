@@ -15,12 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import timing
 from ebm.support import cli
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
+from ebm.support.progress import Progress
+from ebm.support.reports import print_written
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LABEL = "ebm_sandbox.py --task=label --exp=digits_cond --pgd=20"
@@ -64,20 +68,40 @@ def measure_command(command: str, root: pathlib.Path) -> tuple[float, float]:
     return used, seconds
 
 
+def measure_versions(
+    settings: Settings, name: str, roots: Sequence[pathlib.Path], progress: Progress
+) -> list[dict[str, Any]]:
+    """Return a row of figures of a command for each version of the project; print them.
+
+    roots: the folders of the versions, this one last. progress: counts runs.
+    """
+    runs: list[list[tuple[float, float]]] = []
+    for _ in range(settings.rounds):
+        runs.append([])
+        for root in roots:
+            runs[-1].append(measure_command(COMMANDS[name], root))
+            progress.advance()
+    rows = []
+    versions = ["another version"] * bool(settings.root) + ["this version"]
+    for number, version in enumerate(versions):
+        used, seconds = (min(run[number][kind] for run in runs) for kind in (0, 1))
+        rows.append({"command": name, "version": version, "processor s": used, "s": seconds})
+        progress.say(f"{name:14} {version:16} {used:7.1f} s of the processor {seconds:7.1f} s")
+    return rows
+
+
 def main(settings: Settings) -> None:
     timing.prepare_output(settings)
     roots = ([pathlib.Path(settings.root).resolve()] if settings.root else []) + [ROOT]
-    rows = []
-    for name in settings.commands:
-        runs = [[measure_command(COMMANDS[name], root) for root in roots] for _ in range(settings.rounds)]
-        versions = ["another version"] * bool(settings.root) + ["this version"]
-        for number, version in enumerate(versions):
-            used, seconds = (min(run[number][kind] for run in runs) for kind in (0, 1))
-            rows.append({"command": name, "version": version, "processor s": used, "s": seconds})
-            print(f"{name:14} {version:16} {used:7.1f} s of the processor {seconds:7.1f} s", flush=True)
-        if settings.output:
-            described = {"lines": {name: COMMANDS[name] for name in settings.commands}}
-            timing.write_rows(settings, rows, **timing.describe_machine("cpu"), **described)
+    rows: list[dict[str, Any]] = []
+    with Progress(len(settings.commands) * settings.rounds * len(roots), what="command") as progress:
+        for name in settings.commands:
+            rows += measure_versions(settings, name, roots, progress)
+            if settings.output:
+                described = {"lines": {name: COMMANDS[name] for name in settings.commands}}
+                timing.write_rows(settings, rows, **timing.describe_machine("cpu"), **described)
+    if settings.output:
+        print_written([pathlib.Path(settings.output)])
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ from ebm.measures.features import DISTANCE, SampleMeasure, prepare_distance
 from ebm.support import cli, metrics, pictures
 from ebm.support.cli import flag
 from ebm.support.errors import UsageError
+from ebm.support.progress import show_waiting
+from ebm.support.reports import print_written
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RATED = 1_000  # images of each set whose energies are compared
@@ -115,7 +117,8 @@ def run_learner(settings: Settings, library: str, job: learners.Job) -> list[dic
         paths = [pathlib.Path(folder) / name for name in ("job.pt", "rows.pt")]
         torch.save(vars(job), paths[0])
         command = [sys.executable, learners.__file__, library, *map(str, paths)]
-        status = subprocess.run(command, env=environment, check=False).returncode
+        with show_waiting(f"training with {library}", f"{max(settings.minutes):g} minutes, then samples"):
+            status = subprocess.run(command, env=environment, check=False).returncode
         if status:
             raise UsageError(f"training with {library} ended with status {status}, see above")
         return torch.load(paths[1])
@@ -135,8 +138,10 @@ def compute_figures(row: Mapping[str, Any], measure: SampleMeasure) -> dict[str,
     return figures
 
 
-def write_results(settings: Settings, rows: list[dict[str, Any]], samples: list[Tensor], **described: object) -> None:
-    """Write the figures as JSON, a plot of them, and a picture of the first samples of every network."""
+def write_results(
+    settings: Settings, rows: list[dict[str, Any]], samples: list[Tensor], **described: object
+) -> list[pathlib.Path]:
+    """Write the figures as JSON, a plot of them, and a picture of the first samples of every network; return paths."""
     path = timing.write_rows(settings, rows, **described, **timing.describe_machine("cpu"))
     libraries: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -155,7 +160,7 @@ def write_results(settings: Settings, rows: list[dict[str, Any]], samples: list[
     columns = torch.stack([images[:COLUMNS] for images in samples], 1)  # (COLUMNS, rows, 1, 28, 28)
     stages = {str(i + 1): column for i, column in enumerate(columns)}
     picture = pictures.save_panel(stages, path.with_name(f"{path.stem}_samples.png"), rows=titles)
-    print(f"wrote {path}, {plot} and {picture}")
+    return [path, plot, picture]
 
 
 def main(settings: Settings) -> None:
@@ -181,6 +186,7 @@ def main(settings: Settings) -> None:
     )
     rows: list[dict[str, Any]] = []
     samples: list[Tensor] = []
+    written = [pathlib.Path(settings.logdir)]
     for library in settings.libraries:
         for row in run_learner(settings, library, job):
             figures = compute_figures(row, measure)
@@ -190,7 +196,9 @@ def main(settings: Settings) -> None:
             print(f"{library}: {', '.join(words)}", flush=True)
         if settings.output:
             others = {"torchebm": learners.TORCHEBM, "ebmkit": learners.EBMKIT}
-            write_results(settings, rows, samples, versions=versions, others=others, real=real)
+            described = {"versions": versions, "others": others, "real": real}
+            written[:-1] = write_results(settings, rows, samples, **described)
+    print_written(written)
 
 
 if __name__ == "__main__":

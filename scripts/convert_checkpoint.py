@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import checkpoint
 from ebm.readers.tensorflow import read_tf_checkpoint
 from ebm.support.errors import UsageError
+from ebm.support.reports import print_written
 from ebm.support.streams import note_dropped_output, replace_standard_streams
 from utils import ClippedAdam
 
@@ -60,7 +61,8 @@ def convert_checkpoint(
     names = {checkpoint.to_tf_name(name): name for name in model.state_dict()}
     for name, array in sorted(variables.items()):
         print(f"{name:<44} {array.shape!s:<20} {names.get(name, '')}".rstrip())
-    print(f"{source} -> {target}, iteration {state['iteration']}{'' if 'optimizer' in state else ', no optimizer'}")
+    print(f"{source}, iteration {state['iteration']}{'' if 'optimizer' in state else ', no optimizer'}")
+    print_written([target])
 
 
 def main(arguments: Sequence[str]) -> int:

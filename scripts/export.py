@@ -31,6 +31,7 @@ import checkpoint
 from ebm.readers.safetensors_files import ENDING, ENTRIES
 from ebm.settings import DataFiles, TrackerSettings
 from ebm.support.errors import UsageError
+from ebm.support.reports import print_written
 from ebm.support.streams import note_dropped_output, replace_standard_streams
 
 # Settings of one machine and one study, which are nobody else's.
@@ -82,7 +83,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         path = export_network(**vars(options))
         before, after = (file.stat().st_size / 1e3 for file in (path, options.target))
-        print(f"{path}, {before:.0f} kB -> {options.target}, {after:.0f} kB")
+        print(f"{after:.0f} kB of the {before:.0f} kB of {path}")
+        print_written([options.target])
         note_dropped_output(files)
     except UsageError as error:
         print(f"error: {error}".replace("`", ""), file=sys.stderr)

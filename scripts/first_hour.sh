@@ -98,4 +98,5 @@ step "10 A GIF of sampling" "frames" \
 
 printf '\n%-42s %6s %6s   %s\n' "step" "first" "all" "look at (seconds to the first output, and in all)"
 printf '%s\n' "${table[@]}"
-echo "everything: $SECONDS s, in $out"
+echo "everything: $SECONDS s"
+echo "wrote $out/ ($(find "$out" -type f -not -name '.*' | wc -l) files)"

@@ -65,4 +65,5 @@ fi
 pip install --force-reinstall --no-deps "$(wheel)"
 pip install "$(wheel)" # what it needs at run time, without touching what is there
 loads || fail "Horovod is installed but does not load: $("$python" -c 'import horovod.torch' 2>&1 | tail -n 1)"
-echo "installed $(basename "$(wheel)"), kept in $wheels"
+echo "installed $(basename "$(wheel)")"
+echo "wrote $(wheel)"

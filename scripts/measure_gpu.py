@@ -44,6 +44,8 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from ebm.support.hardware import describe_processor
+from ebm.support.progress import show_waiting
+from ebm.support.reports import print_written
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 START = 20  # seconds until a training on a GPU makes its first iteration
@@ -193,8 +195,10 @@ class Session:
         """
         program = self.programs[name]
         status: int | str
+        limit = max(0, min(seconds, self.left()))
         try:
-            status = program.process.wait(max(0, min(seconds, self.left())))
+            with show_waiting(f"  {name} runs", f"at most {limit:.0f} s"):
+                status = program.process.wait(limit)
         except subprocess.TimeoutExpired:
             status = f"stopped after {time.monotonic() - program.start_time:.0f} s"
         stop(self.programs.pop(name).process)
@@ -279,7 +283,8 @@ def unpack_images(data: pathlib.Path, work: pathlib.Path) -> list[str]:
     archive = data / "cifar10_jpeg.tar.xz"
     folder = work / "data" / "cifar-10-batches-py"
     try:
-        images = read_images(archive)
+        with show_waiting(f"decoding the images in {archive}"):
+            images = read_images(archive)
         names = sorted(images)
         rows = np.concatenate([np.stack(images[name]) for name in names])
     except (OSError, EOFError, ValueError, lzma.LZMAError, tarfile.TarError) as error:
@@ -432,7 +437,7 @@ def main() -> None:
             for program in session.programs.values():
                 stop(program.process)
     failed = [name for name, step in session.report["steps"].items() if step["status"] != 0]
-    print(f"wrote {', '.join(str(path) for path in sorted(session.output.iterdir()))}")
+    print_written(sorted(session.output.iterdir()))
     print(f"failed: {', '.join(failed)}, see {session.output / 'log.txt'}" if failed else "every step is done")
     sys.exit(1 if failed else 0)
 

@@ -40,6 +40,8 @@ from ebm.support.cli import flag
 from ebm.support.errors import UsageError
 from ebm.support.experiments import get_shipped_root
 from ebm.support.interruption import Interruption
+from ebm.support.progress import SHORT, Progress
+from ebm.support.reports import print_written
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_REPORT = 1 << 28  # bytes
@@ -326,8 +328,11 @@ def hash_file(path: pathlib.Path, kind: str = "sha256") -> str:
     """Return the hash of a file in hexadecimal digits; raise UsageError, which names the file, if it is unreadable."""
     digest = hashlib.new(kind, usedforsecurity=False)
     with report_unreadable_file(path), open_file(path) as file:
-        while piece := file.read(CHUNK):
-            digest.update(piece)
+        size = os.fstat(file.fileno()).st_size
+        with Progress(-(-size // CHUNK), what=f"hash of {path.name}, MB", patience=SHORT) as progress:
+            while piece := file.read(CHUNK):
+                digest.update(piece)
+                progress.advance()
     return digest.hexdigest()
 
 
@@ -545,6 +550,7 @@ def main(settings: Settings) -> None:
     print(format_comparison(row, read_figures(report)))
     if settings.call_flags:
         print(f"with {settings.call_flags} in addition to the row's settings")
+    print_written([report.parent])
 
 
 if __name__ == "__main__":

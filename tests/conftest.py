@@ -11,11 +11,12 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,26 @@ def run_commands(script: str, commands: dict[str, list[str]], setup: str = "", *
     result = run_python("-c", DRIVER, script, setup, input=words, cwd=ROOT, **settings)
     assert result.returncode == 0, result.stderr
     return dict(zip(commands, json.loads(result.stdout.splitlines()[-1]), strict=True))
+
+
+def find_unnamed_files(paths: Iterable[pathlib.Path], printed: str, place: pathlib.Path = ROOT) -> list[pathlib.Path]:
+    """Return the files that an output does not name: neither their path nor a folder with its number of files.
+
+    Hidden files, such as locks, are left out. A folder that is named with another number of files names none. place:
+    the working directory of the program.
+    """
+    folders = {
+        place / folder
+        for folder, number in re.findall(r"^wrote (.*)/ \(([\d,]+) files?\)$", printed, re.MULTILINE)
+        if int(number.replace(",", ""))
+        == sum(path.is_file() and not path.name.startswith(".") for path in (place / folder).rglob("*"))
+    }
+    named = {place / name for name in re.findall(r"^wrote (.*)$", printed, re.MULTILINE)}
+    return [
+        path
+        for path in paths
+        if not path.name.startswith(".") and path not in named and not folders & set(path.parents)
+    ]
 
 
 def skip_without_horovod() -> None:

@@ -239,7 +239,8 @@ def test_flags_of_old_commands(results) -> None:
 
 def test_film(results) -> None:
     """Red if ffmpeg is not given all frames as they are, or its absence or failure ends the command."""
-    assert "the film: " in results["film"].out
+    assert re.search(r"^wrote \S+/demo/sample\.mp4$", results["film"].out, re.MULTILINE)
+    assert "wrote" in results["no_film"].out and not re.search("wrote .*mp4", results["no_film"].out)
     words, size = ast.literal_eval((results["film"].folder / "sample.mp4").read_text())
     assert size == (10 + 3 + 40) * 450 * 450 * 3  # it begins and ends with a pause
     assert words[words.index("-s") + 1] == "450x450"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebm.support.errors import UsageError
+from ebm.support.progress import SHORT, Progress
 
 
 def build_stage(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -80,7 +81,10 @@ def train_feature_classifier(
     steps = min(1000, 25 * len(rest) // batch_size)
     optimizer = torch.optim.AdamW(classifier.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+    with (
+        torch.backends.cudnn.flags(enabled=True, deterministic=True),
+        Progress(steps, what="step of the classifier", patience=SHORT) as progress,
+    ):
         for _ in range(steps):
             batch = rest[torch.randint(len(rest), (batch_size,), generator=generator).to(images.device)]
             loss = F.cross_entropy(classifier(images[batch]), labels[batch].to(device))
@@ -88,6 +92,7 @@ def train_feature_classifier(
             loss.backward()
             optimizer.step()
             schedule.step()
+            progress.advance()
     classifier.eval()
     with torch.no_grad():
         is_correct = [classifier(images[batch]).argmax(1) == labels[batch].to(device) for batch in held_out.split(500)]

@@ -43,7 +43,7 @@ from ebm.readers.torch_files import read_torch_file
 from ebm.support import metrics
 from ebm.support.errors import UsageError
 from ebm.support.pixels import to_bytes
-from ebm.support.progress import Progress
+from ebm.support.progress import SHORT, Progress, show_waiting
 
 MAX_COMPARED = (
     10_000  # largest number of features per set for KID, precision and recall: the cost grows with its square
@@ -200,16 +200,18 @@ class Classifier:
         return features, self.network.output(features).softmax(1)
 
 
-def extract_features(extractor: Extractor, batches: Iterable[Tensor], total: int, what: str) -> tuple[Tensor, Tensor]:
+def extract_features(
+    extractor: Extractor, batches: Iterable[Tensor], total: int, what: str, patience: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Return the features (N, D) and class probabilities (N, K) of all images in the batches.
 
-    total: N, the number of images. what: the name of the progress bar.
+    total: N, the number of images. what, patience: of the progress bar.
     """
-    progress, parts = Progress(total, what=what), []
-    for batch in batches:
-        parts.append(extractor(batch))
-        progress.update(progress.done + len(batch))
-    progress.close()
+    parts = []
+    with Progress(total, what=what, patience=patience) as progress:
+        for batch in batches:
+            parts.append(extractor(batch))
+            progress.update(progress.done + len(batch))
     features, probabilities = zip(*parts, strict=True)
     return torch.cat(features), torch.cat(probabilities)
 
@@ -258,7 +260,8 @@ class RealImages:
     def take(self, number: int, start: int = 0) -> Tensor:
         """Return images uint8 (n, C, H, W): `number` of a random order that is always the same, from `start` on."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-        return torch.cat(list(self.batches(self.numbers[order[start : start + number]].sort().values)))
+        with show_waiting("reading real images"):
+            return torch.cat(list(self.batches(self.numbers[order[start : start + number]].sort().values)))
 
     def classes(self) -> Tensor | None:
         """Return the class of each image (N,); None if there are no classes, or if images are read from the disk.
@@ -275,7 +278,8 @@ class RealImages:
     def settings(self) -> dict[str, Any]:
         """Return what identifies this set of images: its description, and a hash of a thousand of its images."""
         some = self.numbers[:: max(1, len(self) // 1_000)]
-        return {"reference": str(self), "fingerprint": compute_fingerprint(self.batches(some))}
+        with show_waiting(f"reading {len(some):,} images to identify the data set by"):
+            return {"reference": str(self), "fingerprint": compute_fingerprint(self.batches(some))}
 
 
 Result = TypeVar("Result")
@@ -372,7 +376,8 @@ def load_or_compute_statistics(extractor: Extractor, reference: RealImages, cach
         features, _ = extract_features(
             extractor, reference.batches(reference.numbers), len(reference), "features of real images"
         )
-        mean, covariance = metrics.mean_and_covariance(features)
+        with show_waiting(f"computing the covariance of {len(features):,} features"):
+            mean, covariance = metrics.mean_and_covariance(features)
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MAX_COMPARED]
         return {"mean": mean, "covariance": covariance, "features": features[order.to(features.device)]}
 
@@ -439,9 +444,10 @@ def measure_quality(
     patches and tones, see `measure_patches`.
     """
     features, probabilities = extract_features(extractor, images.split(BATCH), len(images), "features of samples")
-    device, compared = features.device, features[:MAX_COMPARED]
-    distance, beside = measure_distance(features, real), describe_patches(images, patches)
-    precision, recall = metrics.precision_recall(real.features.to(device), compared)
+    beside = describe_patches(images, patches)
+    known, compared = real.features.to(features.device), features[:MAX_COMPARED]
+    distance = measure_distance(features, real)
+    precision, recall = metrics.precision_recall(known, compared)
     if extractor.name != Inception.name:
         return {DISTANCE: distance, "classifier precision": precision, "classifier recall": recall} | beside
     score, deviation = metrics.inception_score(probabilities, splits=max(1, len(images) // splits))
@@ -449,7 +455,7 @@ def measure_quality(
         "Inception score": score,
         "IS deviation": deviation,
         "FID": distance,
-        "KID": metrics.kernel_distance(real.features.to(device), compared),
+        "KID": metrics.kernel_distance(known, compared),
         "precision": precision,
         "recall": recall,
     } | beside
@@ -494,8 +500,8 @@ class SampleMeasure:
         beside = measure_patches(images, self.patches)
         if self.has_inception and images.is_floating_point():
             images = to_bytes(images)
-        parts = [self.extractor(batch) for batch in images.split(BATCH)]
-        features, probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
+        what = "features of samples"
+        features, probabilities = extract_features(self.extractor, images.split(BATCH), len(images), what, SHORT)
         distance = measure_distance(features, self.real)
         if self.has_inception:
             figures = (*metrics.inception_score(probabilities, splits=splits), distance)
@@ -519,10 +525,11 @@ class SampleMeasure:
 
 def measure_distance(features: Tensor, real: Statistics) -> float:
     """Return the Fréchet distance of features (N, D) to those of real images."""
-    mean, covariance = metrics.mean_and_covariance(features)
-    return metrics.frechet_distance(
-        mean, covariance, real.mean.to(features.device), real.covariance.to(features.device)
-    )
+    with show_waiting(f"computing the Fréchet distance of {len(features):,} features to those of real images"):
+        mean, covariance = metrics.mean_and_covariance(features)
+        return metrics.frechet_distance(
+            mean, covariance, real.mean.to(features.device), real.covariance.to(features.device)
+        )
 
 
 def prepare_inception(dataset: Dataset, inception: Inception, cache: pathlib.Path) -> SampleMeasure:

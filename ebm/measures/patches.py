@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ebm.support.metrics import compute_quantiles, total_variation
 from ebm.support.pixels import to_bytes
+from ebm.support.progress import show_waiting
 
 # What determines the statistics of real images: a cache file of another choice is of no use.
 CHOICES = {"side": 7, "directions": 128, "quantiles": 512, "tones": 32}
@@ -98,8 +99,9 @@ def compute_tones(images: Tensor) -> Tensor:
 def compute_patch_statistics(images: Tensor) -> PatchStatistics:
     """Return the statistics of real images, uint8 (N, C, H, W); the directions of the filters are always the same."""
     generator, shapes = torch.Generator().manual_seed(0), [level.shape for level in build_pyramid(images[:1] / 255)]
-    filters = [draw_filters(*pair, generator) for pair in zip(shapes, compute_deviations(images), strict=True)]
-    return PatchStatistics(filters, compute_responses(images, filters), compute_tones(images))
+    with show_waiting(f"filtering the patches of {len(images):,} real images"):
+        filters = [draw_filters(*pair, generator) for pair in zip(shapes, compute_deviations(images), strict=True)]
+        return PatchStatistics(filters, compute_responses(images, filters), compute_tones(images))
 
 
 def measure_patches(images: Tensor, real: PatchStatistics) -> dict[str, float]:
@@ -113,7 +115,8 @@ def measure_patches(images: Tensor, real: PatchStatistics) -> dict[str, float]:
     """
     images = images[:MAX_IMAGES]
     images = images if images.dtype == torch.uint8 else to_bytes(images)
-    responses = compute_responses(images, [filters.to(images.device) for filters in real.filters])
+    with show_waiting(f"filtering the patches of {len(images):,} images"):
+        responses = compute_responses(images, [filters.to(images.device) for filters in real.filters])
     distances = [(a - b.to(a.device)).abs().mean() for a, b in zip(responses, real.quantiles, strict=True)]
     return {
         "patch_distance": float(torch.stack(distances).mean()),

@@ -21,12 +21,14 @@ from types import TracebackType
 from typing import BinaryIO, cast
 
 from ebm.support.errors import UsageError
+from ebm.support.progress import show_waiting
 
 CHUNK = 1 << 20  # bytes that are read at once
 # Largest contents of a compressed file: the bytes here, plus this many times its own size. Photographs shrink to half,
 # MNIST to a fifth; a bomb of zeros shrinks to a thousandth.
 INFLATED_BASE, INFLATED_RATIO = 1 << 28, 20
 MAX_MEMBERS = 100_000  # of an archive
+LARGE = 1 << 25  # bytes of a file from which on a slow disk takes so long that something is said meanwhile
 
 PathLike = str | os.PathLike[str]
 
@@ -83,7 +85,13 @@ def read_file(path: PathLike, limit: int | None = None) -> bytes:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         check_size(size, limit, "it")
-        return file.read(size)
+        with show_reading(path, size):
+            return file.read(size)
+
+
+def show_reading(path: PathLike, size: int) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which a file of so many bytes is read: if that takes long, it says so."""
+    return show_waiting(f"reading {make_printable(os.fspath(path))}", f"{size / 1e6:,.0f} MB", quiet=size < LARGE)
 
 
 def check_size(size: int, limit: int | None, what: str) -> None:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ebm.readers.arrays import read_npy, read_npy_header
 from ebm.readers.bounded import Archive, describe_failure, open_file
 from ebm.support.errors import UsageError
-from ebm.support.progress import Progress
+from ebm.support.progress import SHORT, Progress
 
 SIDE = 64  # height and width of an image, in pixels
 SHAPES = ("square", "ellipse", "heart")
@@ -259,7 +259,11 @@ def find_nearest_sprites(images: Tensor) -> NearestSprites:
     progress = Progress(len(blocks) * len(LATENTS["x"]) * len(LATENTS["y"]), what="search for sprites")
     parts = [find_nearest_of_part(block, progress) for block in blocks]
     latents, distances = (torch.cat(values) for values in zip(*parts, strict=True))
-    overlaps = [measure_best_overlaps(*part) for part in zip(blocks, latents.split(4096), strict=True)]
+    with Progress(len(images), what="overlap with sprites", patience=SHORT) as progress:
+        overlaps = []
+        for part in zip(images.split(256), latents.split(256), strict=True):
+            overlaps.append(measure_best_overlaps(*part))
+            progress.advance(len(part[0]))
     return NearestSprites(latents, distances, torch.cat(overlaps))
 
 
@@ -351,11 +355,13 @@ def read_bits(stream: io.BufferedIOBase, mask: np.ndarray) -> np.ndarray:
     if shape != (len(mask), SIDE, SIDE) or order != "C" or dtype != np.uint8:
         raise ValueError(f"imgs is {dtype} {shape}, not uint8 {(len(mask), SIDE, SIDE)}")
     bits = []
-    for part in np.array_split(mask, math.ceil(len(mask) / 4096)):
-        images = np.frombuffer(stream.read(len(part) * SIDE * SIDE), np.uint8).reshape(len(part), SIDE * SIDE)
-        if images.max() > 1:
-            raise ValueError("imgs holds other values than 0 and 1")
-        bits.append(np.packbits(images[part], axis=1))
+    with Progress(len(mask), what="reading sprite", patience=SHORT) as progress:
+        for part in np.array_split(mask, math.ceil(len(mask) / 4096)):
+            images = np.frombuffer(stream.read(len(part) * SIDE * SIDE), np.uint8).reshape(len(part), SIDE * SIDE)
+            if images.max() > 1:
+                raise ValueError("imgs holds other values than 0 and 1")
+            bits.append(np.packbits(images[part], axis=1))
+            progress.advance(len(part))
     if stream.read(1):  # reading to the end also verifies the checksum
         raise ValueError("imgs is longer than its header says")
     return np.concatenate(bits)

@@ -27,7 +27,7 @@ from ebm.readers.decoding import convert_image, is_grey, open_image
 from ebm.readers.image_files import Contents
 from ebm.support.errors import UsageError
 from ebm.support.hardware import find_free_memory
-from ebm.support.progress import Progress
+from ebm.support.progress import SHORT, Progress, show_waiting
 
 # fmt: off
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
@@ -120,13 +120,14 @@ def list_folder(folder: pathlib.Path) -> FoundImages:
             (images if path.lower().endswith(IMAGE_SUFFIXES) else others).append(path)
         return images
 
-    entries = scan_folder(folder)
-    direct = keep_images(entry.name for entry in entries if not is_folder(entry))
-    if not direct:
-        others.clear()  # lists and texts beside class folders
-    for entry in filter(is_folder, entries):
-        paths = keep_images(walk_files(root, entry.name, {(top.st_dev, top.st_ino)}))
-        by_class[entry.name] = sorted(paths, key=lambda path: path.split("/"))
+    with show_waiting(f"listing the images below {folder}"):
+        entries = scan_folder(folder)
+        direct = keep_images(entry.name for entry in entries if not is_folder(entry))
+        if not direct:
+            others.clear()  # lists and texts beside class folders
+        for entry in filter(is_folder, entries):
+            paths = keep_images(walk_files(root, entry.name, {(top.st_dev, top.st_ino)}))
+            by_class[entry.name] = sorted(paths, key=lambda path: path.split("/"))
     check_classes(folder, direct, by_class)
     if others:
         print(
@@ -293,15 +294,16 @@ def decode_files(
         return remarks, colours
 
     parts = [range(start, min(start + 100, count)) for start in range(0, count, 100)]
-    progress = Progress(count, what="reading image", quiet=count < 10_000)
     said, colours = set[str](), 0
-    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
+    with (
+        Progress(count, what="reading image", patience=SHORT) as progress,
+        concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool,
+    ):
         for remarks, part_colours in pool.map(read_part, parts):
             for path, changes in remarks:
                 note_remarks(path, changes, said)
             colours += part_colours
             progress.update(progress.done + len(remarks))
-    progress.close()
     classes = None if found.classes is None else torch.from_numpy(found.classes)
     return DecodedImages(torch.from_numpy(pixels), classes, colours)
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ebm.readers.arrays import read_matlab
 from ebm.readers.bounded import inflate, read_file, report_unreadable_file
 from ebm.readers.pickles import read_pickle, to_texts, to_whole_numbers
+from ebm.support.progress import SHORT, Progress
 
 Contents = tuple[Tensor, Tensor | None, tuple[str, ...]]
 
@@ -138,20 +139,22 @@ def read_cifar(folder: pathlib.Path, files: list[str], meta: str, label_key: str
     with report_unreadable_file(folder / meta):
         class_names = to_texts(*read_pickle(folder / meta, [names_key]))
     images, classes = [], []
-    for file in files:
-        with report_unreadable_file(folder / file):
-            rows, labels = read_pickle(folder / file, ["data", label_key])
-            numbers = to_whole_numbers(labels)
-            if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or not len(numbers):
-                raise ValueError("its images are not bytes")
-            if rows.shape not in [(len(numbers), 3 * 32 * 32), (len(numbers), 3, 32, 32)]:
-                raise ValueError(
-                    f"data is {rows.shape}, not {(len(numbers), 3 * 32 * 32)}, the colours one after another"
-                )
-            if not 0 <= numbers.min() <= numbers.max() < len(class_names):
-                raise ValueError("a class without a name")
-            images.append(torch.from_numpy(rows).view(len(numbers), 3, 32, 32))
-            classes.append(torch.from_numpy(numbers))
+    with Progress(len(files), what="reading file", patience=SHORT) as progress:
+        for file in files:
+            with report_unreadable_file(folder / file):
+                rows, labels = read_pickle(folder / file, ["data", label_key])
+                numbers = to_whole_numbers(labels)
+                if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or not len(numbers):
+                    raise ValueError("its images are not bytes")
+                if rows.shape not in [(len(numbers), 3 * 32 * 32), (len(numbers), 3, 32, 32)]:
+                    raise ValueError(
+                        f"data is {rows.shape}, not {(len(numbers), 3 * 32 * 32)}, the colours one after another"
+                    )
+                if not 0 <= numbers.min() <= numbers.max() < len(class_names):
+                    raise ValueError("a class without a name")
+                images.append(torch.from_numpy(rows).view(len(numbers), 3, 32, 32))
+                classes.append(torch.from_numpy(numbers))
+            progress.advance()
     return torch.cat(images), torch.cat(classes), class_names
 
 

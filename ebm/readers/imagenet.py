@@ -22,13 +22,21 @@ import torch
 from torch import Tensor
 
 from ebm.readers.arrays import read_npy
-from ebm.readers.bounded import Archive, Fault, open_file, read_file, read_json, report_unreadable_file
+from ebm.readers.bounded import (
+    Archive,
+    Fault,
+    open_file,
+    read_file,
+    read_json,
+    report_unreadable_file,
+    show_reading,
+)
 from ebm.readers.folders import TRAIN_NAMES, VALIDATION_NAMES, find_split, is_folder, list_folder, scan_folder
 from ebm.readers.pickles import read_pickle, to_whole_numbers
 from ebm.readers.streaming import Place, StreamedImages
 from ebm.readers.tensorflow import read_fields, read_nested, read_varint, verify_checksum
 from ebm.support.errors import UsageError
-from ebm.support.progress import Progress
+from ebm.support.progress import SHORT, Progress
 
 CLASSES = 1000
 NUMBERS = tuple(map(str, range(CLASSES)))  # names of the classes if the files only number them
@@ -55,7 +63,11 @@ def read_imagenet32(folder: pathlib.Path, split: str) -> tuple[Tensor, Tensor, t
     if len(paths) < len(names):
         missing = ", ".join(name for name, path in files.items() if path is None)
         print(f"note: imagenet_path={folder} lacks {missing}; the other files are used")
-    parts = [read_imagenet32_file(path) for path in paths]
+    parts = []
+    with contextlib.closing(Progress(len(paths), what="reading file", patience=SHORT)) as progress:
+        for path in paths:
+            parts.append(read_imagenet32_file(path))
+            progress.advance()
     widths = {rows.shape[1]: path for path, (rows, _) in zip(paths, parts, strict=True)}
     if len(widths) > 1:
         one, other, *_ = widths.values()
@@ -81,7 +93,7 @@ def read_imagenet32_file(path: pathlib.Path) -> tuple[np.ndarray, Tensor]:
     """Read one file; return rows uint8 (n, 3·side·side) and classes int64 (n,) from 0 to 999."""
     with report_unreadable_file(path):
         if path.suffix == ".npz":
-            with open_file(path) as file, Archive(file) as archive:
+            with open_file(path) as file, Archive(file) as archive, show_reading(path, archive.size):
                 rows, labels = read_npy(archive, "data.npy"), read_npy(archive, "labels.npy")
         else:
             rows, labels = read_pickle(path, ["data", "labels"])
@@ -193,9 +205,11 @@ class TFRecords(Sequence[Place]):
     def __init__(self, counts: Mapping[str, int | None]):
         self.paths = list(counts)
         self.first_label: int | None = 1
-        progress = Progress(len(self.paths), what="index of file", quiet=len(self.paths) < 100)
         parts: list[np.ndarray] = []
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:  # the threads wait for the disk
+        with (
+            Progress(len(self.paths), what="index of file", patience=SHORT) as progress,
+            concurrent.futures.ThreadPoolExecutor(16) as pool,  # the threads wait for the disk
+        ):
             # In parts, so that of a million files that are missing only the first is looked for.
             for start in range(0, len(self.paths), 64):
                 for path, records in zip(
@@ -208,7 +222,6 @@ class TFRecords(Sequence[Place]):
                         )
                     parts.append(np.insert(records, 0, len(parts), axis=1))
                     progress.update(len(parts))
-        progress.close()
         self.places = np.concatenate(parts)  # (N, 3): file, offset, size
         if not len(self.places):
             raise UsageError(f"{self.paths[0]} and the other files of its split hold no records; replace them")
@@ -232,13 +245,15 @@ def find_extreme_label(records: TFRecords) -> int | None:
     Labels count from 0 or from 1, and only these two tell. Returns None if no record has a label. Of a million shuffled
     records a few hundred are read.
     """
-    found = None
-    for i in np.random.default_rng(0).permutation(len(records))[:MOST_EXAMINED]:
-        with contextlib.suppress(Fault, OSError):  # damaged records are noted when they are used
-            _, label = records[i].load_example()
-            if label in (0, CLASSES):
-                return label
-            found = found if label is None else 1
+    found, order = None, np.random.default_rng(0).permutation(len(records))[:MOST_EXAMINED]
+    with Progress(len(order), what="reading label", patience=SHORT) as progress:
+        for i in order:
+            with contextlib.suppress(Fault, OSError):  # damaged records are noted when they are used
+                _, label = records[i].load_example()
+                if label in (0, CLASSES):
+                    return label
+                found = found if label is None else 1
+            progress.advance()
     return found
 
 

@@ -41,9 +41,11 @@ from ebm.readers.folders import note_remarks
 from ebm.readers.tf_images import read_tf_pixels
 from ebm.support.errors import UsageError
 from ebm.support.pixels import dequantise
+from ebm.support.progress import SHORT, Progress
 
 SIDE = 128  # height and width of an image, in pixels
 MAX_BAD = 100  # largest number of damaged images in a run
+MANY = 1_000  # images of a batch that is an evaluation's, not training's, and may take long
 MAX_PENDING = 8  # largest number of batches that are decoded ahead
 LONGEST_FOLDER = 70  # bytes of a folder's path that leave room for the names of multiprocessing's sockets
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
@@ -286,7 +288,11 @@ class StreamedImages:
         self.prefetch(index)
         numbers = tuple(index.tolist())
         futures = zip(numbers, self.pending.pop(numbers), strict=True)
-        images = [self.get_undamaged(number, future.result()) for number, future in futures]
+        images = []
+        with Progress(len(numbers), what="decoding image", patience=SHORT, quiet=len(numbers) < MANY) as progress:
+            for number, future in futures:
+                images.append(self.get_undamaged(number, future.result()))
+                progress.advance()
         pixels = self.to_device(torch.from_numpy(np.stack([image.pixels for image in images])))
         if not self.class_names:
             return pixels, None

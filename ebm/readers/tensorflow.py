@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ebm.readers.bounded import Fault, open_file, read_file, report_unreadable_file
+from ebm.readers.bounded import Fault, open_file, read_file, report_unreadable_file, show_reading
 from ebm.support.errors import UsageError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +218,6 @@ def read_tf_checkpoint(prefix: str | Path) -> dict[str, np.ndarray]:
     variables: dict[str, np.ndarray] = {}
     for number, group in itertools.groupby(entries, key=lambda entry: entry.shard):
         shard = Path(f"{prefix}.data-{number:05d}-of-{shards:05d}")
-        with report_unreadable_file(shard):
+        with report_unreadable_file(shard), show_reading(shard, shard.stat().st_size):
             variables |= read_shard(shard, group)
     return variables

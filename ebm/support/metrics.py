@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ebm.support.errors import UsageError
+from ebm.support.progress import SHORT, Progress
 
 # ---- distances between two sets of features ----
 
@@ -57,13 +59,18 @@ def kernel_distance(features_a: Tensor, features_b: Tensor, *, block: int = 1024
         return (x @ y.T / x.shape[1] + 1) ** 3
 
     def total(x: Tensor, y: Tensor) -> Tensor:
-        return torch.stack([kernel(rows, y).sum() for rows in x.split(block)]).sum()
+        sums = []
+        for rows in x.split(block):
+            sums.append(kernel(rows, y).sum())
+            progress.advance(len(rows))
+        return torch.stack(sums).sum()
 
     def mean_of_other_pairs(x: Tensor) -> Tensor:
         itself = (x.square().mean(1) + 1) ** 3
         return (total(x, x) - itself.sum()) / (len(x) * (len(x) - 1))
 
-    return float(mean_of_other_pairs(a) + mean_of_other_pairs(b) - 2 * total(a, b) / (len(a) * len(b)))
+    with Progress(2 * len(a) + len(b), what="kernel distance, row", patience=SHORT) as progress:
+        return float(mean_of_other_pairs(a) + mean_of_other_pairs(b) - 2 * total(a, b) / (len(a) * len(b)))
 
 
 def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3, block: int = 1024) -> tuple[float, float]:
@@ -76,18 +83,23 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3, block: int = 102
     """
     real, fake = real.double(), fake.double()
 
+    def reduce_distances(queries: Tensor, points: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        parts = []
+        for rows in queries.split(block):
+            parts.append(reduce(torch.cdist(rows, points)))
+            progress.advance(len(rows))
+        return torch.cat(parts)
+
     def radii(points: Tensor) -> Tensor:
         rank = min(k + 1, len(points))  # the nearest point of the set is the point itself
-        return torch.cat(
-            [torch.cdist(rows, points).topk(rank, largest=False).values[:, -1] for rows in points.split(block)]
-        )
+        return reduce_distances(points, points, lambda rows: rows.topk(rank, largest=False).values[:, -1])
 
     def covered(queries: Tensor, points: Tensor) -> float:
         reach = radii(points)
-        inside = [(torch.cdist(rows, points) <= reach).any(1) for rows in queries.split(block)]
-        return float(torch.cat(inside).double().mean())
+        return float(reduce_distances(queries, points, lambda rows: (rows <= reach).any(1)).double().mean())
 
-    return covered(fake, real), covered(real, fake)
+    with Progress(2 * (len(real) + len(fake)), what="precision and recall, row", patience=SHORT) as progress:
+        return covered(fake, real), covered(real, fake)
 
 
 def compute_quantiles(values: Tensor, number: int) -> Tensor:

@@ -29,6 +29,7 @@ from torch.nn import functional
 from ebm.support import metrics
 from ebm.support.errors import UsageError
 from ebm.support.files import write_file
+from ebm.support.progress import show_waiting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -297,7 +298,8 @@ def save_gif(frames: Sequence[np.ndarray], path: str | Path, *, fps: float = 20)
     first, *rest = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
     durations = [1000 * seconds for seconds in list_durations(len(frames), fps)]
     options: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
-    return write_file(path, lambda file: first.save(file, "GIF", **options))
+    with show_waiting(f"packing {len(frames):,} frames into {path}"):
+        return write_file(path, lambda file: first.save(file, "GIF", **options))
 
 
 def save_film(frames: Sequence[np.ndarray], path: Path, *, fps: float = 20) -> Path | None:
@@ -319,7 +321,8 @@ def save_film(frames: Sequence[np.ndarray], path: Path, *, fps: float = 20) -> P
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         film = Path(folder) / path.name
         command = [program, *f"-y -loglevel error {source} {even}".split(), str(film)]
-        process = subprocess.run(command, input=pixels, capture_output=True, check=False)
+        with show_waiting(f"packing {len(frames):,} frames into {path}"):
+            process = subprocess.run(command, input=pixels, capture_output=True, check=False)
         if process.returncode:
             reason = process.stderr.decode(errors="replace").strip().split("\n")[-1]
             print(f"note: no {path.name}, ffmpeg failed ({reason})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,16 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> Path:
     """Write plain values to a JSON file and return its path; see `write_file`."""
     text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
     return write_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+
+
+def print_written(paths: Iterable[Path]) -> None:
+    """Print what a script has written, a line for each file; a folder's line has the number of its files.
+
+    Hidden files, such as locks, are not counted. Paths at which nothing is are left out.
+    """
+    for path in filter(Path.exists, paths):
+        number = sum(inner.is_file() and not inner.name.startswith(".") for inner in path.rglob("*"))
+        print(f"wrote {path}" + f"/ ({number:,} file{'s' * (number != 1)})" * path.is_dir(), flush=True)
 
 
 def format_table(figures: Mapping[str, Any], published: Mapping[str, str] | None = None) -> str:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from data import Dataset
 from ebm.support.errors import UsageError
-from ebm.support.progress import Progress
+from ebm.support.progress import SHORT, Progress
 from sampling import Energy
 
 
@@ -51,17 +51,18 @@ def find_neighbours(queries: Tensor, dataset: Dataset, count: int, *, block: int
     queries: (Q, C, H, W). The search covers all images, `block` at a time: memory holds that many images and Q·block
     distances. Distances are sums of squares, because the faster |a|² − 2ab + |b|² loses digits.
     """
-    flat, progress = queries.flatten(1), Progress(len(dataset), what="search")
+    flat = queries.flatten(1)
     distances = flat.new_zeros(len(flat), 0)
     indices = torch.zeros_like(distances, dtype=torch.long)
-    for places in torch.arange(len(dataset), device=flat.device).split(block):
-        block_distances = torch.cdist(
-            flat, read_images(dataset, places).flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        distances, order = torch.cat([distances, block_distances], 1).sort(1)
-        indices = torch.cat([indices, places.expand(len(flat), -1)], 1).gather(1, order)[:, :count]
-        distances = distances[:, :count]
-        progress.update(int(places[-1]) + 1)
+    with Progress(len(dataset), what="search") as progress:
+        for places in torch.arange(len(dataset), device=flat.device).split(block):
+            block_distances = torch.cdist(
+                flat, read_images(dataset, places).flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
+            )
+            distances, order = torch.cat([distances, block_distances], 1).sort(1)
+            indices = torch.cat([indices, places.expand(len(flat), -1)], 1).gather(1, order)[:, :count]
+            distances = distances[:, :count]
+            progress.update(int(places[-1]) + 1)
     return distances, indices
 
 
@@ -101,7 +102,12 @@ def find_hessian_directions(
     except ArpackNoConvergence:
         if size > LARGEST_MATRIX:
             raise UsageError("the smallest eigenvalues of the Hessian do not converge; use `hessian`=False") from None
-        values, vectors = np.linalg.eigh(np.stack([product(row) for row in np.eye(size)]))
+        rows = []
+        with Progress(size, what="row of the Hessian", patience=SHORT) as progress:
+            for row in np.eye(size):
+                rows.append(product(row))
+                progress.advance()
+            values, vectors = np.linalg.eigh(np.stack(rows))
     order = np.argsort(values)[:count]
     directions = torch.from_numpy(vectors.T[order].copy()).to(image)
     return torch.from_numpy(values[order].copy()).to(image), directions.view(count, *image.shape)

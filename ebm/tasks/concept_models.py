@@ -22,6 +22,7 @@ from ebm.settings import CombineSettings
 from ebm.support.errors import UsageError
 from ebm.support.experiments import find_experiment
 from ebm.support.launch import remove_launch
+from ebm.support.reports import print_written
 from ebm.tasks.expressions import LARGEST_WEIGHT, parse_expression
 from ebm.tasks.trained_models import TrainedModel, check_network, find_contradictions, open_model
 from ebm.training.stopping import set_stop_handlers
@@ -242,6 +243,7 @@ def train_models(settings: CombineSettings, script: pathlib.Path) -> None:
             raise UsageError(
                 f"training of {concept} failed with status {status}; solve that, then repeat the command to resume"
             )
+    print_written(find_experiment(root, getattr(settings, f"exp_{concept}")) for concept in names)
 
 
 def can_resume(folder: pathlib.Path) -> bool:

@@ -312,7 +312,8 @@ def combine_concepts(run: ConceptRun) -> Figures:
     combinations = f"{len(plans)} combination{'s' * (len(plans) > 1)} of concepts"
     print(f"work: {combinations}, {number:,} images of each, {steps}", flush=True)
     progress = Progress(rounds, what="Langevin step")
-    images = torch.cat(run.share_parts(parts, lambda part: run.sample_images(part[0], part[1], progress)))
+    with progress:
+        images = torch.cat(run.share_parts(parts, lambda part: run.sample_images(part[0], part[1], progress)))
     run.workers.note_part("images of the first combination", len(images), number)
     number = min(number, len(images))
     index, targets = index[:, :number], targets[:, :number]
@@ -533,7 +534,7 @@ def discover_labels(run: ConceptRun) -> Figures:
     progress = Progress((len(run.concepts) + searches) * number, what="labels")
     figures: Figures = {}
     judged, panels = {}, {}
-    with keep_what_is_done(figures):
+    with keep_what_is_done(figures), progress:
         for name, concept in run.concepts.items():
             condition = concept.condition
             assert condition, "main takes concepts only"
@@ -616,8 +617,8 @@ def find_lowest_labels(run: ConceptRun, concept: ConceptModel, index: Tensor, pr
 
     @torch.no_grad()
     def search_part(part: Tensor) -> Tensor:
-        progress.advance(len(part) * run.workers.size)
         energies = concept.energy.at(run.render_images(part))(labels.repeat(len(part), 1))
+        progress.advance(len(part) * run.workers.size)
         return energies.view(len(part), -1).argmin(1)
 
     return labels[torch.cat(run.share_parts(index.split(LABEL_BATCH), search_part))]

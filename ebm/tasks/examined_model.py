@@ -140,7 +140,8 @@ class ExaminedModel:
             progress.update(min(done, before + rounds * total))
             return result
 
-        results = (share_out or self.workers.share_out)(parts, compute_part)
+        with progress.keep_talking():
+            results = (share_out or self.workers.share_out)(parts, compute_part)
         self.generator.set_state(noise)
         if len(results) < len(parts):
             self.workers.note_part(progress.what, parts[len(results)].start, total)

@@ -16,7 +16,7 @@ from data import find_class
 from ebm.support import metrics, pictures
 from ebm.support.hardware import allow_tf32
 from ebm.support.interruption import Interruption
-from ebm.support.progress import Progress
+from ebm.support.progress import Progress, show_waiting
 from ebm.support.sharing import derive_seed
 from ebm.tasks.sandbox_run import ROWS, Report, SandboxRun
 from sampling import draw_hmc_move, evaluate_mala_state, langevin, make_mala_move
@@ -65,9 +65,11 @@ def measure_mixing(run: SandboxRun) -> Report:
     traces = follow_mixing(run, torch.cat(list(starts.values())), labels.repeat(2, 1))
     values = run.write_array("traces", traces.values)
     kept = values[:, 1 + count_warm_up(settings.chain_steps) :]
-    figures = {name: metrics.measure_chains(kept[..., k]) for k, name in enumerate(QUANTITIES)}
+    with show_waiting(f"comparing {len(kept):,} chains of {kept.shape[1]:,} steps"):
+        figures = {name: metrics.measure_chains(kept[..., k]) for k, name in enumerate(QUANTITIES)}
     verdict = judge_mixing(figures, kept[..., 0].size)
-    plot_mixing(run, traces, f"{settings.sampler}: {verdict}")
+    with show_waiting("plotting energies and autocorrelations"):
+        plot_mixing(run, traces, f"{settings.sampler}: {verdict}")
     columns = {f"{name}, {k}": x.chunk(2)[i][:ROWS] for i, name in enumerate(starts) for k, x in traces.shown.items()}
     run.write_panel("images", columns, note="chains from new starts and from test images, after so many steps")
     rows = {

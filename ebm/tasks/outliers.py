@@ -19,6 +19,7 @@ from ebm.support import metrics, pictures
 from ebm.support.errors import UsageError
 from ebm.support.files import write_file
 from ebm.support.interruption import Interruption
+from ebm.support.progress import show_waiting
 from ebm.support.sharing import fold_seed
 from ebm.tasks.analysis import average_with_next, fit_images
 from ebm.tasks.examined_model import EnergyTraits
@@ -266,11 +267,13 @@ def compare_scores(run: SandboxRun) -> Report:
             for title, scores in score_sets(run.with_seed(fold_seed(run.settings.seed + repeat)), sets):
                 scored[-1][title] = scores
     run.results.workers.note_part("sets", sum(len(each) for each in scored), repeats * (len(sets) + 1))
-    measures = measure_scores(scored)
+    with show_waiting("measuring how well the scores separate the sets"):
+        measures = measure_scores(scored)
     if not measures:
         run.model.require_all()
     write_measures(run, sets, measures)
-    pictures.plot_scores(transpose_scores(scored[0]), OWN, run.add_file("scores.png"))
+    with show_waiting("plotting the scores"):
+        pictures.plot_scores(transpose_scores(scored[0]), OWN, run.add_file("scores.png"))
     return Report(tabulate_auroc(sets, scored[0], measures))
 
 
@@ -287,7 +290,9 @@ def score_sets(run: SandboxRun, sets: Mapping[str, OutlierSet]) -> Iterator[tupl
     test = run.draw_examples("test", run.choose_number()).images
     for title, images in itertools.chain([(OWN, test)], ((name, each.draw(run, test)) for name, each in sets.items())):
         found = measure(images, title)
-        yield title, {name: score(found, train) for name, score in SCORES.items()}
+        with show_waiting(f"comparing {title} with training images"):
+            scores = {name: score(found, train) for name, score in SCORES.items()}
+        yield title, scores
 
 
 def measure_scores(scored: Sequence[Mapping[str, Scores]]) -> Measures:

@@ -26,7 +26,7 @@ from ebm.settings import POOL, InceptionSettings, PoolSettings
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32, is_out_of_memory
 from ebm.support.pixels import to_bytes
-from ebm.support.progress import Progress
+from ebm.support.progress import SHORT, Progress
 from ebm.support.sharing import ShareOut, compute_all, derive_seed
 from ebm.tasks.trained_models import TrainedModel, load_split
 from ebm.training.distributed import Workers
@@ -211,7 +211,8 @@ def find_used_chains(
         origins.append(images.flatten())
         return (len(origins) - 1) * size + torch.arange(size, device=draws.device).view(-1, 1, 1, 1)
 
-    images, _ = run_pool([rehearse], draws, settings, Progress(settings.rounds, what="rehearsal", quiet=True))
+    with Progress(settings.rounds, what="round of drawing noise", patience=SHORT) as progress:
+        images, _ = run_pool([rehearse], draws, settings, progress)
     is_used = torch.zeros(settings.rounds * size, dtype=torch.bool, device=draws.device)
     is_used[images[:wanted].flatten()] = True
     rounds = is_used.split(size)
@@ -412,7 +413,5 @@ def draw_samples(
         device=workers.device,
         progress=progress,
     )
-    with report_memory_shortage(settings.batch_size), allow_tf32(settings.precision):
-        images = draw_from_pools(draw, settings.im_number, workers.share_out)
-    progress.close()
-    return images
+    with report_memory_shortage(settings.batch_size), allow_tf32(settings.precision), progress:
+        return draw_from_pools(draw, settings.im_number, workers.share_out)

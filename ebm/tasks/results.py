@@ -16,7 +16,7 @@ import checkpoint
 from ebm.support.errors import UsageError
 from ebm.support.interruption import Interruption
 from ebm.support.logs import CONFIG_NAME
-from ebm.support.reports import format_table, write_json
+from ebm.support.reports import format_table, print_written, write_json
 from ebm.training.distributed import Workers
 from ebm.training.ownership import FolderOwner, own_folder
 
@@ -67,8 +67,7 @@ class Results:
 
     def print_paths(self) -> None:
         """Print the paths of all files."""
-        for path in self.files:
-            print(f"wrote {path}")
+        print_written(self.files)
 
 
 @contextlib.contextmanager

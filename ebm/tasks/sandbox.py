@@ -14,7 +14,7 @@ from torch import Tensor
 from data import have_same_images, name_classes
 from ebm.support import metrics, pictures
 from ebm.support.interruption import Interruption, keep_what_is_done
-from ebm.support.progress import Progress
+from ebm.support.progress import Progress, show_waiting
 from ebm.tasks.analysis import (
     add_salt_and_pepper,
     find_feature_directions,
@@ -78,7 +78,9 @@ def measure_memorisation(run: SandboxRun, values: Mapping[str, np.ndarray]) -> t
     """
     if "test" not in values:
         return None, "stopped before the test images"
-    if have_same_images(run.load("train"), run.load("test")):
+    with show_waiting("comparing the images of the two splits"):
+        is_same = have_same_images(run.load("train"), run.load("test"))
+    if is_same:
         return None, "train and test are the same images: this data set has no split"
     auroc = metrics.auroc(-values["train"], -values["test"])
     return auroc, f"AUROC of train against test {auroc:.3f} (0.5: alike, 1: memorised)"

@@ -16,6 +16,7 @@ from ebm.settings import SandboxSettings
 from ebm.support import pictures
 from ebm.support.errors import UsageError
 from ebm.support.files import write_file
+from ebm.support.progress import show_waiting
 from ebm.tasks.attacks import SHADES
 from ebm.tasks.examined_model import ExaminedModel, count_most_images
 from ebm.tasks.results import Results
@@ -124,7 +125,9 @@ class SandboxRun:
     def draw_examples(self, split: str, number: int) -> Examples:
         """Return random images of the model's data set with their labels."""
         dataset = self.load(split)
-        images, labels = dataset.batch(self.draw_index(dataset, number, split), self.model.generator)
+        index = self.draw_index(dataset, number, split)
+        with show_waiting(f"making {len(index):,} images of {split} ready"):
+            images, labels = dataset.batch(index, self.model.generator)
         return Examples(images, images.new_zeros(len(images), 0) if labels is None else labels)
 
     def find_class_names(self) -> tuple[str, ...]:

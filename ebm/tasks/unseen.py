@@ -221,19 +221,19 @@ def train_product(run: ConceptRun, product: ProductNetwork, training: Tensor, ot
     total = count_iterations(settings, len(training), GENTEST_PASSES, GENTEST_STEPS)
     steps = f"{settings.num_steps} rounds of Langevin steps"
     print(f"work: {total:,} training iterations of {settings.batch_size} images and {steps}", flush=True)
-    progress = Progress(total, what="training of the energy")
-    for iteration in run.workers.until_signal(range(1, total + 1)):
-        index = training[batches.next()]
-        images, labels = run.render_images(index), join_labels(run.sprites.latents[index], other)
-        start = mix_starts(product.config, len(index), replay, run.generator)
-        with allow_tf32(settings.precision):
-            step = train_product_step(run, product, optimizer, images, labels, start)
-        replay = torch.cat([replay, step.samples])[-REPLAY_SIZE:]
-        if iteration % 10 == 0:
-            check_finite(step.loss, "lower `step_lr` or `lr`")
-            energies = describe_energies(step.e_pos.mean().item(), step.e_neg.mean().item())
-            progress.text = f"squared error {measure_squared_error(step.samples, images):.4f}, {energies}"
-        progress.update(iteration)
+    with Progress(total, what="training of the energy") as progress:
+        for iteration in run.workers.until_signal(range(1, total + 1)):
+            index = training[batches.next()]
+            images, labels = run.render_images(index), join_labels(run.sprites.latents[index], other)
+            start = mix_starts(product.config, len(index), replay, run.generator)
+            with allow_tf32(settings.precision):
+                step = train_product_step(run, product, optimizer, images, labels, start)
+            replay = torch.cat([replay, step.samples])[-REPLAY_SIZE:]
+            if iteration % 10 == 0:
+                check_finite(step.loss, "lower `step_lr` or `lr`")
+                energies = describe_energies(step.e_pos.mean().item(), step.e_neg.mean().item())
+                progress.text = f"squared error {measure_squared_error(step.samples, images):.4f}, {energies}"
+            progress.update(iteration)
     run.workers.note_part("training iterations", progress.done, total)
     return progress.done
 
@@ -383,17 +383,17 @@ def train_generator(run: ConceptRun, training: Tensor, other: str) -> tuple[Spri
     batches = data.Batches(len(training), run.settings.batch_size, run.settings.seed, device=training.device)
     total = count_iterations(run.settings, len(training), GENBASELINE_PASSES)
     print(f"work: {total:,} training iterations of {run.settings.batch_size} images", flush=True)
-    progress = Progress(total, what="training of the generator")
-    for iteration in run.workers.until_signal(range(1, total + 1)):
-        index = training[batches.next()]
-        images = generator(join_labels(run.sprites.latents[index], other))
-        loss = nn.functional.mse_loss(images, run.render_images(index))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if iteration % 10 == 0:
-            progress.text = f"loss {loss.item():.5f}"
-        progress.update(iteration)
+    with Progress(total, what="training of the generator") as progress:
+        for iteration in run.workers.until_signal(range(1, total + 1)):
+            index = training[batches.next()]
+            images = generator(join_labels(run.sprites.latents[index], other))
+            loss = nn.functional.mse_loss(images, run.render_images(index))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if iteration % 10 == 0:
+                progress.text = f"loss {loss.item():.5f}"
+            progress.update(iteration)
     return generator, progress
 
 
@@ -427,12 +427,14 @@ def measure_samplers(run: ConceptRun, samplers: Mapping[str, SpriteSampler], sli
 
     def sample_part(part: tuple[SpriteSampler, Tensor]) -> Tensor:
         sampler, index = part
+        samples = sampler(run.sprites.latents[index])
         progress.advance(len(index) * run.workers.size)
-        return sampler(run.sprites.latents[index])
+        return samples
 
     wanted = {(name, kind): (samplers[name], index) for name in samplers for kind, index in sets.items()}
     parts = [(sampler, part) for sampler, index in wanted.values() for part in index.split(run.settings.batch_size)]
-    images = torch.cat(run.share_parts(parts, sample_part))
+    with progress:
+        images = torch.cat(run.share_parts(parts, sample_part))
     nearest = dsprites.find_nearest_sprites(images)
     figures: Figures = {}
     columns, start = {}, 0

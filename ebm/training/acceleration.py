@@ -27,6 +27,9 @@ from sampling import CannotCompile, Energy, langevin
 REMEDIES = {"precision": "`precision`=tf32", "compile": "`compile`=False", "cuda_graph": "`cuda_graph`=False"}
 
 
+COMPILED = "the Langevin step is compiled when it first runs, which can take a minute; torch keeps the result"
+
+
 class Chain(Protocol):
     """A function that runs Langevin chains from images x (N, C, H, W) under prepared weights."""
 
@@ -137,7 +140,12 @@ class Acceleration:
 
 
 def accelerate_chains(settings: CompiledChains) -> Acceleration:
-    """Return the means by which a script that evaluates models computes its chains: those that its settings name."""
+    """Return the means by which a script that evaluates models computes its chains: those that its settings name.
+
+    Prints a line if steps are compiled.
+    """
+    if settings.compile:
+        print(COMPILED, flush=True)
     return Acceleration(settings.precision, compiled=bool(settings.compile))
 
 

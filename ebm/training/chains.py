@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -39,14 +39,22 @@ def run_chains(
     return state.acceleration.run(chain, energy.weights, start, labels, state.generator, repeated=True), None
 
 
-def bind_chain(model: EnergyNetwork, settings: TrainSettings, generator: torch.Generator) -> Chain:
-    """Return the chain of a run as a function of weights, start and labels, which does not hold the run's state."""
+def bind_chain(
+    model: EnergyNetwork,
+    settings: TrainSettings,
+    generator: torch.Generator,
+    after_step: Callable[[Tensor], object] | None = None,
+) -> Chain:
+    """Return the chain of a run as a function of weights, start and labels, which does not hold the run's state.
+
+    after_step: called with the images after each step.
+    """
 
     def chain(weights: Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
         energy = PreparedEnergy(model, weights, temperature=settings.temperature).under(labels)
         if settings.hmc:
-            return run_hmc_chain(energy, x, settings, generator)[0]
-        return run_langevin_chain(energy, x, settings, generator, compiled=compiled)
+            return run_hmc_chain(energy, x, settings, generator, after_step)[0]
+        return run_langevin_chain(energy, x, settings, generator, after_step=after_step, compiled=compiled)
 
     return chain
 
@@ -57,6 +65,7 @@ def run_langevin_chain(
     settings: TrainSettings,
     generator: torch.Generator,
     differentiable_in: Iterable[Tensor] | None = None,
+    after_step: Callable[[Tensor], object] | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Return the end points of Langevin chains with the settings of a run; images are in [0, rescale]."""
@@ -70,13 +79,18 @@ def run_langevin_chain(
         proj_norm_type=settings.proj_norm_type,
         bounds=settings.bounds,
         generator=generator,
+        after_step=after_step,
         differentiable_in=differentiable_in,
         compiled=compiled,
     )
 
 
 def run_hmc_chain(
-    energy: Energy, x: Tensor, settings: TrainSettings, generator: torch.Generator
+    energy: Energy,
+    x: Tensor,
+    settings: TrainSettings,
+    generator: torch.Generator,
+    after_step: Callable[[Tensor], object] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the end points of HMC chains, and the share of the moves that were accepted.
 
@@ -88,6 +102,8 @@ def run_hmc_chain(
         x, is_accepted = hmc(energy, x, step_size=HMC_STEP_SIZE, num_steps=HMC_STEPS, generator=generator)
         x = x.clamp(*settings.bounds)
         shares.append(is_accepted.float().mean())
+        if after_step is not None:
+            after_step(x)
     return x, torch.stack(shares).mean() if shares else None
 
 

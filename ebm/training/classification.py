@@ -11,6 +11,7 @@ import data
 from ebm.settings import TrainSettings
 from ebm.support.errors import UsageError
 from ebm.support.metrics import Reliability, measure_reliability
+from ebm.support.progress import SHORT, Progress
 from ebm.training.setup import read_split
 from models import PreparedEnergy, compute_class_logits
 
@@ -52,6 +53,9 @@ def draw_test_images(settings: TrainSettings, dataset: data.Dataset, device: tor
 def measure_classification(energy: PreparedEnergy, examples: LabelledImages, scale: float) -> Reliability:
     """Return how reliable the predictions softmax(−scale · E) for test images are."""
     classes = energy.model.config.label_size
-    parts = examples.images.split(max(1, EVALUATIONS // classes))
-    logits = torch.cat([compute_class_logits(energy, part, classes) for part in parts])
-    return measure_reliability(scale * logits, examples.classes)
+    logits: list[Tensor] = []
+    with Progress(len(examples.images), what="classifying test images", patience=SHORT) as progress:
+        for part in examples.images.split(max(1, EVALUATIONS // classes)):
+            logits.append(compute_class_logits(energy, part, classes))
+            progress.advance(len(part))
+    return measure_reliability(scale * torch.cat(logits), examples.classes)

@@ -27,7 +27,7 @@ from ebm.settings import TrainSettings
 from ebm.support import cli
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32, find_free_memory
-from ebm.support.progress import describe_time
+from ebm.support.progress import describe_time, show_waiting
 from ebm.training.acceleration import Acceleration
 from ebm.training.distributed import Workers
 from ebm.training.guard import SNAPSHOTS
@@ -228,7 +228,7 @@ def check_cost(
     """
     if not settings.train or state.iteration >= stop:
         return ""
-    with workers.busy():
+    with workers.busy(), show_waiting("estimating what an iteration takes"):
         cost = estimate_cost(train_step, state, settings)
     device = state.generator.device
     sharers = 1 if device.type == "cuda" else workers.launch.local_size

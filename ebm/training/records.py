@@ -224,7 +224,7 @@ def write_samples(settings: TrainSettings, sampler: Sampler, images: Tensor, log
     pictures.save_grid(grid, path, columns=columns, titles=titles)
     if log is not None:
         log.write_picture(state.iteration, "samples", path)
-    print(f"fresh samples, {sampler.num_steps} Langevin steps: {path}")
+    print(f"fresh samples, {sampler.num_steps} Langevin steps: {path.name}")
 
 
 def report_quality(settings: TrainSettings, sampler: Sampler, images: Tensor, measure: SampleMeasure | None) -> None:
@@ -235,7 +235,7 @@ def report_quality(settings: TrainSettings, sampler: Sampler, images: Tensor, me
         steps = f"{sampler.num_steps} Langevin steps"
         print(f"{len(images):,} samples, {steps}: {measure.describe(figures)} (to at most 10,000 training images)")
         about = {"iteration": state.iteration, "samples": len(images), "num_steps": sampler.num_steps}
-        print(f"wrote {write_json(folder / f'quality_{state.iteration}.json', about | figures)}")
+        write_json(folder / f"quality_{state.iteration}.json", about | figures)
     elif measure is not None:
         logged = {name: dict(zip(*read_series(folder, name), strict=True)) for name in measure.figures}
         rows: dict[str, Mapping[str, float | None]] = {
@@ -259,5 +259,5 @@ def draw_curves(settings: TrainSettings, measure: SampleMeasure | None) -> None:
         for ylabel, lines in panels.items()
     }
     path = settings.folder / "curves.png"
-    plot = pictures.plot_lines(curves, path, xlabel="iteration", log=LOG_AXES, shares=SHARES, smooth=True)
-    print(f"training curves: {plot}")
+    pictures.plot_lines(curves, path, xlabel="iteration", log=LOG_AXES, shares=SHARES, smooth=True)
+    print(f"training curves: {path.name}")

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import pathlib
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,9 @@ from ebm.support import cli, interruption
 from ebm.support.errors import UsageError
 from ebm.support.hardware import allow_tf32, is_out_of_memory
 from ebm.support.interruption import Break
+from ebm.support.logs import LOG_NAME
+from ebm.support.progress import EVERY
+from ebm.support.reports import print_written
 from ebm.support.sharing import fold_seed
 from ebm.training import tuning
 from ebm.training.classification import LabelledImages, draw_test_images
@@ -73,6 +77,7 @@ class Run:
         # The iteration that the run has returned to, until it saves: what the folder has of later ones is then moved.
         self.branch_point: int | None = None
         self.is_resumed = False
+        self.last_seconds = math.inf  # that the latest iteration took; the first one compiles, and may take long
 
     def prepare_measure(self) -> None:
         """Make the measure of samples, and draw the images that tests classify.
@@ -300,6 +305,8 @@ class Run:
                     f"make room, then go on from the last checkpoint with {name_resumption(self.settings)}"
                 ) from None
             print(f"saved {path}")
+        if self.is_first:
+            print_written(self.list_results())
         if self.unwritten:
             raise UsageError(
                 f"the run is over, but {' and '.join(self.unwritten)} could not be written; "
@@ -311,6 +318,13 @@ class Run:
         if self.recorder is not None:
             with self.workers.busy():
                 self.recorder.finish_trackers()
+
+    def list_results(self) -> list[pathlib.Path]:
+        """Return where a run may have left what to look at or to go on from, then the folder with all the rest."""
+        folder, iteration = self.settings.folder, self.state.iteration
+        names = [f"model_{iteration}.pt", "model_best.pt", f"samples_{iteration}.png", f"quality_{iteration}.json"]
+        names += ["curves.png", "reliability.png", LOG_NAME]
+        return [*(folder / name for name in names), folder]
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -480,10 +494,13 @@ class Run:
         iteration, because they would have to break it off at the same place. Raises UsageError with remedies if the
         memory does not hold the iteration.
         """
+        start = time.monotonic()
         try:
             self.can_break = self.workers.size == 1
             self.raise_break()
-            yield
+            with self.talk_during_long_iterations():
+                yield
+            self.last_seconds = time.monotonic() - start
         except Break:
             self.state.undo_draws(self.draws)
             self.check_last_step()
@@ -495,6 +512,12 @@ class Run:
             raise UsageError(f"the memory does not hold iteration {self.state.iteration + 1}; {advice}") from None
         finally:
             self.can_break = False
+
+    def talk_during_long_iterations(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which rank 0 says that an iteration goes on, if the last one took long."""
+        if self.recorder is None or self.last_seconds < EVERY / 2:
+            return contextlib.nullcontext()
+        return self.recorder.progress.keep_talking()
 
     def raise_break(self) -> None:
         """Raise Break if a signal has come, unless the iteration cannot be broken off any more."""

@@ -31,7 +31,7 @@ from ebm.measures.features import (
 from ebm.settings import TrainSettings
 from ebm.support.errors import UsageError
 from ebm.support.pixels import to_bytes
-from ebm.support.progress import Progress
+from ebm.support.progress import SHORT, Progress
 from ebm.support.sharing import fold_seed
 from ebm.training.chains import bind_chain
 from ebm.training.distributed import Workers
@@ -74,20 +74,36 @@ class Sampler:
         settings = self.settings
         return 10 * settings.num_steps if settings.sample_steps is None else settings.sample_steps
 
-    def draw_chains(self, number: int, part: int = 0) -> FreshChains:
+    def split_chains(self, number: int) -> tuple[int, int]:
+        """Return how many chains run at once, and how many in all so that at least `number` do.
+
+        A compiled step is compiled for training's batches: whole batches of these run then.
+        """
+        if not self.state.acceleration.compiled:
+            return CHAINS, number
+        size = self.settings.num_chains or self.settings.batch_size
+        return size, math.ceil(number / size) * size
+
+    def count_steps(self, number: int) -> int:
+        """Return the number of Langevin steps, each of all chains that run at once, that so many chains take."""
+        size, total = self.split_chains(number)
+        return math.ceil(total / size) * self.num_steps
+
+    def draw_chains(self, number: int, part: int = 0, progress: Progress | None = None) -> FreshChains:
         """Return fresh chains under the weights of this iteration; a second call returns the same ones.
 
-        number: how many chains. part: the number of the draw; draws of other numbers have other noise.
+        number: how many chains. part: the number of the draw; draws of other numbers have other noise. progress: counts
+        the Langevin steps, see `count_steps`; None makes one.
         """
         state, settings = self.state, self.settings
         latest, wanted = self.latest, (state.iteration, part, number)
         if latest is not None and (latest.iteration, latest.part, len(latest.images)) == wanted:
             return latest
-        size, total = CHAINS, number
-        # A compiled step is compiled for training's batches: run whole batches and return the first `number` chains.
-        if state.acceleration.compiled:
-            size = settings.num_chains or settings.batch_size
-            total = math.ceil(number / size) * size
+        if progress is None:
+            what = f"Langevin step of {number:,} fresh chains"
+            with Progress(self.count_steps(number), what=what, patience=SHORT) as progress:
+                return self.draw_chains(number, part, progress)
+        size, total = self.split_chains(number)
         generator = torch.Generator(state.generator.device).manual_seed(
             fold_seed(settings.seed + 1_000_003 * (1 + part))
         )
@@ -96,8 +112,13 @@ class Sampler:
         settings = dataclasses.replace(settings, num_steps=self.num_steps, zero_kl=True)
         ends: list[Tensor] = []
         energies: list[Tensor] = []
+        done, steps = progress.done, settings.num_steps
+
+        def count_step(_: Tensor) -> None:  # a chain may be run again, in another number type
+            progress.update(min(progress.done + 1, done + (len(ends) + 1) * steps))
+
         with self.freeze_model() as energy:
-            chain = bind_chain(energy.model, settings, generator)
+            chain = bind_chain(energy.model, settings, generator, count_step)
             for start in noise.split(size):
                 batch_labels = None if labels is None else labels[len(ends) * size :][: len(start)]
                 end = state.acceleration.run(chain, energy.weights, start, batch_labels, generator, repeated=False)
@@ -113,16 +134,14 @@ class Sampler:
     def draw_bytes(self, number: int, workers: Workers) -> Tensor:
         """Return the images of many fresh chains, uint8 (number, C, H, W) on the CPU; all workers draw their share."""
         sizes = [min(PART, number - start) for start in range(0, number, PART)]
-        progress = Progress(len(sizes), what=f"part of {number:,} samples", quiet=workers.rank > 0)
+        total = sum(map(self.count_steps, sizes[workers.rank :: workers.size]))  # of this worker
+        what = f"Langevin step of {number:,} samples"
+        with Progress(total, what=what, quiet=workers.rank > 0) as progress:
 
-        def draw_part(part: int) -> Tensor:
-            images = to_bytes(self.draw_chains(sizes[part], part).images).cpu()
-            progress.advance(workers.size)
-            return images
+            def draw_part(part: int) -> Tensor:
+                return to_bytes(self.draw_chains(sizes[part], part, progress).images).cpu()
 
-        parts = workers.share_out(range(len(sizes)), draw_part)
-        progress.close()
-        return torch.cat(parts)
+            return torch.cat(workers.share_out(range(len(sizes)), draw_part))
 
     def choose_labels(self, number: int, generator: torch.Generator) -> Tensor | None:
         """Return labels (number, label_size) to sample under, or None for an unconditional model."""

@@ -20,10 +20,11 @@ from ebm.support.errors import UsageError
 from ebm.support.experiments import check_tags
 from ebm.support.hardware import find_free_memory, has_compiler
 from ebm.support.logs import CONFIG_NAME
+from ebm.support.progress import show_waiting
 from ebm.support.reports import write_json
 from ebm.support.sharing import fold_seed
 from ebm.support.trackers import import_packages
-from ebm.training.acceleration import Acceleration
+from ebm.training.acceleration import COMPILED, Acceleration
 from ebm.training.distributed import Workers
 from ebm.training.state import State
 from ebm.training.tuning import describe_way
@@ -274,8 +275,9 @@ def fit_starts(settings: TrainSettings, state: State, dataset: data.Dataset, wor
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:most]
     generator = torch.Generator(state.generator.device).manual_seed(0)
     order = torch.zeros(1, dtype=torch.long) if settings.single else order
-    images, labels = dataset.batch(order.to(dataset.index_device), generator)
-    state.model.starts.fit(images, labels if state.model.config.label_size else None)
+    with show_waiting(f"fitting the distribution that chains start from to {len(order):,} images"):
+        images, labels = dataset.batch(order.to(dataset.index_device), generator)
+        state.model.starts.fit(images, labels if state.model.config.label_size else None)
     state.start_ema()
 
 
@@ -351,7 +353,7 @@ def announce_run(
     )
     print(f"device: {workers.device}, {team}; energies in {state.acceleration}, images and parameters in float32")
     if state.acceleration.compiled:
-        print("the Langevin step is compiled when it first runs, which can take a minute; torch keeps the result")
+        print(COMPILED)
     print(f"iterations: {state.iteration} to {stop}; everything goes to {settings.folder}/")
     if state.iteration == 0:
         note_name_of_preset(settings)

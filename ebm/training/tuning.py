@@ -34,6 +34,7 @@ from ebm.support.hardware import (
     find_compiler_cache,
     has_compiler,
 )
+from ebm.support.progress import show_waiting
 from ebm.support.reports import write_json
 from ebm.training.acceleration import Chain
 from ebm.training.chains import bind_chain
@@ -49,6 +50,7 @@ ROUNDS = 4
 LONG_CHAINS = 600.0  # seconds of a run's Langevin steps from which on compiling is tried, which takes about a minute
 BUSY = 0.5  # load of each core, averaged over a minute, from which on a machine is busy with other work
 EVALUATED = 16  # images of the timed chain of an evaluation
+TIMING = "timing in which way chains are computed fastest here"
 KEPT, LARGEST_FILE = 200, 1_000_000  # outcomes in the file that keeps them, and its bytes
 FORMAT = 2  # of the outcomes; another number makes the kept ones void, as when networks are computed in another way
 
@@ -110,7 +112,7 @@ def tune_run(state: State, settings: TrainSettings, workers: Workers, contents: 
         tried = {field: values for field, values in alternatives.items() if field not in pinned}
         if workers.rank == 0:
             chain, batch_size = bind_step(state, settings), count_chains(settings)
-            with workers.busy():
+            with workers.busy(), show_waiting(TIMING):
                 outcome = choose_way(state.model, chain, batch_size, way, tried)
                 way, found = outcome.way, outcome.trials
                 if workers.size == 1 and "threads" not in pinned:  # otherwise the cores are shared out already
@@ -134,13 +136,16 @@ def tune_compiler(state: State, settings: TrainSettings, workers: Workers, stop:
     if workers.rank == 0 and has_compiler():
         search = functools.partial(choose_way, state.model, bind_step(state, settings), count_chains(settings), way)
         with workers.busy():
-            if search({}).seconds * settings.num_steps * stop > LONG_CHAINS:
+            with show_waiting(TIMING):
+                seconds = search({}).seconds
+            if seconds * settings.num_steps * stop > LONG_CHAINS:
                 print(
                     "compiling a Langevin step, to see whether that is faster here, which takes about a minute",
                     flush=True,
                 )
                 try:
-                    outcome = search({"compiled": [True]}, count=count_chains(settings))
+                    with show_waiting("compiling a Langevin step"):
+                        outcome = search({"compiled": [True]}, count=count_chains(settings))
                     way, trials = outcome.way, describe_trials(outcome.trials)
                 except CannotCompile as error:
                     trials = f"; the step cannot be compiled ({error})"
@@ -252,7 +257,8 @@ def settle_precision(settings: Settled, model: models.EnergyNetwork, workers: Wo
         def chain(weights: models.Weights, x: Tensor, labels: Tensor | None, compiled: bool) -> Tensor:
             return langevin(models.PreparedEnergy(model, weights).under(labels), x, num_steps=1, step_lr=1.0)
 
-        outcome = choose_way(model, chain, EVALUATED, way, {"precision": tried})
+        with show_waiting(TIMING):
+            outcome = choose_way(model, chain, EVALUATED, way, {"precision": tried})
         way, trials = outcome.way, describe_trials(outcome.trials)
     precision = workers.share(way.precision)[0]
     if precision != "float32":
