@@ -311,9 +311,8 @@ def test_scripts_name_what_they_wrote(script, tmp_path):
 
 def test_scripts_of_checkpoints_name_them(tmp_path):
     """Breaks when a script that makes a checkpoint of another does not say at its end where it is."""
-    source, target = ROOT / "pretrained/digits_cond/model_500.pt", tmp_path / "slim" / "model_1.pt"
-    (source,) = (ROOT / "pretrained/digits_cond").glob("model_*.pt")
-    result = run_python(ROOT / "scripts/slim_checkpoint.py", source, target)
+    (source,), target = (ROOT / "pretrained/digits_cond").glob("model_*.pt"), tmp_path / "alone" / "model_1.pt"
+    result = run_python(ROOT / "scripts/export.py", source, target)
     assert result.stdout.splitlines()[-1] == f"wrote {target}" and target.exists()
     report = run_python(
         *(ROOT / "scripts/reproduce.py", "digits_label", f"--logdir={tmp_path}", "--call_flags=--limit=2"), cwd=ROOT
