@@ -32,11 +32,13 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/measure_gpu.py --device=$(DEVICE) --output=$(OUT)
 
 .venv/installed: requirements.txt constraints.txt
+	@echo "installing the requirements into .venv, one to five minutes"
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt -c constraints.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed pyproject.toml
+	@echo "installing what the tests and checks need into .venv, about a minute"
 	$(BIN)/pip install -q -e '.[dev]' -c constraints.txt
 	touch $@
 
