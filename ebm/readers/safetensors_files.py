@@ -1,6 +1,6 @@
 """Networks in files of the format safetensors, which need not be trusted.
 
-    path.write_bytes(encode_safetensors(state))
+    contents = encode_safetensors(state)  # bytes
     state = read_safetensors(path)  # {"model": tensors by name, "config": …, "iteration": …, …}
 
 Such a file holds tensors and texts. The tensors are the weights; each other entry of a checkpoint is a text in JSON.
@@ -42,12 +42,12 @@ def encode_safetensors(state: Mapping[str, Any]) -> bytes:
 
     Raises UsageError if the package is not installed.
     """
-    library = import_safetensors()
+    encode = import_safetensors().torch.save  # to bytes, not to a file
     texts = {name: json.dumps(state[name]) for name in ENTRIES if name in state}
     # Contiguous, and each with memory of its own, as the format wants them.
     weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state["model"].items()}
     texts[CHECKSUM] = compute_checksum(texts, weights)
-    return library.torch.save(weights, metadata={"format": "pt"} | texts)  # "pt": what other readers look for
+    return encode(weights, metadata={"format": "pt"} | texts)  # "pt": what other readers look for
 
 
 def read_safetensors(path: PathLike) -> dict[str, Any]:
