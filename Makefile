@@ -1,7 +1,7 @@
 # make concepts: combine the shipped concept models.   make demo: train on the digits of scikit-learn, show samples.
 # make test: all tests.   All of them set up .venv first.
-# make gpu: measure everything on one GPU, in twenty minutes; DEVICE=cpu rehearses it. It takes .venv where there is one, else
-# PYTHON as it is: nothing is installed.
+# make gpu: measure everything on one GPU, in twenty minutes; DEVICE=cpu rehearses it. It takes .venv where there is one,
+# else PYTHON as it is: nothing is installed.
 PYTHON ?= python3
 BIN := .venv/bin
 DEVICE ?= cuda

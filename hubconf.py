@@ -18,7 +18,7 @@ _FOLDER = pathlib.Path(__file__).resolve().parent
 _MODULES = ("checkpoint", "models", "sampling", "utils", "ebm")
 # Python keeps one module of a name: with another `utils` loaded, an import below would fail for no visible reason.
 for _module in (sys.modules[name] for name in _MODULES if name in sys.modules):
-    _place = getattr(_module, "__file__", None) or next(iter(getattr(_module, "__path__", [])), "/")
+    _place = getattr(_module, "__file__", None) or next(iter(getattr(_module, "__path__", [])), "of unknown origin")
     if not pathlib.Path(_place).resolve().is_relative_to(_FOLDER):
         raise ImportError(
             f"this process has loaded a module `{_module.__name__}`, {_place}, and the energy models need the one in "
@@ -31,7 +31,7 @@ import sampling  # noqa: F401  (for those who load a model: later the folder is 
 from ebm.readers import dsprites as _dsprites
 from ebm.support import experiments as _experiments
 
-dependencies = ["torch", "numpy"]
+dependencies = ["torch", "numpy", "tqdm"]
 load_energy = checkpoint.load_energy
 
 

@@ -44,7 +44,7 @@ from ebm.tasks.results import Results, own_results
 from ebm.training.distributed import share_evaluation
 from ebm.training.ownership import LOCK_NAME
 
-CURVES, SAMPLES, REPORT = "comparison.png", "samples.png", "comparison.json"  # the files of a comparison
+CURVES_NAME, SAMPLES_NAME, REPORT_NAME = "comparison.png", "samples.png", "comparison.json"  # the files of a comparison
 MOST_SHOWN = 20  # runs in the pictures, where more could not be told apart
 LEAST_WIDTH = 80  # letters of a line
 
@@ -81,7 +81,12 @@ def main(settings: Settings) -> None:
 
 def check_output(folder: pathlib.Path) -> None:
     """Raise UsageError if a folder holds anything but a comparison, since what it holds is set aside."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - {CURVES, SAMPLES, REPORT, LOCK_NAME}:
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - {
+        CURVES_NAME,
+        SAMPLES_NAME,
+        REPORT_NAME,
+        LOCK_NAME,
+    }:
         raise UsageError(f"`output`={folder} holds other files than a comparison; choose another folder")
 
 
@@ -97,7 +102,7 @@ def compare_runs(runs: list[LoggedRun], results: Results) -> None:
     if len(runs) > MOST_SHOWN:
         print(f"note: the pictures show the first {MOST_SHOWN} of {len(runs)} runs")
     draw_comparison(runs[:MOST_SHOWN], results)
-    results.write_report(REPORT, {"differences": list(differences), "runs": summaries})
+    results.write_report(REPORT_NAME, {"differences": list(differences), "runs": summaries})
     results.print_paths()
 
 
@@ -105,12 +110,12 @@ def draw_comparison(runs: list[LoggedRun], results: Results) -> None:
     """Plot the curves of the runs, and put their samples into one picture."""
     panels = gather_curves(runs)
     if panels.curves:
-        path, (curves, log, shares) = results.add_file(CURVES), panels
+        path, (curves, log, shares) = results.add_file(CURVES_NAME), panels
         pictures.plot_lines(curves, path, xlabel="iteration", log=log, shares=shares, smooth=True, columns=2)
     else:
         print("note: no run has logged anything yet, so that there are no curves")
     if samples := read_samples(runs):
-        pictures.save_gallery(samples, results.add_file(SAMPLES))
+        pictures.save_gallery(samples, results.add_file(SAMPLES_NAME))
     else:
         print("note: no run has pictures of samples yet")
 

@@ -28,14 +28,16 @@ if __name__ == "__main__":
     interruption.guard_start()
 
 import checkpoint
-from ebm.readers.safetensors_files import ENDING, ENTRIES
+from ebm.readers.safetensors_files import ENDING, NETWORK_ENTRIES
 from ebm.settings import DataFiles, TrackerSettings
 from ebm.support.errors import UsageError
 from ebm.support.reports import print_written
 from ebm.support.streams import note_dropped_output, replace_standard_streams
 
 # Settings of one machine and one study, which are nobody else's.
-OWN = {"exp", "logdir", "tag"} | {field.name for kind in (DataFiles, TrackerSettings) for field in fields(kind)}
+OWN_SETTINGS = {"exp", "logdir", "tag"} | {
+    field.name for kind in (DataFiles, TrackerSettings) for field in fields(kind)
+}
 
 
 def export_network(source: str, target: pathlib.Path, *, ema: bool = False, half: bool = False) -> pathlib.Path:
@@ -58,8 +60,8 @@ def export_network(source: str, target: pathlib.Path, *, ema: bool = False, half
     if half:
         weights = {name: tensor.half() for name, tensor in weights.items()}
         checkpoint.check_finite_weights(weights, f"{path} in half precision")
-    network = {name: state[name] for name in ENTRIES if name in state} | {"config": asdict(config)}
-    network["flags"] = {name: value for name, value in state.get("flags", {}).items() if name not in OWN}
+    network = {name: state[name] for name in NETWORK_ENTRIES if name in state} | {"config": asdict(config)}
+    network["flags"] = {name: value for name, value in state.get("flags", {}).items() if name not in OWN_SETTINGS}
     checkpoint.save(target, network | {"model": weights})
     return path
 

@@ -301,29 +301,29 @@ def test_comparison(runs, capsys):
         "two stopped 30 of 590 -0.1 x",
         "three stopped 0 of 20 – –",
     ]
-    folder, names = runs / "sandbox_cachedir/compare", [compare.CURVES, compare.SAMPLES, compare.REPORT]
+    folder, names = runs / "sandbox_cachedir/compare", [compare.CURVES_NAME, compare.SAMPLES_NAME, compare.REPORT_NAME]
     assert re.findall(r"^wrote (.*)", printed, re.MULTILINE) == [f"sandbox_cachedir/compare/{name}" for name in names]
-    report = json.loads((folder / compare.REPORT).read_text())
+    report = json.loads((folder / compare.REPORT_NAME).read_text())
     assert report["differences"] == ["batch_size", "lr"] and [*report["runs"]] == ["one", "two", "three"]
     assert report["runs"]["three"]["settings"]["lr"] == 0.25 and report["files"] == names
     assert all((folder / name).exists() for name in names)
-    before = (folder / compare.REPORT).read_bytes()
+    before = (folder / compare.REPORT_NAME).read_bytes()
     call("--tag=x")
-    assert (folder.with_name("compare.1") / compare.REPORT).read_bytes() == before
-    assert [*json.loads((folder / compare.REPORT).read_text())["runs"]] == ["one", "two"]
+    assert (folder.with_name("compare.1") / compare.REPORT_NAME).read_bytes() == before
+    assert [*json.loads((folder / compare.REPORT_NAME).read_text())["runs"]] == ["one", "two"]
 
 
 def test_one_run_and_many(runs, capsys):
     """Breaks when a run alone, one without anything to show, or more runs than a picture can show end the work."""
     call("three", "--output=alone")
     assert "no run has logged anything yet" in capsys.readouterr().out
-    assert {path.name for path in (runs / "alone").iterdir()} == {compare.REPORT}
+    assert {path.name for path in (runs / "alone").iterdir()} == {compare.REPORT_NAME}
     for k in range(22):
         write_run(runs / f"cachedir/many/{k:02}", [{"iteration": 10, "e_diff": k / 10}], seed=k, tag=("many",))
     call("--tag=many", "--output=many")
     printed = capsys.readouterr().out
     assert "the first 20 of 22 runs" in printed and re.search(r"many/21 +21\n", printed)
-    assert len(json.loads((runs / "many" / compare.REPORT).read_text())["runs"]) == 22
+    assert len(json.loads((runs / "many" / compare.REPORT_NAME).read_text())["runs"]) == 22
 
 
 def test_a_folder_with_other_files_is_left_alone(runs):

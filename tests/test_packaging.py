@@ -104,10 +104,12 @@ def test_jobs_queue_themselves_again(tmp_path, name, status, is_queued):
         script = tmp_path / program
         script.write_text(f'#!/bin/sh\necho {program} "$@" >> {calls}\nexit {ending}\n')
         script.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
     job = ["bash", ROOT / f"scripts/cluster/{name}.sbatch", "--max_iter=5"]
     result = subprocess.run(job, cwd=tmp_path, env=environment, check=False)
+    number = {"train": "7", "sweep": "7_3"}[name]  # the number of one task of an array can be that of all
     srun, *others = calls.read_text().splitlines()
-    assert result.returncode == status and others == (["scontrol requeue 7"] if is_queued else [])
+    assert result.returncode == status and others == ([f"scontrol requeue {number}"] if is_queued else [])
     assert srun.startswith("srun python train.py --resume_iter=auto ") and "--max_iter=5" in srun
     assert name == "train" or srun.endswith("--exp=sweep/step_lr_30-seed_1 --step_lr=30 --seed=1")

@@ -242,7 +242,7 @@ def test_phases_that_can_take_long(work, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SHORT", 0.0)
     monkeypatch.setattr(progress, "call_meanwhile", speak_first)
     monkeypatch.setattr(Progress, "is_shown", lambda self, now: True)
-    monkeypatch.setattr(bounded, "LARGE", 0)
+    monkeypatch.setattr(bounded, "SLOW_BYTES", 0)
     work(tmp_path)
     printed = capsys.readouterr().out
     for line in PHASES[work]:
@@ -319,3 +319,11 @@ def test_scripts_of_checkpoints_name_them(tmp_path):
     ).stdout
     folder = pathlib.Path(re.search(r"^wrote (.*)/ \(\d+ files\)\n\Z", report, re.MULTILINE)[1])
     assert (folder / "label.json").exists()
+
+
+def test_no_thread_is_left(monkeypatch, capsys):
+    """Breaks when work ends because the system gives no more threads to those who report on it."""
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+    with show_waiting("saving"):
+        done = True
+    assert done and not capsys.readouterr().out

@@ -112,4 +112,4 @@ def test_hub_dependencies(tmp_path):
 
     own = {path.stem for path in ROOT.iterdir()} | set(sys.stdlib_module_names)
     assert not list_packages(f"{HUB}\n{LEFT}") - list_packages("import sys, torch.hub, numpy") - own
-    assert hubconf.dependencies == ["torch", "numpy"]
+    assert hubconf.dependencies == ["torch", "numpy", "tqdm"]

@@ -28,7 +28,7 @@ CHUNK = 1 << 20  # bytes that are read at once
 # MNIST to a fifth; a bomb of zeros shrinks to a thousandth.
 INFLATED_BASE, INFLATED_RATIO = 1 << 28, 20
 MAX_MEMBERS = 100_000  # of an archive
-LARGE = 1 << 25  # bytes of a file from which on a slow disk takes so long that something is said meanwhile
+SLOW_BYTES = 1 << 25  # bytes of a file from which on a slow disk takes so long that something is said meanwhile
 
 PathLike = str | os.PathLike[str]
 
@@ -91,7 +91,7 @@ def read_file(path: PathLike, limit: int | None = None) -> bytes:
 
 def show_reading(path: PathLike, size: int) -> contextlib.AbstractContextManager[None]:
     """Return a context in which a file of so many bytes is read: if that takes long, it says so."""
-    return show_waiting(f"reading {make_printable(os.fspath(path))}", f"{size / 1e6:,.0f} MB", quiet=size < LARGE)
+    return show_waiting(f"reading {make_printable(os.fspath(path))}", f"{size / 1e6:,.0f} MB", quiet=size < SLOW_BYTES)
 
 
 def check_size(size: int, limit: int | None, what: str) -> None:

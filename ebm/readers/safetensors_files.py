@@ -21,8 +21,8 @@ from ebm.readers.bounded import PathLike, open_file
 from ebm.support.errors import UsageError
 
 ENDING = ".safetensors"
-ENTRIES = ("config", "iteration", "flags", "class_names")  # of a checkpoint, besides the weights
-NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of weights, as in checkpoints
+NETWORK_ENTRIES = ("config", "iteration", "flags", "class_names")  # of a checkpoint, besides the weights
+WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of weights, as in checkpoints
 CHECKSUM = "sha256"  # the name of its text
 
 
@@ -38,12 +38,12 @@ def import_safetensors() -> Any:
 
 
 def encode_safetensors(state: Mapping[str, Any]) -> bytes:
-    """Return the network of a checkpoint as the contents of a safetensors file: its weights and the ENTRIES it has.
+    """Return the network of a checkpoint as the contents of a safetensors file: weights and the NETWORK_ENTRIES.
 
     Raises UsageError if the package is not installed.
     """
     encode = import_safetensors().torch.save  # to bytes, not to a file
-    texts = {name: json.dumps(state[name]) for name in ENTRIES if name in state}
+    texts = {name: json.dumps(state[name]) for name in NETWORK_ENTRIES if name in state}
     # Contiguous, and each with memory of its own, as the format wants them.
     weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state["model"].items()}
     texts[CHECKSUM] = compute_checksum(texts, weights)
@@ -51,7 +51,7 @@ def encode_safetensors(state: Mapping[str, Any]) -> bytes:
 
 
 def read_safetensors(path: PathLike) -> dict[str, Any]:
-    """Return the weights in a safetensors file as `model`, on the CPU, and those of ENTRIES that it has.
+    """Return the weights in a safetensors file as `model`, on the CPU, and those of NETWORK_ENTRIES that it has.
 
     A file without the checksum, from another program, is taken as it is. Raises UsageError if the package is not
     installed, and other exceptions if the file cannot be read or is damaged.
@@ -61,9 +61,9 @@ def read_safetensors(path: PathLike) -> dict[str, Any]:
     with library.safe_open(path, framework="pt") as file:
         texts = file.metadata() or {}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
-    if odd := next((name for name, tensor in weights.items() if tensor.dtype not in NUMBERS), None):
+    if odd := next((name for name, tensor in weights.items() if tensor.dtype not in WEIGHT_TYPES), None):
         raise ValueError(f"{odd[:100]} holds no weights but {weights[odd].dtype}")
-    stored = {name: texts[name] for name in ENTRIES if name in texts}
+    stored = {name: texts[name] for name in NETWORK_ENTRIES if name in texts}
     if CHECKSUM in texts and texts[CHECKSUM] != compute_checksum(stored, weights):
         raise ValueError("its contents are not those of its checksum")
     return {name: json.loads(text) for name, text in stored.items()} | {"model": weights}

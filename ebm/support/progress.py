@@ -208,6 +208,10 @@ def call_meanwhile(report: Callable[[], float]) -> Iterator[None]:
     thread = threading.Thread(target=talk, name="progress", daemon=True)
     try:
         thread.start()
+    except RuntimeError:  # the system gives no more threads: the work goes on in silence
+        yield
+        return
+    try:
         yield
     finally:
         is_over.set()

@@ -158,10 +158,11 @@ class Tracker:
 def import_packages(names: Collection[str], folder: pathlib.Path) -> dict[str, ModuleType]:
     """Import the packages of trackers and return them by name; set the environment variable of Trackio's folder.
 
-    folder: that of the run, in which Trackio's is, unless the variable is set. Raises UsageError, which says how to
-    install it, if a package is missing or does not work.
+    folder: that of the run, in which Trackio's is, unless the variable is set; Trackio reads it once in a process, when
+    it is imported. Raises UsageError, which says how to install it, if a package is missing or does not work.
     """
-    os.environ.setdefault(TRACKIO_DIR, str(folder / "trackio"))  # read once, when the package is imported
+    if "trackio" in names:
+        os.environ.setdefault(TRACKIO_DIR, str(folder / "trackio"))
     return {name: import_package(name) for name in names}
 
 

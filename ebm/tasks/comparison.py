@@ -37,7 +37,7 @@ from ebm.training.records import (
     INCEPTION_CURVES,
     LOG_AXES,
     PATCH_CURVES,
-    SHARES,
+    SHARE_AXES,
 )
 from ebm.training.resuming import CALL_SETTINGS
 
@@ -49,7 +49,7 @@ MAX_PLOTTED = 1e100  # the size of values from which on no axis can show them
 SECONDARY = CALL_SETTINGS | {"tag", "tune", "threads", "data_workers", "download", "datadir", "log_interval"}
 SECONDARY |= {"inception_weights", "inception_sha256", "wandb", "trackio"}
 # Entries of config.json besides the settings, each compared as if it were one.
-ENTRIES = ("parameters", "workers", "energies", "torch")
+CONFIG_ENTRIES = ("parameters", "workers", "energies", "torch")
 # Figures of samples by their names in the log -> whether a larger one is better.
 QUALITY = {
     "inception_score": True,
@@ -255,7 +255,7 @@ def list_differences(runs: Sequence[LoggedRun]) -> dict[str, dict[str, str]]:
 
     Settings that say where or how a run is computed are among them only if nothing else differs.
     """
-    values = {run.name: run.settings | {name: run.config.get(name) for name in ENTRIES} for run in runs}
+    values = {run.name: run.settings | {name: run.config.get(name) for name in CONFIG_ENTRIES} for run in runs}
     names = dict.fromkeys(name for of_run in values.values() for name in of_run)
     table = {name: {run: describe_value(of_run.get(name)) for run, of_run in values.items()} for name in names}
     differing = {name: row for name, row in table.items() if len(set(row.values())) > 1}
@@ -350,5 +350,5 @@ def gather_curves(runs: Sequence[LoggedRun]) -> Panels:
             label = title if group in title else group if len(lines) == 1 else f"{group}\n{title}"
             panels.curves[label] = curves
             panels.log.extend([label] * (group in LOG_AXES))
-            panels.shares.extend([label] * (group in SHARES))
+            panels.shares.extend([label] * (group in SHARE_AXES))
     return panels

@@ -25,8 +25,6 @@ from sampling import CannotCompile, Energy, langevin
 
 # The settings that make chains fast, and how to do without each of them.
 REMEDIES = {"precision": "`precision`=tf32", "compile": "`compile`=False", "cuda_graph": "`cuda_graph`=False"}
-
-
 COMPILED = "the Langevin step is compiled when it first runs, which can take a minute; torch keeps the result"
 
 

@@ -41,7 +41,7 @@ CLASSIFIER_CURVES = {
 }
 PATCH_CURVES = {"distance": {"of patches": "patch_distance", "of tones": "tone_distance"}}
 LOG_AXES = ("mean energy gradient", "FID", DISTANCE, "distance")
-SHARES = ("share", "accuracy")  # the labels of axes from 0 to 1
+SHARE_AXES = ("share", "accuracy")  # the labels of axes from 0 to 1
 PANELS = 20  # rows of start | sample | real
 GRID = 200  # images of the picture of samples, at most
 BINS = 40  # of the histograms of energies in the log
@@ -259,5 +259,5 @@ def draw_curves(settings: TrainSettings, measure: SampleMeasure | None) -> None:
         for ylabel, lines in panels.items()
     }
     path = settings.folder / "curves.png"
-    pictures.plot_lines(curves, path, xlabel="iteration", log=LOG_AXES, shares=SHARES, smooth=True)
+    pictures.plot_lines(curves, path, xlabel="iteration", log=LOG_AXES, shares=SHARE_AXES, smooth=True)
     print(f"training curves: {path.name}")

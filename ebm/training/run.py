@@ -77,6 +77,7 @@ class Run:
         # The iteration that the run has returned to, until it saves: what the folder has of later ones is then moved.
         self.branch_point: int | None = None
         self.is_resumed = False
+        self.saved: set[pathlib.Path] = set()  # the checkpoints that this call has written
         self.last_seconds = math.inf  # that the latest iteration took; the first one compiles, and may take long
 
     def prepare_measure(self) -> None:
@@ -320,11 +321,12 @@ class Run:
                 self.recorder.finish_trackers()
 
     def list_results(self) -> list[pathlib.Path]:
-        """Return where a run may have left what to look at or to go on from, then the folder with all the rest."""
+        """Return what this call has left to look at or to go on from, then the folder with all the rest."""
         folder, iteration = self.settings.folder, self.state.iteration
-        names = [f"model_{iteration}.pt", "model_best.pt", f"samples_{iteration}.png", f"quality_{iteration}.json"]
-        names += ["curves.png", "reliability.png", LOG_NAME]
-        return [*(folder / name for name in names), folder]
+        names = [f"samples_{iteration}.png", f"quality_{iteration}.json", "curves.png"]
+        names += [LOG_NAME] if self.settings.train else []
+        saved = [folder / name for name in (f"model_{iteration}.pt", "model_best.pt")]
+        return [*(path for path in saved if path in self.saved), *(folder / name for name in names), folder]
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -386,6 +388,7 @@ class Run:
             )
         self.leave_branch()
         checkpoint.save(path, contents)
+        self.saved.add(path)
 
     def leave_branch(self) -> None:
         """Set aside, before the first save after a return to an earlier iteration, what the run has of later ones."""
