@@ -219,7 +219,11 @@ def load_energy(
             message = "has no averaged weights, being a TensorFlow checkpoint; leave out `ema`"
             raise UsageError(f"{strip_ending(path)} {message}")
         return load_tf_energy(path, **unrecorded).to(device)
-    state = load(path)
+    return build_network(load(path), path, ema=ema).to(device)
+
+
+def build_network(state: dict[str, Any], path: pathlib.Path, *, ema: bool = False) -> models.EnergyNetwork:
+    """Return the network of a loaded checkpoint in eval mode, see `load_energy`. path: where it is from."""
     config = read_config(state, path)
     if ema and not state.get("ema"):
         raise UsageError(f"{path} has no averaged weights; leave out `ema`, or train with averaged weights")
@@ -229,7 +233,7 @@ def load_energy(
     model = models.EnergyNetwork(config)
     load_state(model, weights, path)
     model.settings, model.class_names = state.get("flags", {}), tuple(state.get("class_names", ()))
-    return model.eval().to(device)
+    return model.eval()
 
 
 def find_file(prefix: str | pathlib.Path) -> pathlib.Path:

@@ -27,7 +27,7 @@ import checkpoint
 from ebm.readers.tensorflow import read_tf_checkpoint
 from ebm.support.errors import UsageError
 from ebm.support.reports import print_written
-from ebm.support.streams import note_dropped_output, replace_standard_streams
+from ebm.support.streams import report_mistakes
 from utils import ClippedAdam
 
 
@@ -79,14 +79,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--spec_norm_val", type=float, default=1.0, help="the --spec_norm_val of its training")
     parser.add_argument("--downsample", action="store_true", help="the network was trained with --downsample")
     parser.add_argument("--label_size", type=int, help="width of its labels, 0: unconditional; default: inferred")
-    options, files = parser.parse_args(arguments), replace_standard_streams()
-    try:
-        convert_checkpoint(**vars(options))
-        note_dropped_output(files)
-    except UsageError as error:
-        print(f"error: {error}".replace("`", ""), file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(arguments)
+    return report_mistakes(lambda: convert_checkpoint(**vars(options)))
 
 
 if __name__ == "__main__":

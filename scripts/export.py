@@ -32,7 +32,7 @@ from ebm.readers.safetensors_files import ENDING, NETWORK_ENTRIES
 from ebm.settings import DataFiles, TrackerSettings
 from ebm.support.errors import UsageError
 from ebm.support.reports import print_written
-from ebm.support.streams import note_dropped_output, replace_standard_streams
+from ebm.support.streams import report_mistakes
 
 # Settings of one machine and one study, which are nobody else's.
 OWN_SETTINGS = {"exp", "logdir", "tag"} | {
@@ -40,8 +40,8 @@ OWN_SETTINGS = {"exp", "logdir", "tag"} | {
 }
 
 
-def export_network(source: str, target: pathlib.Path, *, ema: bool = False, half: bool = False) -> pathlib.Path:
-    """Write the network of a checkpoint to a file of the ending `.pt` or `.safetensors`; return the checkpoint's path.
+def export_network(source: str, target: pathlib.Path, *, ema: bool = False, half: bool = False) -> None:
+    """Write the network of a checkpoint to a file of the ending `.pt` or `.safetensors`, and print its path.
 
     source: as for `checkpoint.load_energy`. ema: write the averaged weights. half: round the weights to half precision.
     Raises UsageError for a missing, damaged or foreign source, and for a target that cannot be written or is the
@@ -54,8 +54,8 @@ def export_network(source: str, target: pathlib.Path, *, ema: bool = False, half
         raise UsageError(f"{path} is a TensorFlow checkpoint; convert it first, by scripts/convert_checkpoint.py")
     if target.exists() and path.exists() and target.samefile(path):
         raise UsageError(f"{target} is the source itself; name another file")
-    config = checkpoint.load_energy(path, ema=ema).config  # it refuses weights that do not fit the network
     state = checkpoint.load(path)
+    config = checkpoint.build_network(state, path, ema=ema).config  # it refuses weights that do not fit the network
     weights = state["ema" if ema else "model"]
     if half:
         weights = {name: tensor.half() for name, tensor in weights.items()}
@@ -63,7 +63,9 @@ def export_network(source: str, target: pathlib.Path, *, ema: bool = False, half
     network = {name: state[name] for name in NETWORK_ENTRIES if name in state} | {"config": asdict(config)}
     network["flags"] = {name: value for name, value in state.get("flags", {}).items() if name not in OWN_SETTINGS}
     checkpoint.save(target, network | {"model": weights})
-    return path
+    before, after = (file.stat().st_size / 1e3 for file in (path, target))
+    print(f"{after:.0f} kB of the {before:.0f} kB of {path}")
+    print_written([target])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -81,17 +83,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--ema", action="store_true", help="the averaged weights of a run with --ema_decay")
     parser.add_argument("--half", action="store_true", help="round the weights to half precision")
-    options, files = parser.parse_args(arguments), replace_standard_streams()
-    try:
-        path = export_network(**vars(options))
-        before, after = (file.stat().st_size / 1e3 for file in (path, options.target))
-        print(f"{after:.0f} kB of the {before:.0f} kB of {path}")
-        print_written([options.target])
-        note_dropped_output(files)
-    except UsageError as error:
-        print(f"error: {error}".replace("`", ""), file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(arguments)
+    return report_mistakes(lambda: export_network(**vars(options)))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def read_file(path: PathLike, limit: int | None = None) -> bytes:
 
 
 def show_reading(path: PathLike, size: int) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which a file of so many bytes is read: if that takes long, it says so."""
+    """Return a context that says so if reading a file of this size, in bytes, takes long inside it."""
     return show_waiting(f"reading {make_printable(os.fspath(path))}", f"{size / 1e6:,.0f} MB", quiet=size < SLOW_BYTES)
 
 

@@ -113,7 +113,7 @@ class Progress:
                 self.recent.popleft()
 
     def is_shown(self, now: float) -> bool:
-        """Return whether the work has taken as long as is worth a line."""
+        """Return whether the work has taken longer than `patience`, so that it is worth a line."""
         return now - self.start_time >= self.patience
 
     def print_state(self, words: str, now: float) -> None:
@@ -123,7 +123,7 @@ class Progress:
 
     @contextlib.contextmanager
     def keep_talking(self) -> Iterator[None]:
-        """Inside the block, also tell from time to time that an item goes on which takes long."""
+        """Report from time to time, inside the block, that an item still goes on which takes long."""
         self.last_change = time.monotonic()
         with contextlib.nullcontext() if self.quiet else call_meanwhile(self.remind):
             yield
@@ -174,7 +174,7 @@ class Progress:
 
 @contextlib.contextmanager
 def show_waiting(what: str, usual: str = "", *, quiet: bool = False) -> Iterator[None]:
-    """Inside the block, which cannot be counted, tell what is done, if that takes long, and then for how long it has.
+    """Report on work inside the block that cannot be counted: once it takes long, what it is, later for how long.
 
     what: the work, such as "reading model_5.pt". usual: how long it usually takes, such as "about a minute". quiet:
     print nothing.
@@ -197,7 +197,7 @@ def show_waiting(what: str, usual: str = "", *, quiet: bool = False) -> Iterator
 
 @contextlib.contextmanager
 def call_meanwhile(report: Callable[[], float]) -> Iterator[None]:
-    """Inside the block, call a function in a thread again and again; it returns the seconds until its next call."""
+    """Call a function in a thread again and again, inside the block; it returns the seconds until its next call."""
     is_over = threading.Event()
 
     def talk() -> None:

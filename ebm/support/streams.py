@@ -6,7 +6,10 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from ebm.support.errors import UsageError
 
 
 class DroppingFile(io.FileIO):
@@ -69,6 +72,18 @@ def note_dropped_output(files: list[DroppingFile]) -> None:
     failures = [file.failure.strerror for file in files if file.failure is not None]
     if failures:
         print(f"note: lines of the output are missing ({failures[0]})", file=sys.stderr)
+
+
+def report_mistakes(work: Callable[[], object]) -> int:
+    """Return the exit status of a script's work, which is a function: 2 after a line about a user's mistake, else 0."""
+    files = replace_standard_streams()
+    try:
+        work()
+        note_dropped_output(files)
+    except UsageError as error:
+        print(f"error: {error}".replace("`", ""), file=sys.stderr)
+        return 2
+    return 0
 
 
 def discard_output() -> None:
